@@ -1,0 +1,37 @@
+"""Which checkpoints are kept: the last one to resume from, and the best hard-mode one."""
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """Keeps the state after every epoch in ``last.ckpt``, to resume from."""
+
+    def __init__(self) -> None:
+        super().__init__(filename="last", enable_version_counter=False, save_on_train_epoch_end=True)
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Keeps the weights of the best epoch of the expert stage in ``best.ckpt``.
+
+    Soft and dense epochs never compete: they are better by construction, and not what is run.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(
+            filename="best",
+            mode="max",
+            save_weights_only=True,
+            enable_version_counter=False,
+            save_on_train_epoch_end=False,
+        )
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Watches the module's own metric."""
+        self.monitor = f"val/hard/{pl_module.metric_name}"
+        super().setup(trainer, pl_module, stage)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Saves, in the expert stage only."""
+        if pl_module.stage == "expert":
+            super().on_validation_end(trainer, pl_module)

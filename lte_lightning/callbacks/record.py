@@ -1,0 +1,200 @@
+"""What a run leaves behind: its folder, its MLflow run, the results and the model."""
+
+import json
+import os
+import sys
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import Logger, MLFlowLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from lte_lightning.callbacks.checkpoints import BestCheckpoint
+from lte_lightning.callbacks.pictures import draw_scores, draw_sparsity
+from lte_lightning.callbacks.results import make_results, read_floor, results_table, show
+from lte_lightning.core.checkpoint import save_pretrained
+from lte_lightning.core.errors import UserError
+
+RUN_FILE = "run.json"
+
+
+class Recorder(Callback):
+    """Keeps everything of a run in one folder, ``<root>/<experiment>/<run id>``, and the same in MLflow.
+
+    The folder holds ``config.yaml``, ``checkpoints/``, ``artifacts/`` (MLflow's), and at the end of a fit
+    ``results.json`` and ``model/``, a Hugging Face folder with the routers.
+
+    Args:
+        root: Folder of all runs.
+        experiment: Name of the MLflow experiment and of the folder below the root.
+        name: Name of the MLflow run; MLflow makes one up if not given.
+        tracking_uri: MLflow's store; by default ``MLFLOW_TRACKING_URI`` or an embedded ``sqlite:///mlflow.db``.
+        floor_from: A ``results.json`` whose ``floor`` (every expert off, adapted alike) is reported with this run's.
+    """
+
+    def __init__(
+        self,
+        root: str = "runs",
+        experiment: str = "lte",
+        name: str | None = None,
+        tracking_uri: str | None = None,
+        floor_from: str | None = None,
+    ) -> None:
+        self.root = Path(root).absolute()
+        self.experiment = experiment
+        self.name = name
+        self.tracking_uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+        if self.tracking_uri.startswith("sqlite:///"):  # a resumed run may start in another folder
+            self.tracking_uri = f"sqlite:///{Path(self.tracking_uri.removeprefix('sqlite:///')).absolute()}"
+        self.floor = read_floor(floor_from) if floor_from else None
+        self.folder: Path | None = None
+        self.results: dict[str, Any] | None = None
+
+    # The run's place
+
+    def make_logger(self, origin: str | None = None) -> Logger:
+        """Returns the MLflow logger of this run.
+
+        Args:
+            origin: A checkpoint or model folder; if it lies in a run folder, that run is continued.
+        """
+        previous = _find_run(origin)
+        run_id = None
+        if previous is not None:
+            stored = json.loads((previous / RUN_FILE).read_text())
+            self.folder, self.tracking_uri = previous, stored["tracking_uri"] or self.tracking_uri
+            self.experiment, run_id = stored["experiment"], stored["run_id"]
+        self._check_root()
+        embedded = self.tracking_uri.startswith("sqlite:")  # a server decides where its artifacts are
+        return MLFlowLogger(
+            experiment_name=self.experiment,
+            run_name=self.name,
+            tracking_uri=self.tracking_uri,
+            artifact_location=(self.root / self.experiment).as_uri() if embedded else None,
+            run_id=run_id,
+        )
+
+    def _check_root(self) -> None:
+        try:
+            target = self.root / self.experiment
+            target.mkdir(parents=True, exist_ok=True)
+            probe = target / f".probe-{uuid.uuid4().hex}"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise UserError(f"cannot write runs to {self.root}: {error}; choose another folder with run.root") from error
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Makes the run folder and sends the checkpoints there."""
+        if trainer.fast_dev_run:
+            return
+        self._check_root()
+        logger = mlflow_of(trainer)
+        if self.folder is None:
+            run_id = logger.run_id if logger else time.strftime("%Y-%m-%d_%H-%M-%S-") + uuid.uuid4().hex[:4]
+            self.folder = Path(trainer.strategy.broadcast(str(self.root / self.experiment / run_id)))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if trainer.is_global_zero and not (self.folder / RUN_FILE).exists():
+            about = {"run_id": logger.run_id, "tracking_uri": self.tracking_uri} if logger else {}
+            about = {"run_id": None, "tracking_uri": None, "experiment": self.experiment} | about
+            (self.folder / RUN_FILE).write_text(json.dumps(about, indent=2) + "\n")
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+                callback.dirpath = str(self.folder / "checkpoints")
+
+    @rank_zero_only
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Says how to go on from the last checkpoint."""
+        last = self.folder / "checkpoints" / "last.ckpt" if self.folder else None
+        if trainer.state.fn == "fit" and last and last.exists():
+            config = self.folder / "config.yaml"
+            print(
+                f"\nStopped. The last finished epoch is kept; resume with\n"
+                f"  lightning fit --config {config} --ckpt_path {last}",
+                file=sys.stderr,
+            )
+
+    # Results
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Goes back to the best checkpoint, if the expert stage was reached, and exports model and results."""
+        if trainer.fast_dev_run:
+            return
+        best = next((c.best_model_path for c in trainer.checkpoint_callbacks if isinstance(c, BestCheckpoint)), "")
+        if best and pl_module.stage == "expert":
+            checkpoint = torch.load(best, weights_only=True, map_location="cpu")
+            pl_module.load_state_dict(checkpoint["state_dict"])
+            pl_module.measured |= {"hard": checkpoint["lte"]["measured"]["hard"]}
+        if trainer.is_global_zero:
+            self._export(trainer, pl_module)
+
+    def _export(self, trainer: Trainer, module: LightningModule) -> None:
+        self.results = make_results(trainer, module, self.floor)
+        about = {"stage": module.stage, "measured": module.measured}
+        save_pretrained(module.net, self.folder / "model", about)
+        tokenizer = getattr(trainer.datamodule, "tokenizer", None)
+        if hasattr(tokenizer, "save_pretrained"):
+            tokenizer.save_pretrained(self.folder / "model")
+        write_json(self.folder / "results.json", self.results)
+        files = [self.folder / "results.json"]
+        views = module.measured.get("hard") or module.measured.get("hard_before")
+        if views:
+            files += [self.folder / "sparsity_per_layer.png", self.folder / "scores.png"]
+            draw_sparsity(views["sparsity_per_layer"], files[1])
+            draw_scores(views["score_histogram"], module.net.lte_config.threshold, files[2])
+        if logger := mlflow_of(trainer):
+            for path in files:
+                logger.experiment.log_artifact(logger.run_id, str(path))
+            scalars = {k: v for k, v in self.results.items() if type(v) in (int, float) and k != "seed"}
+            logger.log_metrics({f"results/{key}": float(value) for key, value in scalars.items()})
+
+    @rank_zero_only
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Prints the table, and last the path of ``results.json``."""
+        if self.results is not None:
+            show(results_table(self.results))
+            print(self.folder / "results.json", flush=True)
+
+    @rank_zero_only
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes ``test.json``: metric, sparsity overall and per layer, FLOPs per token."""
+        if self.folder is not None:
+            write_json(self.folder / "test.json", pl_module.measured["test"])
+            print(self.folder / "test.json", flush=True)
+
+    @rank_zero_only
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes ``predictions.jsonl``, one row per example in the order of the data."""
+        if self.folder is None:
+            return
+        batches = trainer.predict_loop.predictions
+        rows = torch.cat([torch.as_tensor(batch) for batch in batches]).tolist()
+        order = [i for batch in trainer.predict_dataloaders.batch_sampler for i in batch]
+        path = self.folder / "predictions.jsonl"
+        ordered = sorted(zip(order, rows, strict=True))
+        path.write_text("".join(json.dumps({"row": i, "prediction": row}) + "\n" for i, row in ordered))
+        print(path, flush=True)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes a JSON file that is there whole or not at all."""
+    staging = path.with_suffix(".tmp")
+    staging.write_text(json.dumps(content, indent=2) + "\n")
+    staging.replace(path)
+
+
+def mlflow_of(trainer: Trainer) -> MLFlowLogger | None:
+    """Returns the trainer's MLflow logger, if it has one."""
+    return next((logger for logger in trainer.loggers if isinstance(logger, MLFlowLogger)), None)
+
+
+def _find_run(origin: str | None) -> Path | None:
+    for parent in Path(origin).absolute().parents if origin else ():
+        if (parent / RUN_FILE).exists():
+            return parent
+    return None

@@ -1,0 +1,129 @@
+"""The results of a fit, for machines (``results.json``) and for people (a table)."""
+
+import json
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from rich.console import Console
+from rich.table import Table
+
+from lte_lightning.callbacks.stages import StageSchedule
+from lte_lightning.core.errors import UserError
+
+GFLOP = 2**30  # as the paper counts
+
+
+def make_results(trainer: Trainer, module: LightningModule, floor: float | None = None) -> dict[str, Any]:
+    """Collects what a fit has found.
+
+    Args:
+        trainer: With a `StageSchedule` among its callbacks.
+        module: After the fit, with the weights that count.
+        floor: The task's floor, if it was measured elsewhere.
+
+    Returns:
+        ``dense``, ``soft``, ``hard_before`` and ``hard`` are values of ``metric`` on the validation rows, None where
+        the stage was not run; sparsity and FLOPs are those of the hardest of them; ``floor`` is there if known.
+    """
+    metric, measured = module.metric_name, module.measured
+    schedule = next(callback for callback in trainer.callbacks if isinstance(callback, StageSchedule))
+    hardest = measured.get("hard") or measured.get("hard_before") or {}
+    per_layer = hardest.get("sparsity_per_layer")
+    flops = module.flops(per_layer) if per_layer else module.flops([0.0] * len(module.sparsity.experts))
+    results: dict[str, Any] = {
+        "task": getattr(trainer.datamodule, "task", type(module).__name__.lower()),
+        "metric": metric,
+        **{view: measured.get(view, {}).get(metric) for view in ("dense", "soft", "hard_before", "hard")},
+        "sparsity": hardest.get("sparsity"),
+        "sparsity_per_layer": per_layer,
+        **(flops if per_layer else flops | {"flops_per_token": flops["dense_flops_per_token"]}),
+        "seconds_per_stage": {stage: round(seconds, 1) for stage, seconds in schedule.seconds.items()},
+        "seed": schedule.seed,
+        "versions": versions(trainer),
+    }
+    if module.net.lte_config.selector == "none" and results["hard"] is not None:
+        floor = results["hard"]
+    if floor is not None:
+        results["floor"] = floor
+    for suffix in module.loader_names[1:]:
+        key = f"{metric}{suffix}"
+        results[key] = {view: found[key] for view, found in measured.items() if key in found}
+    return results
+
+
+def versions(trainer: Trainer) -> dict[str, Any]:
+    """Returns what a figure depends on besides the configuration."""
+    packages = ("lte-lightning", "torch", "lightning", "transformers", "datasets")
+    return {
+        "python": platform.python_version(),
+        **{name: version(name) for name in packages},
+        "device": str(trainer.strategy.root_device),
+        "devices": trainer.world_size,
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "precision": str(trainer.precision),
+    }
+
+
+def read_floor(path: str) -> float:
+    """Returns the ``floor`` of a ``results.json``.
+
+    Raises:
+        UserError: If the file is missing, damaged, or has none.
+    """
+    try:
+        return float(json.loads(Path(path).read_text())["floor"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} gives no floor ({error!r}); name the results.json of a fit with model.lte.selector none"
+        ) from error
+
+
+def results_table(results: dict[str, Any]) -> Table:
+    """Lays the results out for reading."""
+    title = f"{results['task']}: {results['metric']} on the validation rows"
+    table = Table(title=title, title_justify="left")
+    for column, justify in (("", "left"), (results["metric"], "right"), ("sparsity", "right"), ("GFLOPs/token", "right")):
+        table.add_column(column, justify=justify)
+    dense, sparse = results["dense_flops_per_token"] / GFLOP, results["flops_per_token"] / GFLOP
+    last = "hard" if results["hard"] is not None else "hard_before"
+    rows = {
+        "dense": "dense",
+        "soft": "soft routing",
+        "hard_before": "hard, before adaptation",
+        "hard": "hard, after adaptation",
+    }
+    for view, label in rows.items():
+        if results[view] is not None:
+            figures = ("0.0 %", f"{dense:.4f}") if view == "dense" else ("", "")
+            if view == last:
+                figures = (f"{100 * results['sparsity']:.1f} %", f"{sparse:.4f}")
+            table.add_row(label, f"{results[view]:.4f}", *figures)
+    if "floor" in results:
+        table.add_row("floor: no expert at all", f"{results['floor']:.4f}", "100.0 %", "")
+    notes = [f"FLOPs saved {100 * (1 - sparse / dense):.1f} %"] if results["sparsity"] is not None else []
+    if kept := span_kept(results):
+        notes.append(f"dense-to-floor span kept {100 * kept:.0f} %")
+    times = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in results["seconds_per_stage"].items())
+    table.caption = "; ".join([*notes, f"time: {times}"])
+    table.caption_justify = "left"
+    return table
+
+
+def span_kept(results: dict[str, Any]) -> float | None:
+    """Returns (hard - floor) / (dense - floor), or None where it means nothing."""
+    dense, hard, floor = results["dense"], results["hard"], results.get("floor")
+    if dense is None or hard is None or floor is None or dense <= floor:
+        return None
+    return (hard - floor) / (dense - floor)
+
+
+def show(table: Table) -> None:
+    """Prints a table on the terminal, or at a fixed width into a file."""
+    console = Console()
+    console = console if console.is_terminal else Console(width=100)
+    console.print(table)

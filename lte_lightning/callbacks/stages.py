@@ -1,0 +1,245 @@
+"""When a run moves from stage to stage, and how each one optimises."""
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from lte_lightning.core.convert import selector_parameters
+from lte_lightning.core.errors import UserError
+from lte_lightning.tasks.base import STAGES, Stage
+
+OptimizerFactory = Callable[[Iterable], Optimizer]
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """Length and optimisation of one stage.
+
+    Args:
+        epochs: Passes over the training data; 0 skips the stage.
+        steps: Optimizer steps, instead of epochs; the data is repeated as needed, and validated after each pass.
+        learning_rate: Peak rate of the model's weights.
+        weight_decay: Weight decay of the model's weights.
+        router_learning_rate: Peak rate of the routers, a group of their own (router stage only).
+        router_weight_decay: Weight decay of the routers.
+        warmup: Share of the stage in which the rates rise linearly from 0.
+        schedule: ``linear`` decay to 0 at the stage's end, or ``constant``.
+        optimizer: Optimizer class; its rates come from the fields above.
+    """
+
+    epochs: int = 3
+    steps: int | None = None
+    learning_rate: float = 5e-5
+    weight_decay: float = 0.0
+    router_learning_rate: float = 0.01
+    router_weight_decay: float = 0.1
+    warmup: float = 0.06
+    schedule: str = "linear"
+    optimizer: OptimizerFactory = AdamW
+
+    def __post_init__(self) -> None:
+        if self.epochs < 0 or (self.steps is not None and self.steps < 0):
+            raise UserError(f"a stage cannot last epochs={self.epochs}, steps={self.steps}; use 0 to skip it")
+        if self.schedule not in ("linear", "constant"):
+            raise UserError(f"unknown schedule {self.schedule!r}; there are linear and constant")
+        if not 0.0 <= self.warmup < 1.0:
+            raise UserError(f"warmup is {self.warmup}; it is a share of the stage, 0 <= warmup < 1")
+
+    @property
+    def skipped(self) -> bool:
+        """Says whether the stage is left out."""
+        return (self.epochs if self.steps is None else self.steps) == 0
+
+
+@dataclass(frozen=True)
+class _Span:
+    """A stage's place in the fit: it covers the epochs [first, first + epochs)."""
+
+    stage: Stage
+    first: int
+    epochs: int
+    batches: int
+    last_epoch_batches: int
+
+
+class StageSchedule(Callback):
+    """Runs the stages one after the other in one fit: dense fine-tuning, routers with the model, adaptation.
+
+    Each stage starts with a fresh optimizer and schedule. Randomness restarts with every epoch from the seed, the stage
+    and the epoch in the stage, so a resumed run, or one fit per stage, repeats an uninterrupted one exactly.
+
+    Args:
+        dense: Fine-tuning of the plain model; skip it when starting from a fine-tuned one.
+        router: Routers and model train together, all experts run, weighted by their scores (stage 1 of the paper).
+        expert: Routers are frozen and only selected experts run (stage 2 of the paper).
+        seed: Seed of data order and dropout; the command line sets it to ``seed_everything``.
+    """
+
+    def __init__(
+        self,
+        dense: StagePlan = StagePlan(),  # noqa: B008  (frozen)
+        router: StagePlan = StagePlan(),  # noqa: B008
+        expert: StagePlan = StagePlan(),  # noqa: B008
+        seed: int = 0,
+    ) -> None:
+        self.plans: dict[Stage, StagePlan] = {"dense": dense, "router": router, "expert": expert}
+        if all(plan.skipped for plan in self.plans.values()):
+            raise UserError("all three stages are skipped; give one of them epochs or steps")
+        self.seed = seed
+        self.seconds: dict[str, float] = {}
+        self._spans: list[_Span] = []
+        self._start_step = 0
+        self._next_epoch = 0
+        self._epoch_began = 0.0
+
+    @property
+    def stages(self) -> list[Stage]:
+        """The stages that are not skipped, in order."""
+        return [stage for stage in STAGES if not self.plans[stage].skipped]
+
+    # Length
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Lays the stages out over epochs and tells the trainer how long the fit is."""
+        if stage != "fit":
+            return
+        pl_module.schedule = self
+        if trainer.datamodule is None:
+            raise UserError("StageSchedule needs its data from a LightningDataModule: trainer.fit(module, datamodule)")
+        self._accumulate = trainer.accumulate_grad_batches
+        self._spans = self._lay_out(_batches_per_epoch(trainer))
+        last = self._spans[-1]
+        total = last.first + last.epochs
+        # -1, the command line's default, leaves the length to the stages; any other value is an upper limit
+        trainer.fit_loop.max_epochs = total if trainer.max_epochs == -1 else min(total, trainer.max_epochs)
+        if any(plan.steps for plan in self.plans.values()):
+            trainer.reload_dataloaders_every_n_epochs = 1  # so that a stage's last epoch can be cut short
+
+    def _lay_out(self, per_epoch: int) -> list[_Span]:
+        spans, first = [], 0
+        for stage in self.stages:
+            plan = self.plans[stage]
+            batches = plan.epochs * per_epoch if plan.steps is None else plan.steps * self._accumulate
+            epochs = math.ceil(batches / per_epoch)
+            spans.append(_Span(stage, first, epochs, per_epoch, batches - (epochs - 1) * per_epoch))
+            first += epochs
+        return spans
+
+    def _span(self, epoch: int) -> _Span:
+        return next((s for s in self._spans if epoch < s.first + s.epochs), self._spans[-1])
+
+    def _limit(self, trainer: Trainer, epoch: int) -> None:
+        span = self._span(epoch)
+        is_last = epoch == span.first + span.epochs - 1
+        trainer.limit_train_batches = span.last_epoch_batches if is_last else span.batches
+
+    def steps(self, stage: Stage) -> int:
+        """Returns the number of optimizer steps of a stage."""
+        for span in self._spans:
+            if span.stage == stage:
+                whole = (span.epochs - 1) * math.ceil(span.batches / self._accumulate)
+                return whole + math.ceil(span.last_epoch_batches / self._accumulate)
+        return 0
+
+    # Switching
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Checks that the model has not passed the first stage, unless this resumes a fit."""
+        self._limit(trainer, self._next_epoch)
+        resumed = trainer.ckpt_path is not None
+        if not resumed and STAGES.index(pl_module.stage) > STAGES.index(self.stages[0]):
+            raise UserError(
+                f"the model is in stage {pl_module.stage!r} already, and the fit would begin with {self.stages[0]!r}; "
+                f"set stages.{self.stages[0]}.epochs to 0"
+            )
+        if not resumed and (self.stages[0] != "dense" or pl_module.stage != "dense"):
+            trainer.num_sanity_val_steps = float("inf")  # measures what the fit starts from
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Enters the stage that this epoch belongs to, and seeds the epoch."""
+        self._epoch_began = time.perf_counter()
+        span = self._span(trainer.current_epoch)
+        ahead = STAGES.index(span.stage) - STAGES.index(pl_module.stage)
+        # The stage of a fit's first epoch may be the one that the model was saved in: it too gets a fresh optimizer
+        if ahead > 0 or (ahead == 0 and trainer.current_epoch == span.first):
+            pl_module.enter_stage(span.stage)
+            self._start_step = trainer.global_step
+            _rewrap(trainer)
+            trainer.strategy.setup_optimizers(trainer)
+            self._add_seconds("grouping", self._epoch_began)
+            self._epoch_began = time.perf_counter()
+        epoch = trainer.current_epoch - span.first
+        position = STAGES.index(span.stage) * 100_000 + epoch
+        torch.manual_seed((self.seed * 1_000_003 + position) * 1_009 + trainer.global_rank)
+        sampler = getattr(trainer.train_dataloader, "batch_sampler", None)
+        if hasattr(sampler, "set_epoch"):
+            sampler.set_epoch(position)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Tells the module how far the stage has come."""
+        done = trainer.global_step - self._start_step
+        pl_module.stage_progress = done / max(self.steps(pl_module.stage), 1)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Counts the stage's time, and sets the length of the next epoch."""
+        self._add_seconds(pl_module.stage, self._epoch_began)
+        self._next_epoch = trainer.current_epoch + 1
+        self._limit(trainer, self._next_epoch)
+
+    def _add_seconds(self, what: str, since: float) -> None:
+        self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - since
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the current stage began, and the time spent so far."""
+        return {"start_step": self._start_step, "next_epoch": self._next_epoch, "seconds": dict(self.seconds)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes up where the checkpoint left."""
+        self._start_step = state_dict["start_step"]
+        self._next_epoch = state_dict["next_epoch"]
+        self.seconds = dict(state_dict["seconds"])
+
+    # Optimisation
+
+    def configure_optimizers(self, module: LightningModule) -> dict[str, Any]:
+        """Builds the current stage's optimizer: the model's weights, and in the router stage the routers' own group."""
+        plan = self.plans[module.stage]
+        routers = list(selector_parameters(module.net))
+        inside = {id(parameter) for parameter in routers}
+        body = [p for p in module.net.parameters() if id(p) not in inside and p.requires_grad]
+        groups = [{"params": body, "lr": plan.learning_rate, "weight_decay": plan.weight_decay, "name": "model"}]
+        if module.stage == "router" and routers:
+            rates = {"lr": plan.router_learning_rate, "weight_decay": plan.router_weight_decay}
+            groups.append({"params": routers, **rates, "name": "routers"})
+        optimizer = plan.optimizer(groups)
+        steps = self.steps(module.stage)
+        warmup = round(plan.warmup * steps)
+
+        def factor(step: int) -> float:
+            if step < warmup:
+                return step / warmup
+            if plan.schedule == "constant":
+                return 1.0
+            return max(0.0, (steps - step) / max(steps - warmup, 1))
+
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
+
+
+def _batches_per_epoch(trainer: Trainer) -> int:
+    length = len(trainer.datamodule.train_dataloader())
+    limit = trainer.limit_train_batches
+    return max(1, min(length, limit) if isinstance(limit, int) else int(length * limit))
+
+
+def _rewrap(trainer: Trainer) -> None:
+    # DDP fixes the set of trainable parameters when it wraps: those thawed later would never be reduced
+    if isinstance(trainer.strategy, DDPStrategy):
+        trainer.strategy.model = trainer.strategy._setup_model(trainer.lightning_module)

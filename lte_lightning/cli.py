@@ -1,0 +1,82 @@
+"""The command line: ``lightning fit|validate|test|predict --config ...`` (also called ``lte``)."""
+
+import sys
+from typing import Any
+
+from jsonargparse import set_parsing_settings
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+
+from lte_lightning.callbacks import BestCheckpoint, LastCheckpoint, Recorder, StageSchedule
+from lte_lightning.callbacks.record import mlflow_of
+from lte_lightning.core.errors import UserError
+from lte_lightning.tasks.base import LteModule
+
+
+class SaveConfig(SaveConfigCallback):
+    """Keeps the resolved configuration in the run folder and on the MLflow run."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs, save_to_log_dir=False)
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Writes ``config.yaml``; a resumed fit leaves the one it began with."""
+        text = self.parser.dump(self.config, skip_none=False)
+        recorder = next(callback for callback in trainer.callbacks if isinstance(callback, Recorder))
+        if recorder.folder is None:
+            return
+        name = "config.yaml" if stage == "fit" else f"config-{stage}.yaml"
+        if not (recorder.folder / name).exists():
+            (recorder.folder / name).write_text(text)
+        if logger := mlflow_of(trainer):
+            logger.experiment.log_text(logger.run_id, text, name)
+
+
+class LteCLI(LightningCLI):
+    """LightningCLI with the stage schedule and the recorder always there."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds ``stages`` and ``run``, and ties together what must agree."""
+        parser.add_lightning_class_args(StageSchedule, "stages")
+        parser.add_lightning_class_args(Recorder, "run")
+        parser.link_arguments("model.init_args.pretrained", "data.init_args.tokenizer")
+        parser.link_arguments("data.init_args.task", "model.init_args.task")
+        for target in ("stages.seed", "data.init_args.seed"):
+            parser.link_arguments("seed_everything", target, compute_fn=_seed)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Gives the trainer the run's MLflow logger, unless the configuration names a logger or none."""
+        config = self.config_init[self.subcommand]
+        if config.trainer.logger in (None, True):
+            origin = config.get("ckpt_path") or (config.model.init_args.init_from if self.subcommand != "fit" else None)
+            kwargs["logger"] = config.run.make_logger(origin)
+        return super().instantiate_trainer(**kwargs)
+
+
+def _seed(value: bool | int) -> int:
+    return int(value)
+
+
+def main(args: list[str] | None = None) -> None:
+    """Runs the command line; what the user can put right is said in one message, with exit code 1."""
+    set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+    try:
+        LteCLI(
+            LteModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_callback=SaveConfig,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            trainer_defaults={
+                "max_epochs": -1,
+                "use_distributed_sampler": False,
+                "callbacks": [LastCheckpoint(), BestCheckpoint()],
+            },
+            parser_kwargs={"parser_mode": "omegaconf+"},
+            args=args,
+        )
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)

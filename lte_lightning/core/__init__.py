@@ -1,0 +1,1 @@
+"""Experts, their conversion, losses and accounting: torch and transformers only."""

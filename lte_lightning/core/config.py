@@ -1,0 +1,42 @@
+"""What a converted model is made of; how it is trained is the task's affair."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass
+class LteConfig:
+    """How FFNs are cut into experts and how experts are selected.
+
+    Args:
+        expert_size: Neurons per expert; must divide the FFN width (paper: 32).
+        grouping: How neurons are assigned to experts: balanced k-means on their L2-normalised input weights (the
+            paper), a random partition, or the order they already have.
+        selector: ``router`` is LTE's; ``none`` never runs an expert, the floor that every method is read against.
+        threshold: An expert runs when its score exceeds this (tau in the paper).
+        router_bias: Give each router a bias, so that scores can start above the threshold (see ``router_margin``).
+            ``false`` is the paper's bias-free equation 1, whose scores start around 0.5.
+        router_margin: Logits by which the initial scores lie above the threshold, on average; needs the bias.
+        router_scale: Spread of the initial logits for inputs of unit root mean square (weights are drawn with standard
+            deviation ``router_scale / sqrt(D)``).
+        seed: Seed of the grouping and of the routers' initial weights.
+    """
+
+    expert_size: int = 32
+    grouping: Literal["kmeans", "random", "contiguous"] = "kmeans"
+    selector: Literal["router", "none"] = "router"
+    threshold: float = 0.5
+    router_bias: bool = True
+    router_margin: float = 2.0
+    router_scale: float = 0.4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.expert_size < 1:
+            raise ValueError(f"expert_size is {self.expert_size}; it must be at least 1 (the paper uses 32)")
+        if not 0.0 < self.threshold < 1.0:
+            raise ValueError(f"threshold is {self.threshold}; scores lie in (0, 1), so it must too (the paper uses 0.5)")
+        if not self.router_scale > 0.0:
+            raise ValueError(
+                f"router_scale is {self.router_scale}; it must be positive, or all scores start equal and stay so"
+            )

@@ -1,0 +1,166 @@
+"""Turning FFNs into expert FFNs and back."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from lte_lightning.core.config import LteConfig
+from lte_lightning.core.expert_ffn import MODES, ExpertFfn, Mode
+from lte_lightning.core.ffn import FfnRow, find_layers, find_parts, find_row, get_child, set_child, weight_rows
+from lte_lightning.core.grouping import Grouping, expert_count, group_neurons
+from lte_lightning.selection import SELECTORS, Router
+
+
+def convert(model: PreTrainedModel, config: LteConfig | None = None, progress: bool = True) -> PreTrainedModel:
+    """Turns every FFN of ``model`` into experts, in place; the function it computes stays the same.
+
+    Everything is checked before anything is changed. The model starts in mode ``dense``.
+
+    Args:
+        model: A plain Hugging Face model of a family in the FFN table.
+        config: How to group and select; the paper's choices if not given.
+        progress: Show a progress bar while grouping.
+
+    Returns:
+        The same model.
+
+    Raises:
+        UnsupportedModelError: If the family, or the type of a projection, is unknown.
+        ValueError: If the expert size does not divide the FFN width, or the model has been converted before.
+    """
+    config = config or LteConfig()
+    if expert_ffns(model):
+        raise ValueError(f"this {type(model).__name__} has expert FFNs already; restore() it first")
+    row = find_row(model.config.model_type)
+    layers = find_layers(model)
+    all_parts = [find_parts(layer, row) for layer in layers]
+    for parts in all_parts:
+        expert_count(weight_rows(parts.up).shape[0], config.expert_size)
+    _check_selector(config)
+
+    generator = torch.Generator().manual_seed(config.seed)
+    for layer, parts in zip(layers, all_parts, strict=True):
+        neurons, width = weight_rows(parts.up).shape
+        selector = _make_selector(config, width, neurons // config.expert_size, generator)
+        ffn = ExpertFfn(parts, config.expert_size, selector.to(parts.up.weight.device), config.threshold)
+        if row.module:
+            ffn.shell = (get_child(layer, row.module),)  # in a tuple, so that its weights are not registered twice
+        _insert(layer, row, ffn)
+    model.lte_config = config
+    group_experts(model, progress)
+    return model
+
+
+def group_experts(model: PreTrainedModel, progress: bool = True) -> list[Grouping]:
+    """Groups the neurons of a converted model by its configuration's method, in place, without changing its function.
+
+    Returns:
+        The grouping of each layer, with what clustering gained over chance.
+    """
+    config: LteConfig = model.lte_config
+    ffns = expert_ffns(model)
+    if config.grouping == "contiguous":
+        return []
+    groupings = []
+    for i, ffn in enumerate(tqdm(ffns.values(), desc=f"grouping ({config.grouping})", disable=not progress)):
+        weight_FD = weight_rows(ffn.up if ffn.gate is None else ffn.gate).detach()
+        groupings.append(group_neurons(weight_FD, config.expert_size, config.grouping, config.seed + i))
+        ffn.permute(groupings[-1].permutation_F.to(weight_FD.device))
+    return groupings
+
+
+def restore(model: PreTrainedModel) -> PreTrainedModel:
+    """Gives back the plain Hugging Face model, in place: its FFNs run densely, in the order of the experts.
+
+    Raises:
+        ValueError: If the model has no expert FFNs.
+    """
+    require_expert_ffns(model)
+    row = find_row(model.config.model_type)
+    for layer in find_layers(model):
+        _remove(layer, row)
+    del model.lte_config
+    return model
+
+
+@contextmanager
+def plain(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    """Makes the model a plain Hugging Face model for the time of a ``with`` block, weights shared."""
+    require_expert_ffns(model)
+    row = find_row(model.config.model_type)
+    removed: list[tuple[nn.Module, ExpertFfn]] = []
+    try:
+        for layer in find_layers(model):
+            removed.append((layer, _remove(layer, row)))
+        yield model
+    finally:
+        for layer, ffn in removed:
+            _insert(layer, row, ffn)
+
+
+def _insert(layer: nn.Module, row: FfnRow, ffn: ExpertFfn) -> None:
+    if row.module:
+        set_child(layer, row.module, ffn)
+    else:
+        set_child(layer, row.up, ffn)
+        set_child(layer, row.activation, nn.Identity())
+        set_child(layer, row.down, nn.Identity())
+
+
+def _remove(layer: nn.Module, row: FfnRow) -> ExpertFfn:
+    ffn: ExpertFfn = get_child(layer, row.module or row.up)
+    if row.module:
+        set_child(layer, row.module, ffn.shell[0])
+    else:
+        set_child(layer, row.up, ffn.up)
+        set_child(layer, row.activation, ffn.activation)
+        set_child(layer, row.down, ffn.down)
+    return ffn
+
+
+def expert_ffns(model: nn.Module) -> dict[str, ExpertFfn]:
+    """Returns the expert FFNs of a model by name, in order; empty if it was not converted."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, ExpertFfn)}
+
+
+def require_expert_ffns(model: nn.Module) -> dict[str, ExpertFfn]:
+    """Returns the expert FFNs.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    ffns = expert_ffns(model)
+    if not ffns:
+        raise ValueError(f"this {type(model).__name__} has no expert FFNs; convert() it first")
+    return ffns
+
+
+def set_mode(model: nn.Module, mode: Mode) -> None:
+    """Switches every expert FFN of ``model`` to ``dense``, ``soft`` or ``hard``."""
+    if mode not in MODES:
+        raise ValueError(f"unknown mode {mode!r}; there are {', '.join(MODES)}")
+    for ffn in require_expert_ffns(model).values():
+        ffn.mode = mode
+
+
+def selector_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Yields the parameters of all selectors."""
+    for ffn in expert_ffns(model).values():
+        yield from ffn.selector.parameters()
+
+
+def _check_selector(config: LteConfig) -> None:
+    if config.selector not in SELECTORS:
+        raise ValueError(f"unknown selector {config.selector!r}; there are {', '.join(SELECTORS)}")
+
+
+def _make_selector(config: LteConfig, width: int, experts: int, generator: torch.Generator) -> nn.Module:
+    if config.selector == "none":
+        return SELECTORS["none"](experts)
+    return Router(
+        width, experts, config.threshold, config.router_bias, config.router_margin, config.router_scale, generator
+    )

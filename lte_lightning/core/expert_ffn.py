@@ -1,0 +1,95 @@
+"""An FFN whose neurons are grouped into experts."""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from lte_lightning.core.ffn import FfnParts, weight_rows
+from lte_lightning.kernels import scale_experts
+
+Mode = Literal["dense", "soft", "hard"]
+MODES: tuple[Mode, ...] = ("dense", "soft", "hard")
+
+
+class ExpertFfn(nn.Module):
+    """One FFN, run densely, softly (equation 3 of the paper) or with selected experts only (equation 2).
+
+    It owns the original projections, whose neurons `permute` puts in the order of their experts: expert i is the
+    neurons ``i * S`` to ``(i + 1) * S``. The output bias, where there is one, is always added.
+
+    Args:
+        parts: The original modules.
+        expert_size: S.
+        selector: Maps the input [B, T, D] to scores [B, T, E].
+        threshold: tau; in hard mode the experts whose score exceeds it run, unscaled.
+    """
+
+    def __init__(self, parts: FfnParts, expert_size: int, selector: nn.Module, threshold: float) -> None:
+        super().__init__()
+        self.up, self.gate, self.down = parts.up, parts.gate, parts.down
+        self.activation = parts.activation
+        self.selector = selector
+        self.expert_size = expert_size
+        self.threshold = threshold
+        self.mode: Mode = "dense"
+        self.recorder: Callable[[ExpertFfn, torch.Tensor], None] | None = None
+        self.shell: tuple[nn.Module, ...] = ()
+
+    @property
+    def width(self) -> int:
+        """D, the width of input and output."""
+        return weight_rows(self.up).shape[1]
+
+    @property
+    def neurons(self) -> int:
+        """F, the number of neurons."""
+        return weight_rows(self.up).shape[0]
+
+    @property
+    def experts(self) -> int:
+        """E, the number of experts."""
+        return self.neurons // self.expert_size
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        """Returns the FFN's output, [B, T, D]; in soft and hard mode the scores go to the recorder, if there is one."""
+        if self.mode == "dense":
+            return self.down(self._hidden(x_BTD))
+        scores_BTE = self.selector(x_BTD)
+        if self.recorder is not None:
+            self.recorder(self, scores_BTE)
+        factor_BTE = scores_BTE if self.mode == "soft" else scores_BTE > self.threshold
+        return self.down(scale_experts(self._hidden(x_BTD), factor_BTE))
+
+    def _hidden(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        if self.gate is None:
+            return self.activation(self.up(x_BTD))
+        return self.activation(self.gate(x_BTD)) * self.up(x_BTD)
+
+    @torch.no_grad()
+    def permute(self, permutation_F: torch.Tensor) -> None:
+        """Reorders the neurons in place, without changing the function."""
+        for projection in (self.up, self.gate):
+            if projection is None:
+                continue
+            rows_FD = weight_rows(projection)
+            rows_FD.copy_(rows_FD[permutation_F])
+            if projection.bias is not None:
+                projection.bias.copy_(projection.bias[permutation_F])
+        columns_DF = weight_rows(self.down)
+        columns_DF.copy_(columns_DF[:, permutation_F])
+
+    def extra_repr(self) -> str:
+        """Describes the experts in ``print(model)``."""
+        return f"{self.experts} experts x {self.expert_size} neurons, mode={self.mode}, threshold={self.threshold}"
+
+    def flops_dense(self) -> int:
+        """Multiply-adds of the whole FFN per token, times two."""
+        return 2 * sum(p.weight.numel() for p in (self.up, self.gate, self.down) if p is not None)
+
+
+def is_projection(module: nn.Module) -> bool:
+    """Says whether a module is a matrix product with its own weight."""
+    return isinstance(module, nn.Linear | Conv1D)

@@ -1,0 +1,114 @@
+"""Router statistics of one forward pass."""
+
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import nn
+
+from lte_lightning.core.convert import require_expert_ffns
+from lte_lightning.core.expert_ffn import ExpertFfn
+from lte_lightning.core.losses import SEPARABILITY_EPSILON, efficiency_loss, separability_loss
+
+
+class RouterTrace:
+    """Collects the scores of the real tokens while it is open.
+
+    >>> with RouterTrace(model, attention_mask) as trace:
+    ...     loss = model(**batch).loss
+    >>> (loss + eta * trace.efficiency_loss()).backward()
+
+    What is computed again during a backward pass (gradient checkpointing) is not counted again.
+
+    Args:
+        model: A converted model, in mode ``soft`` or ``hard``.
+        token_mask_BT: True (or 1) for real tokens; padding is excluded from everything here. None: all are real.
+
+    Raises:
+        ValueError: If the model was not converted.
+        RuntimeError: If the model is being traced already.
+    """
+
+    def __init__(self, model: nn.Module, token_mask_BT: torch.Tensor | None = None) -> None:
+        self._ffns = require_expert_ffns(model)
+        self._names = {id(ffn): name for name, ffn in self._ffns.items()}
+        self._mask_BT = None if token_mask_BT is None else token_mask_BT.bool()
+        self._scores: dict[str, list[torch.Tensor]] = {name: [] for name in self._ffns}
+
+    def __enter__(self) -> Self:
+        if any(ffn.recorder is not None for ffn in self._ffns.values()):
+            raise RuntimeError("this model is traced already; close the other RouterTrace first")
+        for ffn in self._ffns.values():
+            ffn.recorder = self._record
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for ffn in self._ffns.values():
+            ffn.recorder = None
+
+    def _record(self, ffn: ExpertFfn, scores_BTE: torch.Tensor) -> None:
+        if torch._C._current_graph_task_id() != -1:  # a backward pass is recomputing this layer
+            return
+        if torch.is_grad_enabled() and not scores_BTE.requires_grad and _trainable(ffn.selector):
+            raise RuntimeError(
+                "the scores carry no gradient although the router is trainable: reentrant gradient checkpointing "
+                "hides them; use gradient_checkpointing_kwargs={'use_reentrant': False}"
+            )
+        if self._mask_BT is None:
+            scores_NE = scores_BTE.flatten(0, -2)
+        elif self._mask_BT.shape == scores_BTE.shape[:-1]:
+            scores_NE = scores_BTE[self._mask_BT]
+        else:
+            raise ValueError(
+                f"the token mask has shape {tuple(self._mask_BT.shape)}, the tokens {tuple(scores_BTE.shape[:-1])}"
+            )
+        self._scores[self._names[id(ffn)]].append(scores_NE)
+
+    def scores(self) -> dict[str, torch.Tensor]:
+        """Returns each layer's scores [N, E] of the N real tokens, float32, with their graph.
+
+        Raises:
+            RuntimeError: If a layer did not run, or ran in mode ``dense``.
+        """
+        silent = [name for name, records in self._scores.items() if not records]
+        if silent:
+            raise RuntimeError(
+                f"no scores were seen from {silent[0]} ({len(silent)} of {len(self._scores)} layers): run the model "
+                "inside the trace, in mode 'soft' or 'hard'"
+            )
+        return {name: torch.cat(records) for name, records in self._scores.items()}
+
+    def efficiency_loss(self) -> torch.Tensor:
+        """Returns equation 4 over the real tokens."""
+        return efficiency_loss(list(self.scores().values()))
+
+    def separability_loss(self, epsilon: float = SEPARABILITY_EPSILON) -> torch.Tensor:
+        """Returns equation 5 over the real tokens, at the model's threshold."""
+        threshold = next(iter(self._ffns.values())).threshold
+        return separability_loss(list(self.scores().values()), threshold, epsilon)
+
+    @torch.no_grad()
+    def active_counts(self) -> tuple[torch.Tensor, int]:
+        """Returns how many (token, expert) pairs run in each layer in hard mode, [L] int64, and the tokens N."""
+        scores = self.scores()
+        counts = [(scores_NE > self._ffns[name].threshold).sum() for name, scores_NE in scores.items()]
+        return torch.stack(counts), next(iter(scores.values())).shape[0]
+
+    def sparsity(self) -> float:
+        """Returns the share of FFN neurons that do not run in hard mode, over real tokens and layers.
+
+        Raises:
+            ValueError: If there was no real token.
+        """
+        active_L, tokens = self.active_counts()
+        if tokens == 0:
+            raise ValueError("no real token: the token mask is all zeros")
+        sizes_L = [ffn.expert_size for ffn in self._ffns.values()]
+        active = sum(int(n) * size for n, size in zip(active_L, sizes_L, strict=True))
+        return 1.0 - active / (tokens * sum(ffn.neurons for ffn in self._ffns.values()))
+
+
+def _trainable(selector: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in selector.parameters())

@@ -1,0 +1,270 @@
+"""From text files to padded batches: reading, tokenising once, batching by length."""
+
+import glob
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, load_dataset
+from datasets.exceptions import DatasetGenerationError
+from torch.utils.data import Sampler
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from lte_lightning.data.packaged import DataError, resolve
+
+_CSV = {
+    # Sentences like "None" and "NA" are text. Only a missing label is missing: else it would turn its column into text.
+    "keep_default_na": False,
+    "na_values": {"label": [""]},
+}
+_READERS: dict[str, tuple[str, dict[str, Any]]] = {
+    ".jsonl": ("json", {}),
+    ".json": ("json", {}),
+    ".csv": ("csv", _CSV),
+    ".tsv": ("csv", {**_CSV, "sep": "\t"}),
+    ".parquet": ("parquet", {}),
+}
+_MEGA_BATCH = 50
+
+
+class BucketBatchSampler(Sampler[list[int]]):
+    """Batches of rows of similar length, so that little is padded.
+
+    Shuffled (training): the rows are permuted, cut into stretches of 50 batches, sorted by length within each, cut into
+    batches, and the batches are shuffled. Not shuffled (evaluation): all rows by length, longest first.
+
+    Args:
+        lengths: Length of every row.
+        batch_size: Rows per batch and process.
+        shuffle: Whether these are training batches.
+        seed: With the epoch, decides the shuffling.
+        num_replicas: Number of processes that share the rows. Training batches wrap around, so that each process gets
+            equally many. Evaluation rows are dealt out without repetition, at least one to each process.
+        rank: Which of them this is.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        batch_size: int,
+        shuffle: bool,
+        seed: int,
+        num_replicas: int = 1,
+        rank: int = 0,
+    ) -> None:
+        # A process without a batch would leave the others waiting in the first collective of DDP's forward.
+        if len(lengths) < num_replicas:
+            raise DataError(f"{len(lengths)} rows are too few for {num_replicas} processes: use fewer devices")
+        self.lengths = np.asarray(lengths)
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.seed = seed
+        self.num_replicas = num_replicas
+        self.rank = rank
+        self.epoch = 0
+
+    @property
+    def sampler(self) -> "BucketBatchSampler":
+        """Itself: Lightning looks for `set_epoch` at `dataloader.batch_sampler.sampler`."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the shuffling of the next iteration."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        if self.shuffle:
+            batches = -(-len(self.lengths) // self.batch_size)
+            return -(-batches // self.num_replicas)
+        mine = len(range(self.rank, len(self.lengths), self.num_replicas))
+        return -(-mine // self.batch_size)
+
+    # A generator, so that the epoch is read at the first batch: Lightning sets it after it has called `iter`.
+    def __iter__(self) -> Iterator[list[int]]:
+        if self.shuffle:
+            batches = self._shuffled()
+            for turn in range(self.rank, len(self) * self.num_replicas, self.num_replicas):
+                yield batches[turn % len(batches)]
+        else:
+            mine = self._longest_first(np.arange(len(self.lengths)))[self.rank :: self.num_replicas]
+            for start in range(0, len(mine), self.batch_size):
+                yield mine[start : start + self.batch_size].tolist()
+
+    def _longest_first(self, rows: np.ndarray) -> np.ndarray:
+        return rows[np.argsort(-self.lengths[rows], kind="stable")]
+
+    def _shuffled(self) -> list[list[int]]:
+        generator = np.random.default_rng((self.seed, self.epoch))
+        order = generator.permutation(len(self.lengths))
+        stretch = _MEGA_BATCH * self.batch_size
+        batches = []
+        for start in range(0, len(order), stretch):
+            rows = self._longest_first(order[start : start + stretch])
+            batches += [rows[cut : cut + self.batch_size].tolist() for cut in range(0, len(rows), self.batch_size)]
+        generator.shuffle(batches)
+        return batches
+
+
+def find_split(source: str | Path, split: str) -> Path | None:
+    """Find the file of a split.
+
+    Args:
+        source: A folder with `<split>.jsonl` (or json, csv, tsv, parquet), or a file, which is then the split itself.
+        split: `train`, `validation`, ...
+
+    Returns:
+        The file, or None if the folder has none for this split.
+
+    Raises:
+        DataError: There is no such folder or file, or the folder has several files for the split.
+    """
+    source = Path(source)
+    if source.is_file():
+        return source
+    if not source.is_dir():
+        raise DataError(f"no folder or file {source}; expected a folder with {_accepted(split)}")
+    found = [source / (split + suffix) for suffix in _READERS if (source / (split + suffix)).is_file()]
+    if len(found) > 1:
+        raise DataError(f"{source} has {' and '.join(file.name for file in found)}: keep one of them")
+    return found[0] if found else None
+
+
+def read_split(source: str | Path, split: str) -> Dataset:
+    """Read one split from a local folder or file.
+
+    Args:
+        source: A folder with `<split>.jsonl` (or json, csv, tsv, parquet), or a file.
+        split: `train`, `validation`, ...
+
+    Raises:
+        DataError: The file is missing, ambiguous, of an unknown kind, empty or not readable.
+    """
+    file = find_split(source, split)
+    if file is None:
+        raise DataError(f"{source} has no split {split!r}; expected {_accepted(split)}")
+    if file.suffix not in _READERS:
+        raise DataError(f"cannot read {file}: accepted are {', '.join(_READERS)}")
+    if file.stat().st_size == 0:
+        raise DataError(f"{file} is empty")
+    kind, options = _READERS[file.suffix]
+    # load_dataset reads a path as a pattern, and brackets in a folder's name are not one.
+    pattern = glob.escape(str(file.resolve()))
+    try:
+        return load_dataset(kind, data_files={"train": pattern}, split="train", **options)
+    except (DatasetGenerationError, OSError, ValueError) as error:
+        raise DataError(f"{file} has no rows, or is not {file.suffix[1:]}: {error.__cause__ or error}") from error
+
+
+def _accepted(split: str) -> str:
+    return f"{split}{{{','.join(_READERS)}}}"
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Load a tokenizer that can tokenise and pad batches.
+
+    Args:
+        name: A folder, a hub id, or a `package://` path.
+
+    Raises:
+        DataError: It cannot be loaded, has no vocabulary, or has no pad token.
+    """
+    folder = resolve(name)
+    if folder.startswith((".", "/")) and not Path(folder).is_dir():
+        raise DataError(f"no tokenizer folder {folder}")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    # Anything, for damaged files come out as whatever the parser of the day stumbles over, KeyError for one.
+    except Exception as error:
+        tried = "its files are damaged or missing"
+        if not Path(folder).is_dir():
+            tried = "no such folder, and not found as a hub id; offline, only what was downloaded before is found"
+        raise DataError(f"cannot load tokenizer {name!r} ({tried}): {error!r}") from error
+    # transformers 5 makes up an empty tokenizer from a folder that has a config.json but no tokenizer files.
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise DataError(
+            f"tokenizer {name!r} has no vocabulary: are its files (tokenizer.json, vocab.txt) in the folder?"
+        )
+    if not tokenizer.is_fast:
+        raise DataError(f"tokenizer {name!r} ({type(tokenizer).__name__}) is a slow one: convert it to tokenizer.json")
+    if tokenizer.pad_token is None:
+        raise DataError(
+            f"tokenizer {name!r} has no pad token: give it one (tokenizer.pad_token = tokenizer.eos_token), "
+            "save_pretrained it to a folder and name that folder"
+        )
+    return tokenizer
+
+
+def tokenize(
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, text_columns: Sequence[str], max_length: int
+) -> Dataset:
+    """Tokenise a data set, or take the result of an earlier run from the cache of `datasets`.
+
+    Args:
+        dataset: Rows with the text columns.
+        tokenizer: A fast tokenizer.
+        text_columns: One column, or two that become a pair.
+        max_length: Tokens to keep per row, special tokens included.
+
+    Returns:
+        The rows with the tokenizer's outputs and `length` in place of the text columns.
+
+    Raises:
+        DataError: `max_length` leaves no room for text, or is more than the tokenizer allows.
+    """
+    special = tokenizer.num_special_tokens_to_add(pair=len(text_columns) == 2)
+    # Below this the tokenizer would not truncate at all, and not say so.
+    if max_length < special + len(text_columns):
+        raise DataError(
+            f"max_length is {max_length}, but {special} special tokens and one token of each of "
+            f"{', '.join(text_columns)} need {special + len(text_columns)}"
+        )
+    if max_length > tokenizer.model_max_length:
+        raise DataError(f"max_length is {max_length}, but the tokenizer's limit is {tokenizer.model_max_length}")
+
+    def encode(rows: dict[str, list[str]]) -> dict[str, list[Any]]:
+        encoded = tokenizer(*(rows[column] for column in text_columns), truncation=True, max_length=max_length)
+        return {**encoded, "length": [len(ids) for ids in encoded["input_ids"]]}
+
+    return dataset.map(
+        encode,
+        batched=True,
+        remove_columns=list(text_columns),
+        # The default fingerprint hashes the tokenizer, which changes with use: the cache would never be hit.
+        new_fingerprint=_fingerprint(dataset, tokenizer, text_columns, max_length),
+        desc="Tokenising",
+    )
+
+
+def _fingerprint(
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, text_columns: Sequence[str], max_length: int
+) -> str:
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    # What the last call left behind.
+    content["truncation"] = content["padding"] = None
+    parts = [dataset._fingerprint, content, tokenizer.model_input_names, tokenizer.truncation_side]
+    parts += [list(text_columns), max_length]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+class Collate:
+    """Pads tokenised rows to the longest of their batch, rounded up to a multiple of 8.
+
+    Args:
+        tokenizer: Knows the pad token and side.
+        label_dtype: `torch.long` for classes, `torch.float32` for numbers.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, label_dtype: torch.dtype) -> None:
+        self.tokenizer = tokenizer
+        self.label_dtype = label_dtype
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        inputs = [name for name in ("input_ids", "attention_mask", "token_type_ids") if name in rows[0]]
+        padded = self.tokenizer.pad(
+            {name: [row[name] for row in rows] for name in inputs}, pad_to_multiple_of=8, return_tensors="pt"
+        )
+        return {**padded, "labels": torch.tensor([row["label"] for row in rows], dtype=self.label_dtype)}

@@ -1,0 +1,19 @@
+"""The floor: no expert ever runs."""
+
+import torch
+from torch import nn
+
+
+class NoExperts(nn.Module):
+    """Scores every expert 0, so that in hard mode the FFN is its output bias; it is charged nothing.
+
+    A task on which a model adapted like this loses little says little about any way to select experts.
+    """
+
+    def __init__(self, experts: int) -> None:
+        super().__init__()
+        self.experts = experts
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        """Returns zeros of shape [B, T, E], float32."""
+        return torch.zeros((*x_BTD.shape[:-1], self.experts), dtype=torch.float32, device=x_BTD.device)

@@ -1,0 +1,53 @@
+"""LTE's router: one linear layer and a sigmoid."""
+
+import math
+
+import torch
+from torch import nn
+
+
+class Router(nn.Module):
+    """Scores each expert by ``sigmoid(x W_g + b)`` (equation 1 of the paper, plus a bias).
+
+    Charged D * E multiply-adds per token, about 1 % of the FFN.
+
+    The paper states no initialisation. Here the weights are drawn from N(0, scale^2 / D), so that inputs of unit root
+    mean square give logits of standard deviation ``scale``; the bias starts at ``logit(threshold) + margin``, so that
+    with the defaults (0.4 and 2) scores start clearly above the threshold, 5 standard deviations in logits: the
+    efficiency loss can then sort experts before the separability loss fixes each on its side.
+
+    Args:
+        width: D, the width of the FFN's input.
+        experts: E.
+        threshold: tau.
+        bias: Whether there is a bias; without it logits start around 0 (the paper's equation as it stands).
+        margin: Initial distance from the threshold in logits; used only with a bias.
+        scale: Initial spread of the logits.
+        generator: Source of the initial weights.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        experts: int,
+        threshold: float = 0.5,
+        bias: bool = True,
+        margin: float = 2.0,
+        scale: float = 0.4,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        weight_ED = torch.randn(experts, width, generator=generator) * (scale / math.sqrt(width))
+        self.weight = nn.Parameter(weight_ED)
+        start = math.log(threshold / (1.0 - threshold)) + margin
+        self.bias = nn.Parameter(torch.full((experts,), start)) if bias else None
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        """Returns scores [B, T, E] in (0, 1), float32 whatever the input's type.
+
+        The sigmoid is taken in float32: one in half precision lands exactly on the threshold, where the separability
+        loss has its pole.
+        """
+        bias_E = None if self.bias is None else self.bias.to(x_BTD.dtype)
+        logits_BTE = nn.functional.linear(x_BTD, self.weight.to(x_BTD.dtype), bias_E)
+        return torch.sigmoid(logits_BTE.float())

@@ -1,0 +1,304 @@
+"""The shared core of all tasks: an HF model with expert FFNs, its stages, losses and measurements."""
+
+from dataclasses import asdict, replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import nn
+from torchmetrics import Metric
+from transformers import PreTrainedModel
+from transformers.utils import logging as hf_logging
+
+from lte_lightning.core.checkpoint import from_pretrained, is_lte, read_description
+from lte_lightning.core.config import LteConfig
+from lte_lightning.core.convert import convert, expert_ffns, group_experts, restore, selector_parameters, set_mode
+from lte_lightning.core.cost import flops_per_token
+from lte_lightning.core.errors import UserError
+from lte_lightning.core.losses import SEPARABILITY_EPSILON
+from lte_lightning.core.trace import RouterTrace
+from lte_lightning.data.packaged import resolve
+from lte_lightning.tasks.sparsity import SparsityMeter
+
+Stage = Literal["dense", "router", "expert"]
+STAGES: tuple[Stage, ...] = ("dense", "router", "expert")
+# What a validation measures in each stage; only "hard" epochs compete for the best checkpoint.
+VIEWS = {"dense": ("dense",), "router": ("soft", "hard_before"), "expert": ("hard",)}
+VIEW_MODES = {"dense": "dense", "soft": "soft", "hard_before": "hard", "hard": "hard"}
+
+
+class NonFiniteLossError(UserError):
+    """The training loss became NaN or infinite."""
+
+
+class LteModule(LightningModule):
+    """A model in one of LTE's stages; a subclass adds the task.
+
+    Args:
+        pretrained: Model to start from: a folder, a hub id, or ``package://...`` (see the quickstart).
+        init_from: Take the weights from here instead: a fine-tuned model's folder, or the ``model`` folder of an
+            earlier run, which goes on in the stage it had reached.
+        lte: Experts and routers. Default: the paper's choices, or those of an LTE model given by ``init_from``.
+        efficiency_weight: eta, the weight of the efficiency loss: the sparsity dial (the paper uses 0 to 2).
+        separability_weight: lambda, the weight that the separability loss ends with.
+        separability_start: Share of the router stage after which lambda begins to grow from 0. With 0 here and in
+            ``separability_end``, lambda is constant, as the paper's text reads.
+        separability_end: Share of the router stage at which lambda is reached; it grows linearly in between.
+        separability_epsilon: Keeps the separability loss finite (see ``core/losses.py``).
+    """
+
+    auto_class: ClassVar[Any]
+    metric_name: str
+    loader_names: tuple[str, ...] = ("",)
+
+    def __init__(
+        self,
+        pretrained: str,
+        init_from: str | None = None,
+        lte: LteConfig | None = None,
+        efficiency_weight: float = 0.5,
+        separability_weight: float = 0.5,
+        separability_start: float = 0.5,
+        separability_end: float = 1.0,
+        separability_epsilon: float = SEPARABILITY_EPSILON,
+    ) -> None:
+        super().__init__()
+        if not 0.0 <= separability_start <= separability_end <= 1.0:
+            raise UserError(
+                f"separability_start {separability_start} and separability_end {separability_end} are shares of the "
+                "router stage: 0 <= start <= end <= 1"
+            )
+        for name, weight in (("efficiency_weight", efficiency_weight), ("separability_weight", separability_weight)):
+            if not weight >= 0.0:
+                raise UserError(f"{name} is {weight}; a loss weight cannot be negative")
+        self.save_hyperparameters(ignore=["lte"])
+        self.save_hyperparameters({"lte": asdict(lte) if lte else None})
+        self.lte = lte
+        self.stage: Stage = "dense"
+        self.stage_progress = 0.0
+        self.measured: dict[str, dict[str, Any]] = {}
+        self.net: PreTrainedModel | None = None
+        self.schedule: Any = None
+
+    # The task, by the subclass
+
+    def model_arguments(self) -> dict[str, Any]:
+        """What the task passes to ``from_pretrained``."""
+        return {}
+
+    def make_metric(self) -> Metric:
+        """Returns a fresh metric, updated with what `outputs_for_metric` gives."""
+        raise TypeError(f"{type(self).__name__} must define make_metric")
+
+    def outputs_for_metric(self, outputs: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns predictions and targets."""
+        raise TypeError(f"{type(self).__name__} must define outputs_for_metric")
+
+    # Model and stages
+
+    def configure_model(self) -> None:
+        """Loads the model and gives it experts; its weights are grouped only when the router stage begins."""
+        if self.net is not None:
+            return
+        source = resolve(self.hparams["init_from"] or self.hparams["pretrained"])
+        with _quiet_loading():
+            if is_lte(source):
+                self._load_lte(source)
+            else:
+                self.net = _load_plain(self.auto_class, source, self.model_arguments())
+                self._convert(self.lte or LteConfig())
+        self.net.train()  # Hugging Face loads in eval mode, and Lightning would keep it so
+        self._make_meters()
+
+    def _load_lte(self, source: str) -> None:
+        self.net = from_pretrained(source, self.auto_class, **self.model_arguments())
+        about = read_description(source)["about"]
+        self.stage = about.get("stage", "dense")
+        self.measured = about.get("measured", {})
+        if self.lte is None or self.lte == self.net.lte_config:
+            return
+        if self.stage == "dense":
+            self._convert(self.lte)
+            return
+        old, new = asdict(self.net.lte_config), asdict(self.lte)
+        changed = ", ".join(f"{key}: {old[key]} there, {new[key]} here" for key in old if old[key] != new[key])
+        raise UserError(f"{source} was routed with another configuration ({changed}); leave model.lte out to keep it")
+
+    def _convert(self, config: LteConfig) -> None:
+        if expert_ffns(self.net):
+            restore(self.net)
+        convert(self.net, replace(config, grouping="contiguous"), progress=False)
+        self.net.lte_config = config
+
+    def enter_stage(self, stage: Stage) -> None:
+        """Moves to a stage: groups the neurons on leaving ``dense``, sets the mode and what is trainable."""
+        if self.net.lte_config.selector == "none" and stage == "router":
+            raise UserError("selector 'none' has nothing to train in the router stage; set stages.router.epochs to 0")
+        if self.stage == "dense" and stage != "dense":
+            group_experts(self.net, progress=self.trainer.is_global_zero)
+        self.stage = stage
+        self.apply_stage()
+
+    def apply_stage(self) -> None:
+        """Sets the FFNs' mode and the routers' trainability as the current stage wants them."""
+        set_mode(self.net, {"dense": "dense", "router": "soft", "expert": "hard"}[self.stage])
+        for parameter in selector_parameters(self.net):
+            parameter.requires_grad_(self.stage == "router")
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps the stage and what was measured so far."""
+        checkpoint["lte"] = {"stage": self.stage, "measured": self.measured, "config": asdict(self.net.lte_config)}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restores the stage, before optimizers are configured."""
+        if "lte" not in checkpoint:
+            raise UserError("this checkpoint was not written by lte-lightning: it names no stage")
+        saved = LteConfig(**checkpoint["lte"]["config"])
+        if saved != self.net.lte_config:
+            self._convert(saved)
+        self.stage = checkpoint["lte"]["stage"]
+        self.measured = checkpoint["lte"]["measured"]
+        self.apply_stage()
+
+    def configure_optimizers(self) -> Any:
+        """Asks the stage schedule."""
+        if self.schedule is None:
+            raise UserError("training needs the StageSchedule callback: Trainer(callbacks=[StageSchedule(...)])")
+        return self.schedule.configure_optimizers(self)
+
+    # Training
+
+    def separability_weight_now(self) -> float:
+        """Returns lambda at this point of the router stage."""
+        start, end = self.hparams["separability_start"], self.hparams["separability_end"]
+        if self.stage_progress >= end:
+            return self.hparams["separability_weight"]
+        if self.stage_progress <= start:
+            return 0.0
+        return self.hparams["separability_weight"] * (self.stage_progress - start) / (end - start)
+
+    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        """Returns the stage's loss: the task's, in the router stage with equation 6's two terms."""
+        if self.stage != "router":
+            loss = self.net(**batch).loss
+            self.log("train/task_loss", loss)
+        else:
+            with RouterTrace(self.net, batch["attention_mask"]) as trace:
+                task_loss = self.net(**batch).loss
+            efficiency = trace.efficiency_loss()
+            weight = self.separability_weight_now()
+            separability = trace.separability_loss(self.hparams["separability_epsilon"])
+            loss = task_loss + self.hparams["efficiency_weight"] * efficiency + weight * separability
+            self.log_dict(
+                {
+                    "train/task_loss": task_loss,
+                    "train/efficiency_loss": efficiency,
+                    "train/separability_loss": separability,
+                    "train/separability_weight": weight,
+                }
+            )
+        self.log("train/loss", loss, prog_bar=True)
+        if not torch.isfinite(loss):
+            raise NonFiniteLossError(
+                f"the loss is {loss.item()} in stage {self.stage!r} at step {self.global_step}; the weights before it "
+                "are kept in the last checkpoint. Lower the learning rate, or use trainer.precision 32-true"
+            )
+        return loss
+
+    # Evaluation
+
+    def _make_meters(self) -> None:
+        names = [f"{view}{suffix}" for view in VIEW_MODES for suffix in self.loader_names]
+        self.meters = nn.ModuleDict({name: self.make_metric() for name in names})
+        self.sparsity = SparsityMeter([ffn.neurons // ffn.expert_size for ffn in expert_ffns(self.net).values()])
+
+    def validation_step(self, batch: dict[str, torch.Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Measures every view of the current stage."""
+        for view in VIEWS[self.stage]:
+            self._measure(view, batch, dataloader_idx)
+        self.apply_stage()
+
+    def _measure(self, view: str, batch: dict[str, torch.Tensor], dataloader_idx: int) -> Any:
+        set_mode(self.net, VIEW_MODES[view])
+        if VIEW_MODES[view] == "hard":
+            with RouterTrace(self.net, batch["attention_mask"]) as trace:
+                outputs = self.net(**batch)
+            self.sparsity.update(trace)
+        else:
+            outputs = self.net(**batch)
+        self.meters[f"{view}{self.loader_names[dataloader_idx]}"].update(*self.outputs_for_metric(outputs, batch))
+        return outputs
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs ``val/<view>/<metric>`` and the sparsity, and remembers them for the results."""
+        for view in VIEWS[self.stage]:
+            found = self._read_meters(view)
+            self.measured[view] = found
+            scalars = {key: value for key, value in found.items() if isinstance(value, float)}
+            self.log_dict({f"val/{view}/{key}": value for key, value in scalars.items()}, prog_bar=True)
+
+    def _read_meters(self, view: str) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for suffix in self.loader_names:
+            meter = self.meters[f"{view}{suffix}"]
+            found[f"{self.metric_name}{suffix}"] = float(meter.compute())
+            meter.reset()
+        if VIEW_MODES[view] == "hard":
+            per_layer = self.sparsity.compute()
+            found["sparsity"] = self.sparsity.overall()
+            found["sparsity_per_layer"] = per_layer
+            found["score_histogram"] = self.sparsity.histogram()
+            self.sparsity.reset()
+        return found
+
+    def on_test_start(self) -> None:
+        """Refuses a model that has no trained selection."""
+        if self.stage == "dense":
+            raise UserError(
+                "this model was never routed, so there is no sparsity to test: train the router and expert stages "
+                "first, or give a routed model by --ckpt_path or --model.init_from"
+            )
+
+    def test_step(self, batch: dict[str, torch.Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Measures the model in hard mode."""
+        self._measure("hard", batch, dataloader_idx)
+
+    def on_test_epoch_end(self) -> None:
+        """Logs the metric, the sparsity overall and per layer, and the paper's GFLOPs per token."""
+        found = self._read_meters("hard")
+        per_layer = found["sparsity_per_layer"]
+        self.measured["test"] = found | self.flops(per_layer)
+        self.log_dict({f"test/{key}": value for key, value in found.items() if isinstance(value, float)})
+        self.log("test/gflops_per_token", self.measured["test"]["flops_per_token"] / 2**30)
+        self.log_dict({f"test/sparsity_layer_{i:02d}": sparsity for i, sparsity in enumerate(per_layer)})
+
+    def flops(self, sparsity_per_layer: list[float]) -> dict[str, int]:
+        """Returns FLOPs per token in the paper's accounting, sparse and dense."""
+        return {
+            "flops_per_token": flops_per_token(self.net, sparsity_per_layer),
+            "dense_flops_per_token": flops_per_token(self.net),
+        }
+
+    def on_predict_start(self) -> None:
+        """Predicts in hard mode, or densely if the model was never routed."""
+        set_mode(self.net, "dense" if self.stage == "dense" else "hard")
+
+
+class _quiet_loading:
+    """Silences transformers' report of the new head, which every fine-tuning has."""
+
+    def __enter__(self) -> None:
+        self.verbosity = hf_logging.get_verbosity()
+        hf_logging.set_verbosity_error()
+        hf_logging.disable_progress_bar()
+
+    def __exit__(self, *_: object) -> None:
+        hf_logging.set_verbosity(self.verbosity)
+        hf_logging.enable_progress_bar()
+
+
+def _load_plain(auto_class: Any, source: str, arguments: dict[str, Any]) -> PreTrainedModel:
+    try:
+        return auto_class.from_pretrained(source, **arguments)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load the model {source!r}: {error}") from error

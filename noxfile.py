@@ -1,0 +1,78 @@
+"""What one checks with: `nox` runs lint and tests, `nox --list` names the rest. Arguments after `--` go to pytest.
+
+Plain venv and pip. All sessions share the environment of the session `env`: it is made once (minutes, some GB) and
+refreshed when pyproject.toml or constraints.txt change.
+"""
+
+import hashlib
+import os
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2024.10.9"
+nox.options.default_venv_backend = "venv"
+nox.options.reuse_venv = "yes"
+nox.options.sessions = ["lint", "tests"]
+
+ROOT = Path(__file__).parent
+# No hub, ever: the tests build their models, the regression session reads local folders.
+OFFLINE = {"HF_HUB_OFFLINE": "1"}
+# Tiny models are slower on two threads (6x and more on a busy machine), real ones are not.
+ONE_THREAD = OFFLINE | {"OMP_NUM_THREADS": "1"}
+TWO_THREADS = OFFLINE | {"OMP_NUM_THREADS": "2"}
+
+
+@nox.session(default=False)
+def env(session: nox.Session) -> None:
+    """Create or refresh the environment that the other sessions run in."""
+    wanted = hashlib.sha256(
+        (ROOT / "pyproject.toml").read_bytes() + (ROOT / "constraints.txt").read_bytes()
+    ).hexdigest()
+    stamp = Path(session.virtualenv.location, "installed.sha256")
+    if not stamp.exists() or stamp.read_text() != wanted:
+        session.install("-c", "constraints.txt", "-e", ".[quickstart,dev]")
+        stamp.write_text(wanted)
+    # The sessions that require this one inherit the environment of this process.
+    os.environ["PATH"] = os.pathsep.join([session.bin, os.environ["PATH"]])
+
+
+@nox.session(python=False, requires=["env"])
+def lint(session: nox.Session) -> None:
+    """Check style, format and types."""
+    session.run("ruff", "check")
+    session.run("ruff", "format", "--check")
+    session.run("mypy")
+
+
+@nox.session(python=False, requires=["env"])
+def tests(session: nox.Session) -> None:
+    """Run the tests: tiny models, minutes."""
+    session.run("pytest", *session.posargs, env=ONE_THREAD)
+
+
+@nox.session(python=False, requires=["env"])
+def regression(session: nox.Session) -> None:
+    """Compare real small models with the committed goldens."""
+    session.run("pytest", "-m", "regression", "--timeout=1200", "tests/regression", *session.posargs, env=real_models())
+
+
+@nox.session(python=False, requires=["env"])
+def goldens(session: nox.Session) -> None:
+    """Rewrite tests/goldens: read the diff before you commit it."""
+    # Each half on the threads that it is compared on; `-k` may leave one of them without a test, which is exit code 5.
+    rewrite = ["--rewrite-goldens", "--timeout=1200", *session.posargs]
+    session.run("pytest", *rewrite, env=ONE_THREAD, success_codes=[0, 5])
+    session.run("pytest", "-m", "regression", *rewrite, env=real_models(), success_codes=[0, 5])
+
+
+@nox.session(python=False, requires=["env"])
+def gpu(session: nox.Session) -> None:
+    """Run the tests that need a CUDA device."""
+    session.run("pytest", "-m", "gpu", *session.posargs, env=OFFLINE)
+
+
+def real_models() -> dict[str, str]:
+    """The environment of the sessions on real models: LTE_SHARED is their data, without it those tests skip."""
+    shared = ROOT.parent / "shared"
+    return TWO_THREADS | ({"LTE_SHARED": str(shared)} if shared.is_dir() else {})

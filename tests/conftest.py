@@ -1,0 +1,103 @@
+"""Environment, seeds and goldens of all tests."""
+
+import atexit
+import json
+import os
+import random
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# Before the first import of torch or of anything by Hugging Face: they read these once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+os.environ["MPLBACKEND"] = "Agg"
+os.environ.pop("MLFLOW_TRACKING_URI", None)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+if "HF_DATASETS_CACHE" not in os.environ:
+    os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="lte-datasets-")
+    atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+
+# The same examples on every machine, however slow it is.
+hypothesis.settings.register_profile("lte", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("lte")
+
+GOLDENS = Path(__file__).parent / "goldens"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--rewrite-goldens", action="store_true", help="run the tests with goldens only, and rewrite these"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("rewrite_goldens"):
+        others = [item for item in items if "golden" not in getattr(item, "fixturenames", ())]
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if item not in others]
+
+
+@pytest.fixture(autouse=True)
+def seeds() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """`golden(name, value)` compares nested dicts and lists of numbers with tests/goldens/<name>.json.
+
+    Floats agree within `rtol` and `atol`, everything else exactly. With --rewrite-goldens the file is written instead.
+    """
+
+    def check(name: str, value: Any, rtol: float = 1e-4, atol: float = 1e-6) -> None:
+        path = GOLDENS / f"{name}.json"
+        if request.config.getoption("rewrite_goldens"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(rounded(value), indent=1, allow_nan=False) + "\n")
+            return
+        if not path.exists():
+            pytest.fail(
+                f"no golden {path}: write it with `nox -s goldens -- -k {request.node.originalname}`, and commit it"
+            )
+        wrong = differences(value, json.loads(path.read_text()), rtol, atol)
+        if wrong:
+            pytest.fail(f"differs from {path} (rewrite: `nox -s goldens`):\n" + "\n".join(wrong))
+
+    return check
+
+
+def rounded(value: Any) -> Any:
+    """Six digits: enough for every tolerance, and noise stays out of the diffs."""
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(item) for item in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def differences(value: Any, expected: Any, rtol: float, atol: float, where: str = "value") -> list[str]:
+    """One line for each place where two nested structures differ."""
+    if isinstance(expected, dict) and isinstance(value, dict) and expected.keys() == value.keys():
+        pairs = [(f"{where}[{key!r}]", value[key], expected[key]) for key in expected]
+    elif isinstance(expected, list) and isinstance(value, list | tuple) and len(expected) == len(value):
+        pairs = [(f"{where}[{i}]", *pair) for i, pair in enumerate(zip(value, expected, strict=True))]
+    elif isinstance(expected, float) and isinstance(value, float):
+        return (
+            [] if abs(value - expected) <= atol + rtol * abs(expected) else [f"{where}: {value!r}, golden {expected!r}"]
+        )
+    else:
+        return (
+            [] if type(value) is type(expected) and value == expected else [f"{where}: {value!r}, golden {expected!r}"]
+        )
+    return [line for name, mine, theirs in pairs for line in differences(mine, theirs, rtol, atol, name)]
