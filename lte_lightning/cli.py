@@ -52,6 +52,12 @@ class LteCLI(LightningCLI):
             kwargs["logger"] = config.run.make_logger(origin)
         return super().instantiate_trainer(**kwargs)
 
+    def after_run(self) -> None:
+        """Shows the results, after every progress bar is gone."""
+        self.config_init[self.subcommand].run.report()
+
+    after_fit = after_test = after_predict = after_run
+
 
 def _seed(value: bool | int) -> int:
     return int(value)

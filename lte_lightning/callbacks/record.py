@@ -54,6 +54,7 @@ class Recorder(Callback):
         self.floor = read_floor(floor_from) if floor_from else None
         self.folder: Path | None = None
         self.results: dict[str, Any] | None = None
+        self.written: Path | None = None
 
     # The run's place
 
@@ -87,7 +88,9 @@ class Recorder(Callback):
             probe.touch()
             probe.unlink()
         except OSError as error:
-            raise UserError(f"cannot write runs to {self.root}: {error}; choose another folder with run.root") from error
+            raise UserError(
+                f"cannot write runs to {self.root}: {error}; choose another folder with run.root"
+            ) from error
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Makes the run folder and sends the checkpoints there."""
@@ -140,8 +143,9 @@ class Recorder(Callback):
         tokenizer = getattr(trainer.datamodule, "tokenizer", None)
         if hasattr(tokenizer, "save_pretrained"):
             tokenizer.save_pretrained(self.folder / "model")
-        write_json(self.folder / "results.json", self.results)
-        files = [self.folder / "results.json"]
+        self.written = self.folder / "results.json"
+        write_json(self.written, self.results)
+        files = [self.written]
         views = module.measured.get("hard") or module.measured.get("hard_before")
         if views:
             files += [self.folder / "sparsity_per_layer.png", self.folder / "scores.png"]
@@ -154,31 +158,27 @@ class Recorder(Callback):
             logger.log_metrics({f"results/{key}": float(value) for key, value in scalars.items()})
 
     @rank_zero_only
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Prints the table, and last the path of ``results.json``."""
-        if self.results is not None:
-            show(results_table(self.results))
-            print(self.folder / "results.json", flush=True)
-
-    @rank_zero_only
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes ``test.json``: metric, sparsity overall and per layer, FLOPs per token."""
         if self.folder is not None:
-            write_json(self.folder / "test.json", pl_module.measured["test"])
-            print(self.folder / "test.json", flush=True)
+            self.written = self.folder / "test.json"
+            write_json(self.written, pl_module.measured["test"])
 
     @rank_zero_only
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes ``predictions.jsonl``, one row per example in the order of the data."""
-        if self.folder is None:
-            return
-        batches = trainer.predict_loop.predictions
-        rows = torch.cat([torch.as_tensor(batch) for batch in batches]).tolist()
-        order = [i for batch in trainer.predict_dataloaders.batch_sampler for i in batch]
-        path = self.folder / "predictions.jsonl"
-        ordered = sorted(zip(order, rows, strict=True))
-        path.write_text("".join(json.dumps({"row": i, "prediction": row}) + "\n" for i, row in ordered))
-        print(path, flush=True)
+        if self.folder is not None:
+            rows = [row for batch in trainer.predict_loop.predictions for row in batch.tolist()]
+            self.written = self.folder / "predictions.jsonl"
+            self.written.write_text("".join(json.dumps({"prediction": row}) + "\n" for row in rows))
+
+    @rank_zero_only
+    def report(self) -> None:
+        """Prints the table of a fit, and last the path of what was written."""
+        if self.results is not None:
+            show(results_table(self.results))
+        if self.written is not None:
+            print(self.written, flush=True)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

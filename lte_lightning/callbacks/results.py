@@ -87,7 +87,12 @@ def results_table(results: dict[str, Any]) -> Table:
     """Lays the results out for reading."""
     title = f"{results['task']}: {results['metric']} on the validation rows"
     table = Table(title=title, title_justify="left")
-    for column, justify in (("", "left"), (results["metric"], "right"), ("sparsity", "right"), ("GFLOPs/token", "right")):
+    for column, justify in (
+        ("", "left"),
+        (results["metric"], "right"),
+        ("sparsity", "right"),
+        ("GFLOPs/token", "right"),
+    ):
         table.add_column(column, justify=justify)
     dense, sparse = results["dense_flops_per_token"] / GFLOP, results["flops_per_token"] / GFLOP
     last = "hard" if results["hard"] is not None else "hard_before"

@@ -85,9 +85,9 @@ class StageSchedule(Callback):
 
     def __init__(
         self,
-        dense: StagePlan = StagePlan(),  # noqa: B008  (frozen)
-        router: StagePlan = StagePlan(),  # noqa: B008
-        expert: StagePlan = StagePlan(),  # noqa: B008
+        dense: StagePlan = StagePlan(),
+        router: StagePlan = StagePlan(),
+        expert: StagePlan = StagePlan(),
         seed: int = 0,
     ) -> None:
         self.plans: dict[Stage, StagePlan] = {"dense": dense, "router": router, "expert": expert}

@@ -12,7 +12,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, PreTrainedModel
@@ -20,6 +19,7 @@ from transformers.utils import cached_file
 
 from lte_lightning.core.config import LteConfig
 from lte_lightning.core.convert import convert, plain, require_expert_ffns, set_mode
+from lte_lightning.core.errors import UserError
 from lte_lightning.core.expert_ffn import MODES
 
 LAYOUT_VERSION = 1
@@ -27,7 +27,7 @@ CONFIG_FILE = "lte_config.json"
 ROUTERS_FILE = "lte_routers.safetensors"
 
 
-class LayoutError(ValueError):
+class LayoutError(UserError):
     """A folder is not a saved LTE model that this version can read."""
 
 
@@ -86,9 +86,7 @@ def save_pretrained(
     return folder
 
 
-def from_pretrained(
-    source: str | os.PathLike[str], auto_class: Any = None, **kwargs: Any
-) -> PreTrainedModel:
+def from_pretrained(source: str | os.PathLike[str], auto_class: Any = None, **kwargs: Any) -> PreTrainedModel:
     """Loads a model written by `save_pretrained`, experts and routers in place, in the mode it was saved in.
 
     Args:

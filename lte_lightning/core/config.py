@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from lte_lightning.core.errors import UserError
+
 
 @dataclass
 class LteConfig:
@@ -33,10 +35,10 @@ class LteConfig:
 
     def __post_init__(self) -> None:
         if self.expert_size < 1:
-            raise ValueError(f"expert_size is {self.expert_size}; it must be at least 1 (the paper uses 32)")
+            raise UserError(f"expert_size is {self.expert_size}; it must be at least 1 (the paper uses 32)")
         if not 0.0 < self.threshold < 1.0:
-            raise ValueError(f"threshold is {self.threshold}; scores lie in (0, 1), so it must too (the paper uses 0.5)")
+            raise UserError(f"threshold is {self.threshold}; it must lie in (0, 1), as scores do (the paper uses 0.5)")
         if not self.router_scale > 0.0:
-            raise ValueError(
+            raise UserError(
                 f"router_scale is {self.router_scale}; it must be positive, or all scores start equal and stay so"
             )

@@ -9,6 +9,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from lte_lightning.core.config import LteConfig
+from lte_lightning.core.errors import UserError
 from lte_lightning.core.expert_ffn import MODES, ExpertFfn, Mode
 from lte_lightning.core.ffn import FfnRow, find_layers, find_parts, find_row, get_child, set_child, weight_rows
 from lte_lightning.core.grouping import Grouping, expert_count, group_neurons
@@ -30,11 +31,11 @@ def convert(model: PreTrainedModel, config: LteConfig | None = None, progress: b
 
     Raises:
         UnsupportedModelError: If the family, or the type of a projection, is unknown.
-        ValueError: If the expert size does not divide the FFN width, or the model has been converted before.
+        UserError: If the expert size does not divide the FFN width, or the model has been converted before.
     """
     config = config or LteConfig()
     if expert_ffns(model):
-        raise ValueError(f"this {type(model).__name__} has expert FFNs already; restore() it first")
+        raise UserError(f"this {type(model).__name__} has expert FFNs already; restore() it first")
     row = find_row(model.config.model_type)
     layers = find_layers(model)
     all_parts = [find_parts(layer, row) for layer in layers]
@@ -77,7 +78,7 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
     """Gives back the plain Hugging Face model, in place: its FFNs run densely, in the order of the experts.
 
     Raises:
-        ValueError: If the model has no expert FFNs.
+        UserError: If the model has no expert FFNs.
     """
     require_expert_ffns(model)
     row = find_row(model.config.model_type)
@@ -131,18 +132,18 @@ def require_expert_ffns(model: nn.Module) -> dict[str, ExpertFfn]:
     """Returns the expert FFNs.
 
     Raises:
-        ValueError: If there are none.
+        UserError: If there are none.
     """
     ffns = expert_ffns(model)
     if not ffns:
-        raise ValueError(f"this {type(model).__name__} has no expert FFNs; convert() it first")
+        raise UserError(f"this {type(model).__name__} has no expert FFNs; convert() it first")
     return ffns
 
 
 def set_mode(model: nn.Module, mode: Mode) -> None:
     """Switches every expert FFN of ``model`` to ``dense``, ``soft`` or ``hard``."""
     if mode not in MODES:
-        raise ValueError(f"unknown mode {mode!r}; there are {', '.join(MODES)}")
+        raise UserError(f"unknown mode {mode!r}; there are {', '.join(MODES)}")
     for ffn in require_expert_ffns(model).values():
         ffn.mode = mode
 
@@ -155,7 +156,7 @@ def selector_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
 
 def _check_selector(config: LteConfig) -> None:
     if config.selector not in SELECTORS:
-        raise ValueError(f"unknown selector {config.selector!r}; there are {', '.join(SELECTORS)}")
+        raise UserError(f"unknown selector {config.selector!r}; there are {', '.join(SELECTORS)}")
 
 
 def _make_selector(config: LteConfig, width: int, experts: int, generator: torch.Generator) -> nn.Module:

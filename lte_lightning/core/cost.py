@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedModel
 
 from lte_lightning.core.convert import require_expert_ffns
+from lte_lightning.core.errors import UserError
 from lte_lightning.core.expert_ffn import ExpertFfn, is_projection
 from lte_lightning.core.ffn import find_layers
 
@@ -21,7 +22,7 @@ def flops_per_token(model: PreTrainedModel, sparsity_per_layer: Sequence[float] 
             dense model.
 
     Raises:
-        ValueError: If the model was not converted, or the number of layers differs.
+        UserError: If the model was not converted, or the number of layers differs.
     """
     ffns = list(require_expert_ffns(model).values())
     inside = {id(module) for ffn in ffns for module in ffn.modules()}
@@ -32,7 +33,7 @@ def flops_per_token(model: PreTrainedModel, sparsity_per_layer: Sequence[float] 
     if sparsity_per_layer is None:
         return total + sum(ffn.flops_dense() for ffn in ffns)
     if len(sparsity_per_layer) != len(ffns):
-        raise ValueError(f"{len(sparsity_per_layer)} sparsities for {len(ffns)} layers")
+        raise UserError(f"{len(sparsity_per_layer)} sparsities for {len(ffns)} layers")
     for ffn, sparsity in zip(ffns, sparsity_per_layer, strict=True):
         total += round(ffn.flops_dense() * (1.0 - sparsity)) + selector_flops(ffn)
     return total

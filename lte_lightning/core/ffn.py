@@ -13,6 +13,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from lte_lightning.core.errors import UserError
+
 Activation = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -51,7 +53,7 @@ FFN_TABLE: dict[str, FfnRow] = {
 }
 
 
-class UnsupportedModelError(ValueError):
+class UnsupportedModelError(UserError):
     """The model's family, or one of its parts, is not one that expert FFNs are made for."""
 
 

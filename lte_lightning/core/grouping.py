@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch.nn.functional import normalize
 
+from lte_lightning.core.errors import UserError
+
 Method = Literal["kmeans", "random", "contiguous"]
 
 _SEED_TRIALS = 8
@@ -42,11 +44,11 @@ class Grouping:
 def expert_count(neurons: int, expert_size: int) -> int:
     """Returns how many experts of ``expert_size`` neurons an FFN has; they must come out even."""
     if neurons < 1:
-        raise ValueError(f"An FFN of {neurons} neurons cannot be split into experts.")
+        raise UserError(f"An FFN of {neurons} neurons cannot be split into experts.")
     if expert_size < 1 or neurons % expert_size:
         divisors = [d for d in range(1, neurons + 1) if neurons % d == 0]
         nearest = sorted(divisors, key=lambda d: abs(d - expert_size))[:6]
-        raise ValueError(
+        raise UserError(
             f"expert_size={expert_size} does not split {neurons} neurons evenly. Divisors of {neurons}, nearest first: "
             f"{', '.join(map(str, nearest))}."
         )
@@ -65,15 +67,15 @@ def group_neurons(weight_FD: torch.Tensor, expert_size: int, method: Method = "k
         seed: Equal seeds give equal groupings; torch's global generator is neither read nor moved.
     """
     if method not in get_args(Method):
-        raise ValueError(f"Unknown grouping method {method!r}. Choose one of: {', '.join(get_args(Method))}.")
+        raise UserError(f"Unknown grouping method {method!r}. Choose one of: {', '.join(get_args(Method))}.")
     if weight_FD.ndim != 2:
-        raise ValueError(f"Expected a matrix with a row per neuron, got a weight of shape {tuple(weight_FD.shape)}.")
+        raise UserError(f"Expected a matrix with a row per neuron, got a weight of shape {tuple(weight_FD.shape)}.")
     neurons = weight_FD.shape[0]
     experts = expert_count(neurons, expert_size)
     rows_FD = weight_FD.detach().to("cpu", torch.float32)
     bad_rows = (~rows_FD.isfinite()).any(1).nonzero()[:, 0]
     if len(bad_rows):
-        raise ValueError(
+        raise UserError(
             f"{len(bad_rows)} of {neurons} neurons have NaN or infinite weights, the first is row {int(bad_rows[0])}. "
             "Group a checkpoint that trained without overflow."
         )

