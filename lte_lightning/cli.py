@@ -40,15 +40,18 @@ class LteCLI(LightningCLI):
         parser.add_lightning_class_args(StageSchedule, "stages")
         parser.add_lightning_class_args(Recorder, "run")
         parser.link_arguments("model.init_args.pretrained", "data.init_args.tokenizer")
-        parser.link_arguments("data.init_args.task", "model.init_args.task")
-        for target in ("stages.seed", "data.init_args.seed"):
+        parser.link_arguments("data", "model.init_args.task", compute_fn=_task, apply_on="instantiate")
+        for target in ("stages.seed", "data.init_args.seed", "model.init_args.seed"):
             parser.link_arguments("seed_everything", target, compute_fn=_seed)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Gives the trainer the run's MLflow logger, unless the configuration names a logger or none."""
-        config = self.config_init[self.subcommand]
+        config = self.config_init[self.subcommand] if self.subcommand else self.config_init
         if config.trainer.logger in (None, True):
-            origin = config.get("ckpt_path") or (config.model.init_args.init_from if self.subcommand != "fit" else None)
+            # a fit goes on with a run only by its checkpoint: from weights alone it begins a new one
+            origin = config.get("ckpt_path") or (
+                None if self.subcommand == "fit" else config.model.hparams["init_from"]
+            )
             kwargs["logger"] = config.run.make_logger(origin)
         return super().instantiate_trainer(**kwargs)
 
@@ -59,30 +62,40 @@ class LteCLI(LightningCLI):
     after_fit = after_test = after_predict = after_run
 
 
+def _task(data: LightningDataModule) -> str:
+    return data.task
+
+
 def _seed(value: bool | int) -> int:
     return int(value)
 
 
 def main(args: list[str] | None = None) -> None:
     """Runs the command line; what the user can put right is said in one message, with exit code 1."""
-    set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     try:
-        LteCLI(
-            LteModule,
-            LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            save_config_callback=SaveConfig,
-            seed_everything_default=0,
-            auto_configure_optimizers=False,
-            trainer_defaults={
-                "max_epochs": -1,
-                "use_distributed_sampler": False,
-                "callbacks": [LastCheckpoint(), BestCheckpoint()],
-            },
-            parser_kwargs={"parser_mode": "omegaconf+"},
-            args=args,
-        )
+        make_cli(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+
+
+def make_cli(args: list[str] | None = None, run: bool = True) -> LteCLI:
+    """Parses a command line and, if asked, runs its subcommand (without ``run`` there is none, and no trainer.fit)."""
+    set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+    return LteCLI(
+        LteModule,
+        LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        save_config_callback=SaveConfig,
+        seed_everything_default=0,
+        auto_configure_optimizers=False,
+        trainer_defaults={
+            "max_epochs": -1,
+            "use_distributed_sampler": False,
+            "callbacks": [LastCheckpoint(), BestCheckpoint()],
+        },
+        parser_kwargs={"parser_mode": "omegaconf+"},
+        args=args,
+        run=run,
+    )

@@ -170,12 +170,14 @@ class StageSchedule(Callback):
         ahead = STAGES.index(span.stage) - STAGES.index(pl_module.stage)
         # The stage of a fit's first epoch may be the one that the model was saved in: it too gets a fresh optimizer
         if ahead > 0 or (ahead == 0 and trainer.current_epoch == span.first):
+            groups = pl_module.stage == "dense" and ahead > 0
             pl_module.enter_stage(span.stage)
             self._start_step = trainer.global_step
             _rewrap(trainer)
             trainer.strategy.setup_optimizers(trainer)
-            self._add_seconds("grouping", self._epoch_began)
-            self._epoch_began = time.perf_counter()
+            if groups:
+                self._add_seconds("grouping", self._epoch_began)
+                self._epoch_began = time.perf_counter()
         epoch = trainer.current_epoch - span.first
         position = STAGES.index(span.stage) * 100_000 + epoch
         torch.manual_seed((self.seed * 1_000_003 + position) * 1_009 + trainer.global_rank)

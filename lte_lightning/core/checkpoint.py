@@ -18,7 +18,7 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 from lte_lightning.core.config import LteConfig
-from lte_lightning.core.convert import convert, plain, require_expert_ffns, set_mode
+from lte_lightning.core.convert import convert, lte_config, plain, require_expert_ffns, set_lte_config, set_mode
 from lte_lightning.core.errors import UserError
 from lte_lightning.core.expert_ffn import MODES
 
@@ -61,7 +61,7 @@ def save_pretrained(
         "layout_version": LAYOUT_VERSION,
         "model_type": model.config.model_type,
         "mode": next(iter(ffns.values())).mode,
-        "lte": asdict(model.lte_config),
+        "lte": asdict(lte_config(model)),
         "about": about or {},
     }
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -113,15 +113,15 @@ def from_pretrained(source: str | os.PathLike[str], auto_class: Any = None, **kw
             raise LayoutError(f"{source} was saved as {architecture!r}, which transformers lacks; pass auto_class")
     model: PreTrainedModel = auto_class.from_pretrained(source, **kwargs)
     convert(model, replace(config, grouping="contiguous"), progress=False)
-    model.lte_config = config
-    _load_routers(model, Path(_file(source, ROUTERS_FILE)))
+    set_lte_config(model, config)
+    _load_routers(model, _file(source, ROUTERS_FILE))
     set_mode(model, mode)
     return model
 
 
 def is_lte(source: str | os.PathLike[str]) -> bool:
     """Says whether a folder or hub id holds a model written by `save_pretrained`."""
-    return _file(source, CONFIG_FILE, required=False) is not None
+    return _find(source, CONFIG_FILE) is not None
 
 
 def read_description(source: str | os.PathLike[str]) -> dict[str, Any]:
@@ -132,9 +132,9 @@ def read_description(source: str | os.PathLike[str]) -> dict[str, Any]:
     """
     path = _file(source, CONFIG_FILE)
     try:
-        description: dict[str, Any] = json.loads(Path(path).read_text())
+        description: dict[str, Any] = json.loads(path.read_text())
         version = description["layout_version"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise LayoutError(f"{path} is damaged: {error!r}") from error
     if version != LAYOUT_VERSION:
         raise LayoutError(
@@ -144,11 +144,16 @@ def read_description(source: str | os.PathLike[str]) -> dict[str, Any]:
     return description
 
 
-def _file(source: str | os.PathLike[str], name: str, required: bool = True) -> str | None:
+def _find(source: str | os.PathLike[str], name: str) -> Path | None:
     found = cached_file(
         str(source), name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
     )
-    if found is None and required:
+    return None if found is None else Path(found)
+
+
+def _file(source: str | os.PathLike[str], name: str) -> Path:
+    found = _find(source, name)
+    if found is None:
         raise LayoutError(
             f"{source} has no {name}, so it is not a saved LTE model; load a plain model with transformers and "
             "convert() it"

@@ -21,7 +21,7 @@ class LteConfig:
         router_margin: Logits by which the initial scores lie above the threshold, on average; needs the bias.
         router_scale: Spread of the initial logits for inputs of unit root mean square (weights are drawn with standard
             deviation ``router_scale / sqrt(D)``).
-        seed: Seed of the grouping and of the routers' initial weights.
+        seed: Seed of the grouping and of the routers' initial weights; by default that of the run, or 0 outside of one.
     """
 
     expert_size: int = 32
@@ -31,7 +31,7 @@ class LteConfig:
     router_bias: bool = True
     router_margin: float = 2.0
     router_scale: float = 0.4
-    seed: int = 0
+    seed: int | None = None
 
     def __post_init__(self) -> None:
         if self.expert_size < 1:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import nn
@@ -43,7 +44,7 @@ def convert(model: PreTrainedModel, config: LteConfig | None = None, progress: b
         expert_count(weight_rows(parts.up).shape[0], config.expert_size)
     _check_selector(config)
 
-    generator = torch.Generator().manual_seed(config.seed)
+    generator = torch.Generator().manual_seed(config.seed or 0)
     for layer, parts in zip(layers, all_parts, strict=True):
         neurons, width = weight_rows(parts.up).shape
         selector = _make_selector(config, width, neurons // config.expert_size, generator)
@@ -51,8 +52,12 @@ def convert(model: PreTrainedModel, config: LteConfig | None = None, progress: b
         if row.module:
             ffn.shell = (get_child(layer, row.module),)  # in a tuple, so that its weights are not registered twice
         _insert(layer, row, ffn)
-    model.lte_config = config
-    group_experts(model, progress)
+    set_lte_config(model, config)
+    try:
+        group_experts(model, progress)
+    except BaseException:  # weights that are not finite, or Ctrl-C while clustering
+        restore(model)
+        raise
     return model
 
 
@@ -62,15 +67,16 @@ def group_experts(model: PreTrainedModel, progress: bool = True) -> list[Groupin
     Returns:
         The grouping of each layer, with what clustering gained over chance.
     """
-    config: LteConfig = model.lte_config
+    config = lte_config(model)
     ffns = expert_ffns(model)
     if config.grouping == "contiguous":
         return []
     groupings = []
     for i, ffn in enumerate(tqdm(ffns.values(), desc=f"grouping ({config.grouping})", disable=not progress)):
         weight_FD = weight_rows(ffn.up if ffn.gate is None else ffn.gate).detach()
-        groupings.append(group_neurons(weight_FD, config.expert_size, config.grouping, config.seed + i))
-        ffn.permute(groupings[-1].permutation_F.to(weight_FD.device))
+        groupings.append(group_neurons(weight_FD, config.expert_size, config.grouping, (config.seed or 0) + i))
+    for ffn, grouping in zip(ffns.values(), groupings, strict=True):
+        ffn.permute(grouping.permutation_F.to(ffn.up.weight.device))
     return groupings
 
 
@@ -104,6 +110,7 @@ def plain(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
 
 
 def _insert(layer: nn.Module, row: FfnRow, ffn: ExpertFfn) -> None:
+    ffn.train(layer.training)
     if row.module:
         set_child(layer, row.module, ffn)
     else:
@@ -146,6 +153,16 @@ def set_mode(model: nn.Module, mode: Mode) -> None:
         raise UserError(f"unknown mode {mode!r}; there are {', '.join(MODES)}")
     for ffn in require_expert_ffns(model).values():
         ffn.mode = mode
+
+
+def lte_config(model: nn.Module) -> LteConfig:
+    """Returns how a converted model was converted."""
+    return cast(LteConfig, model.lte_config)
+
+
+def set_lte_config(model: nn.Module, config: LteConfig) -> None:
+    """Notes on the model how it was converted."""
+    model.lte_config = config  # type: ignore[assignment]  # torch's stubs know only tensors and modules as attributes
 
 
 def selector_parameters(model: nn.Module) -> Iterator[nn.Parameter]:

@@ -28,8 +28,8 @@ def flops_per_token(model: PreTrainedModel, sparsity_per_layer: Sequence[float] 
     inside = {id(module) for ffn in ffns for module in ffn.modules()}
     total = 0
     for layer in find_layers(model):
-        modules = [module for module in layer.modules() if is_projection(module) and id(module) not in inside]
-        total += sum(2 * module.weight.numel() for module in modules)
+        outside = [module for module in layer.modules() if id(module) not in inside]
+        total += sum(2 * module.weight.numel() for module in outside if is_projection(module))
     if sparsity_per_layer is None:
         return total + sum(ffn.flops_dense() for ffn in ffns)
     if len(sparsity_per_layer) != len(ffns):

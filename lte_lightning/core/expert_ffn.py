@@ -1,13 +1,13 @@
 """An FFN whose neurons are grouped into experts."""
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, TypeGuard
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lte_lightning.core.ffn import FfnParts, weight_rows
+from lte_lightning.core.ffn import FfnParts, Projection, weight_rows
 from lte_lightning.kernels import scale_experts
 
 Mode = Literal["dense", "soft", "hard"]
@@ -26,6 +26,10 @@ class ExpertFfn(nn.Module):
         selector: Maps the input [B, T, D] to scores [B, T, E].
         threshold: tau; in hard mode the experts whose score exceeds it run, unscaled.
     """
+
+    up: Projection
+    gate: Projection | None
+    down: Projection
 
     def __init__(self, parts: FfnParts, expert_size: int, selector: nn.Module, threshold: float) -> None:
         super().__init__()
@@ -90,6 +94,6 @@ class ExpertFfn(nn.Module):
         return 2 * sum(p.weight.numel() for p in (self.up, self.gate, self.down) if p is not None)
 
 
-def is_projection(module: nn.Module) -> bool:
+def is_projection(module: nn.Module) -> TypeGuard[Projection]:
     """Says whether a module is a matrix product with its own weight."""
     return isinstance(module, nn.Linear | Conv1D)

@@ -1,6 +1,6 @@
 """The table of FFNs: for each model type, where its FFNs are and what their parts are called.
 
-To support another family, add a row to `FFN_TABLE` and its tiny config to ``tests/core/families.py``.
+To support another family, add a row to `FFN_TABLE` and its tiny config to ``tests/core/conftest.py``.
 """
 
 import difflib
@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from lte_lightning.core.errors import UserError
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
+Projection = nn.Linear | Conv1D
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,9 @@ class UnsupportedModelError(UserError):
 class FfnParts:
     """The modules that make one FFN."""
 
-    up: nn.Module
-    gate: nn.Module | None
-    down: nn.Module
+    up: Projection
+    gate: Projection | None
+    down: Projection
     activation: Activation
 
 
@@ -102,8 +103,8 @@ def find_parts(layer: nn.Module, row: FfnRow) -> FfnParts:
             weights, for instance).
     """
 
-    def projection(path: str) -> nn.Module:
-        module = get_child(layer, path)
+    def projection(path: str) -> Projection:
+        module: Projection = get_child(layer, path)
         if type(module) not in (nn.Linear, Conv1D):
             raise UnsupportedModelError(
                 f"{type(layer).__name__}.{path} is a {type(module).__name__}; only torch.nn.Linear and transformers' "
@@ -115,10 +116,9 @@ def find_parts(layer: nn.Module, row: FfnRow) -> FfnParts:
     return FfnParts(projection(row.up), gate, projection(row.down), get_child(layer, row.activation))
 
 
-def weight_rows(projection: nn.Module) -> torch.Tensor:
+def weight_rows(projection: Projection) -> torch.Tensor:
     """Returns a projection's weight as [out, in], whatever way its class stores it (a view, no copy)."""
-    weight: torch.Tensor = projection.weight  # type: ignore[assignment]
-    return weight.T if isinstance(projection, Conv1D) else weight
+    return projection.weight.T if isinstance(projection, Conv1D) else projection.weight
 
 
 def get_child(layer: nn.Module, path: str) -> Any:
@@ -136,5 +136,6 @@ def set_child(layer: nn.Module, path: str, value: object) -> None:
     """Puts ``value`` at ``path`` below ``layer``; a plain function may take a module's place and the reverse."""
     parent_path, _, name = path.rpartition(".")
     parent = layer.get_submodule(parent_path)
-    delattr(parent, name)
+    if not isinstance(value, nn.Module):
+        delattr(parent, name)  # torch lets no function take a module's place; modules keep it, and the weights' order
     setattr(parent, name, value)

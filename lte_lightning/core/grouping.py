@@ -1,7 +1,7 @@
 """Partition the neurons of an FFN into experts of equal size.
 
-Shape suffixes: E experts, S neurons per expert, F = E * S neurons, D model width, C candidate seeds, P disjoint pairs
-of experts, Q = 2 * S neurons of such a pair.
+Shape suffixes: E experts, S neurons per expert, F = E * S neurons, D model width, C candidate seeds, R rejected
+neurons, P disjoint pairs of experts, Q = 2 * S neurons of such a pair.
 """
 
 from collections.abc import Iterator
@@ -149,19 +149,23 @@ def _seeds(gram_FF: torch.Tensor, experts: int, generator: torch.Generator) -> t
 
 def _assign(score_FE: torch.Tensor, size: int) -> torch.Tensor:
     """Every neuron asks its best expert, an expert keeps its best ``size``, and whom it rejects asks its next best."""
-    score_FE = score_FE.clone()
     neurons, experts = score_FE.shape
     owner_F = score_FE.argmax(1)
+    # Whoever does not beat the lowest score of a full expert need not ask there: it only rises.
+    lowest_E = torch.full((experts,), -torch.inf)
     while True:
-        order_F = score_FE.gather(1, owner_F[:, None])[:, 0].argsort(descending=True, stable=True)
+        value_F = score_FE.gather(1, owner_F[:, None])[:, 0]
+        order_F = value_F.argsort(descending=True, stable=True)
         order_F = order_F[owner_F[order_F].argsort(stable=True)]
         count_E = torch.bincount(owner_F, minlength=experts)
         rank_F = torch.arange(neurons) - (count_E.cumsum(0) - count_E)[owner_F[order_F]]
         rejected = order_F[rank_F >= size]
         if not len(rejected):
             return order_F.view(experts, size)
-        score_FE[rejected, owner_F[rejected]] = -torch.inf
-        owner_F[rejected] = score_FE[rejected].argmax(1)
+        last = order_F[rank_F == size - 1]
+        lowest_E[owner_F[last]] = value_F[last]
+        score_RE = score_FE[rejected]
+        owner_F[rejected] = score_RE.masked_fill_(score_RE <= lowest_E, -torch.inf).argmax(1)
 
 
 def _tournament(experts: int, generator: torch.Generator) -> Iterator[torch.Tensor]:

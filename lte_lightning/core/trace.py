@@ -27,7 +27,7 @@ class RouterTrace:
 
     Raises:
         UserError: If the model was not converted.
-        RuntimeError: If the model is being traced already.
+        RuntimeError: If the model is being traced already; in a forward pass, if its scores lost their gradient.
     """
 
     def __init__(self, model: nn.Module, token_mask_BT: torch.Tensor | None = None) -> None:
@@ -41,6 +41,7 @@ class RouterTrace:
             raise RuntimeError("this model is traced already; close the other RouterTrace first")
         for ffn in self._ffns.values():
             ffn.recorder = self._record
+        self._grad_enabled = torch.is_grad_enabled()
         return self
 
     def __exit__(
@@ -52,10 +53,11 @@ class RouterTrace:
     def _record(self, ffn: ExpertFfn, scores_BTE: torch.Tensor) -> None:
         if torch._C._current_graph_task_id() != -1:  # a backward pass is recomputing this layer
             return
-        if torch.is_grad_enabled() and not scores_BTE.requires_grad and _trainable(ffn.selector):
+        if self._grad_enabled and ffn.training and not scores_BTE.requires_grad and _trainable(ffn.selector):
             raise RuntimeError(
                 "the scores carry no gradient although the router is trainable: reentrant gradient checkpointing "
-                "hides them; use gradient_checkpointing_kwargs={'use_reentrant': False}"
+                "hides it, pass {'use_reentrant': False} when you enable checkpointing (for figures without gradients, "
+                "enter torch.no_grad() before the trace)"
             )
         if self._mask_BT is None:
             scores_NE = scores_BTE.flatten(0, -2)
@@ -72,6 +74,7 @@ class RouterTrace:
 
         Raises:
             RuntimeError: If a layer did not run, or ran in mode ``dense``.
+            UserError: If there was no real token.
         """
         silent = [name for name, records in self._scores.items() if not records]
         if silent:
@@ -79,7 +82,10 @@ class RouterTrace:
                 f"no scores were seen from {silent[0]} ({len(silent)} of {len(self._scores)} layers): run the model "
                 "inside the trace, in mode 'soft' or 'hard'"
             )
-        return {name: torch.cat(records) for name, records in self._scores.items()}
+        scores = {name: torch.cat(records) for name, records in self._scores.items()}
+        if any(scores_NE.shape[0] == 0 for scores_NE in scores.values()):
+            raise UserError("no real token: the token mask is all zeros")
+        return scores
 
     def efficiency_loss(self) -> torch.Tensor:
         """Returns equation 4 over the real tokens."""
@@ -98,14 +104,8 @@ class RouterTrace:
         return torch.stack(counts), next(iter(scores.values())).shape[0]
 
     def sparsity(self) -> float:
-        """Returns the share of FFN neurons that do not run in hard mode, over real tokens and layers.
-
-        Raises:
-            ValueError: If there was no real token.
-        """
+        """Returns the share of FFN neurons that do not run in hard mode, over real tokens and layers."""
         active_L, tokens = self.active_counts()
-        if tokens == 0:
-            raise UserError("no real token: the token mask is all zeros")
         sizes_L = [ffn.expert_size for ffn in self._ffns.values()]
         active = sum(int(n) * size for n, size in zip(active_L, sizes_L, strict=True))
         return 1.0 - active / (tokens * sum(ffn.neurons for ffn in self._ffns.values()))

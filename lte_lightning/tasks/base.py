@@ -45,6 +45,8 @@ class LteModule(LightningModule):
             ``separability_end``, lambda is constant, as the paper's text reads.
         separability_end: Share of the router stage at which lambda is reached; it grows linearly in between.
         separability_epsilon: Keeps the separability loss finite (see ``core/losses.py``).
+        seed: Seed of the grouping and of the routers, unless ``lte`` has its own; the command line sets it to
+            ``seed_everything``.
     """
 
     auto_class: ClassVar[Any]
@@ -61,6 +63,7 @@ class LteModule(LightningModule):
         separability_start: float = 0.5,
         separability_end: float = 1.0,
         separability_epsilon: float = SEPARABILITY_EPSILON,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         if not 0.0 <= separability_start <= separability_end <= 1.0:
@@ -73,7 +76,7 @@ class LteModule(LightningModule):
                 raise UserError(f"{name} is {weight}; a loss weight cannot be negative")
         self.save_hyperparameters(ignore=["lte"])
         self.save_hyperparameters({"lte": asdict(lte) if lte else None})
-        self.lte = lte
+        self.lte = replace(lte, seed=seed) if lte and lte.seed is None else lte
         self.stage: Stage = "dense"
         self.stage_progress = 0.0
         self.measured: dict[str, dict[str, Any]] = {}
@@ -106,7 +109,7 @@ class LteModule(LightningModule):
                 self._load_lte(source)
             else:
                 self.net = _load_plain(self.auto_class, source, self.model_arguments())
-                self._convert(self.lte or LteConfig())
+                self._convert(self.lte or LteConfig(seed=self.hparams["seed"]))
         self.net.train()  # Hugging Face loads in eval mode, and Lightning would keep it so
         self._make_meters()
 
@@ -115,12 +118,14 @@ class LteModule(LightningModule):
         about = read_description(source)["about"]
         self.stage = about.get("stage", "dense")
         self.measured = about.get("measured", {})
-        if self.lte is None or self.lte == self.net.lte_config:
+        if self.lte is None:
             return
         if self.stage == "dense":
             self._convert(self.lte)
             return
-        old, new = asdict(self.net.lte_config), asdict(self.lte)
+        old, new = asdict(self.net.lte_config), asdict(replace(self.lte, seed=self.net.lte_config.seed))
+        if old == new:
+            return
         changed = ", ".join(f"{key}: {old[key]} there, {new[key]} here" for key in old if old[key] != new[key])
         raise UserError(f"{source} was routed with another configuration ({changed}); leave model.lte out to keep it")
 
@@ -156,6 +161,7 @@ class LteModule(LightningModule):
         saved = LteConfig(**checkpoint["lte"]["config"])
         if saved != self.net.lte_config:
             self._convert(saved)
+            self._make_meters()
         self.stage = checkpoint["lte"]["stage"]
         self.measured = checkpoint["lte"]["measured"]
         self.apply_stage()

@@ -1,0 +1,172 @@
+"""A tiny model, tiny GLUE folders, and the command line run on them in this process."""
+
+import contextlib
+import io
+import json
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import BertConfig, BertModel, BertTokenizerFast
+
+from lte_lightning.cli import main
+
+FILLERS = "the a film plot is was very not cat dog sat ran and of in it story end".split()
+GOOD, BAD = "good bright fine".split(), "bad dull poor".split()
+
+
+def sentence(generator: random.Random, words: list[str], length: int) -> str:
+    """`length` words, one of which is from `words` and decides the label."""
+    text = generator.choices(FILLERS, k=length - 1)
+    text.insert(generator.randrange(length), generator.choice(words))
+    return " ".join(text)
+
+
+def sst2_rows(count: int, seed: int) -> list[dict[str, Any]]:
+    generator = random.Random(seed)
+    return [
+        {"sentence": sentence(generator, (BAD, GOOD)[i % 2], 3 + i % 7), "label": i % 2, "idx": i} for i in range(count)
+    ]
+
+
+def pair_rows(count: int, seed: int, columns: tuple[str, str], label: Callable[[int], float]) -> list[dict[str, Any]]:
+    generator = random.Random(seed)
+    return [
+        {
+            columns[0]: sentence(generator, (BAD, GOOD)[i % 2], 4),
+            columns[1]: sentence(generator, (BAD, GOOD)[i // 2 % 2], 3 + i % 3),
+            "label": label(i),
+        }
+        for i in range(count)
+    ]
+
+
+def write_rows(folder: Path, **splits: list[dict[str, Any]]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, rows in splits.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """Folders of a model and of three tasks, and the configuration of a fit in a second or two."""
+
+    folder: Path
+
+    @property
+    def model(self) -> Path:
+        return self.folder / "model"
+
+    def task(self, name: str) -> Path:
+        return self.folder / name
+
+    def config(self, task: str = "sst2", epochs: tuple[int, int, int] = (1, 1, 1), **more: Any) -> dict[str, Any]:
+        """The fit's configuration; `more` has dotted keys."""
+        config = {
+            "seed_everything": 1,
+            "model": {
+                "class_path": "lte_lightning.tasks.Classification",
+                "init_args": {"pretrained": str(self.model), "efficiency_weight": 1.0, "lte": {"expert_size": 8}},
+            },
+            "data": {
+                "class_path": "lte_lightning.data.GlueData",
+                "init_args": {"task": task, "source": str(self.task(task)), "max_length": 16, "batch_size": 8},
+            },
+            "stages": {
+                stage: {"epochs": count, "learning_rate": 1e-3}
+                for stage, count in zip(("dense", "router", "expert"), epochs, strict=True)
+            },
+            "trainer": {
+                "accelerator": "cpu",
+                "devices": 1,
+                "logger": False,
+                "log_every_n_steps": 1,
+                "enable_model_summary": False,
+                "enable_progress_bar": False,
+            },
+        }
+        for key, value in more.items():
+            *path, last = key.split(".")
+            inner = config
+            for name in path:
+                inner = inner.setdefault(name, {})
+            inner[last] = value
+        return config
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Tiny:
+    tiny = Tiny(tmp_path_factory.mktemp("tiny"))
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *FILLERS, *GOOD, *BAD]
+    tokenizer = BertTokenizerFast(vocab={word: i for i, word in enumerate(vocabulary)}, model_max_length=64)
+    tokenizer.save_pretrained(tiny.model)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    config = BertConfig(vocab_size=64, max_position_embeddings=64, **sizes)
+    BertModel(config).save_pretrained(tiny.model)
+    write_rows(tiny.task("sst2"), train=sst2_rows(64, 0), validation=sst2_rows(20, 1))
+    columns = ("sentence1", "sentence2")
+    write_rows(
+        tiny.task("stsb"),
+        train=pair_rows(32, 0, columns, lambda i: float(i % 4)),
+        validation=pair_rows(12, 1, columns, lambda i: float(i % 4)),
+    )
+    columns = ("premise", "hypothesis")
+    write_rows(
+        tiny.task("mnli"),
+        train=pair_rows(32, 0, columns, lambda i: i % 3),
+        validation_matched=pair_rows(12, 1, columns, lambda i: i % 3),
+        validation_mismatched=pair_rows(9, 2, columns, lambda i: i % 3),
+    )
+    return tiny
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command left."""
+
+    code: int
+    out: str
+    err: str
+    cwd: Path
+
+    @property
+    def written(self) -> Path:
+        """The path on the last line of the output."""
+        return Path(self.out.splitlines()[-1])
+
+    @property
+    def results(self) -> dict[str, Any]:
+        return json.loads(self.written.read_text())
+
+    @property
+    def run(self) -> Path:
+        """The only run's folder."""
+        (file,) = self.cwd.glob("runs/*/*/run.json")
+        return file.parent
+
+
+@pytest.fixture(scope="session")
+def lightning() -> Callable[..., Outcome]:
+    """`lightning(cwd, config, "fit", *args)` runs the command in a folder; the configuration may be None."""
+
+    def run(cwd: Path, config: dict[str, Any] | None, command: str, *args: object) -> Outcome:
+        words = [command]
+        if config is not None:
+            (cwd / "fit.yaml").write_text(yaml.safe_dump(config))
+            words += ["--config", "fit.yaml"]
+        out, err, code = io.StringIO(), io.StringIO(), 0
+        with contextlib.chdir(cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                main([*words, *map(str, args)])
+            except SystemExit as stop:
+                code = stop.code
+        return Outcome(code, out.getvalue(), err.getvalue(), cwd)
+
+    return run
