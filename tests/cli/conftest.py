@@ -4,10 +4,12 @@ import contextlib
 import io
 import json
 import random
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -16,8 +18,27 @@ from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from lte_lightning.cli import main
 
-FILLERS = "the a film plot is was very not cat dog sat ran and of in it story end".split()
-GOOD, BAD = "good bright fine".split(), "bad dull poor".split()
+FILLERS = [
+    "the",
+    "a",
+    "film",
+    "plot",
+    "is",
+    "was",
+    "very",
+    "not",
+    "cat",
+    "dog",
+    "sat",
+    "ran",
+    "and",
+    "of",
+    "in",
+    "it",
+    "story",
+    "end",
+]
+GOOD, BAD = ["good", "bright", "fine"], ["bad", "dull", "poor"]
 
 
 def sentence(generator: random.Random, words: list[str], length: int) -> str:
@@ -162,9 +183,15 @@ def lightning() -> Callable[..., Outcome]:
             (cwd / "fit.yaml").write_text(yaml.safe_dump(config))
             words += ["--config", "fit.yaml"]
         out, err, code = io.StringIO(), io.StringIO(), 0
-        with contextlib.chdir(cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        argv = ["lightning", *words, *map(str, args)]
+        with (
+            contextlib.chdir(cwd),
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+            mock.patch.object(sys, "argv", argv),
+        ):
             try:
-                main([*words, *map(str, args)])
+                main()
             except SystemExit as stop:
                 code = stop.code
         return Outcome(code, out.getvalue(), err.getvalue(), cwd)

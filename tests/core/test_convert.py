@@ -1,0 +1,362 @@
+import pytest
+import torch
+from torch import nn
+from transformers import AlbertConfig, AlbertModel
+
+from lte_lightning import LteConfig, convert, restore, set_mode
+from lte_lightning.core.convert import expert_ffns, group_experts, plain, selector_parameters
+from lte_lightning.core.errors import UserError
+from lte_lightning.core.expert_ffn import ExpertFfn
+from lte_lightning.core.ffn import FFN_TABLE, UnsupportedModelError, find_layers, find_row, get_child
+
+SIZE = 16
+CONTIGUOUS = LteConfig(SIZE, "contiguous")
+
+
+def converted(model, **kwargs):
+    return convert(model, LteConfig(**{"expert_size": SIZE, "grouping": "contiguous", **kwargs}), progress=False)
+
+
+def logits(model, batch):
+    with torch.no_grad():
+        return model(**batch).logits
+
+
+def snapshot(model):
+    """Everything that a failed conversion could have changed."""
+    return (
+        [(name, type(module), module.training) for name, module in model.named_modules()],
+        {key: value.clone() for key, value in model.state_dict().items()},
+        hasattr(model, "lte_config"),
+    )
+
+
+def assert_same(before, after):
+    assert before[0] == after[0]
+    assert list(before[1]) == list(after[1])
+    for key, value in before[1].items():
+        torch.testing.assert_close(after[1][key], value, rtol=0, atol=0, equal_nan=True, msg=key)
+    assert before[2] == after[2]
+
+
+def test_every_row_of_the_table_has_a_tiny_model(tiny_configs):
+    assert {config.model_type for config in tiny_configs.values()} == set(FFN_TABLE)
+
+
+def test_dense_equals_the_original_bit_for_bit(build, batch, family_and_head):
+    expected = logits(build(*family_and_head), batch)
+    model = converted(build(*family_and_head))
+    assert len(expert_ffns(model)) == 2
+    assert logits(model, batch).equal(expected)
+
+
+@pytest.mark.parametrize("grouping", ["kmeans", "random"])
+def test_dense_equals_the_original_but_for_the_order_of_the_sum(build, batch, family, grouping):
+    plain_model, model = build(family), converted(build(family), grouping=grouping)
+    for name, ffn in expert_ffns(model).items():
+        before = get_child(find_layers(plain_model)[int(name.split(".layer")[-1].split(".")[1])], row(model).up)
+        assert not before.weight.equal(ffn.up.weight), "nothing was permuted"
+    torch.testing.assert_close(logits(model, batch), logits(plain_model, batch), rtol=1e-6, atol=1e-6)
+
+
+def row(model):
+    return find_row(model.config.model_type)
+
+
+def test_dropout_falls_as_in_the_original(build, batch, family):
+    results = []
+    for model in (build(family).train(), converted(build(family)).train()):
+        torch.manual_seed(3)
+        results.append(logits(model, batch))
+    assert results[0].equal(results[1])
+    if not family.startswith("llama"):  # its only dropout is the attention's
+        assert not results[0].equal(logits(build(family), batch))
+
+
+@pytest.mark.parametrize("grouping", ["kmeans", "contiguous"])
+def test_hard_with_all_experts_on_equals_dense(build, batch, family, grouping):
+    model = converted(build(family), grouping=grouping)
+    for selector in (ffn.selector for ffn in expert_ffns(model).values()):
+        selector.weight.data.mul_(0.1)  # hidden states of these models have no unit root mean square
+    expected = logits(model, batch)
+    set_mode(model, "hard")
+    scores = []
+    for ffn in expert_ffns(model).values():
+        ffn.selector.register_forward_hook(lambda module, args, output: scores.append(output))
+    assert logits(model, batch).equal(expected)
+    assert len(scores) == 2
+    assert min(float(score.min()) for score in scores) > 0.5
+
+
+def naive_expert_ffn(ffn, x_TD, hard):
+    """Equations 1 to 3 in float64, a loop over experts."""
+
+    def matrix(projection):
+        weight = projection.weight.double()
+        return weight if isinstance(projection, nn.Linear) else weight.T
+
+    def bias(projection):
+        return 0.0 if projection.bias is None else projection.bias.double()
+
+    def project(projection, neurons):
+        shift = bias(projection)
+        return x_TD @ matrix(projection)[neurons].T + (shift if isinstance(shift, float) else shift[neurons])
+
+    x_TD = x_TD.double()
+    out_TD = torch.zeros_like(x_TD) + bias(ffn.down)
+    for expert in range(ffn.experts):
+        neurons = slice(expert * SIZE, (expert + 1) * SIZE)
+        if ffn.gate is None:
+            hidden_TS = ffn.activation(project(ffn.up, neurons))
+        else:
+            hidden_TS = ffn.activation(project(ffn.gate, neurons)) * project(ffn.up, neurons)
+        score_T = torch.sigmoid(x_TD @ ffn.selector.weight[expert].double() + ffn.selector.bias[expert].double())
+        factor_T = (score_T > ffn.threshold).double() if hard else score_T
+        out_TD += factor_T[:, None] * (hidden_TS @ matrix(ffn.down)[:, neurons].T)
+    return out_TD
+
+
+@pytest.mark.parametrize("threshold", [0.5, 0.6])
+@pytest.mark.parametrize("mode", ["soft", "hard"])
+def test_modes_equal_the_equations(build, batch, family, scatter, mode, threshold):
+    model = scatter(converted(build(family), grouping="kmeans", threshold=threshold))
+    set_mode(model, mode)
+    seen = []
+    for ffn in expert_ffns(model).values():
+        ffn.register_forward_hook(lambda module, args, output: seen.append((module, args[0], output)))
+    logits(model, batch)
+    assert len(seen) == 2
+    for ffn, x_BTD, out_BTD in seen:
+        running = (ffn.selector(x_BTD) > threshold).float().mean()
+        assert 0.1 < running < 0.9, "the test must see experts on both sides"
+        with torch.no_grad():
+            expected = naive_expert_ffn(ffn, x_BTD.flatten(0, -2), hard=mode == "hard")
+        torch.testing.assert_close(out_BTD.flatten(0, -2).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_without_experts_only_the_output_bias_is_left(build, batch, family):
+    model = converted(build(family), selector="none")
+    set_mode(model, "hard")
+    outputs = []
+    for ffn in expert_ffns(model).values():
+        ffn.register_forward_hook(lambda module, args, output: outputs.append((module.down.bias, output)))
+    logits(model, batch)
+    for bias, output in outputs:
+        assert output.equal(torch.zeros_like(output) if bias is None else bias.expand_as(output))
+
+
+@pytest.mark.parametrize("mode", ["dense", "soft", "hard"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(build, batch, family, scatter, mode, dtype):
+    model = scatter(converted(build(family), grouping="random"))
+    set_mode(model, mode)
+    expected = logits(model, batch)
+    result = logits(model.to(dtype), batch)
+    assert result.dtype == dtype
+    assert torch.isfinite(result).all()
+    if mode != "hard":  # there, rounding may move a score across the threshold
+        torch.testing.assert_close(result.float(), expected, rtol=0.1, atol=0.15)
+
+
+def test_gradients_reach_the_routers_in_soft_mode(build, batch, family):
+    model = converted(build(family))
+    set_mode(model, "soft")
+    model(**batch).logits.square().sum().backward()
+    for parameter in selector_parameters(model):
+        assert parameter.grad.abs().max() > 0
+    assert all(parameter.grad is not None for ffn in expert_ffns(model).values() for parameter in ffn.parameters())
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_no_gradient_reaches_the_routers_in_hard_mode(build, batch, family, scatter, frozen):
+    model = scatter(converted(build(family)))
+    set_mode(model, "hard")
+    for parameter in selector_parameters(model):
+        parameter.requires_grad_(not frozen)
+    model(**batch).logits.square().sum().backward()
+    assert all(parameter.grad is None for parameter in selector_parameters(model))
+    assert all(ffn.up.weight.grad.abs().max() > 0 for ffn in expert_ffns(model).values())
+
+
+@pytest.mark.parametrize("grouping", ["kmeans", "contiguous"])
+def test_restore_gives_the_plain_model(build, batch, family_and_head, grouping):
+    original = build(*family_and_head)
+    model = converted(build(*family_and_head), grouping=grouping)
+    set_mode(model, "hard")
+    restore(model)
+    before, after = snapshot(original), snapshot(model)
+    assert before[0] == after[0]
+    assert list(before[1]) == list(after[1])
+    assert [name for name, _ in model.named_parameters()] == [name for name, _ in original.named_parameters()]
+    assert not expert_ffns(model)
+    assert not hasattr(model, "lte_config")
+    if grouping == "contiguous":
+        assert_same(before, after)
+    torch.testing.assert_close(logits(model, batch), logits(original, batch), rtol=1e-6, atol=1e-6)
+
+
+def test_restore_keeps_what_was_trained(build, batch, family):
+    original = build(family)
+    model = converted(build(family), grouping="kmeans").train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    for mode in ("dense", "soft", "hard"):
+        set_mode(model, mode)
+        model(**batch, labels=torch.tensor([0, 1, 2])).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    set_mode(model, "dense")
+    expected = logits(model.eval(), batch)
+    assert not expected.isclose(logits(original, batch), atol=1e-3).all()
+    assert logits(restore(model), batch).equal(expected)
+
+
+def test_plain_is_for_a_while(build, batch, family, scatter):
+    model = scatter(converted(build(family), grouping="random"))
+    set_mode(model, "hard")
+    before, hard = snapshot(model), logits(model, batch)
+    with pytest.raises(KeyError), plain(model):
+        assert not expert_ffns(model)
+        assert list(model.state_dict()) == list(build(family).state_dict())
+        raise KeyError
+    assert_same(before, snapshot(model))
+    assert logits(model, batch).equal(hard)
+
+
+def test_a_restored_model_converts_again(build, batch, family):
+    model = converted(restore(converted(build(family), grouping="random")), grouping="kmeans")
+    torch.testing.assert_close(logits(model, batch), logits(build(family), batch), rtol=1e-6, atol=1e-6)
+
+
+def test_grouping_is_reported(build):
+    model = converted(build("bert"))
+    assert group_experts(model, progress=False) == []
+    model.lte_config = LteConfig(SIZE, "kmeans")
+    groupings = group_experts(model, progress=False)
+    assert len(groupings) == 2
+    assert all(grouping.inertia < grouping.random_inertia for grouping in groupings)
+
+
+def test_seed_decides_routers_and_grouping(build):
+    first, second, other = (converted(build("gpt2"), grouping="random", seed=seed).state_dict() for seed in (4, 4, 5))
+    assert all(value.equal(second[key]) for key, value in first.items())
+    changed = {key for key, value in first.items() if not value.equal(other[key])}
+    assert any(key.endswith("selector.weight") for key in changed)
+    assert any(key.endswith("up.weight") for key in changed)
+
+
+def test_conversion_leaves_the_global_generator_alone(build):
+    model, state = build("bert"), torch.get_rng_state()
+    converted(model, grouping="kmeans")
+    assert torch.get_rng_state().equal(state)
+
+
+class Quantised(nn.Linear):
+    """Stands for weights that cannot be permuted."""
+
+
+def spoil_the_last_layer(model, kind):
+    layer = find_layers(model)[-1]
+    path = getattr(row(model), kind)
+    parent, _, name = path.rpartition(".")
+    setattr(layer.get_submodule(parent), name, Quantised(32, 96))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"expert_size": 36}, r"expert_size=36 .* 96 .*: 32, 48, 24"),
+        ({"selector": "psychic"}, r"unknown selector 'psychic'; there are router, none"),
+        ({"grouping": "kmean"}, r"'kmean'.*kmeans, random, contiguous"),
+    ],
+)
+def test_bad_settings_change_nothing(build, family, kwargs, message):
+    model = build(family)
+    before = snapshot(model)
+    with pytest.raises(UserError, match=message):
+        converted(model, **kwargs)
+    assert_same(before, snapshot(model))
+
+
+@pytest.mark.parametrize("part", ["up", "down"])
+def test_projections_of_other_types_are_refused(build, family, part):
+    model = build(family)
+    spoil_the_last_layer(model, part)
+    before = snapshot(model)
+    with pytest.raises(UnsupportedModelError, match=r"is a Quantised; .* before quantising"):
+        converted(model)
+    assert_same(before, snapshot(model))
+
+
+def test_missing_part_is_named(build):
+    model = build("bert")
+    del find_layers(model)[1].output.dense
+    with pytest.raises(UnsupportedModelError, match=r"BertLayer has no 'output.dense'"):
+        converted(model)
+    assert not expert_ffns(model)
+
+
+def test_weights_that_are_not_finite_change_nothing(build, family):
+    model = build(family)
+    layer = find_layers(model)[1]
+    get_child(layer, row(model).gate or row(model).up).weight.data[0, 0] = float("nan")
+    before = snapshot(model)
+    with pytest.raises(UserError, match="NaN or infinite"):
+        converted(model, grouping="kmeans")
+    assert_same(before, snapshot(model))
+
+
+def test_converting_twice_is_refused(build, family):
+    model = converted(build(family))
+    before = snapshot(model)
+    with pytest.raises(UserError, match=r"has expert FFNs already; restore\(\) it first"):
+        converted(model)
+    assert_same(before, snapshot(model))
+
+
+def test_unknown_families_are_refused():
+    model = AlbertModel(
+        AlbertConfig(vocab_size=64, embedding_size=8, hidden_size=16, intermediate_size=32, num_attention_heads=2)
+    )
+    before = snapshot(model)
+    known = r"bert, distilbert, gpt2, llama, mpnet, roberta"
+    with pytest.raises(UnsupportedModelError, match=rf"'albert' is not supported; known are {known}.*row of FFN_TABLE"):
+        convert(model)
+    assert_same(before, snapshot(model))
+    with pytest.raises(UnsupportedModelError, match="Did you mean 'roberta'"):
+        find_row("robertta")
+
+
+def test_what_needs_a_converted_model_says_so(build):
+    model = build("bert")
+    for action in (restore, lambda model: set_mode(model, "soft"), lambda model: plain(model).__enter__()):
+        with pytest.raises(UserError, match=r"has no expert FFNs; convert\(\) it first"):
+            action(model)
+
+
+def test_unknown_mode_changes_nothing(build):
+    model = converted(build("bert"))
+    with pytest.raises(UserError, match="unknown mode 'sof'; there are dense, soft, hard"):
+        set_mode(model, "sof")
+    assert {ffn.mode for ffn in expert_ffns(model).values()} == {"dense"}
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"threshold": 0.0}, r"threshold is 0.0; .*\(0, 1\)"),
+        ({"threshold": 1.0}, "threshold is 1.0"),
+        ({"threshold": float("nan")}, "threshold is nan"),
+        ({"expert_size": 0}, "expert_size is 0; it must be at least 1"),
+        ({"router_scale": 0.0}, "router_scale is 0.0; it must be positive"),
+    ],
+)
+def test_config_is_checked(kwargs, message):
+    with pytest.raises(UserError, match=message):
+        LteConfig(**kwargs)
+
+
+def test_an_expert_ffn_describes_itself(build):
+    ffn = next(iter(expert_ffns(converted(build("bert"))).values()))
+    assert isinstance(ffn, ExpertFfn)
+    assert (ffn.width, ffn.neurons, ffn.experts) == (32, 96, 6)
+    assert "6 experts x 16 neurons, mode=dense, threshold=0.5" in repr(ffn)
