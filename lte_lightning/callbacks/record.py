@@ -5,6 +5,7 @@ import os
 import sys
 import time
 import uuid
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,8 @@ class Recorder(Callback):
             about = {"run_id": logger.run_id, "tracking_uri": self.tracking_uri} if logger else {}
             about = {"run_id": None, "tracking_uri": None, "experiment": self.experiment} | about
             (self.folder / RUN_FILE).write_text(json.dumps(about, indent=2) + "\n")
+        # Lightning would say so at every resumed fit
+        warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str(self.folder / "checkpoints")
@@ -166,11 +169,16 @@ class Recorder(Callback):
 
     @rank_zero_only
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes ``predictions.jsonl``, one row per example in the order of the data."""
-        if self.folder is not None:
-            rows = [row for batch in trainer.predict_loop.predictions for row in batch.tolist()]
-            self.written = self.folder / "predictions.jsonl"
-            self.written.write_text("".join(json.dumps({"prediction": row}) + "\n" for row in rows))
+        """Writes ``predictions.jsonl``, one row per example in the order of the data; a file for each set of a task."""
+        if self.folder is None:
+            return
+        found = trainer.predict_loop.predictions
+        batches_of = [found] if len(pl_module.loader_names) == 1 else found
+        for suffix, batches in zip(pl_module.loader_names, batches_of, strict=True):
+            rows = [row for batch in batches for row in batch.tolist()]
+            path = self.folder / f"predictions{suffix}.jsonl"
+            path.write_text("".join(json.dumps({"prediction": row}) + "\n" for row in rows))
+        self.written = self.folder / "predictions.jsonl"
 
     @rank_zero_only
     def report(self) -> None:

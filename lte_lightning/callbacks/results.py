@@ -41,6 +41,7 @@ def make_results(trainer: Trainer, module: LightningModule, floor: float | None 
         "sparsity": hardest.get("sparsity"),
         "sparsity_per_layer": per_layer,
         **(flops if per_layer else flops | {"flops_per_token": flops["dense_flops_per_token"]}),
+        "grouping": measured.get("grouping"),
         "seconds_per_stage": {stage: round(seconds, 1) for stage, seconds in schedule.seconds.items()},
         "seed": schedule.seed,
         "versions": versions(trainer),

@@ -152,8 +152,11 @@ class StageSchedule(Callback):
     # Switching
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Checks that the model has not passed the first stage, unless this resumes a fit."""
+        """Checks that the model fits the stages: it has not passed the first one, unless this resumes a fit."""
         self._limit(trainer, self._next_epoch)
+        if "router" in self.stages and not list(selector_parameters(pl_module.net)):
+            selector = pl_module.net.lte_config.selector
+            raise UserError(f"selector {selector!r} has nothing to train; set stages.router.epochs to 0")
         resumed = trainer.ckpt_path is not None
         if not resumed and STAGES.index(pl_module.stage) > STAGES.index(self.stages[0]):
             raise UserError(

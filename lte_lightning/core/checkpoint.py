@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import cached_file
@@ -36,8 +37,8 @@ def save_pretrained(
 ) -> Path:
     """Writes a converted model as a Hugging Face folder with its routers.
 
-    The folder appears whole or not at all. One that holds a saved model already is replaced; any other non-empty folder
-    is left alone.
+    The folder appears whole or not at all. One that holds a saved LTE model already is replaced; any other non-empty
+    folder (a plain model's, too) is left alone.
 
     Args:
         model: A converted model.
@@ -54,8 +55,8 @@ def save_pretrained(
     """
     ffns = require_expert_ffns(model)
     folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").exists():
-        raise FileExistsError(f"{folder} exists and is not a saved model; choose another folder or empty it")
+    if folder.exists() and any(folder.iterdir()) and not (folder / CONFIG_FILE).exists():
+        raise FileExistsError(f"{folder} exists and is not a saved LTE model; choose another folder or empty it")
     folder.parent.mkdir(parents=True, exist_ok=True)
     description = {
         "layout_version": LAYOUT_VERSION,
@@ -162,7 +163,10 @@ def _file(source: str | os.PathLike[str], name: str) -> Path:
 
 
 def _load_routers(model: PreTrainedModel, path: Path) -> None:
-    stored = load_file(path)
+    try:
+        stored = load_file(path)
+    except SafetensorError as error:
+        raise LayoutError(f"{path} is damaged: {error}") from error
     for name, ffn in require_expert_ffns(model).items():
         prefix = f"{name}."
         own = {key.removeprefix(prefix): stored.pop(key) for key in list(stored) if key.startswith(prefix)}

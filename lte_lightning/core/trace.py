@@ -34,6 +34,7 @@ class RouterTrace:
         self._ffns = require_expert_ffns(model)
         self._names = {id(ffn): name for name, ffn in self._ffns.items()}
         self._mask_BT = None if token_mask_BT is None else token_mask_BT.bool()
+        self._recorded: dict[str, list[torch.Tensor]] = {name: [] for name in self._ffns}
         self._scores: dict[str, list[torch.Tensor]] = {name: [] for name in self._ffns}
 
     def __enter__(self) -> Self:
@@ -59,15 +60,15 @@ class RouterTrace:
                 "hides it, pass {'use_reentrant': False} when you enable checkpointing (for figures without gradients, "
                 "enter torch.no_grad() before the trace)"
             )
-        if self._mask_BT is None:
-            scores_NE = scores_BTE.flatten(0, -2)
-        elif self._mask_BT.shape == scores_BTE.shape[:-1]:
-            scores_NE = scores_BTE[self._mask_BT]
-        else:
+        if self._mask_BT is not None and self._mask_BT.shape != scores_BTE.shape[:-1]:
             raise UserError(
                 f"the token mask has shape {tuple(self._mask_BT.shape)}, the tokens {tuple(scores_BTE.shape[:-1])}"
             )
-        self._scores[self._names[id(ffn)]].append(scores_NE)
+        # The mask is applied later: gradient checkpointing wants the same operations here when it computes again.
+        self._recorded[self._names[id(ffn)]].append(scores_BTE)
+
+    def _real(self, scores_BTE: torch.Tensor) -> torch.Tensor:
+        return scores_BTE.flatten(0, -2) if self._mask_BT is None else scores_BTE[self._mask_BT]
 
     def scores(self) -> dict[str, torch.Tensor]:
         """Returns each layer's scores [N, E] of the N real tokens, float32, with their graph.
@@ -76,6 +77,9 @@ class RouterTrace:
             RuntimeError: If a layer did not run, or ran in mode ``dense``.
             UserError: If there was no real token.
         """
+        for name, recorded in self._recorded.items():
+            self._scores[name] += map(self._real, recorded)
+            recorded.clear()
         silent = [name for name, records in self._scores.items() if not records]
         if silent:
             raise RuntimeError(

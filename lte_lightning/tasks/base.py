@@ -5,19 +5,19 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 from torchmetrics import Metric
 from transformers import PreTrainedModel
-from transformers.utils import logging as hf_logging
 
-from lte_lightning.core.checkpoint import from_pretrained, is_lte, read_description
 from lte_lightning.core.config import LteConfig
-from lte_lightning.core.convert import convert, expert_ffns, group_experts, restore, selector_parameters, set_mode
+from lte_lightning.core.convert import expert_ffns, group_experts, selector_parameters, set_mode
 from lte_lightning.core.cost import flops_per_token
 from lte_lightning.core.errors import UserError
 from lte_lightning.core.losses import SEPARABILITY_EPSILON
 from lte_lightning.core.trace import RouterTrace
 from lte_lightning.data.packaged import resolve
+from lte_lightning.tasks.loading import give_experts, load
 from lte_lightning.tasks.sparsity import SparsityMeter
 
 Stage = Literal["dense", "router", "expert"]
@@ -104,43 +104,19 @@ class LteModule(LightningModule):
         if self.net is not None:
             return
         source = resolve(self.hparams["init_from"] or self.hparams["pretrained"])
-        with _quiet_loading():
-            if is_lte(source):
-                self._load_lte(source)
-            else:
-                self.net = _load_plain(self.auto_class, source, self.model_arguments())
-                self._convert(self.lte or LteConfig(seed=self.hparams["seed"]))
-        self.net.train()  # Hugging Face loads in eval mode, and Lightning would keep it so
-        self._make_meters()
-
-    def _load_lte(self, source: str) -> None:
-        self.net = from_pretrained(source, self.auto_class, **self.model_arguments())
-        about = read_description(source)["about"]
+        self.net, about = load(self.auto_class, source, self.model_arguments(), self.lte, self.hparams["seed"])
         self.stage = about.get("stage", "dense")
         self.measured = about.get("measured", {})
-        if self.lte is None:
-            return
-        if self.stage == "dense":
-            self._convert(self.lte)
-            return
-        old, new = asdict(self.net.lte_config), asdict(replace(self.lte, seed=self.net.lte_config.seed))
-        if old == new:
-            return
-        changed = ", ".join(f"{key}: {old[key]} there, {new[key]} here" for key in old if old[key] != new[key])
-        raise UserError(f"{source} was routed with another configuration ({changed}); leave model.lte out to keep it")
-
-    def _convert(self, config: LteConfig) -> None:
-        if expert_ffns(self.net):
-            restore(self.net)
-        convert(self.net, replace(config, grouping="contiguous"), progress=False)
-        self.net.lte_config = config
+        self._make_meters()
 
     def enter_stage(self, stage: Stage) -> None:
         """Moves to a stage: groups the neurons on leaving ``dense``, sets the mode and what is trainable."""
-        if self.net.lte_config.selector == "none" and stage == "router":
-            raise UserError("selector 'none' has nothing to train in the router stage; set stages.router.epochs to 0")
         if self.stage == "dense" and stage != "dense":
-            group_experts(self.net, progress=self.trainer.is_global_zero)
+            groupings = group_experts(self.net, progress=self.trainer.is_global_zero)
+            if groupings:
+                inertia, chance = sum(g.inertia for g in groupings), sum(g.random_inertia for g in groupings)
+                self.measured["grouping"] = {"inertia": inertia, "random_inertia": chance}
+                rank_zero_info(f"experts grouped: inertia {inertia:.1f}, {100 * inertia / chance:.1f} % of chance's")
         self.stage = stage
         self.apply_stage()
 
@@ -160,7 +136,7 @@ class LteModule(LightningModule):
             raise UserError("this checkpoint was not written by lte-lightning: it names no stage")
         saved = LteConfig(**checkpoint["lte"]["config"])
         if saved != self.net.lte_config:
-            self._convert(saved)
+            give_experts(self.net, saved)
             self._make_meters()
         self.stage = checkpoint["lte"]["stage"]
         self.measured = checkpoint["lte"]["measured"]
@@ -288,23 +264,3 @@ class LteModule(LightningModule):
     def on_predict_start(self) -> None:
         """Predicts in hard mode, or densely if the model was never routed."""
         set_mode(self.net, "dense" if self.stage == "dense" else "hard")
-
-
-class _quiet_loading:
-    """Silences transformers' report of the new head, which every fine-tuning has."""
-
-    def __enter__(self) -> None:
-        self.verbosity = hf_logging.get_verbosity()
-        hf_logging.set_verbosity_error()
-        hf_logging.disable_progress_bar()
-
-    def __exit__(self, *_: object) -> None:
-        hf_logging.set_verbosity(self.verbosity)
-        hf_logging.enable_progress_bar()
-
-
-def _load_plain(auto_class: Any, source: str, arguments: dict[str, Any]) -> PreTrainedModel:
-    try:
-        return auto_class.from_pretrained(source, **arguments)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot load the model {source!r}: {error}") from error

@@ -14,9 +14,11 @@ from unittest import mock
 import pytest
 import torch
 import yaml
+from lightning.pytorch import Trainer
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
-from lte_lightning.cli import main
+from lte_lightning.callbacks import StageSchedule
+from lte_lightning.cli import LteCLI, main, make_cli
 
 FILLERS = [
     "the",
@@ -100,7 +102,7 @@ class Tiny:
                 "init_args": {"task": task, "source": str(self.task(task)), "max_length": 16, "batch_size": 8},
             },
             "stages": {
-                stage: {"epochs": count, "learning_rate": 1e-3}
+                stage: {"epochs": count, "learning_rate": 5e-3}
                 for stage, count in zip(("dense", "router", "expert"), epochs, strict=True)
             },
             "trainer": {
@@ -129,7 +131,8 @@ def tiny(tmp_path_factory) -> Tiny:
     tokenizer.save_pretrained(tiny.model)
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    config = BertConfig(vocab_size=64, max_position_embeddings=64, **sizes)
+    # Wider than BERT's 0.02, or so narrow a model learns nothing in a few dozen steps.
+    config = BertConfig(vocab_size=64, max_position_embeddings=64, initializer_range=0.1, **sizes)
     BertModel(config).save_pretrained(tiny.model)
     write_rows(tiny.task("sst2"), train=sst2_rows(64, 0), validation=sst2_rows(20, 1))
     columns = ("sentence1", "sentence2")
@@ -197,3 +200,42 @@ def lightning() -> Callable[..., Outcome]:
         return Outcome(code, out.getvalue(), err.getvalue(), cwd)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def fitted(tiny, lightning, tmp_path_factory) -> Outcome:
+    """One fit through all stages, with MLflow; nobody changes its folder."""
+    cwd = tmp_path_factory.mktemp("fitted")
+    config = tiny.config(
+        epochs=(2, 3, 2), **{"trainer.logger": True, "stages.router.router_learning_rate": 0.03, "run.name": "first"}
+    )
+    outcome = lightning(cwd, config, "fit")
+    assert outcome.code == 0, outcome.err
+    return outcome
+
+
+@pytest.fixture
+def parse(tmp_path) -> Callable[..., LteCLI]:
+    """`parse(*args)` parses and instantiates what a command would use, in an empty folder."""
+
+    def run(*args: object) -> LteCLI:
+        with contextlib.chdir(tmp_path), mock.patch.object(sys, "argv", ["lightning"]):
+            return make_cli([*map(str, args), "--trainer.logger", "false"], run=False)
+
+    return run
+
+
+@pytest.fixture
+def break_at(monkeypatch) -> Callable[[int, BaseException], None]:
+    """`break_at(step, error)` lets the fits of this test end with an error when `step` steps are done."""
+    whole = StageSchedule.on_train_batch_start
+
+    def arrange(step: int, error: BaseException) -> None:
+        def hook(self: StageSchedule, trainer: Trainer, *args: Any) -> None:
+            if trainer.global_step == step:
+                raise error
+            whole(self, trainer, *args)
+
+        monkeypatch.setattr(StageSchedule, "on_train_batch_start", hook)
+
+    return arrange

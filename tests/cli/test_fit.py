@@ -1,6 +1,96 @@
-def test_x(tiny, lightning, tmp_path):
-    o = lightning(tmp_path, tiny.config(epochs=(2, 2, 2)), "fit")
-    print(o.out)
-    print(o.err)
-    assert o.code == 0
-    print(o.written.read_text())
+"""What a fit through all three stages leaves behind."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+import lte_lightning
+
+KEYS = {
+    "task", "metric", "dense", "soft", "hard_before", "hard", "sparsity", "sparsity_per_layer", "flops_per_token",
+    "dense_flops_per_token", "seconds_per_stage", "grouping", "seed", "versions",
+}  # fmt: skip
+
+
+def test_results(fitted):
+    results = fitted.results
+    assert set(results) == KEYS
+    assert (results["task"], results["metric"], results["seed"]) == ("sst2", "accuracy", 1)
+    assert all(0 <= results[view] <= 1 for view in ("dense", "soft", "hard_before", "hard"))
+    assert results["hard"] >= 0.8
+    assert 0 < results["sparsity"] < 1
+    assert results["sparsity"] == pytest.approx(sum(results["sparsity_per_layer"]) / 2)
+    # Two layers: attention 4 x 32 x 32, FFN 2 x 32 x 64, router 32 x 8; a multiply-add counts as two.
+    attention, ffn, router = (2 * 2 * weights for weights in (4 * 32 * 32, 2 * 32 * 64, 32 * 8))
+    assert results["dense_flops_per_token"] == attention + ffn
+    sparse = attention + ffn * (1 - results["sparsity"]) + router
+    assert results["flops_per_token"] == pytest.approx(sparse, abs=1)
+    assert list(results["seconds_per_stage"]) == ["dense", "grouping", "router", "expert"]
+    assert results["versions"]["torch"] == torch.__version__
+
+
+def test_its_path_is_printed_last_below_a_table(fitted):
+    assert fitted.written == fitted.run / "results.json"
+    for words in ("dense", "soft routing", "hard, before adaptation", "hard, after adaptation", "FLOPs saved", "time:"):
+        assert words in fitted.out
+
+
+def test_files_of_the_run(fitted):
+    names = {path.name for path in fitted.run.iterdir()}
+    files = {"run.json", "config.yaml", "results.json", "sparsity_per_layer.png", "scores.png"}
+    assert names - {"artifacts"} == files | {"checkpoints", "model"}
+    assert {path.name for path in (fitted.run / "checkpoints").iterdir()} == {"last.ckpt", "best.ckpt"}
+    for name in ("sparsity_per_layer.png", "scores.png"):
+        assert (fitted.run / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_model_folder_is_read_by_us_and_by_transformers(fitted):
+    folder = fitted.run / "model"
+    sentences = ["a good film", "a dull plot , not good at all"]
+    batch = AutoTokenizer.from_pretrained(folder)(sentences, padding=True, return_tensors="pt")
+    model = lte_lightning.from_pretrained(folder).eval()
+    assert {ffn.mode for ffn in lte_lightning.core.convert.expert_ffns(model).values()} == {"hard"}
+    plain = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    with torch.no_grad():
+        hard = model(**batch).logits
+        lte_lightning.core.convert.set_mode(model, "dense")
+        assert torch.allclose(model(**batch).logits, plain(**batch).logits, atol=1e-6)
+        assert not torch.allclose(hard, plain(**batch).logits, atol=1e-4)
+
+
+def test_the_kept_configuration_repeats_the_run(fitted, lightning, tmp_path):
+    again = lightning(tmp_path, None, "fit", "--config", fitted.run / "config.yaml", "--trainer.logger", "false")
+    assert again.code == 0, again.err
+    figures = [{**outcome.results, "seconds_per_stage": None} for outcome in (fitted, again)]
+    assert figures[0] == figures[1]
+
+
+def test_best_checkpoint_is_the_best_hard_epoch(fitted):
+    best = torch.load(fitted.run / "checkpoints" / "best.ckpt", weights_only=True)
+    assert best["lte"]["stage"] == "expert"
+    assert best["epoch"] in (5, 6)
+    assert best["lte"]["measured"]["hard"]["accuracy"] == fitted.results["hard"]
+
+
+@pytest.mark.parametrize("task", ["stsb", "mnli"])
+def test_other_kinds_of_task(task, tiny, lightning, tmp_path):
+    fit = lightning(tmp_path, tiny.config(task), "fit")
+    assert fit.code == 0, fit.err
+    results = fit.results
+    assert (results["task"], results["metric"]) == (task, {"stsb": "pearson", "mnli": "accuracy"}[task])
+    if task == "mnli":
+        mismatched = results["accuracy_mismatched"]
+        assert set(mismatched) == {"dense", "soft", "hard_before", "hard"}
+        assert mismatched["hard"] * 9 == pytest.approx(round(mismatched["hard"] * 9))  # nine rows
+        assert set(results) == KEYS | {"accuracy_mismatched"}
+    predicted = lightning(
+        tmp_path, tiny.config(task), "predict", "--model.init_from", fit.run / "model", "--run.root", "predicted"
+    )
+    assert predicted.code == 0, predicted.err
+    names = {"": 12} if task == "stsb" else {"": 12, "_mismatched": 9}
+    assert predicted.written.name == "predictions.jsonl"
+    for suffix, count in names.items():
+        lines = (predicted.written.parent / f"predictions{suffix}.jsonl").read_text().splitlines()
+        assert len([json.loads(line)["prediction"] for line in lines]) == count

@@ -115,11 +115,11 @@ def build() -> Callable[..., PreTrainedModel]:
     """`build(family, head, dropout)`: a model in eval mode, the same at each call."""
 
     def build(family: str = "bert", head: str = "classification", dropout: float = 0.1) -> PreTrainedModel:
-        model = HEADS[head].from_config(FAMILIES[family](dropout))
-        generator = torch.Generator().manual_seed(0)
-        with torch.no_grad():
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(0)
+            model = HEADS[head].from_config(FAMILIES[family](dropout))
             for parameter in model.parameters():
-                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.15)
+                parameter.add_(torch.randn_like(parameter), alpha=0.15)
         return model.eval()
 
     return build

@@ -53,9 +53,8 @@ def test_dense_equals_the_original_bit_for_bit(build, batch, family_and_head):
 @pytest.mark.parametrize("grouping", ["kmeans", "random"])
 def test_dense_equals_the_original_but_for_the_order_of_the_sum(build, batch, family, grouping):
     plain_model, model = build(family), converted(build(family), grouping=grouping)
-    for name, ffn in expert_ffns(model).items():
-        before = get_child(find_layers(plain_model)[int(name.split(".layer")[-1].split(".")[1])], row(model).up)
-        assert not before.weight.equal(ffn.up.weight), "nothing was permuted"
+    for layer, ffn in zip(find_layers(plain_model), expert_ffns(model).values(), strict=True):
+        assert not get_child(layer, row(model).up).weight.equal(ffn.up.weight), "nothing was permuted"
     torch.testing.assert_close(logits(model, batch), logits(plain_model, batch), rtol=1e-6, atol=1e-6)
 
 
@@ -128,7 +127,7 @@ def test_modes_equal_the_equations(build, batch, family, scatter, mode, threshol
     assert len(seen) == 2
     for ffn, x_BTD, out_BTD in seen:
         running = (ffn.selector(x_BTD) > threshold).float().mean()
-        assert 0.1 < running < 0.9, "the test must see experts on both sides"
+        assert 0.05 < running < 0.95, "the test must see experts on both sides"
         with torch.no_grad():
             expected = naive_expert_ffn(ffn, x_BTD.flatten(0, -2), hard=mode == "hard")
         torch.testing.assert_close(out_BTD.flatten(0, -2).double(), expected, rtol=1e-5, atol=1e-5)
@@ -214,9 +213,11 @@ def test_plain_is_for_a_while(build, batch, family, scatter):
     model = scatter(converted(build(family), grouping="random"))
     set_mode(model, "hard")
     before, hard = snapshot(model), logits(model, batch)
-    with pytest.raises(KeyError), plain(model):
+    with plain(model):
         assert not expert_ffns(model)
         assert list(model.state_dict()) == list(build(family).state_dict())
+    assert_same(before, snapshot(model))
+    with pytest.raises(KeyError), plain(model):
         raise KeyError
     assert_same(before, snapshot(model))
     assert logits(model, batch).equal(hard)
@@ -264,7 +265,7 @@ def spoil_the_last_layer(model, kind):
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"expert_size": 36}, r"expert_size=36 .* 96 .*: 32, 48, 24"),
+        ({"expert_size": 36}, r"expert_size=36 .* 96 .*: 32, 24, 48"),
         ({"selector": "psychic"}, r"unknown selector 'psychic'; there are router, none"),
         ({"grouping": "kmean"}, r"'kmean'.*kmeans, random, contiguous"),
     ],

@@ -1,0 +1,80 @@
+"""Getting a model with experts, from a plain one or from one that an earlier run has saved."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.utils import logging as hf_logging
+
+from lte_lightning.core.checkpoint import from_pretrained, is_lte, read_description
+from lte_lightning.core.config import LteConfig
+from lte_lightning.core.convert import convert, expert_ffns, restore
+from lte_lightning.core.errors import UserError
+
+
+def load(
+    auto_class: Any, source: str, arguments: dict[str, Any], config: LteConfig | None, seed: int
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Loads a model and gives it experts, in train mode.
+
+    Args:
+        auto_class: The task's class of models.
+        source: A plain model's folder or hub id, or a saved LTE model's.
+        arguments: The task's arguments of ``from_pretrained``.
+        config: Experts and routers; None for those of a saved LTE model, or the defaults.
+        seed: The defaults' seed.
+
+    Returns:
+        The model, ungrouped if it is in the dense stage, and what is known about it: ``stage`` and ``measured``.
+
+    Raises:
+        UserError: If it cannot be loaded, or was routed with another configuration.
+    """
+    about: dict[str, Any] = {}
+    with _quiet():
+        if is_lte(source):
+            model = from_pretrained(source, auto_class, **arguments)
+            about = read_description(source)["about"]
+        else:
+            try:
+                model = auto_class.from_pretrained(source, **arguments)
+            except (OSError, ValueError) as error:
+                raise UserError(f"cannot load the model {source!r}: {error}") from error
+    if not expert_ffns(model):
+        give_experts(model, config or LteConfig(seed=seed))
+    elif config is not None:
+        if about.get("stage", "dense") == "dense":
+            give_experts(model, config)
+        else:
+            _require_same(source, model.lte_config, config)
+    return model.train(), about  # Hugging Face loads in eval mode, and Lightning would keep it so
+
+
+def give_experts(model: PreTrainedModel, config: LteConfig) -> None:
+    """Converts a model for training: new experts and routers, its neurons not yet grouped."""
+    if expert_ffns(model):
+        restore(model)
+    convert(model, replace(config, grouping="contiguous"), progress=False)
+    model.lte_config = config
+
+
+def _require_same(source: str, saved: LteConfig, wanted: LteConfig) -> None:
+    old, new = asdict(saved), asdict(replace(wanted, seed=saved.seed))
+    changed = ", ".join(f"{key}: {old[key]} there, {new[key]} here" for key in old if old[key] != new[key])
+    if changed:
+        raise UserError(f"{source} was routed with another configuration ({changed}); leave model.lte out to keep it")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    # transformers reports the new head as missing weights, which every fine-tuning has
+    verbosity = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(verbosity)
+        hf_logging.enable_progress_bar()

@@ -1,0 +1,71 @@
+"""validate, test and predict, on what a fit left."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+import lte_lightning
+
+
+def weights_of(fitted, tmp_path, source):
+    """The arguments that take the weights from a copy of the fit's model or checkpoint."""
+    if source == "model":
+        return ["--model.init_from", shutil.copytree(fitted.run / "model", tmp_path / "model")]
+    return ["--ckpt_path", shutil.copy(fitted.run / "checkpoints" / "best.ckpt", tmp_path / "best.ckpt")]
+
+
+@pytest.fixture(params=["model", "checkpoint"])
+def weights(request, fitted, tmp_path):
+    return weights_of(fitted, tmp_path, request.param)
+
+
+def test_test_reports_what_the_fit_logged(weights, fitted, tiny, lightning, tmp_path):
+    outcome = lightning(tmp_path, tiny.config(), "test", *weights)
+    assert outcome.code == 0, outcome.err
+    results, found = fitted.results, outcome.results
+    assert outcome.written.name == "test.json"
+    assert found["accuracy"] == results["hard"]
+    for key in ("sparsity", "sparsity_per_layer", "flops_per_token", "dense_flops_per_token"):
+        assert found[key] == results[key], key
+    for words in ("test/accuracy", "test/sparsity", "test/sparsity_layer_01", "test/gflops_per_token"):
+        assert words in outcome.out
+
+
+def test_validate_reports_what_the_fit_logged(weights, fitted, tiny, lightning, tmp_path):
+    outcome = lightning(tmp_path, tiny.config(), "validate", *weights)
+    assert outcome.code == 0, outcome.err
+    for key, value in (("accuracy", fitted.results["hard"]), ("sparsity", fitted.results["sparsity"])):
+        (line,) = (line for line in outcome.out.splitlines() if f"val/hard/{key} " in line)
+        assert float(line.strip(" │").split()[-1]) == pytest.approx(value, abs=1e-6)
+
+
+def test_predict_writes_a_row_per_example_in_the_order_of_the_file(weights, fitted, tiny, lightning, tmp_path):
+    outcome = lightning(tmp_path, tiny.config(), "predict", *weights, "--data.init_args.eval_batch_size", 8)
+    assert outcome.code == 0, outcome.err
+    assert outcome.written.name == "predictions.jsonl"
+    rows = [json.loads(line)["prediction"] for line in outcome.written.read_text().splitlines()]
+    model = lte_lightning.from_pretrained(fitted.run / "model").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tiny.model)
+    file = tiny.task("sst2") / "validation.jsonl"
+    examples = [json.loads(line) for line in file.read_text().splitlines()]
+    with torch.no_grad():
+        expected = [
+            int(model(**tokenizer(example["sentence"], return_tensors="pt")).logits.argmax()) for example in examples
+        ]
+    assert rows == expected
+    right = sum(row == example["label"] for row, example in zip(rows, examples, strict=True))
+    assert right / len(rows) == pytest.approx(fitted.results["hard"])
+
+
+def test_an_evaluation_in_the_runs_folder_keeps_the_fit_s_files(fitted, tiny, lightning, tmp_path):
+    copy = shutil.copytree(fitted.run, tmp_path / "runs" / "lte" / fitted.run.name)
+    before = (copy / "config.yaml").read_bytes(), (copy / "results.json").read_bytes()
+    about = json.loads((copy / "run.json").read_text())
+    (copy / "run.json").write_text(json.dumps(about | {"run_id": None, "tracking_uri": None}))
+    checkpoint = copy / "checkpoints" / "best.ckpt"
+    outcome = lightning(tmp_path, tiny.config(), "test", "--ckpt_path", checkpoint, "--run.experiment", "elsewhere")
+    assert outcome.code == 0, outcome.err
+    assert ((copy / "config.yaml").read_bytes(), (copy / "results.json").read_bytes()) == before

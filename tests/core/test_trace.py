@@ -1,0 +1,274 @@
+import gc
+import weakref
+
+import pytest
+import torch
+
+from lte_lightning import LteConfig, RouterTrace, convert, set_mode
+from lte_lightning.core.convert import expert_ffns
+from lte_lightning.core.errors import UserError
+
+SIZE, TAU, EPSILON = 16, 0.5, 0.01
+
+
+@pytest.fixture
+def routed(build, scatter):
+    """`routed(family, mode)`: a converted model whose scores lie on both sides of the threshold."""
+
+    def routed(family="bert", mode="soft", **kwargs):
+        model = scatter(convert(build(family, **kwargs), LteConfig(SIZE, "random"), progress=False))
+        set_mode(model, mode)
+        return model
+
+    return routed
+
+
+def figures(model, batch):
+    with torch.no_grad(), RouterTrace(model, batch["attention_mask"]) as trace:
+        model(**batch)
+    return float(trace.efficiency_loss()), float(trace.separability_loss()), trace.sparsity()
+
+
+@pytest.mark.parametrize("mode", ["soft", "hard"])
+def test_padding_changes_nothing(routed, batch, family, mode):
+    model = routed(family, mode)
+    expected = figures(model, batch)
+
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    other_ids = torch.where(mask.bool(), ids, (ids + 7) % 60 + 3)
+    assert figures(model, {"input_ids": other_ids, "attention_mask": mask}) == pytest.approx(expected, abs=1e-6)
+
+    longer = {
+        "input_ids": torch.nn.functional.pad(ids, (0, 9), value=model.config.pad_token_id),
+        "attention_mask": torch.nn.functional.pad(mask, (0, 9)),
+    }
+    assert figures(model, longer) == pytest.approx(expected, rel=1e-6, abs=1e-6)
+
+    everything = figures(model, batch | {"attention_mask": torch.ones_like(mask)})
+    assert everything != pytest.approx(expected, abs=1e-4), "padding would have counted"
+
+
+@pytest.mark.parametrize("mode", ["soft", "hard"])
+def test_equals_the_equations(routed, batch, family, mode):
+    model = routed(family, mode)
+    layers = []
+    for ffn in expert_ffns(model).values():
+        ffn.selector.register_forward_hook(lambda module, args, scores: layers.append(scores.double()))
+    with torch.no_grad(), RouterTrace(model, batch["attention_mask"]) as trace:
+        model(**batch)
+
+    efficiency = separability = running = 0.0
+    tokens = [(b, t) for b in range(3) for t in range(7) if batch["attention_mask"][b, t]]
+    experts = layers[0].shape[-1]
+    for scores_BTE in layers:
+        for b, t in tokens:
+            for score in scores_BTE[b, t].tolist():
+                efficiency += score**2
+                separability += 1 / ((score - TAU) ** 2 + EPSILON)
+                running += score > TAU
+    pairs = len(layers) * len(tokens) * experts
+    assert len(tokens) == 14
+    assert 0.1 < running / pairs < 0.9
+    assert float(trace.efficiency_loss()) == pytest.approx(efficiency / pairs, rel=1e-5)
+    assert float(trace.separability_loss()) == pytest.approx(separability / pairs, rel=1e-5)
+    assert trace.sparsity() == pytest.approx(1 - running / pairs, abs=1e-12)
+    active_L, seen = trace.active_counts()
+    assert (active_L.shape, int(active_L.sum()), seen) == ((2,), running, 14)
+    assert [tuple(scores.shape) for scores in trace.scores().values()] == [(14, experts)] * 2
+    assert list(trace.scores()) == list(expert_ffns(model))
+
+
+def test_without_a_mask_all_tokens_are_real(routed, batch):
+    model = routed()
+    with RouterTrace(model) as bare:
+        model(**batch)
+    with RouterTrace(model, torch.ones(3, 7)) as ones:
+        model(**batch)
+    for first, second in zip(bare.scores().values(), ones.scores().values(), strict=True):
+        assert first.equal(second)
+
+
+def test_several_forwards_add_up(routed, batch):
+    model = routed()
+    with RouterTrace(model, batch["attention_mask"]) as trace:
+        model(**batch)
+        once = trace.scores()
+        model(**batch)
+    for first, both in zip(once.values(), trace.scores().values(), strict=True):
+        assert both.equal(torch.cat([first, first]))
+
+
+def test_the_separability_loss_uses_the_models_threshold(build, batch):
+    model = convert(build(), LteConfig(SIZE, "contiguous", threshold=0.3), progress=False)
+    set_mode(model, "soft")
+    with RouterTrace(model) as trace:
+        model(**batch)
+    expected = torch.stack(list(trace.scores().values())).sub(0.3).square().add(0.5).reciprocal().mean()
+    torch.testing.assert_close(trace.separability_loss(epsilon=0.5), expected)
+
+
+def test_a_mask_of_another_shape(routed, batch):
+    model = routed()
+    with (
+        pytest.raises(UserError, match=r"mask has shape \(3, 6\), the tokens \(3, 7\)"),
+        RouterTrace(model, batch["attention_mask"][:, :6]),
+    ):
+        model(**batch)
+    assert all(ffn.recorder is None for ffn in expert_ffns(model).values())
+
+
+def test_no_forward_inside(routed, batch):
+    model = routed()
+    with RouterTrace(model) as trace:
+        pass
+    model(**batch)
+    for read in (trace.scores, trace.efficiency_loss, trace.separability_loss, trace.sparsity):
+        with pytest.raises(RuntimeError, match=r"no scores were seen from .*\(2 of 2 layers\)"):
+            read()
+
+
+def test_dense_mode_has_no_scores(routed, batch):
+    model = routed(mode="dense")
+    with RouterTrace(model) as trace:
+        model(**batch)
+    with pytest.raises(RuntimeError, match="in mode 'soft' or 'hard'"):
+        trace.scores()
+
+
+def test_a_model_that_was_not_converted(build):
+    with pytest.raises(UserError, match=r"convert\(\) it first"):
+        RouterTrace(build())
+
+
+def test_nested_traces_are_refused_and_the_outer_one_goes_on(routed, batch):
+    model = routed()
+    with RouterTrace(model) as outer:
+        with pytest.raises(RuntimeError, match="traced already"), RouterTrace(model):
+            pass
+        model(**batch)
+    assert len(outer.scores()) == 2
+
+
+def test_nothing_but_padding(routed, batch):
+    model = routed()
+    with RouterTrace(model, torch.zeros(3, 7)) as trace:
+        model(**batch)
+    for read in (trace.efficiency_loss, trace.separability_loss, trace.sparsity, trace.active_counts):
+        with pytest.raises(UserError, match="no real token"):
+            read()
+
+
+class Probe:
+    """Lives as long as the graph node that it is tied to."""
+
+
+def test_nothing_is_left_behind(routed, batch):
+    model, probes = routed(), []
+
+    def tie(module, args, scores):
+        probe = scores.grad_fn.metadata["probe"] = Probe()
+        probes.append(weakref.ref(probe))
+
+    for ffn in expert_ffns(model).values():
+        ffn.selector.register_forward_hook(tie)
+    with RouterTrace(model, batch["attention_mask"]) as trace:
+        model(**batch)
+    assert all(ffn.recorder is None for ffn in expert_ffns(model).values())
+    gc.collect()
+    assert [type(probe()) for probe in probes] == [Probe, Probe], "the losses need the graph"
+    trace.efficiency_loss().backward()
+    del trace
+    gc.collect()
+    assert [probe() for probe in probes] == [None, None]
+
+
+def test_after_an_error_inside_nothing_records(routed, batch):
+    model = routed()
+    with pytest.raises(KeyError), RouterTrace(model):
+        raise KeyError
+    assert all(ffn.recorder is None for ffn in expert_ffns(model).values())
+
+
+def checkpointing(model, use_reentrant):
+    # transformers 5.23 renamed the method, and warns under the old name.
+    name = "activation_checkpointing_enable"
+    enable = getattr(model, name) if hasattr(model, name) else model.gradient_checkpointing_enable
+    enable({"use_reentrant": use_reentrant})
+
+
+def losses_and_gradients(model, batch, backward_inside):
+    def losses(task_loss):
+        return torch.stack([task_loss, trace.efficiency_loss(), trace.separability_loss()])
+
+    labels = torch.tensor([0, 1, 2])
+    with RouterTrace(model, batch["attention_mask"]) as trace:
+        values = losses(model(**batch, labels=labels).loss)
+        if backward_inside:
+            values.sum().backward()
+    if not backward_inside:
+        values.sum().backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    assert [scores.shape[0] for scores in trace.scores().values()] == [14, 14]
+    return values.detach(), gradients
+
+
+@pytest.mark.parametrize("backward_inside", [True, False])
+def test_gradient_checkpointing_counts_nothing_twice(routed, batch, family, backward_inside):
+    expected, expected_gradients = losses_and_gradients(routed(family, dropout=0.0).train(), batch, backward_inside)
+    model = routed(family, dropout=0.0).train()
+    if not model.supports_gradient_checkpointing:
+        pytest.skip("transformers has no gradient checkpointing for it")
+    checkpointing(model, use_reentrant=False)
+    runs = []
+    for ffn in expert_ffns(model).values():
+        ffn.selector.register_forward_hook(lambda *args: runs.append(args))
+    values, gradients = losses_and_gradients(model, batch, backward_inside)
+    assert len(runs) == 4, "each layer runs twice, or nothing was checkpointed"
+    torch.testing.assert_close(values, expected)
+    assert any(name.endswith("selector.weight") for name in gradients)
+    torch.testing.assert_close(gradients, expected_gradients)
+
+
+def test_reentrant_checkpointing_is_refused(routed, batch, family):
+    model = routed(family).train()
+    if not model.supports_gradient_checkpointing:
+        pytest.skip("transformers has no gradient checkpointing for it")
+    checkpointing(model, use_reentrant=True)
+    with pytest.raises(RuntimeError, match=r"no gradient .*'use_reentrant': False"), RouterTrace(model):
+        model(**batch)
+    assert all(ffn.recorder is None for ffn in expert_ffns(model).values())
+
+
+def test_figures_without_gradients_are_fine(routed, batch):
+    model = routed()
+    with RouterTrace(model) as evaluating, torch.no_grad():
+        model(**batch)
+    with torch.no_grad(), RouterTrace(model.train()) as training:
+        model(**batch)
+    assert not evaluating.efficiency_loss().requires_grad
+    assert not training.efficiency_loss().requires_grad
+
+
+def test_frozen_routers_need_no_gradient(routed, batch):
+    model = routed(mode="hard").train()
+    for ffn in expert_ffns(model).values():
+        ffn.selector.requires_grad_(False)
+    with RouterTrace(model) as trace:
+        model(**batch).logits.sum().backward()
+    assert 0 < trace.sparsity() < 1
+
+
+def test_the_floor_is_all_sparse(build, batch):
+    model = convert(build(), LteConfig(SIZE, "contiguous", selector="none"), progress=False).train()
+    set_mode(model, "hard")
+    with RouterTrace(model, batch["attention_mask"]) as trace:
+        model(**batch)
+    assert trace.sparsity() == 1.0
+
+
+def test_half_precision_gives_losses_in_float32(routed, batch):
+    model = routed().to(torch.bfloat16)
+    with RouterTrace(model, batch["attention_mask"]) as trace:
+        model(**batch)
+    assert {scores.dtype for scores in trace.scores().values()} == {torch.float32}
+    assert trace.efficiency_loss().dtype == trace.separability_loss().dtype == torch.float32

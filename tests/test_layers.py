@@ -1,0 +1,103 @@
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import lte_lightning
+
+PACKAGE = Path(lte_lightning.__file__).parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+# Imports point down or sideways only. The API in lte_lightning/__init__.py stands on the core.
+RANKS = {
+    "kernels": 0,
+    "selection": 1,
+    "core": 2,
+    "": 3,
+    "data": 4,
+    "tasks": 4,
+    "callbacks": 4,
+    "sweep": 5,
+    "report": 5,
+    "bench": 5,
+    "cli": 6,
+    "__main__": 7,
+}
+LOW = ("kernels", "selection", "core", "")
+# What the low layers may import besides Python's own library.
+ALLOWED = {"lte_lightning", "numpy", "safetensors", "scipy", "torch", "tqdm", "transformers", "triton"}
+
+
+def part(dotted: str) -> str:
+    """The layer of a module of ours: its name's second part, or "" for the package itself."""
+    second = (*dotted.split("."), "")[1]
+    return second if second in RANKS or (PACKAGE / second).is_dir() or (PACKAGE / f"{second}.py").exists() else ""
+
+
+def own_part(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py").replace("__init__", "")
+
+
+def imports(source: str) -> Iterator[str]:
+    """All imported names with their modules, those inside functions too."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            # `from lte_lightning import tasks` names a layer, too. Relative imports would escape the test.
+            yield from (f"{'.' * node.level}{node.module or ''}.{alias.name}" for alias in node.names)
+
+
+def violations(layer: str, source: str) -> list[str]:
+    """The imports in the source of a module of this layer that it must not have."""
+
+    def allowed(module: str) -> bool:
+        root = module.split(".")[0]
+        if root == "lte_lightning":
+            return RANKS[part(module)] <= RANKS[layer]
+        return bool(root) and (layer not in LOW or root in sys.stdlib_module_names or root in ALLOWED)
+
+    return [module for module in imports(source) if not allowed(module)]
+
+
+def test_every_part_has_a_rank():
+    parts = {own_part(path) for path in FILES}
+    assert {"kernels", "selection", "core", "data", "tasks", "callbacks", "cli"} <= parts <= RANKS.keys()
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_down(path):
+    assert violations(own_part(path), path.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("layer", "source", "expected"),
+    [
+        ("core", "from lte_lightning.selection import Router", []),
+        ("selection", "from lte_lightning.core.ffn import find_row", ["lte_lightning.core.ffn.find_row"]),
+        ("selection", "def f():\n    import lte_lightning.tasks.base", ["lte_lightning.tasks.base"]),
+        ("core", "from lte_lightning import tasks", ["lte_lightning.tasks"]),
+        ("core", "from lte_lightning import convert", ["lte_lightning.convert"]),
+        ("core", "from ..tasks import base", ["..tasks.base"]),
+        ("kernels", "import torch, lightning.pytorch", ["lightning.pytorch"]),
+        ("core", "from datasets import load_dataset", ["datasets.load_dataset"]),
+        ("tasks", "from lte_lightning.cli import main", ["lte_lightning.cli.main"]),
+        ("tasks", "import torchmetrics", []),
+        ("cli", "from lte_lightning.tasks.base import LteModule", []),
+    ],
+)
+def test_the_rule_itself(layer, source, expected):
+    assert violations(layer, source) == expected
+
+
+def test_importing_the_package_starts_nothing_heavy():
+    code = (
+        "import lte_lightning, sys; "
+        "print([m for m in ('lightning', 'mlflow', 'datasets', 'torchmetrics', 'jsonargparse', 'matplotlib') "
+        "if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert (result.stdout.strip(), result.returncode) == ("[]", 0), result.stderr
