@@ -50,13 +50,12 @@ def save_pretrained(
         The folder.
 
     Raises:
-        ValueError: If the model was not converted.
-        FileExistsError: If the folder holds something else.
+        UserError: If the model was not converted, or the folder holds something else.
     """
     ffns = require_expert_ffns(model)
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()) and not (folder / CONFIG_FILE).exists():
-        raise FileExistsError(f"{folder} exists and is not a saved LTE model; choose another folder or empty it")
+        raise UserError(f"{folder} exists and is not a saved LTE model; choose another folder or empty it")
     folder.parent.mkdir(parents=True, exist_ok=True)
     description = {
         "layout_version": LAYOUT_VERSION,
@@ -79,12 +78,25 @@ def save_pretrained(
         )
         (staging / CONFIG_FILE).write_text(json.dumps(description, indent=2) + "\n")
         staging.chmod(0o755)
-        if folder.exists():
-            shutil.rmtree(folder)
-        staging.rename(folder)
+        _replace(folder, staging)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return folder
+
+
+def _replace(folder: Path, staging: Path) -> None:
+    """Moves ``staging`` to ``folder``; what was there goes only once the new one is in its place."""
+    if not folder.exists():
+        staging.rename(folder)
+        return
+    old = staging.with_name(f"{staging.name}-old")
+    folder.rename(old)
+    try:
+        staging.rename(folder)
+    except BaseException:
+        old.rename(folder)
+        raise
+    shutil.rmtree(old)
 
 
 def from_pretrained(source: str | os.PathLike[str], auto_class: Any = None, **kwargs: Any) -> PreTrainedModel:

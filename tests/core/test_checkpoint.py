@@ -136,7 +136,7 @@ def test_an_empty_folder_is_filled(routed, tmp_path):
 def test_foreign_folders_are_refused_untouched(routed, tmp_path, name):
     (tmp_path / "saved").mkdir()
     (tmp_path / "saved" / name).write_text("{}")
-    with pytest.raises(FileExistsError, match="is not a saved LTE model; choose another folder"):
+    with pytest.raises(UserError, match="is not a saved LTE model; choose another folder"):
         save_pretrained(routed(), tmp_path / "saved")
     assert content(tmp_path) == {(tmp_path / "saved" / name).relative_to(tmp_path): b"{}"}
 
