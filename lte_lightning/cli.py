@@ -1,7 +1,9 @@
 """The command line: ``lightning fit|validate|test|predict --config ...`` (also called ``lte``)."""
 
 import sys
+from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 from jsonargparse import set_parsing_settings
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -44,15 +46,25 @@ class LteCLI(LightningCLI):
         for target in ("stages.seed", "data.init_args.seed", "model.init_args.seed"):
             parser.link_arguments("seed_everything", target, compute_fn=_seed)
 
-    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Gives the trainer the run's MLflow logger, unless the configuration names a logger or none."""
-        config = self.config_init[self.subcommand] if self.subcommand else self.config_init
-        if config.trainer.logger in (None, True):
-            # a fit goes on with a run only by its checkpoint: from weights alone it begins a new one
-            origin = config.get("ckpt_path") or (
-                None if self.subcommand == "fit" else config.model.hparams["init_from"]
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parses, and refuses a checkpoint that is missing or damaged before anything is made."""
+        super().parse_arguments(parser, args)
+        config = self.config[self.config.subcommand] if "subcommand" in self.config else self.config
+        path = config.get("ckpt_path")
+        if path and not is_zipfile(path):
+            raise UserError(
+                f"{path} is {'damaged' if Path(path).exists() else 'missing'}; --ckpt_path needs a checkpoint"
             )
-            kwargs["logger"] = config.run.make_logger(origin)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Finds the run's place, and makes its MLflow logger unless the configuration names a logger or none."""
+        config = self.config_init[self.subcommand] if self.subcommand else self.config_init
+        # a fit goes on with a run only by its checkpoint: from weights alone it begins a new one
+        init_from = None if self.subcommand == "fit" else config.model.hparams["init_from"]
+        if origin := config.get("ckpt_path") or init_from:
+            config.run.resume(origin)
+        if config.trainer.logger in (None, True):
+            kwargs["logger"] = config.run.make_logger()
         return super().instantiate_trainer(**kwargs)
 
     def after_run(self) -> None:
@@ -74,8 +86,14 @@ def main(args: list[str] | None = None) -> None:
     """Runs the command line; what the user can put right is said in one message, with exit code 1."""
     try:
         make_cli(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except Exception as error:
+        # jsonargparse wraps what a class says when it is made
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, UserError):
+            cause = cause.__cause__ or cause.__context__
+        if cause is None:
+            raise
+        print(f"error: {cause}", file=sys.stderr)
         sys.exit(1)
 
 

@@ -54,23 +54,23 @@ class Recorder(Callback):
             self.tracking_uri = f"sqlite:///{Path(self.tracking_uri.removeprefix('sqlite:///')).absolute()}"
         self.floor = read_floor(floor_from) if floor_from else None
         self.folder: Path | None = None
+        self.run_id: str | None = None
         self.results: dict[str, Any] | None = None
         self.written: Path | None = None
 
     # The run's place
 
-    def make_logger(self, origin: str | None = None) -> Logger:
-        """Returns the MLflow logger of this run.
+    def resume(self, origin: str) -> None:
+        """Continues the run in whose folder a checkpoint or a model folder lies, if it lies in one."""
+        folder = _find_run(origin)
+        if folder is not None:
+            stored = json.loads((folder / RUN_FILE).read_text())
+            self.folder, self.root = folder, folder.parent.parent
+            self.experiment, self.run_id = stored["experiment"], stored["run_id"]
+            self.tracking_uri = stored["tracking_uri"] or self.tracking_uri
 
-        Args:
-            origin: A checkpoint or model folder; if it lies in a run folder, that run is continued.
-        """
-        previous = _find_run(origin)
-        run_id = None
-        if previous is not None:
-            stored = json.loads((previous / RUN_FILE).read_text())
-            self.folder, self.tracking_uri = previous, stored["tracking_uri"] or self.tracking_uri
-            self.experiment, run_id = stored["experiment"], stored["run_id"]
+    def make_logger(self) -> Logger:
+        """Returns the MLflow logger of this run."""
         self._check_root()
         embedded = self.tracking_uri.startswith("sqlite:")  # a server decides where its artifacts are
         return MLFlowLogger(
@@ -78,7 +78,7 @@ class Recorder(Callback):
             run_name=self.name,
             tracking_uri=self.tracking_uri,
             artifact_location=(self.root / self.experiment).as_uri() if embedded else None,
-            run_id=run_id,
+            run_id=self.run_id,
         )
 
     def _check_root(self) -> None:
@@ -201,8 +201,8 @@ def mlflow_of(trainer: Trainer) -> MLFlowLogger | None:
     return next((logger for logger in trainer.loggers if isinstance(logger, MLFlowLogger)), None)
 
 
-def _find_run(origin: str | None) -> Path | None:
-    for parent in Path(origin).absolute().parents if origin else ():
+def _find_run(origin: str) -> Path | None:
+    for parent in Path(origin).absolute().parents:
         if (parent / RUN_FILE).exists():
             return parent
     return None

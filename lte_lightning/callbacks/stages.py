@@ -136,6 +136,11 @@ class StageSchedule(Callback):
     def _span(self, epoch: int) -> _Span:
         return next((s for s in self._spans if epoch < s.first + s.epochs), self._spans[-1])
 
+    def _position(self, epoch: int) -> int:
+        # the stage and the epoch in it, as one number: the same in one fit and in one fit per stage
+        span = self._span(epoch)
+        return STAGES.index(span.stage) * 100_000 + epoch - span.first
+
     def _limit(self, trainer: Trainer, epoch: int) -> None:
         span = self._span(epoch)
         is_last = epoch == span.first + span.epochs - 1
@@ -167,7 +172,7 @@ class StageSchedule(Callback):
             trainer.num_sanity_val_steps = float("inf")  # measures what the fit starts from
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Enters the stage that this epoch belongs to, and seeds the epoch."""
+        """Enters the stage that this epoch belongs to, and chooses the order of its data."""
         self._epoch_began = time.perf_counter()
         span = self._span(trainer.current_epoch)
         ahead = STAGES.index(span.stage) - STAGES.index(pl_module.stage)
@@ -181,15 +186,16 @@ class StageSchedule(Callback):
             if groups:
                 self._add_seconds("grouping", self._epoch_began)
                 self._epoch_began = time.perf_counter()
-        epoch = trainer.current_epoch - span.first
-        position = STAGES.index(span.stage) * 100_000 + epoch
-        torch.manual_seed((self.seed * 1_000_003 + position) * 1_009 + trainer.global_rank)
         sampler = getattr(trainer.train_dataloader, "batch_sampler", None)
         if hasattr(sampler, "set_epoch"):
-            sampler.set_epoch(position)
+            sampler.set_epoch(self._position(trainer.current_epoch))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Tells the module how far the stage has come."""
+        """Seeds the epoch, and tells the module how far the stage has come."""
+        # Not when the epoch starts: the data loader's iterator draws a number, in a run's first epoch before that
+        if batch_idx == 0:
+            position = self._position(trainer.current_epoch)
+            torch.manual_seed((self.seed * 1_000_003 + position) * 1_009 + trainer.global_rank)
         done = trainer.global_step - self._start_step
         pl_module.stage_progress = done / max(self.steps(pl_module.stage), 1)
 

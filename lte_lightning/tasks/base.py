@@ -226,10 +226,7 @@ class LteModule(LightningModule):
             found[f"{self.metric_name}{suffix}"] = float(meter.compute())
             meter.reset()
         if VIEW_MODES[view] == "hard":
-            per_layer = self.sparsity.compute()
-            found["sparsity"] = self.sparsity.overall()
-            found["sparsity_per_layer"] = per_layer
-            found["score_histogram"] = self.sparsity.histogram()
+            found |= self.sparsity.compute()
             self.sparsity.reset()
         return found
 
@@ -263,4 +260,6 @@ class LteModule(LightningModule):
 
     def on_predict_start(self) -> None:
         """Predicts in hard mode, or densely if the model was never routed."""
+        if self.trainer.world_size > 1:
+            raise UserError("predictions are written in the order of the data by one process: set trainer.devices to 1")
         set_mode(self.net, "dense" if self.stage == "dense" else "hard")

@@ -34,14 +34,16 @@ def load(
     """
     about: dict[str, Any] = {}
     with _quiet():
-        if is_lte(source):
-            model = from_pretrained(source, auto_class, **arguments)
-            about = read_description(source)["about"]
-        else:
-            try:
+        try:
+            if is_lte(source):
+                model = from_pretrained(source, auto_class, **arguments)
+                about = read_description(source)["about"]
+            else:
                 model = auto_class.from_pretrained(source, **arguments)
-            except (OSError, ValueError) as error:
-                raise UserError(f"cannot load the model {source!r}: {error}") from error
+        except UserError:
+            raise
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot load the model {source!r}: {error}") from error
     if not expert_ffns(model):
         give_experts(model, config or LteConfig(seed=seed))
     elif config is not None:

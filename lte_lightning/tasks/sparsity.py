@@ -1,6 +1,7 @@
 """What was selected over a whole evaluation."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torchmetrics import Metric
@@ -36,16 +37,15 @@ class SparsityMeter(Metric):
             bins = (scores_NE.detach() * BINS).long().clamp_(0, BINS - 1).flatten()
             self.scores_LH[layer] += torch.bincount(bins, minlength=BINS)
 
-    def compute(self) -> list[float]:
-        """Returns the share of each layer's neurons that did not run."""
+    def compute(self) -> dict[str, Any]:
+        """Returns what was selected, of all devices.
+
+        Returns:
+            ``sparsity`` and ``sparsity_per_layer``, the share of neurons that did not run (all layers have the same
+            expert size), and ``score_histogram``, how many scores of each layer fell in each of 50 equal bins of [0, 1].
+        """
         pairs = [int(self.tokens) * experts for experts in self.experts]
-        return [1.0 - int(n) / max(total, 1) for n, total in zip(self.active_L, pairs, strict=True)]
-
-    def overall(self) -> float:
-        """Returns the share of all neurons that did not run (all layers have the same expert size)."""
-        per_layer = self.compute()
-        return sum(s * e for s, e in zip(per_layer, self.experts, strict=True)) / sum(self.experts)
-
-    def histogram(self) -> list[list[int]]:
-        """Returns, per layer, how many scores fell in each of 50 equal bins of [0, 1]."""
-        return self.scores_LH.tolist()
+        per_layer = [1.0 - int(n) / max(total, 1) for n, total in zip(self.active_L, pairs, strict=True)]
+        overall = sum(s * e for s, e in zip(per_layer, self.experts, strict=True)) / sum(self.experts)
+        histogram = self.scores_LH.tolist()
+        return {"sparsity": overall, "sparsity_per_layer": per_layer, "score_histogram": histogram}

@@ -1,0 +1,77 @@
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from lte_lightning.callbacks.results import read_floor, results_table, span_kept
+from lte_lightning.core.errors import UserError
+
+RESULTS = {
+    "task": "sst2",
+    "metric": "accuracy",
+    "dense": 0.9,
+    "soft": 0.89,
+    "hard_before": 0.85,
+    "hard": 0.88,
+    "sparsity": 0.8,
+    "sparsity_per_layer": [0.7, 0.9],
+    "flops_per_token": 3 * 2**30,
+    "dense_flops_per_token": 10 * 2**30,
+    "seconds_per_stage": {"dense": 12.3, "grouping": 1.0},
+}
+
+
+def text_of(results):
+    stream = io.StringIO()
+    Console(file=stream, width=100).print(results_table(results))
+    return stream.getvalue()
+
+
+def row(text, label):
+    (line,) = (line for line in text.splitlines() if f"│ {label}" in line)
+    return [cell.strip() for cell in line.strip("│").split("│")][1:]
+
+
+def test_table():
+    text = text_of(RESULTS)
+    assert row(text, "dense") == ["0.9000", "0.0 %", "10.0000"]
+    assert row(text, "hard, before adaptation") == ["0.8500", "", ""]
+    assert row(text, "hard, after adaptation") == ["0.8800", "80.0 %", "3.0000"]
+    for words in ("sst2: accuracy", "FLOPs saved 70.0 %", "dense 12 s, grouping 1 s"):
+        assert words in text
+    assert "floor" not in text
+
+
+def test_table_of_a_fit_without_adaptation():
+    text = text_of(RESULTS | {"hard": None})
+    assert row(text, "hard, before adaptation") == ["0.8500", "80.0 %", "3.0000"]
+    assert "after adaptation" not in text
+
+
+def test_table_of_a_dense_fit():
+    nothing = dict.fromkeys(("soft", "hard_before", "hard", "sparsity", "sparsity_per_layer"))
+    assert "saved" not in text_of(RESULTS | nothing)
+
+
+def test_table_with_the_floor():
+    text = text_of(RESULTS | {"floor": 0.8})
+    assert row(text, "floor: no expert at all")[:2] == ["0.8000", "100.0 %"]
+    assert "dense-to-floor span kept 80 %" in text
+
+
+@pytest.mark.parametrize(
+    ("dense", "hard", "floor", "kept"),
+    [(0.9, 0.88, 0.8, 0.8), (0.9, 0.8, 0.8, 0.0), (0.8, 0.8, 0.85, None), (None, 0.8, 0.7, None)],
+)
+def test_span_kept(dense, hard, floor, kept):
+    assert span_kept({"dense": dense, "hard": hard, "floor": floor}) == (kept if kept is None else pytest.approx(kept))
+
+
+def test_floor_of_another_run(tmp_path):
+    (tmp_path / "results.json").write_text(json.dumps({"floor": 0.7}))
+    assert read_floor(tmp_path / "results.json") == 0.7
+    (tmp_path / "other.json").write_text(json.dumps({"hard": 0.7}))
+    for name in ("other.json", "none.json"):
+        with pytest.raises(UserError, match=f"{name} gives no floor"):
+            read_floor(tmp_path / name)

@@ -1,0 +1,71 @@
+"""A fit that was cut short and resumed, or cut in three, ends in the same weights as one that ran through."""
+
+import pytest
+import torch
+
+EPOCHS = (2, 2, 2)
+
+
+def figures(outcome):
+    return {key: value for key, value in outcome.results.items() if key not in ("seconds_per_stage", "floor")}
+
+
+def weights(outcome):
+    return torch.load(outcome.run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+
+
+def assert_same(mine, theirs):
+    assert mine.keys() == theirs.keys()
+    assert [name for name in mine if not torch.equal(mine[name], theirs[name])] == []
+
+
+@pytest.fixture(scope="module")
+def whole(tiny, lightning, tmp_path_factory):
+    """The uninterrupted fit; the model's dropout is 0.1."""
+    outcome = lightning(tmp_path_factory.mktemp("whole"), tiny.config(epochs=EPOCHS), "fit")
+    assert outcome.code == 0, outcome.err
+    return outcome
+
+
+@pytest.mark.parametrize("epoch", range(1, 6))
+def test_killed_in_the_middle_of_the_epoch_after(epoch, whole, tiny, lightning, tmp_path, break_at):
+    break_at(8 * epoch + 3, RuntimeError("power cut"))
+    with pytest.raises(RuntimeError, match="power cut"):
+        lightning(tmp_path, tiny.config(epochs=EPOCHS), "fit")
+    break_at(-1, RuntimeError())
+    (last,) = tmp_path.glob("runs/*/*/checkpoints/last.ckpt")
+    resumed = lightning(tmp_path, tiny.config(epochs=EPOCHS), "fit", "--ckpt_path", last)
+    assert resumed.code == 0, resumed.err
+    assert_same(weights(resumed), weights(whole))
+    assert figures(resumed) == figures(whole)
+
+
+def test_stopped_at_the_end_of_a_stage(whole, tiny, lightning, tmp_path):
+    stopped = lightning(tmp_path, tiny.config(epochs=EPOCHS, **{"trainer.max_epochs": 2}), "fit")
+    last = stopped.run / "checkpoints" / "last.ckpt"
+    resumed = lightning(tmp_path, tiny.config(epochs=EPOCHS), "fit", "--ckpt_path", last)
+    assert resumed.code == 0, resumed.err
+    assert resumed.run == stopped.run
+    assert_same(weights(resumed), weights(whole))
+    assert figures(resumed) == figures(whole)
+
+
+def test_one_fit_per_stage(whole, tiny, lightning, tmp_path):
+    source, outcomes = (), []
+    for i in range(3):
+        (tmp_path / str(i)).mkdir()
+        epochs = tuple(count if stage == i else 0 for stage, count in enumerate(EPOCHS))
+        outcomes.append(lightning(tmp_path / str(i), tiny.config(epochs=epochs), "fit", *source))
+        assert outcomes[-1].code == 0, outcomes[-1].err
+        source = ("--model.init_from", outcomes[-1].run / "model")
+    assert_same(weights(outcomes[-1]), weights(whole))
+    assert figures(outcomes[-1]) == figures(whole)
+    assert outcomes[0].results["dense"] == whole.results["dense"]
+    assert outcomes[1].results["hard_before"] == whole.results["hard_before"]
+
+
+def test_weights_move_in_every_stage(whole, tiny, lightning, tmp_path):
+    """The comparisons above would hold for fits that do nothing."""
+    other = lightning(tmp_path, tiny.config(epochs=EPOCHS, seed_everything=2), "fit")
+    mine, theirs = weights(whole), weights(other)
+    assert [name for name in mine if name.endswith("weight") and torch.equal(mine[name], theirs[name])] == []

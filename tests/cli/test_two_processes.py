@@ -1,0 +1,66 @@
+"""Two processes do what one does."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import BertConfig
+
+
+@pytest.mark.timeout(300)
+def test_two_processes_equal_one(tiny, lightning, tmp_path):
+    """Each process takes every other batch, so two of them are one that accumulates two batches to a step.
+
+    SGD, because Adam would blow the rounding of gradients that are zero (an attention's key bias) up to whole steps.
+    That routers agree proves that their gradients are reduced, although DDP wraps the model while they are frozen.
+    """
+    options = {"optimizer": "torch.optim.SGD", "learning_rate": 0.05, "router_learning_rate": 2.0}
+    stages = {f"stages.{stage}.{key}": v for stage in ("dense", "router", "expert") for key, v in options.items()}
+    config = tiny.config(epochs=(1, 2, 1), **stages)
+    BertConfig.from_pretrained(tiny.model, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).save_pretrained(
+        tmp_path / "calm"
+    )
+    for file in tiny.model.iterdir():
+        if file.name != "config.json":
+            (tmp_path / "calm" / file.name).hardlink_to(file)
+    config["model"]["init_args"]["pretrained"] = str(tmp_path / "calm")
+    config["data"]["init_args"]["eval_batch_size"] = 4
+
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    one = lightning(tmp_path / "one", config, "fit", "--trainer.accumulate_grad_batches", 2)
+    assert one.code == 0, one.err
+
+    config["trainer"] |= {"devices": 2, "strategy": "ddp"}
+    (tmp_path / "two" / "fit.yaml").write_text(yaml.safe_dump(config))
+    two = subprocess.run(
+        [sys.executable, "-m", "lte_lightning", "fit", "--config", "fit.yaml"],
+        cwd=tmp_path / "two",
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert two.returncode == 0, two.stderr
+    results = json.loads(Path(two.stdout.splitlines()[-1]).read_text())
+    assert results["versions"]["devices"] == 2
+
+    (other,) = (tmp_path / "two").glob("runs/*/*/checkpoints/last.ckpt")
+    mine, theirs = (torch.load(path, weights_only=True) for path in (one.run / "checkpoints" / "last.ckpt", other))
+    assert mine["global_step"] == theirs["global_step"] == 4 * 4
+    far = {
+        name: float((value - theirs["state_dict"][name]).abs().max())
+        for name, value in mine["state_dict"].items()
+        if not torch.allclose(value, theirs["state_dict"][name], atol=1e-5)
+    }
+    assert far == {}
+    biases = [value for name, value in mine["state_dict"].items() if name.endswith("selector.bias")]
+    assert all((bias - 2.0).abs().max() > 0.01 for bias in biases)  # they began at 2
+    for key in ("dense", "soft", "hard_before", "hard", "sparsity", "sparsity_per_layer"):
+        assert results[key] == pytest.approx(one.results[key], abs=1e-6), key
+    histograms = [found["lte"]["measured"]["hard"]["score_histogram"] for found in (mine, theirs)]
+    assert sum(map(sum, histograms[0])) == sum(map(sum, histograms[1]))

@@ -1,0 +1,43 @@
+import pytest
+import torch
+
+from lte_lightning.tasks.sparsity import BINS, SparsityMeter
+
+
+class Trace:
+    """What the meter asks of a RouterTrace with threshold 0.5."""
+
+    def __init__(self, *scores):
+        self.layers = {str(i): torch.tensor(scores_NE) for i, scores_NE in enumerate(scores)}
+
+    def scores(self):
+        return self.layers
+
+    def active_counts(self):
+        counts = [(scores_NE > 0.5).sum() for scores_NE in self.layers.values()]
+        return torch.stack(counts), len(self.layers["0"])
+
+
+def test_counts_add_up_over_batches_of_different_lengths():
+    meter = SparsityMeter([2, 4])
+    meter.update(Trace([[0.9, 0.1]], [[0.1, 0.2, 0.3, 0.4]]))
+    meter.update(Trace([[0.9, 0.6], [0.9, 0.1]], [[0.9, 0.2, 0.3, 0.4], [0.9, 0.9, 0.3, 0.4]]))
+    found = meter.compute()
+    assert found["sparsity_per_layer"] == pytest.approx([1 - 4 / 6, 1 - 3 / 12])
+    assert found["sparsity"] == pytest.approx(1 - 7 / 18)  # layers weigh by their experts
+
+
+def test_histogram_has_every_score_once_the_ends_included():
+    meter = SparsityMeter([3])
+    meter.update(Trace([[0.0, 0.5, 1.0]]))
+    (bins,) = meter.compute()["score_histogram"]
+    assert [i for i, count in enumerate(bins) if count] == [0, BINS // 2, BINS - 1]
+    assert sum(bins) == 3
+
+
+def test_reset_forgets():
+    meter = SparsityMeter([1])
+    meter.update(Trace([[0.9]]))
+    meter.reset()
+    meter.update(Trace([[0.1]]))
+    assert meter.compute()["sparsity"] == 1.0
