@@ -1,6 +1,7 @@
 """The command line: ``lightning fit|validate|test|predict --config ...`` (also called ``lte``)."""
 
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
@@ -8,6 +9,7 @@ from zipfile import is_zipfile
 from jsonargparse import set_parsing_settings
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lte_lightning.callbacks import BestCheckpoint, LastCheckpoint, Recorder, StageSchedule
 from lte_lightning.callbacks.record import mlflow_of
@@ -51,7 +53,7 @@ class LteCLI(LightningCLI):
         super().parse_arguments(parser, args)
         config = self.config[self.config.subcommand] if "subcommand" in self.config else self.config
         path = config.get("ckpt_path")
-        if path and not is_zipfile(path):
+        if path and not Path(path).is_dir() and not is_zipfile(path):
             raise UserError(
                 f"{path} is {'damaged' if Path(path).exists() else 'missing'}; --ckpt_path needs a checkpoint"
             )
@@ -87,9 +89,9 @@ def main(args: list[str] | None = None) -> None:
     try:
         make_cli(args)
     except Exception as error:
-        # jsonargparse wraps what a class says when it is made
+        # jsonargparse wraps what a class says when it is made; Lightning has its own error for what users can put right
         cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, UserError):
+        while cause is not None and not isinstance(cause, UserError | MisconfigurationException):
             cause = cause.__cause__ or cause.__context__
         if cause is None:
             raise
@@ -100,6 +102,8 @@ def main(args: list[str] | None = None) -> None:
 def make_cli(args: list[str] | None = None, run: bool = True) -> LteCLI:
     """Parses a command line and, if asked, runs its subcommand (without ``run`` there is none, and no trainer.fit)."""
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+    # Lightning 2.6 asks torch 2.13 for the type of a LeafSpec at every start of a fit; nothing a user could mend
+    warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
     return LteCLI(
         LteModule,
         LightningDataModule,

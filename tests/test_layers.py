@@ -28,7 +28,7 @@ RANKS = {
 }
 LOW = ("kernels", "selection", "core", "")
 # What the low layers may import besides Python's own library.
-ALLOWED = {"lte_lightning", "numpy", "safetensors", "scipy", "torch", "tqdm", "transformers", "triton"}
+ALLOWED = {"lte_lightning", "numpy", "safetensors", "torch", "tqdm", "transformers", "triton"}
 
 
 def part(dotted: str) -> str:

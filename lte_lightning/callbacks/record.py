@@ -2,6 +2,8 @@
 
 import json
 import os
+import shlex
+import shutil
 import sys
 import time
 import uuid
@@ -55,6 +57,7 @@ class Recorder(Callback):
         self.floor = read_floor(floor_from) if floor_from else None
         self.folder: Path | None = None
         self.run_id: str | None = None
+        self._fresh = False
         self.results: dict[str, Any] | None = None
         self.written: Path | None = None
 
@@ -66,20 +69,33 @@ class Recorder(Callback):
         if folder is not None:
             stored = json.loads((folder / RUN_FILE).read_text())
             self.folder, self.root = folder, folder.parent.parent
-            self.experiment, self.run_id = stored["experiment"], stored["run_id"]
-            self.tracking_uri = stored["tracking_uri"] or self.tracking_uri
+            self.experiment = stored["experiment"]
+            uri = stored["tracking_uri"]
+            # a copied run's embedded store may have stayed elsewhere: then MLflow gets a new run
+            if uri and (not uri.startswith("sqlite:///") or Path(uri.removeprefix("sqlite:///")).exists()):
+                self.tracking_uri, self.run_id = uri, stored["run_id"]
 
     def make_logger(self) -> Logger:
         """Returns the MLflow logger of this run."""
         self._check_root()
         embedded = self.tracking_uri.startswith("sqlite:")  # a server decides where its artifacts are
-        return MLFlowLogger(
+        location = (self.root / self.experiment).as_uri() if embedded else None
+        logger = MLFlowLogger(
             experiment_name=self.experiment,
             run_name=self.name,
             tracking_uri=self.tracking_uri,
-            artifact_location=(self.root / self.experiment).as_uri() if embedded else None,
+            artifact_location=location,
             run_id=self.run_id,
         )
+        if embedded and rank_zero_only.rank == 0:
+            known = logger.experiment.get_experiment(logger.experiment_id).artifact_location
+            if known != location and self.run_id is None:
+                logger.experiment.delete_run(logger.run_id)
+                raise UserError(
+                    f"experiment {self.experiment!r} in {self.tracking_uri} keeps its runs in {known}, not in "
+                    f"{location}; choose another run.experiment, run.root or run.tracking_uri"
+                )
+        return logger
 
     def _check_root(self) -> None:
         try:
@@ -96,12 +112,17 @@ class Recorder(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Makes the run folder and sends the checkpoints there."""
         if trainer.fast_dev_run:
+            self.folder = None
             return
+        if self.floor and (task := getattr(trainer.datamodule, "task", None)) != self.floor["task"]:
+            raise UserError(f"run.floor_from is a floor of {self.floor['task']!r}, this run is on {task!r}")
         self._check_root()
         logger = mlflow_of(trainer)
         if self.folder is None:
             run_id = logger.run_id if logger else time.strftime("%Y-%m-%d_%H-%M-%S-") + uuid.uuid4().hex[:4]
-            self.folder = Path(trainer.strategy.broadcast(str(self.root / self.experiment / run_id)))
+            run_id = trainer.strategy.broadcast(run_id)  # only the first process has a logger that knows it
+            self.folder = self.root / self.experiment / run_id
+            self._fresh = True
         self.folder.mkdir(parents=True, exist_ok=True)
         if trainer.is_global_zero and not (self.folder / RUN_FILE).exists():
             about = {"run_id": logger.run_id, "tracking_uri": self.tracking_uri} if logger else {}
@@ -115,19 +136,26 @@ class Recorder(Callback):
 
     @rank_zero_only
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Says how to go on from the last checkpoint."""
-        last = self.folder / "checkpoints" / "last.ckpt" if self.folder else None
-        if trainer.state.fn == "fit" and last and last.exists():
-            config = self.folder / "config.yaml"
+        """Says how to go on from the last checkpoint; a run that was refused leaves nothing."""
+        if self.folder is None:
+            return
+        config, last = self.folder / "config.yaml", self.folder / "checkpoints" / "last.ckpt"
+        if trainer.state.fn == "fit" and last.exists():
             print(
-                f"\nStopped. The last finished epoch is kept; resume with\n"
-                f"  lightning fit --config {config} --ckpt_path {last}",
+                "\nStopped. The last finished epoch is kept; resume with\n"
+                f"  lightning fit --config {shlex.quote(str(config))} --ckpt_path {shlex.quote(str(last))}",
                 file=sys.stderr,
             )
+        elif self._fresh and isinstance(exception, UserError):
+            shutil.rmtree(self.folder, ignore_errors=True)
+            if logger := mlflow_of(trainer):
+                logger.experiment.delete_run(logger.run_id)
+        elif trainer.state.fn == "fit":
+            print("\nStopped before the first epoch was finished: there is nothing to resume.", file=sys.stderr)
 
     # Results
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Goes back to the best checkpoint, if the expert stage was reached, and exports model and results."""
         if trainer.fast_dev_run:
             return
@@ -140,7 +168,7 @@ class Recorder(Callback):
             self._export(trainer, pl_module)
 
     def _export(self, trainer: Trainer, module: LightningModule) -> None:
-        self.results = make_results(trainer, module, self.floor)
+        self.results = make_results(trainer, module, self.floor["floor"] if self.floor else None)
         about = {"stage": module.stage, "measured": module.measured}
         save_pretrained(module.net, self.folder / "model", about)
         tokenizer = getattr(trainer.datamodule, "tokenizer", None)
@@ -173,8 +201,8 @@ class Recorder(Callback):
         if self.folder is None:
             return
         found = trainer.predict_loop.predictions
-        batches_of = [found] if len(pl_module.loader_names) == 1 else found
-        for suffix, batches in zip(pl_module.loader_names, batches_of, strict=True):
+        batches_of = found if found and isinstance(found[0], list) else [found]
+        for suffix, batches in zip(pl_module.loader_names, batches_of, strict=False):
             rows = [row for batch in batches for row in batch.tolist()]
             path = self.folder / f"predictions{suffix}.jsonl"
             path.write_text("".join(json.dumps({"prediction": row}) + "\n" for row in rows))

@@ -70,14 +70,15 @@ def versions(trainer: Trainer) -> dict[str, Any]:
     }
 
 
-def read_floor(path: str) -> float:
-    """Returns the ``floor`` of a ``results.json``.
+def read_floor(path: str) -> dict[str, Any]:
+    """Returns ``floor`` and ``task`` of a ``results.json``.
 
     Raises:
         UserError: If the file is missing, damaged, or has none.
     """
     try:
-        return float(json.loads(Path(path).read_text())["floor"])
+        results = json.loads(Path(path).read_text())
+        return {"floor": float(results["floor"]), "task": results["task"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path} gives no floor ({error!r}); name the results.json of a fit with model.lte.selector none"
@@ -112,7 +113,7 @@ def results_table(results: dict[str, Any]) -> Table:
     if "floor" in results:
         table.add_row("floor: no expert at all", f"{results['floor']:.4f}", "100.0 %", "")
     notes = [f"FLOPs saved {100 * (1 - sparse / dense):.1f} %"] if results["sparsity"] is not None else []
-    if kept := span_kept(results):
+    if (kept := span_kept(results)) is not None:
         notes.append(f"dense-to-floor span kept {100 * kept:.0f} %")
     times = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in results["seconds_per_stage"].items())
     table.caption = "; ".join([*notes, f"time: {times}"])

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -25,7 +26,8 @@ class StagePlan:
 
     Args:
         epochs: Passes over the training data; 0 skips the stage.
-        steps: Optimizer steps, instead of epochs; the data is repeated as needed, and validated after each pass.
+        steps: Optimizer steps, instead of ``epochs`` passes; the data is repeated as needed, and validated after each
+            pass.
         learning_rate: Peak rate of the model's weights.
         weight_decay: Weight decay of the model's weights.
         router_learning_rate: Peak rate of the routers, a group of their own (router stage only).
@@ -56,7 +58,7 @@ class StagePlan:
     @property
     def skipped(self) -> bool:
         """Says whether the stage is left out."""
-        return (self.epochs if self.steps is None else self.steps) == 0
+        return self.epochs == 0 or self.steps == 0
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,14 @@ class StageSchedule(Callback):
         pl_module.schedule = self
         if trainer.datamodule is None:
             raise UserError("StageSchedule needs its data from a LightningDataModule: trainer.fit(module, datamodule)")
+        if trainer.check_val_every_n_epoch != 1:
+            raise UserError(
+                "every epoch is validated, to know each stage's figures: leave check_val_every_n_epoch at 1"
+            )
+        if trainer.world_size > 1 and not isinstance(trainer.strategy, DDPStrategy):
+            raise UserError(
+                f"stages cannot be switched under {type(trainer.strategy).__name__}; use trainer.strategy ddp"
+            )
         self._accumulate = trainer.accumulate_grad_batches
         self._spans = self._lay_out(_batches_per_epoch(trainer))
         last = self._spans[-1]
@@ -127,9 +137,12 @@ class StageSchedule(Callback):
         spans, first = [], 0
         for stage in self.stages:
             plan = self.plans[stage]
-            batches = plan.epochs * per_epoch if plan.steps is None else plan.steps * self._accumulate
-            epochs = math.ceil(batches / per_epoch)
-            spans.append(_Span(stage, first, epochs, per_epoch, batches - (epochs - 1) * per_epoch))
+            epochs, last = plan.epochs, per_epoch
+            if plan.steps is not None:
+                steps_per_epoch = math.ceil(per_epoch / self._accumulate)
+                epochs = math.ceil(plan.steps / steps_per_epoch)
+                last = min(per_epoch, (plan.steps - (epochs - 1) * steps_per_epoch) * self._accumulate)
+            spans.append(_Span(stage, first, epochs, per_epoch, last))
             first += epochs
         return spans
 
@@ -162,14 +175,25 @@ class StageSchedule(Callback):
         if "router" in self.stages and not list(selector_parameters(pl_module.net)):
             selector = pl_module.net.lte_config.selector
             raise UserError(f"selector {selector!r} has nothing to train; set stages.router.epochs to 0")
-        resumed = trainer.ckpt_path is not None
-        if not resumed and STAGES.index(pl_module.stage) > STAGES.index(self.stages[0]):
+        if trainer.ckpt_path is not None:
+            trainer.num_sanity_val_steps = 0  # it would measure a stage that is over on a few rows
+            return
+        if STAGES.index(pl_module.stage) > STAGES.index(self.stages[0]):
             raise UserError(
                 f"the model is in stage {pl_module.stage!r} already, and the fit would begin with {self.stages[0]!r}; "
                 f"set stages.{self.stages[0]}.epochs to 0"
             )
-        if not resumed and (self.stages[0] != "dense" or pl_module.stage != "dense"):
+        if self.stages[0] != "dense" or pl_module.stage != "dense":
             trainer.num_sanity_val_steps = float("inf")  # measures what the fit starts from
+        if self.stages[0] == "expert" and pl_module.stage == "dense" and list(selector_parameters(pl_module.net)):
+            rank_zero_warn("the router stage is skipped: the routers are as they were initialised")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuses a checkpoint taken in the middle of an epoch, whose data order could not be continued."""
+        self._epoch_began = time.perf_counter()
+        loop = trainer.fit_loop
+        if loop.restarted_mid_epoch and not loop.epoch_loop.batch_progress.is_last_batch:
+            raise UserError(f"{trainer.ckpt_path} was written in mid-epoch; resume from last.ckpt, written after one")
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Enters the stage that this epoch belongs to, and chooses the order of its data."""
@@ -231,6 +255,11 @@ class StageSchedule(Callback):
             rates = {"lr": plan.router_learning_rate, "weight_decay": plan.router_weight_decay}
             groups.append({"params": routers, **rates, "name": "routers"})
         optimizer = plan.optimizer(groups)
+        if getattr(optimizer, "_step_supports_amp_scaling", False) and module.trainer.gradient_clip_val:
+            raise UserError(
+                "gradient_clip_val and a fused optimizer exclude each other in Lightning's mixed precision; set "
+                f"stages.{module.stage}.optimizer.init_args.fused to false"
+            )
         steps = self.steps(module.stage)
         warmup = round(plan.warmup * steps)
 

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import tempfile
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 from lte_lightning.core.config import LteConfig
-from lte_lightning.core.convert import convert, lte_config, plain, require_expert_ffns, set_lte_config, set_mode
+from lte_lightning.core.convert import convert, lte_config, plain, require_expert_ffns, set_mode
 from lte_lightning.core.errors import UserError
 from lte_lightning.core.expert_ffn import MODES
 
@@ -43,7 +43,7 @@ def save_pretrained(
     Args:
         model: A converted model.
         folder: Where to.
-        about: Further facts for ``lte_config.json`` (plain JSON types), for people to read.
+        about: Further facts for ``lte_config.json`` (plain JSON types); a run keeps its stage and figures here.
         **kwargs: Passed to the model's own ``save_pretrained``.
 
     Returns:
@@ -125,8 +125,7 @@ def from_pretrained(source: str | os.PathLike[str], auto_class: Any = None, **kw
         if auto_class is None:
             raise LayoutError(f"{source} was saved as {architecture!r}, which transformers lacks; pass auto_class")
     model: PreTrainedModel = auto_class.from_pretrained(source, **kwargs)
-    convert(model, replace(config, grouping="contiguous"), progress=False)
-    set_lte_config(model, config)
+    convert(model, config, group=False)
     _load_routers(model, _file(source, ROUTERS_FILE))
     set_mode(model, mode)
     return model

@@ -17,7 +17,9 @@ from lte_lightning.core.grouping import Grouping, expert_count, group_neurons
 from lte_lightning.selection import SELECTORS, Router
 
 
-def convert(model: PreTrainedModel, config: LteConfig | None = None, progress: bool = True) -> PreTrainedModel:
+def convert(
+    model: PreTrainedModel, config: LteConfig | None = None, progress: bool = True, group: bool = True
+) -> PreTrainedModel:
     """Turns every FFN of ``model`` into experts, in place; the function it computes stays the same.
 
     Everything is checked before anything is changed. The model starts in mode ``dense``.
@@ -26,6 +28,7 @@ def convert(model: PreTrainedModel, config: LteConfig | None = None, progress: b
         model: A plain Hugging Face model of a family in the FFN table.
         config: How to group and select; the paper's choices if not given.
         progress: Show a progress bar while grouping.
+        group: Group the neurons now; otherwise they keep their order until `group_experts`.
 
     Returns:
         The same model.
@@ -53,6 +56,8 @@ def convert(model: PreTrainedModel, config: LteConfig | None = None, progress: b
             ffn.shell = (get_child(layer, row.module),)  # in a tuple, so that its weights are not registered twice
         _insert(layer, row, ffn)
     set_lte_config(model, config)
+    if not group:
+        return model
     try:
         group_experts(model, progress)
     except BaseException:  # weights that are not finite, or Ctrl-C while clustering

@@ -126,6 +126,10 @@ class GlueData(LightningDataModule):
 
     def load_splits(self) -> dict[str, Dataset]:
         """Read every split that the source has; a subclass may read its own."""
+        if Path(self.source).is_file():
+            raise DataError(
+                f"{self.source} is a file; name the folder that holds train.* and {self.glue.validation_splits[0]}.*"
+            )
         if not (self.source.startswith((".", "/")) or self.source.endswith("/") or Path(self.source).is_dir()):
             try:
                 return dict(load_dataset(self.source, self.task))

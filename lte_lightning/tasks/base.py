@@ -1,5 +1,6 @@
 """The shared core of all tasks: an HF model with expert FFNs, its stages, losses and measurements."""
 
+import math
 from dataclasses import asdict, replace
 from typing import Any, ClassVar, Literal
 
@@ -36,8 +37,8 @@ class LteModule(LightningModule):
 
     Args:
         pretrained: Model to start from: a folder, a hub id, or ``package://...`` (see the quickstart).
-        init_from: Take the weights from here instead: a fine-tuned model's folder, or the ``model`` folder of an
-            earlier run, which goes on in the stage it had reached.
+        init_from: Take the weights from here instead: a fine-tuned model with the same tokenizer (folder or hub id), or
+            the ``model`` folder of an earlier run, which goes on in the stage it had reached.
         lte: Experts and routers. Default: the paper's choices, or those of an LTE model given by ``init_from``.
         efficiency_weight: eta, the weight of the efficiency loss: the sparsity dial (the paper uses 0 to 2).
         separability_weight: lambda, the weight that the separability loss ends with.
@@ -71,9 +72,10 @@ class LteModule(LightningModule):
                 f"separability_start {separability_start} and separability_end {separability_end} are shares of the "
                 "router stage: 0 <= start <= end <= 1"
             )
-        for name, weight in (("efficiency_weight", efficiency_weight), ("separability_weight", separability_weight)):
-            if not weight >= 0.0:
-                raise UserError(f"{name} is {weight}; a loss weight cannot be negative")
+        weights = {"efficiency_weight": efficiency_weight, "separability_weight": separability_weight}
+        for name, weight in (weights | {"separability_epsilon": separability_epsilon}).items():
+            if not 0.0 <= weight < math.inf:
+                raise UserError(f"{name} is {weight}; it must be a finite number, and not negative")
         self.save_hyperparameters(ignore=["lte"])
         self.save_hyperparameters({"lte": asdict(lte) if lte else None})
         self.lte = replace(lte, seed=seed) if lte and lte.seed is None else lte
@@ -134,7 +136,15 @@ class LteModule(LightningModule):
         """Restores the stage, before optimizers are configured."""
         if "lte" not in checkpoint:
             raise UserError("this checkpoint was not written by lte-lightning: it names no stage")
-        saved = LteConfig(**checkpoint["lte"]["config"])
+        if self._trainer is not None and self.trainer.state.fn == "fit" and "optimizer_states" not in checkpoint:
+            raise UserError(
+                "this checkpoint holds weights only (best.ckpt does): resume from last.ckpt, or begin a new fit with "
+                "--model.init_from and the run's model folder"
+            )
+        try:
+            saved = LteConfig(**checkpoint["lte"]["config"])
+        except TypeError as error:
+            raise UserError(f"this checkpoint was written by another version of lte-lightning: {error}") from error
         if saved != self.net.lte_config:
             give_experts(self.net, saved)
             self._make_meters()
@@ -180,19 +190,23 @@ class LteModule(LightningModule):
                 }
             )
         self.log("train/loss", loss, prog_bar=True)
+        self._require_finite(loss, "training")
+        return loss
+
+    def _require_finite(self, loss: torch.Tensor, what: str) -> None:
         if not torch.isfinite(loss):
             raise NonFiniteLossError(
-                f"the loss is {loss.item()} in stage {self.stage!r} at step {self.global_step}; the weights before it "
-                "are kept in the last checkpoint. Lower the learning rate, or use trainer.precision 32-true"
+                f"the {what} loss is {loss.item()} in stage {self.stage!r} at step {self.global_step}; the weights "
+                "of the epoch before are kept in the last checkpoint. Lower the learning rate, or use "
+                "trainer.precision 32-true"
             )
-        return loss
 
     # Evaluation
 
     def _make_meters(self) -> None:
         names = [f"{view}{suffix}" for view in VIEW_MODES for suffix in self.loader_names]
         self.meters = nn.ModuleDict({name: self.make_metric() for name in names})
-        self.sparsity = SparsityMeter([ffn.neurons // ffn.expert_size for ffn in expert_ffns(self.net).values()])
+        self.sparsity = SparsityMeter([ffn.experts for ffn in expert_ffns(self.net).values()])
 
     def validation_step(self, batch: dict[str, torch.Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Measures every view of the current stage."""
@@ -200,7 +214,7 @@ class LteModule(LightningModule):
             self._measure(view, batch, dataloader_idx)
         self.apply_stage()
 
-    def _measure(self, view: str, batch: dict[str, torch.Tensor], dataloader_idx: int) -> Any:
+    def _measure(self, view: str, batch: dict[str, torch.Tensor], dataloader_idx: int) -> None:
         set_mode(self.net, VIEW_MODES[view])
         if VIEW_MODES[view] == "hard":
             with RouterTrace(self.net, batch["attention_mask"]) as trace:
@@ -208,14 +222,16 @@ class LteModule(LightningModule):
             self.sparsity.update(trace)
         else:
             outputs = self.net(**batch)
+        self._require_finite(outputs.loss, "validation")  # before a checkpoint of such weights is written
         self.meters[f"{view}{self.loader_names[dataloader_idx]}"].update(*self.outputs_for_metric(outputs, batch))
-        return outputs
 
     def on_validation_epoch_end(self) -> None:
         """Logs ``val/<view>/<metric>`` and the sparsity, and remembers them for the results."""
         for view in VIEWS[self.stage]:
             found = self._read_meters(view)
-            self.measured[view] = found
+            # a sanity check of a few rows is no measurement
+            if not self.trainer.sanity_checking or self.trainer.num_sanity_val_steps == math.inf:
+                self.measured[view] = {key: _json(value) for key, value in found.items()}
             scalars = {key: value for key, value in found.items() if isinstance(value, float)}
             self.log_dict({f"val/{view}/{key}": value for key, value in scalars.items()}, prog_bar=True)
 
@@ -223,6 +239,8 @@ class LteModule(LightningModule):
         found: dict[str, Any] = {}
         for suffix in self.loader_names:
             meter = self.meters[f"{view}{suffix}"]
+            if not meter.update_called:  # MNLI's second set, if the first is held out of the training rows
+                continue
             found[f"{self.metric_name}{suffix}"] = float(meter.compute())
             meter.reset()
         if VIEW_MODES[view] == "hard":
@@ -246,7 +264,7 @@ class LteModule(LightningModule):
         """Logs the metric, the sparsity overall and per layer, and the paper's GFLOPs per token."""
         found = self._read_meters("hard")
         per_layer = found["sparsity_per_layer"]
-        self.measured["test"] = found | self.flops(per_layer)
+        self.measured["test"] = {key: _json(value) for key, value in found.items()} | self.flops(per_layer)
         self.log_dict({f"test/{key}": value for key, value in found.items() if isinstance(value, float)})
         self.log("test/gflops_per_token", self.measured["test"]["flops_per_token"] / 2**30)
         self.log_dict({f"test/sparsity_layer_{i:02d}": sparsity for i, sparsity in enumerate(per_layer)})
@@ -263,3 +281,8 @@ class LteModule(LightningModule):
         if self.trainer.world_size > 1:
             raise UserError("predictions are written in the order of the data by one process: set trainer.devices to 1")
         set_mode(self.net, "dense" if self.stage == "dense" else "hard")
+
+
+def _json(value: Any) -> Any:
+    # JSON has no NaN, which a correlation of constant predictions is
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging as hf_logging
 
@@ -12,6 +13,8 @@ from lte_lightning.core.checkpoint import from_pretrained, is_lte, read_descript
 from lte_lightning.core.config import LteConfig
 from lte_lightning.core.convert import convert, expert_ffns, restore
 from lte_lightning.core.errors import UserError
+
+_STAGE_OF_MODE = {"dense": "dense", "soft": "router", "hard": "expert"}
 
 
 def load(
@@ -33,16 +36,19 @@ def load(
         UserError: If it cannot be loaded, or was routed with another configuration.
     """
     about: dict[str, Any] = {}
+    arguments = arguments | {"dtype": torch.float32}  # a half-precision checkpoint would train in half precision
     with _quiet():
         try:
             if is_lte(source):
                 model = from_pretrained(source, auto_class, **arguments)
-                about = read_description(source)["about"]
+                description = read_description(source)
+                # one saved from Python says no more than its mode
+                about = {"stage": _STAGE_OF_MODE[description["mode"]]} | description["about"]
             else:
                 model = auto_class.from_pretrained(source, **arguments)
         except UserError:
             raise
-        except (OSError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: a head of another size
             raise UserError(f"cannot load the model {source!r}: {error}") from error
     if not expert_ffns(model):
         give_experts(model, config or LteConfig(seed=seed))
@@ -58,8 +64,7 @@ def give_experts(model: PreTrainedModel, config: LteConfig) -> None:
     """Converts a model for training: new experts and routers, its neurons not yet grouped."""
     if expert_ffns(model):
         restore(model)
-    convert(model, replace(config, grouping="contiguous"), progress=False)
-    model.lte_config = config
+    convert(model, config, group=False)
 
 
 def _require_same(source: str, saved: LteConfig, wanted: LteConfig) -> None:

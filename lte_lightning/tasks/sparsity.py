@@ -42,7 +42,7 @@ class SparsityMeter(Metric):
 
         Returns:
             ``sparsity`` and ``sparsity_per_layer``, the share of neurons that did not run (all layers have the same
-            expert size), and ``score_histogram``, how many scores of each layer fell in each of 50 equal bins of [0, 1].
+            expert size), and ``score_histogram``, how many scores of each layer fell in each of 50 bins of [0, 1].
         """
         pairs = [int(self.tokens) * experts for experts in self.experts]
         per_layer = [1.0 - int(n) / max(total, 1) for n, total in zip(self.active_L, pairs, strict=True)]

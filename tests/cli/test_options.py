@@ -9,9 +9,17 @@ import yaml
 CONF = Path(__file__).parents[2] / "conf"
 EXPERIMENTS = sorted(path for path in CONF.rglob("*.yaml") if "parts" not in path.parts)
 
-PLAN = (
-    "epochs steps learning_rate weight_decay router_learning_rate router_weight_decay warmup schedule optimizer".split()
-)
+PLAN = [
+    "epochs",
+    "steps",
+    "learning_rate",
+    "weight_decay",
+    "router_learning_rate",
+    "router_weight_decay",
+    "warmup",
+    "schedule",
+    "optimizer",
+]
 # A renamed option breaks configurations: change this list only with an entry in the changelog.
 OPTIONS = {
     "model": "pretrained init_from lte efficiency_weight separability_weight separability_start separability_end "
