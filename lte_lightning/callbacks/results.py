@@ -52,7 +52,8 @@ def make_results(trainer: Trainer, module: LightningModule, floor: float | None 
         results["floor"] = floor
     for suffix in module.loader_names[1:]:
         key = f"{metric}{suffix}"
-        results[key] = {view: found[key] for view, found in measured.items() if key in found}
+        if values := {view: found[key] for view, found in measured.items() if key in found}:
+            results[key] = values
     return results
 
 

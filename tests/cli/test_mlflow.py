@@ -42,8 +42,8 @@ def migrated(fitted, tmp_path):
 
 def test_a_resumed_fit_continues_its_run(migrated, tiny, lightning, break_at):
     config = tiny.config(**{"trainer.logger": True, "run.experiment": "resumed"})
-    with pytest.raises(RuntimeError, match="power cut"):  # in the middle of the second epoch
-        break_at(12, RuntimeError("power cut"))
+    break_at(12, RuntimeError("power cut"))  # in the middle of the second epoch
+    with pytest.raises(RuntimeError, match="power cut"):
         lightning(migrated, config, "fit")
     (run,) = migrated.glob("runs/resumed/*")
     assert not (run / "results.json").exists()

@@ -1,0 +1,92 @@
+"""Combinations of options that a user may well type."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lte_lightning.callbacks import StagePlan, StageSchedule
+from lte_lightning.cli import make_cli
+
+CONF = Path(__file__).parents[2] / "conf" / "glue"
+
+
+def test_mnli_with_held_out_validation_rows_has_one_set_of_figures(tiny, lightning, tmp_path):
+    config = tiny.config("mnli", **{"data.init_args.holdout": 0.25})
+    fit = lightning(tmp_path, config, "fit")
+    assert fit.code == 0, fit.err
+    assert "accuracy_mismatched" not in fit.results
+    best = fit.run / "checkpoints" / "best.ckpt"
+    test = lightning(tmp_path, config, "test", "--ckpt_path", best)
+    figures = json.loads(test.written.read_text())
+    assert {"accuracy", "accuracy_mismatched"} <= figures.keys()  # the official sets are the test sets now
+    predict = lightning(tmp_path, config, "predict", "--ckpt_path", best)
+    rows = [len((predict.run / f"predictions{name}.jsonl").read_text().splitlines()) for name in ("", "_mismatched")]
+    assert rows == [12, 9]
+
+
+def test_a_sanity_check_is_no_result(tiny, lightning, tmp_path):
+    config = tiny.config(**{"trainer.max_steps": 1, "data.init_args.eval_batch_size": 2})
+    fit = lightning(tmp_path, config, "fit")
+    assert fit.code == 0, fit.err
+    assert fit.results["dense"] is None
+
+
+def test_weights_that_give_no_finite_validation_loss_are_refused(tiny, lightning, tmp_path):
+    fit = lightning(tmp_path, tiny.config(epochs=(1, 0, 0), **{"stages.dense.learning_rate": 1e30}), "fit")
+    assert fit.code == 1
+    assert "loss is" in fit.err
+    assert "stage 'dense'" in fit.err
+    assert not list(tmp_path.glob("runs/*/*"))
+
+
+@pytest.mark.parametrize(("steps", "epochs", "last"), [(5, 2, 6), (3, 1, 8), (1, 1, 3), (6, 2, 8)])
+def test_steps_are_kept_when_accumulation_does_not_divide_the_epoch(steps, epochs, last):
+    schedule = StageSchedule(StagePlan(steps=steps), StagePlan(epochs=0), StagePlan(epochs=0))
+    schedule._accumulate = 3  # an epoch of 8 batches is 3 optimizer steps, the last of 2 batches
+    schedule._spans = schedule._lay_out(8)
+    (span,) = schedule._spans
+    assert (span.epochs, span.last_epoch_batches, schedule.steps("dense")) == (epochs, last, steps)
+
+
+def test_best_is_not_resumed_from(tiny, lightning, tmp_path):
+    fit = lightning(tmp_path, tiny.config(), "fit")
+    again = lightning(tmp_path, tiny.config(), "fit", "--ckpt_path", fit.run / "checkpoints" / "best.ckpt")
+    assert again.code == 1
+    assert "resume from last.ckpt" in again.err
+    assert fit.results  # still there
+
+
+def test_a_moved_run_is_tested_without_its_database(tiny, lightning, tmp_path):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there").mkdir()
+    fit = lightning(tmp_path / "here", tiny.config(), "fit")
+    about = json.loads((fit.run / "run.json").read_text())
+    about |= {"run_id": "0" * 32, "tracking_uri": f"sqlite:///{tmp_path}/gone.db"}
+    (fit.run / "run.json").write_text(json.dumps(about))
+    run = tmp_path / "there" / "runs" / "lte" / fit.run.name
+    shutil.move(fit.run, run)
+    test = lightning(tmp_path / "there", tiny.config(), "test", "--ckpt_path", run / "checkpoints" / "best.ckpt")
+    assert test.code == 0, test.err
+    assert test.written == run / "test.json"
+
+
+def test_clipping_with_a_fused_optimizer_says_what_to_set(tiny, lightning, tmp_path):
+    fused = {"class_path": "torch.optim.AdamW", "init_args": {"fused": True}}
+    config = tiny.config(**{"trainer.gradient_clip_val": 1.0, "stages.dense.optimizer": fused})
+    fit = lightning(tmp_path, config, "fit")
+    assert fit.code == 1
+    assert "stages.dense.optimizer.init_args.fused" in fit.err
+
+
+@pytest.mark.parametrize("name", ["floor", "constant-lambda"])
+def test_overlays_fit_behind_a_config(name, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["lightning"])
+    overlay = CONF / "parts" / f"{name}.yaml"
+    files = ["--config", str(CONF / "minilm-sst2.yaml"), "--config", str(overlay), "--trainer.logger", "false"]
+    cli = make_cli([*files, "--trainer.accelerator", "cpu", "--trainer.precision", "32-true"], run=False)
+    wanted = yaml.safe_load(overlay.read_text())["model"]["init_args"]
+    for key, value in wanted.items():
+        assert cli.model.hparams[key] == value or cli.model.hparams[key] | value == cli.model.hparams[key]
