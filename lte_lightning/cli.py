@@ -102,8 +102,10 @@ def main(args: list[str] | None = None) -> None:
 def make_cli(args: list[str] | None = None, run: bool = True) -> LteCLI:
     """Parses a command line and, if asked, runs its subcommand (without ``run`` there is none, and no trainer.fit)."""
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
-    # Lightning 2.6 asks torch 2.13 for the type of a LeafSpec at every start of a fit; nothing a user could mend
+    # What Lightning says at every start of a fit, and no user can mend: it asks torch 2.13 for the type of a LeafSpec,
+    # and its summary of the model counts megabytes in 32 bits
     warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
+    warnings.filterwarnings("ignore", "Precision .* is not supported by the model summary")
     return LteCLI(
         LteModule,
         LightningDataModule,
