@@ -119,7 +119,7 @@ def make_cli(args: list[str] | None = None, run: bool = True) -> LteCLI:
             "use_distributed_sampler": False,
             "callbacks": [LastCheckpoint(), BestCheckpoint()],
         },
-        parser_kwargs={"parser_mode": "omegaconf+"},
+        parser_kwargs={"parser_mode": "omegaconf+", "allow_abbrev": False},  # a typo is not taken for an option
         args=args,
         run=run,
     )

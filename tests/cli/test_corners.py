@@ -90,3 +90,9 @@ def test_overlays_fit_behind_a_config(name, monkeypatch):
     wanted = yaml.safe_load(overlay.read_text())["model"]["init_args"]
     for key, value in wanted.items():
         assert cli.model.hparams[key] == value or cli.model.hparams[key] | value == cli.model.hparams[key]
+
+
+def test_the_beginning_of_an_option_is_not_the_option(tiny, lightning, tmp_path):
+    fit = lightning(tmp_path, tiny.config(), "fit", "--stages.dense.epoch", 1)
+    assert fit.code == 2
+    assert "unrecognized arguments: --stages.dense.epoch" in fit.err
