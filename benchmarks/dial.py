@@ -1,6 +1,6 @@
 """The sparsity dial: one fit per eta, with the separability loss ramped in (ours) and constant (the paper's text).
 
-python benchmarks/dial.py --out docs     # about 20 minutes on two busy cores; started again, it does only what is missing
+python benchmarks/dial.py --out docs     # 20 minutes on two busy cores; started again, it does only what is missing
 
 Every point is a fit that can be typed: `lightning fit --config conf/quickstart.yaml --model.efficiency_weight ETA ...`
 from one shared dense model. Writes dial.json and dial.png.
