@@ -69,8 +69,8 @@ def test_span_kept(dense, hard, floor, kept):
 
 
 def test_floor_of_another_run(tmp_path):
-    (tmp_path / "results.json").write_text(json.dumps({"floor": 0.7}))
-    assert read_floor(tmp_path / "results.json") == 0.7
+    (tmp_path / "results.json").write_text(json.dumps({"floor": 0.7, "task": "cola", "hard": 0.7}))
+    assert read_floor(tmp_path / "results.json") == {"floor": 0.7, "task": "cola"}
     (tmp_path / "other.json").write_text(json.dumps({"hard": 0.7}))
     for name in ("other.json", "none.json"):
         with pytest.raises(UserError, match=f"{name} gives no floor"):

@@ -102,7 +102,7 @@ def test_files(splits, message, tiny, refused, tmp_path):
 
 def test_a_loss_that_is_not_finite_ends_the_fit_and_spares_the_checkpoint(tiny, refused, lightning, tmp_path):
     config = tiny.config(**{"stages.router.learning_rate": 1e30})
-    failed = refused(config, r"the loss is (nan|inf) in stage 'router' at step 9")
+    failed = refused(config, r"the training loss is (nan|inf) in stage 'router' at step 9")
     last = failed.run / "checkpoints" / "last.ckpt"
     checkpoint = torch.load(last, weights_only=True)
     assert checkpoint["lte"]["stage"] == "dense"
@@ -118,7 +118,7 @@ def test_weights_that_are_not_finite(tiny, refused, tmp_path):
     weights = load_file(folder / "model.safetensors")
     weights["encoder.layer.0.intermediate.dense.weight"][3] = torch.nan
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    refused(tiny.config(**{"model.init_args.pretrained": str(folder)}), "the loss is nan in stage 'dense' at step 0")
+    refused(tiny.config(**{"model.init_args.pretrained": str(folder)}), "the validation loss is nan in stage 'dense' at step 0")
 
 
 def test_another_layout_version(fitted, tiny, refused, tmp_path):

@@ -96,3 +96,10 @@ def test_the_beginning_of_an_option_is_not_the_option(tiny, lightning, tmp_path)
     fit = lightning(tmp_path, tiny.config(), "fit", "--stages.dense.epoch", 1)
     assert fit.code == 2
     assert "unrecognized arguments: --stages.dense.epoch" in fit.err
+
+
+def test_the_floor_of_another_task_is_refused(tiny, lightning, tmp_path):
+    (tmp_path / "results.json").write_text(json.dumps({"floor": 0.7, "task": "cola"}))
+    fit = lightning(tmp_path, tiny.config(), "fit", "--run.floor_from", "results.json")
+    assert fit.code == 1
+    assert "a floor of 'cola', this run is on 'sst2'" in fit.err
