@@ -118,7 +118,8 @@ def test_weights_that_are_not_finite(tiny, refused, tmp_path):
     weights = load_file(folder / "model.safetensors")
     weights["encoder.layer.0.intermediate.dense.weight"][3] = torch.nan
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    refused(tiny.config(**{"model.init_args.pretrained": str(folder)}), "the validation loss is nan in stage 'dense' at step 0")
+    config = tiny.config(**{"model.init_args.pretrained": str(folder)})
+    refused(config, "the validation loss is nan in stage 'dense' at step 0")
 
 
 def test_another_layout_version(fitted, tiny, refused, tmp_path):
