@@ -43,14 +43,12 @@ def convert(
     row = find_row(model.config.model_type)
     layers = find_layers(model)
     all_parts = [find_parts(layer, row) for layer in layers]
-    for parts in all_parts:
-        expert_count(weight_rows(parts.up).shape[0], config.expert_size)
+    experts = [expert_count(weight_rows(parts.up).shape[0], config.expert_size) for parts in all_parts]
     _check_selector(config)
 
     generator = torch.Generator().manual_seed(config.seed or 0)
-    for layer, parts in zip(layers, all_parts, strict=True):
-        neurons, width = weight_rows(parts.up).shape
-        selector = _make_selector(config, width, neurons // config.expert_size, generator)
+    for layer, parts, count in zip(layers, all_parts, experts, strict=True):
+        selector = _make_selector(config, weight_rows(parts.up).shape[1], count, generator)
         ffn = ExpertFfn(parts, config.expert_size, selector.to(parts.up.weight.device), config.threshold)
         if row.module:
             ffn.shell = (get_child(layer, row.module),)  # in a tuple, so that its weights are not registered twice

@@ -6,8 +6,8 @@ from transformers import PreTrainedModel
 
 from lte_lightning.core.convert import require_expert_ffns
 from lte_lightning.core.errors import UserError
-from lte_lightning.core.expert_ffn import ExpertFfn, is_projection
-from lte_lightning.core.ffn import find_layers
+from lte_lightning.core.expert_ffn import ExpertFfn
+from lte_lightning.core.ffn import Projection, find_layers
 
 
 def flops_per_token(model: PreTrainedModel, sparsity_per_layer: Sequence[float] | None = None) -> int:
@@ -29,7 +29,7 @@ def flops_per_token(model: PreTrainedModel, sparsity_per_layer: Sequence[float] 
     total = 0
     for layer in find_layers(model):
         outside = [module for module in layer.modules() if id(module) not in inside]
-        total += sum(2 * module.weight.numel() for module in outside if is_projection(module))
+        total += sum(2 * module.weight.numel() for module in outside if isinstance(module, Projection))
     if sparsity_per_layer is None:
         return total + sum(ffn.flops_dense() for ffn in ffns)
     if len(sparsity_per_layer) != len(ffns):

@@ -1,11 +1,10 @@
 """An FFN whose neurons are grouped into experts."""
 
 from collections.abc import Callable
-from typing import Literal, TypeGuard
+from typing import Literal
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from lte_lightning.core.ffn import FfnParts, Projection, weight_rows
 from lte_lightning.kernels import scale_experts
@@ -92,8 +91,3 @@ class ExpertFfn(nn.Module):
     def flops_dense(self) -> int:
         """Multiply-adds of the whole FFN per token, times two."""
         return 2 * sum(p.weight.numel() for p in (self.up, self.gate, self.down) if p is not None)
-
-
-def is_projection(module: nn.Module) -> TypeGuard[Projection]:
-    """Says whether a module is a matrix product with its own weight."""
-    return isinstance(module, nn.Linear | Conv1D)
