@@ -1,0 +1,56 @@
+"""How the kernels see an FFN's weights: one contiguous block of rows per expert."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "relu": functional.relu,
+    "gelu": functional.gelu,
+    "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
+    "silu": functional.silu,
+}
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """The weights of one FFN by expert, views of the model's own parameters wherever these are stored like this.
+
+    An expert's neurons are rows in every projection, the down projection's too (it is stored transposed), so that what
+    one expert needs is read in one piece, and what no token selected is not read at all.
+
+    Args:
+        up_ESD: Up projection.
+        down_ESD: Down projection, transposed.
+        activation: A name in `ACTIVATIONS`.
+        gate_ESD: Gate projection of a gated FFN, ``down(activation(gate(x)) * up(x))``.
+        up_bias_ES: Bias of the up projection.
+        gate_bias_ES: Bias of the gate projection.
+        down_bias_D: Bias of the output, added whatever runs.
+    """
+
+    up_ESD: torch.Tensor
+    down_ESD: torch.Tensor
+    activation: str
+    gate_ESD: torch.Tensor | None = None
+    up_bias_ES: torch.Tensor | None = None
+    gate_bias_ES: torch.Tensor | None = None
+    down_bias_D: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"unknown activation {self.activation!r}; there are {', '.join(ACTIVATIONS)}")
+        E, S, D = self.up_ESD.shape
+        wanted = {
+            "down_ESD": (E, S, D),
+            "gate_ESD": (E, S, D),
+            "up_bias_ES": (E, S),
+            "gate_bias_ES": (E, S),
+            "down_bias_D": (D,),
+        }
+        for name, shape in wanted.items():
+            tensor = getattr(self, name)
+            if tensor is not None and tuple(tensor.shape) != shape:
+                raise ValueError(f"{name} has shape {tuple(tensor.shape)}, and up_ESD wants {shape}")
