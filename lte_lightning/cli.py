@@ -1,5 +1,7 @@
 """The command line: ``lightning fit|validate|test|predict --config ...`` (also called ``lte``)."""
 
+import logging
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -8,12 +10,22 @@ from zipfile import is_zipfile
 
 from jsonargparse import set_parsing_settings
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
-from lte_lightning.callbacks import BestCheckpoint, LastCheckpoint, Recorder, StageSchedule
+from lte_lightning.callbacks import (
+    BestCheckpoint,
+    EpochLines,
+    LastCheckpoint,
+    Recorder,
+    StageProgressBar,
+    StageSchedule,
+)
 from lte_lightning.callbacks.record import mlflow_of
 from lte_lightning.core.errors import UserError
+from lte_lightning.parser import LteParser
 from lte_lightning.tasks.base import LteModule
 
 
@@ -29,7 +41,7 @@ class SaveConfig(SaveConfigCallback):
         recorder = next(callback for callback in trainer.callbacks if isinstance(callback, Recorder))
         if recorder.folder is None:
             return
-        name = "config.yaml" if stage == "fit" else f"config-{stage}.yaml"
+        name = "config.yaml" if stage == "fit" else f"config-{TrainerFn(stage).value}.yaml"
         if not (recorder.folder / name).exists():
             (recorder.folder / name).write_text(text)
         if logger := mlflow_of(trainer):
@@ -43,7 +55,8 @@ class LteCLI(LightningCLI):
         """Adds ``stages`` and ``run``, and ties together what must agree."""
         parser.add_lightning_class_args(StageSchedule, "stages")
         parser.add_lightning_class_args(Recorder, "run")
-        parser.link_arguments("model.init_args.pretrained", "data.init_args.tokenizer")
+        sources = ("model.init_args.init_from", "model.init_args.pretrained")
+        parser.link_arguments(sources, "data.init_args.tokenizer", compute_fn=_tokenizer)
         parser.link_arguments("data", "model.init_args.task", compute_fn=_task, apply_on="instantiate")
         for target in ("stages.seed", "data.init_args.seed", "model.init_args.seed"):
             parser.link_arguments("seed_everything", target, compute_fn=_seed)
@@ -67,6 +80,12 @@ class LteCLI(LightningCLI):
             config.run.resume(origin)
         if config.trainer.logger in (None, True):
             kwargs["logger"] = config.run.make_logger()
+        callbacks = config.trainer.callbacks or []
+        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        own = [EpochLines()]
+        if config.trainer.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
+            own.append(StageProgressBar())  # before the recorder: it stops the bar before that one has its last word
+        kwargs["callbacks"] = [*own, *callbacks]
         return super().instantiate_trainer(**kwargs)
 
     def after_run(self) -> None:
@@ -74,6 +93,13 @@ class LteCLI(LightningCLI):
         self.config_init[self.subcommand].run.report()
 
     after_fit = after_test = after_predict = after_run
+
+
+def _tokenizer(init_from: str | None, pretrained: str) -> str:
+    # weights from elsewhere come with their own tokenizer, unless the folder has none
+    if not init_from or (init_from.startswith((".", "/")) and not any(Path(init_from).glob("tokenizer*"))):
+        return pretrained
+    return init_from
 
 
 def _task(data: LightningDataModule) -> str:
@@ -97,6 +123,8 @@ def main(args: list[str] | None = None) -> None:
             raise
         print(f"error: {cause}", file=sys.stderr)
         sys.exit(1)
+    except SIGTERMException:
+        sys.exit(128 + signal.SIGTERM)  # Lightning's own exit says that all went well
 
 
 def make_cli(args: list[str] | None = None, run: bool = True) -> LteCLI:
@@ -106,6 +134,8 @@ def make_cli(args: list[str] | None = None, run: bool = True) -> LteCLI:
     # and its summary of the model counts megabytes in 32 bits
     warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
     warnings.filterwarnings("ignore", "Precision .* is not supported by the model summary")
+    # nor do advertisements for its maker's services belong into the log of an experiment
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "💡 Tip" not in str(record.msg))
     return LteCLI(
         LteModule,
         LightningDataModule,
@@ -117,8 +147,10 @@ def make_cli(args: list[str] | None = None, run: bool = True) -> LteCLI:
         trainer_defaults={
             "max_epochs": -1,
             "use_distributed_sampler": False,
+            "enable_model_summary": False,  # a line of ours says it
             "callbacks": [LastCheckpoint(), BestCheckpoint()],
         },
+        parser_class=LteParser,
         parser_kwargs={"parser_mode": "omegaconf+", "allow_abbrev": False},  # a typo is not taken for an option
         args=args,
         run=run,

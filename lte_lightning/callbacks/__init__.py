@@ -1,7 +1,16 @@
 """Callbacks: when stages change, what is kept, what is recorded."""
 
 from lte_lightning.callbacks.checkpoints import BestCheckpoint, LastCheckpoint
+from lte_lightning.callbacks.progress import EpochLines, StageProgressBar
 from lte_lightning.callbacks.record import Recorder
 from lte_lightning.callbacks.stages import StagePlan, StageSchedule
 
-__all__ = ["BestCheckpoint", "LastCheckpoint", "Recorder", "StagePlan", "StageSchedule"]
+__all__ = [
+    "BestCheckpoint",
+    "EpochLines",
+    "LastCheckpoint",
+    "Recorder",
+    "StagePlan",
+    "StageProgressBar",
+    "StageSchedule",
+]

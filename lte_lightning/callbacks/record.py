@@ -35,7 +35,7 @@ class Recorder(Callback):
     Args:
         root: Folder of all runs.
         experiment: Name of the MLflow experiment and of the folder below the root.
-        name: Name of the MLflow run; MLflow makes one up if not given.
+        name: Name of the MLflow run; the time of its start if not given.
         tracking_uri: MLflow's store; by default ``MLFLOW_TRACKING_URI`` or an embedded ``sqlite:///mlflow.db``.
         floor_from: A ``results.json`` whose ``floor`` (every expert off, adapted alike) is reported with this run's.
     """
@@ -82,7 +82,8 @@ class Recorder(Callback):
         location = (self.root / self.experiment).as_uri() if embedded else None
         logger = MLFlowLogger(
             experiment_name=self.experiment,
-            run_name=self.name,
+            # of MLflow's own making it would be the same for all: it is drawn after the seed was set
+            run_name=self.name or time.strftime("%Y-%m-%d %H:%M:%S"),
             tracking_uri=self.tracking_uri,
             artifact_location=location,
             run_id=self.run_id,
@@ -116,8 +117,9 @@ class Recorder(Callback):
             return
         if self.floor and (task := getattr(trainer.datamodule, "task", None)) != self.floor["task"]:
             raise UserError(f"run.floor_from is a floor of {self.floor['task']!r}, this run is on {task!r}")
-        self._check_root()
         logger = mlflow_of(trainer)
+        if logger is None:
+            self._check_root()
         if self.folder is None:
             run_id = logger.run_id if logger else time.strftime("%Y-%m-%d_%H-%M-%S-") + uuid.uuid4().hex[:4]
             run_id = trainer.strategy.broadcast(run_id)  # only the first process has a logger that knows it
@@ -205,7 +207,8 @@ class Recorder(Callback):
         for suffix, batches in zip(pl_module.loader_names, batches_of, strict=False):
             rows = [row for batch in batches for row in batch.tolist()]
             path = self.folder / f"predictions{suffix}.jsonl"
-            path.write_text("".join(json.dumps({"prediction": row}) + "\n" for row in rows))
+            lines = [json.dumps({"row": row, "prediction": found}) for row, found in enumerate(rows)]
+            path.write_text("".join(f"{line}\n" for line in lines))
         self.written = self.folder / "predictions.jsonl"
 
     @rank_zero_only

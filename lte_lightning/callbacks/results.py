@@ -27,7 +27,8 @@ def make_results(trainer: Trainer, module: LightningModule, floor: float | None 
 
     Returns:
         ``dense``, ``soft``, ``hard_before`` and ``hard`` are values of ``metric`` on the validation rows, None where
-        the stage was not run; sparsity and FLOPs are those of the hardest of them; ``floor`` is there if known.
+        the stage was not run; ``sparsity`` and FLOPs are those of the last of them, ``sparsity_before`` is that of
+        ``hard_before``; ``floor`` is there if known.
     """
     metric, measured = module.metric_name, module.measured
     schedule = next(callback for callback in trainer.callbacks if isinstance(callback, StageSchedule))
@@ -36,9 +37,11 @@ def make_results(trainer: Trainer, module: LightningModule, floor: float | None 
     flops = module.flops(per_layer) if per_layer else module.flops([0.0] * len(module.sparsity.experts))
     results: dict[str, Any] = {
         "task": getattr(trainer.datamodule, "task", type(module).__name__.lower()),
+        "data": getattr(trainer.datamodule, "source", None),
         "metric": metric,
         **{view: measured.get(view, {}).get(metric) for view in ("dense", "soft", "hard_before", "hard")},
         "sparsity": hardest.get("sparsity"),
+        "sparsity_before": measured.get("hard_before", {}).get("sparsity"),
         "sparsity_per_layer": per_layer,
         **(flops if per_layer else flops | {"flops_per_token": flops["dense_flops_per_token"]}),
         "grouping": measured.get("grouping"),
@@ -110,14 +113,18 @@ def results_table(results: dict[str, Any]) -> Table:
             figures = ("0.0 %", f"{dense:.4f}") if view == "dense" else ("", "")
             if view == last:
                 figures = (f"{100 * results['sparsity']:.1f} %", f"{sparse:.4f}")
+            elif view == "hard_before" and results["sparsity_before"] is not None:
+                figures = (f"{100 * results['sparsity_before']:.1f} %", "")
             table.add_row(label, f"{results[view]:.4f}", *figures)
     if "floor" in results:
         table.add_row("floor: no expert at all", f"{results['floor']:.4f}", "100.0 %", "")
-    notes = [f"FLOPs saved {100 * (1 - sparse / dense):.1f} %"] if results["sparsity"] is not None else []
+    notes = [f"Data: {results['data']}."] if results.get("data") else []
+    if results["sparsity"] is not None:
+        notes.append(f"FLOPs saved: {100 * (1 - sparse / dense):.1f} % (GFLOPs are 2^30, as in the paper).")
     if (kept := span_kept(results)) is not None:
-        notes.append(f"dense-to-floor span kept {100 * kept:.0f} %")
+        notes.append(f"Of the span from floor to dense {100 * kept:.0f} % is kept.")
     times = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in results["seconds_per_stage"].items())
-    table.caption = "; ".join([*notes, f"time: {times}"])
+    table.caption = "\n".join([*notes, f"Time: {times}."])
     table.caption_justify = "left"
     return table
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import AdamW, Optimizer
@@ -149,10 +150,15 @@ class StageSchedule(Callback):
     def _span(self, epoch: int) -> _Span:
         return next((s for s in self._spans if epoch < s.first + s.epochs), self._spans[-1])
 
+    def place(self, epoch: int) -> tuple[Stage, int, int]:
+        """Returns the stage that an epoch of the fit belongs to, its epoch in that stage (from 0), and of how many."""
+        span = self._span(epoch)
+        return span.stage, epoch - span.first, span.epochs
+
     def _position(self, epoch: int) -> int:
         # the stage and the epoch in it, as one number: the same in one fit and in one fit per stage
-        span = self._span(epoch)
-        return STAGES.index(span.stage) * 100_000 + epoch - span.first
+        stage, done, _ = self.place(epoch)
+        return STAGES.index(stage) * 100_000 + done
 
     def _limit(self, trainer: Trainer, epoch: int) -> None:
         span = self._span(epoch)
@@ -255,7 +261,8 @@ class StageSchedule(Callback):
             rates = {"lr": plan.router_learning_rate, "weight_decay": plan.router_weight_decay}
             groups.append({"params": routers, **rates, "name": "routers"})
         optimizer = plan.optimizer(groups)
-        if getattr(optimizer, "_step_supports_amp_scaling", False) and module.trainer.gradient_clip_val:
+        mixed = isinstance(module.trainer.precision_plugin, MixedPrecision)
+        if mixed and getattr(optimizer, "_step_supports_amp_scaling", False) and module.trainer.gradient_clip_val:
             raise UserError(
                 "gradient_clip_val and a fused optimizer exclude each other in Lightning's mixed precision; set "
                 f"stages.{module.stage}.optimizer.init_args.fused to false"
@@ -276,7 +283,10 @@ class StageSchedule(Callback):
 def _batches_per_epoch(trainer: Trainer) -> int:
     length = len(trainer.datamodule.train_dataloader())
     limit = trainer.limit_train_batches
-    return max(1, min(length, limit) if isinstance(limit, int) else int(length * limit))
+    batches = min(length, limit) if isinstance(limit, int) else int(length * limit)
+    if batches < 1:
+        raise UserError(f"limit_train_batches {limit} leaves none of the {length} training batches; raise it")
+    return batches
 
 
 def _rewrap(trainer: Trainer) -> None:

@@ -1,20 +1,7 @@
 """Data of the experiments as Lightning data modules."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from lte_lightning.data.glue import GLUE_TASKS, GlueData
-    from lte_lightning.data.packaged import DataError
-    from lte_lightning.data.reviews import MovieReviews
+from lte_lightning.data.glue import GLUE_TASKS, GlueData
+from lte_lightning.data.packaged import DataError
+from lte_lightning.data.reviews import MovieReviews
 
 __all__ = ["GLUE_TASKS", "DataError", "GlueData", "MovieReviews"]
-
-_MODULE_OF = {"GLUE_TASKS": "glue", "GlueData": "glue", "MovieReviews": "reviews", "DataError": "packaged"}
-
-
-def __getattr__(name: str) -> Any:
-    # Lazy, so that whoever only wants `data.packaged` does not load lightning and datasets.
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)

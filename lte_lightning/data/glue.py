@@ -37,6 +37,11 @@ class GlueTask:
     metric: Literal["accuracy", "matthews", "pearson"]
     validation_splits: tuple[str, ...] = ("validation",)
 
+    @property
+    def test_splits(self) -> tuple[str, ...]:
+        """Names of the splits for predictions, without labels at the source."""
+        return tuple(name.replace("validation", "test") for name in self.validation_splits)
+
 
 GLUE_TASKS = {
     "cola": GlueTask(("sentence",), 2, "matthews"),
@@ -138,12 +143,12 @@ class GlueData(LightningDataModule):
                     f"no folder {self.source!r}, and cannot load {self.task} from the hub's data set of that name "
                     f"(offline, only what was downloaded before is found): {error}"
                 ) from error
-        names = ("train", *self.glue.validation_splits, "test")
+        names = dict.fromkeys(("train", *self.glue.validation_splits, "test", *self.glue.test_splits))
         return {name: read_split(self.source, name) for name in names if find_split(self.source, name)}
 
     def setup(self, stage: str) -> None:
         """Read, check and tokenise what the stage needs and no earlier one has prepared."""
-        for role in {"fit": ("train", "validation"), "validate": ("validation",)}.get(stage, ("test",)):
+        for role in {"fit": ("train", "validation"), "validate": ("validation",)}.get(stage, (stage,)):
             if role not in self._ready:
                 columns = self.glue.text_columns
                 rows = self._rows(role)
@@ -162,7 +167,7 @@ class GlueData(LightningDataModule):
         return _one_or_all([self._loader(rows, self.eval_batch_size) for rows in self._ready["test"]])
 
     def predict_dataloader(self) -> DataLoader | list[DataLoader]:
-        """The test rows in the order of their file, because predictions are matched with it."""
+        """The rows of ``test.*``, labelled or not, in the order of the file; without it, what the test is run on."""
         replicas, rank = self._processes()
         return _one_or_all(
             [
@@ -174,7 +179,7 @@ class GlueData(LightningDataModule):
                     sampler=UnrepeatedDistributedSampler(rows, replicas, rank, shuffle=False),
                     collate_fn=self._collate(),
                 )
-                for rows in self._ready["test"]
+                for rows in self._ready["predict"]
             ]
         )
 
@@ -202,6 +207,8 @@ class GlueData(LightningDataModule):
             return [self._training_rows()[1]]
         if role == "test" and not self.holdout and _labelled(self._splits.get("test")):
             return [self._split("test")]
+        if role == "predict" and (names := [name for name in self.glue.test_splits if name in self._splits]):
+            return [self._split(name, labelled=False) for name in names]
         return [self._split(name) for name in self.glue.validation_splits]
 
     def _training_rows(self) -> tuple[Dataset, Dataset]:
@@ -218,23 +225,23 @@ class GlueData(LightningDataModule):
             raise DataError(f"the {len(training)} training rows of {self._name('train')} have one label only: {values}")
         return training, rows.select(np.sort(order[:held_out]))
 
-    def _split(self, name: str) -> Dataset:
+    def _split(self, name: str, labelled: bool = True) -> Dataset:
         if name not in self._splits:
             raise DataError(
                 f"{self.source} has no split {name!r} for {self.task} (found: {', '.join(self._splits) or 'none'}); "
                 f"a folder needs {name}.jsonl, or .json, .csv, .tsv, .parquet"
             )
-        _check_rows(self._splits[name], self._name(name), self.glue)
-        return self._splits[name].select_columns([*self.glue.text_columns, "label"])
+        _check_rows(self._splits[name], self._name(name), self.glue, labelled)
+        return self._splits[name].select_columns([*self.glue.text_columns, *(["label"] if labelled else [])])
 
     def _name(self, split: str) -> str:
         return f"{self.task}/{split} from {self.source}"
 
 
-def _check_rows(rows: Dataset, name: str, task: GlueTask) -> None:
+def _check_rows(rows: Dataset, name: str, task: GlueTask, labelled: bool) -> None:
     if len(rows) == 0:
         raise DataError(f"{name} has no rows")
-    for column in (*task.text_columns, "label"):
+    for column in (*task.text_columns, *(["label"] if labelled else [])):
         if column not in rows.column_names:
             meant = _meant(column, rows.column_names)
             raise DataError(f"{name} has no column {column!r}{meant}; it has {', '.join(rows.column_names)}")
@@ -242,7 +249,7 @@ def _check_rows(rows: Dataset, name: str, task: GlueTask) -> None:
         for row, text in enumerate(rows[column][:]):
             if not isinstance(text, str):
                 raise DataError(f"{name}, row {row} (from 0): {column} is {text!r}, not text")
-    for row, label in enumerate(rows["label"][:]):
+    for row, label in enumerate(rows["label"][:] if labelled else []):
         if task.labels == 1:
             if not isinstance(label, (int, float)) or not math.isfinite(label):
                 raise DataError(f"{name}, row {row} (from 0): label is {label!r}, not a finite number")

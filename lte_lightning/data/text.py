@@ -267,4 +267,6 @@ class Collate:
         padded = self.tokenizer.pad(
             {name: [row[name] for row in rows] for name in inputs}, pad_to_multiple_of=8, return_tensors="pt"
         )
+        if "label" not in rows[0]:  # rows to predict
+            return dict(padded)
         return {**padded, "labels": torch.tensor([row["label"] for row in rows], dtype=self.label_dtype)}

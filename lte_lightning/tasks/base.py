@@ -233,7 +233,7 @@ class LteModule(LightningModule):
             if not self.trainer.sanity_checking or self.trainer.num_sanity_val_steps == math.inf:
                 self.measured[view] = {key: _json(value) for key, value in found.items()}
             scalars = {key: value for key, value in found.items() if isinstance(value, float)}
-            self.log_dict({f"val/{view}/{key}": value for key, value in scalars.items()}, prog_bar=True)
+            self.log_dict({f"val/{view}/{key}": value for key, value in scalars.items()})
 
     def _read_meters(self, view: str) -> dict[str, Any]:
         found: dict[str, Any] = {}

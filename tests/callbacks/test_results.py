@@ -15,6 +15,8 @@ RESULTS = {
     "hard_before": 0.85,
     "hard": 0.88,
     "sparsity": 0.8,
+    "sparsity_before": 0.75,
+    "data": "my/folder",
     "sparsity_per_layer": [0.7, 0.9],
     "flops_per_token": 3 * 2**30,
     "dense_flops_per_token": 10 * 2**30,
@@ -36,9 +38,9 @@ def row(text, label):
 def test_table():
     text = text_of(RESULTS)
     assert row(text, "dense") == ["0.9000", "0.0 %", "10.0000"]
-    assert row(text, "hard, before adaptation") == ["0.8500", "", ""]
+    assert row(text, "hard, before adaptation") == ["0.8500", "75.0 %", ""]
     assert row(text, "hard, after adaptation") == ["0.8800", "80.0 %", "3.0000"]
-    for words in ("sst2: accuracy", "FLOPs saved 70.0 %", "dense 12 s, grouping 1 s"):
+    for words in ("Data: my/folder.", "FLOPs saved: 70.0 %", "2^30", "dense 12 s, grouping 1 s"):
         assert words in text
     assert "floor" not in text
 
@@ -57,7 +59,7 @@ def test_table_of_a_dense_fit():
 def test_table_with_the_floor():
     text = text_of(RESULTS | {"floor": 0.8})
     assert row(text, "floor: no expert at all")[:2] == ["0.8000", "100.0 %"]
-    assert "dense-to-floor span kept 80 %" in text
+    assert "Of the span from floor to dense 80 % is kept" in text
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import signal
 
 import pytest
 import torch
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from safetensors.torch import load_file, save_file
 from transformers import AlbertConfig, AlbertModel
 
@@ -165,6 +166,17 @@ def interrupt_handler():
     handler = signal.getsignal(signal.SIGINT)
     yield
     signal.signal(signal.SIGINT, handler)
+
+
+def test_a_terminated_fit_exits_as_such_and_can_be_resumed(tiny, lightning, break_at, tmp_path):
+    break_at(12, SIGTERMException())
+    stopped = lightning(tmp_path, tiny.config(), "fit")
+    assert stopped.code == 143
+    assert "resume with" in stopped.err
+
+
+def test_no_batch_to_train_on(tiny, refused):
+    refused(tiny.config(**{"trainer.limit_train_batches": 0}), "limit_train_batches 0 leaves none of the 8 training")
 
 
 @pytest.mark.usefixtures("interrupt_handler")

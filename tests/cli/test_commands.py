@@ -46,7 +46,9 @@ def test_predict_writes_a_row_per_example_in_the_order_of_the_file(weights, fitt
     outcome = lightning(tmp_path, tiny.config(), "predict", *weights, "--data.init_args.eval_batch_size", 8)
     assert outcome.code == 0, outcome.err
     assert outcome.written.name == "predictions.jsonl"
-    rows = [json.loads(line)["prediction"] for line in outcome.written.read_text().splitlines()]
+    lines = [json.loads(line) for line in outcome.written.read_text().splitlines()]
+    assert [line["row"] for line in lines] == list(range(len(lines)))
+    rows = [line["prediction"] for line in lines]
     model = lte_lightning.from_pretrained(fitted.run / "model").eval()
     tokenizer = AutoTokenizer.from_pretrained(tiny.model)
     file = tiny.task("sst2") / "validation.jsonl"
@@ -58,6 +60,17 @@ def test_predict_writes_a_row_per_example_in_the_order_of_the_file(weights, fitt
     assert rows == expected
     right = sum(row == example["label"] for row, example in zip(rows, examples, strict=True))
     assert right / len(rows) == pytest.approx(fitted.results["hard"])
+
+
+def test_predict_reads_a_test_file_without_labels(weights, fitted, tiny, lightning, tmp_path):
+    folder = shutil.copytree(tiny.task("sst2"), tmp_path / "sst2")
+    (folder / "test.jsonl").write_text('{"sentence": "the film was good"}\n{"sentence": "a dull plot"}\n')
+    source = ("--data.source", folder)
+    outcome = lightning(tmp_path, tiny.config(), "predict", *weights, *source)
+    assert outcome.code == 0, outcome.err
+    assert len(outcome.written.read_text().splitlines()) == 2
+    tested = lightning(tmp_path, tiny.config(), "test", *weights, *source)
+    assert json.loads(tested.written.read_text())["accuracy"] == pytest.approx(fitted.results["hard"])
 
 
 def test_an_evaluation_in_the_runs_folder_keeps_the_fit_s_files(fitted, tiny, lightning, tmp_path):

@@ -1,6 +1,7 @@
 """What a fit through all three stages leaves behind."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import lte_lightning
 
 KEYS = {
     "task", "metric", "dense", "soft", "hard_before", "hard", "sparsity", "sparsity_per_layer", "flops_per_token",
-    "dense_flops_per_token", "seconds_per_stage", "grouping", "seed", "versions",
+    "dense_flops_per_token", "data", "sparsity_before", "seconds_per_stage", "grouping", "seed", "versions",
 }  # fmt: skip
 
 
@@ -33,8 +34,18 @@ def test_results(fitted):
 
 def test_its_path_is_printed_last_below_a_table(fitted):
     assert fitted.written == fitted.run / "results.json"
-    for words in ("dense", "soft routing", "hard, before adaptation", "hard, after adaptation", "FLOPs saved", "time:"):
+    for words in ("dense", "soft routing", "hard, before adaptation", "hard, after adaptation", "FLOPs saved", "Time:"):
         assert words in fitted.out
+
+
+def test_every_epoch_has_a_line(fitted):
+    lines = [line for line in fitted.out.splitlines() if re.match(r"(dense|router|expert) \d/\d: loss \d", line)]
+    assert len(lines) == 7
+    results = fitted.results
+    assert f"dense: accuracy {results['dense']:.4f} (" in lines[1]
+    before = f"hard_before: accuracy {results['hard_before']:.4f}, sparsity {results['sparsity_before']:.4f} ("
+    assert before in lines[4]
+    assert "8 experts x 8 neurons" in fitted.out
 
 
 def test_files_of_the_run(fitted):

@@ -56,6 +56,7 @@ def test_every_task_gives_batches(task, write_splits, tokenizer_folder):
     assert {batch["labels"].dtype for batch in batches} == {torch.float32 if task == "stsb" else torch.long}
     assert sorted(labels(batches).tolist()) == sorted(row["label"] for row in content)
     data.setup("test")
+    data.setup("predict")
     for loaders in (data.val_dataloader(), data.test_dataloader(), data.predict_dataloader()):
         assert (len(loaders) if isinstance(loaders, list) else 1) == len(glue.validation_splits)
 

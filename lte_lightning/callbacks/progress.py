@@ -1,0 +1,67 @@
+"""What one sees of a fit while it runs: a bar that names its stage, and a line for every epoch."""
+
+import time
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from lte_lightning.callbacks.stages import StageSchedule
+from lte_lightning.core.convert import expert_ffns, selector_parameters
+from lte_lightning.tasks.base import VIEWS
+
+
+class StageProgressBar(RichProgressBar):
+    """Lightning's bar, with the stage and its epoch in place of the epoch of the whole fit."""
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        schedule = _schedule(self.trainer)
+        return _epoch_name(schedule, current_epoch) if schedule else super()._get_train_description(current_epoch)
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        """Leaves out the version number, which an MLflow run does not have."""
+        return {key: value for key, value in super().get_metrics(trainer, pl_module).items() if key != "v_num"}
+
+
+class EpochLines(Callback):
+    """Prints what a fit is about to train, and after every epoch what its validation found."""
+
+    def __init__(self) -> None:
+        self._began = 0.0
+
+    @rank_zero_only
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        ffns = list(expert_ffns(pl_module.net).values())
+        routers = sum(parameter.numel() for parameter in selector_parameters(pl_module.net))
+        weights = sum(parameter.numel() for parameter in pl_module.net.parameters()) - routers
+        print(
+            f"{type(pl_module.net).__name__}: {weights / 1e6:.1f} M weights, {routers / 1e6:.2f} M in routers; "
+            f"{len(ffns)} FFNs, the first of {ffns[0].experts} experts x {ffns[0].expert_size} neurons",
+            flush=True,
+        )
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._began = time.perf_counter()
+
+    @rank_zero_only
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        loss = trainer.callback_metrics.get("train/loss")
+        parts = [] if loss is None else [f"loss {loss:.4f}"]
+        for view in VIEWS[pl_module.stage]:
+            found = pl_module.measured.get(view, {})
+            figures = [f"{key} {value:.4f}" for key, value in found.items() if isinstance(value, float)]
+            parts.append(f"{view}: {', '.join(figures)}")
+        name = _epoch_name(_schedule(trainer), trainer.current_epoch)
+        print(f"{name}: {'; '.join(parts)} ({time.perf_counter() - self._began:.0f} s)", flush=True)
+
+
+def _schedule(trainer: Trainer) -> StageSchedule | None:
+    return next((callback for callback in trainer.callbacks if isinstance(callback, StageSchedule)), None)
+
+
+def _epoch_name(schedule: StageSchedule, epoch: int) -> str:
+    stage, done, epochs = schedule.place(epoch)
+    return f"{stage} {done + 1}/{epochs}"

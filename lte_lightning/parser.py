@@ -1,0 +1,73 @@
+"""What is said of an option that is wrong: the cause and the nearest name, not the whole usage."""
+
+import difflib
+import inspect
+import re
+import sys
+from collections.abc import Iterable
+from typing import NoReturn
+
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.cli import LightningArgumentParser
+
+from lte_lightning.core.config import LteConfig
+from lte_lightning.tasks.base import LteModule
+
+
+class LteParser(LightningArgumentParser):
+    """Lightning's parser with shorter errors."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Prints the cause, and exits with code 2."""
+        if not self.exit_on_error:
+            super().error(message, ex)
+        parser = getattr(ex, "subcommand_parser", None) or self
+        program = parser.prog.replace(" [options]", "")
+        print(f"error: {explain(message, parser._option_string_actions)}", file=sys.stderr)
+        print(f"see {program} --help", file=sys.stderr)
+        sys.exit(2)
+
+
+def explain(message: str, options: Iterable[str] = ()) -> str:
+    """Cuts jsonargparse's account of an error down to its cause, and says which name was probably meant.
+
+    Args:
+        message: Of jsonargparse.
+        options: The parser's options, ``--trainer.devices`` and the like.
+    """
+    if found := re.search(r"unrecognized arguments: (\S+)", message):
+        return f"unknown option {found[1].split('=')[0]}{_meant(found[1].split('=')[0], options)}"
+    if found := re.search(r"(?:Option|Key|[Kk]ey|Group key) '([^']+)' is not (?:accepted|expected)", message):
+        return f"{_where(message)}unknown name {found[1]!r}{_meant(found[1].split('.')[-1], _names())}"
+    if found := re.search(r"Expected a dot import path string: (\S+)", message):
+        return f"{_where(message)}there is no class {found[1]}{_meant(found[1], _classes())}"
+    lines = [line.strip() for line in message.splitlines()]
+    # What a union of types says of its last member, None, explains nothing; nor does its list of types
+    noise = ("Expected a <class 'NoneType'>", "Does not validate against any", "Subtypes:", "Errors:", "Given value")
+    causes = [line.removeprefix("- ") for line in lines if line and not line.removeprefix("- ").startswith(noise)]
+    given = [line for line in lines if line.startswith("Given value:")]
+    return "\n  ".join(causes + given[:1])
+
+
+def _where(message: str) -> str:
+    found = re.search(r'Parser key "([^"]+)"', message)
+    return f"{found[1]}: " if found else ""
+
+
+def _meant(name: str, known: Iterable[str]) -> str:
+    nearest = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {nearest[0]}?" if nearest else ""
+
+
+def _subclasses(base: type) -> list[type]:
+    ours = [cls for cls in base.__subclasses__() if cls.__module__.startswith("lte_lightning.")]
+    return ours + [deeper for cls in ours for deeper in _subclasses(cls)]
+
+
+def _classes() -> list[str]:
+    return [cls.__name__ for cls in _subclasses(LteModule) + _subclasses(LightningDataModule)]
+
+
+def _names() -> set[str]:
+    classes = [LteModule, LteConfig, *_subclasses(LteModule), *_subclasses(LightningDataModule)]
+    return {name for cls in classes for name in inspect.signature(cls.__init__).parameters} - {"self", "kwargs"}

@@ -1,0 +1,28 @@
+import pytest
+
+import lte_lightning.tasks  # noqa: F401 - so that their classes are known
+from lte_lightning.parser import explain
+
+UNION = """Parser key "model":
+  Does not validate against any of the Union subtypes
+  Subtypes: [<class 'lte_lightning.tasks.base.LteModule'>, <class 'NoneType'>]
+  Errors:
+    - Problem with given class_path 'lte_lightning.tasks.Classification':
+        Option 'efficiency_wieght' is not accepted
+    - Expected a <class 'NoneType'>
+  Given value type: <class 'jsonargparse._util.NestedArg'>
+  Given value: NestedArg(key='efficiency_wieght', val='0.3')"""
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        (UNION, "model: unknown name 'efficiency_wieght'; did you mean efficiency_weight?"),
+        ("unrecognized arguments: --stages.x=3", "unknown option --stages.x; did you mean --stages.y?"),
+        ('Parser key "data":\n  - Expected a dot import path string: GlueDta', "did you mean GlueData?"),
+        ("unrecognized arguments: --zzz", "unknown option --zzz"),
+        ("Something else\n  entirely", "Something else\n  entirely"),
+    ],
+)
+def test_the_cause_is_said_with_the_nearest_name(message, said):
+    assert explain(message, ["--stages.y", "--trainer.devices"]).endswith(said)
