@@ -60,15 +60,18 @@ def main() -> None:
 def draw(record: dict, path: Path) -> None:
     """Draws sparsity and accuracy over eta."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
+    figure.suptitle("Sparsity dial: MiniLM on movie reviews, one router and one expert epoch", fontsize=10)
     left, right = figure.subplots(1, 2)
     for (label, points), color in zip(record["curves"].items(), ("#31688e", "#c44e52"), strict=True):
         etas = [point["eta"] for point in points]
         left.plot(etas, [100 * point["sparsity"] for point in points], "o-", color=color, label=label)
         right.plot(etas, [point["hard"] for point in points], "o-", color=color, label=label)
     right.axhline(record["dense"], color="gray", linestyle="--", label="dense")
-    left.set(xlabel="eta (efficiency weight)", ylabel="FFN sparsity (%)", ylim=(0, 105), xscale="log")
+    left.set(xlabel="eta (efficiency weight)", ylabel="FFN sparsity (%)", ylim=(-3, 103), xscale="log")
     right.set(xlabel="eta (efficiency weight)", ylabel="validation accuracy, hard", xscale="log")
     for axes in (left, right):
+        axes.set_xticks(etas, [f"{eta:g}" for eta in etas])
+        axes.minorticks_off()
         axes.legend(fontsize=8)
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=150)
