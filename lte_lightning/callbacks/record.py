@@ -190,7 +190,7 @@ class Recorder(Callback):
 
     @rank_zero_only
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes ``test.json``: metric, sparsity overall and per layer, FLOPs per token."""
+        """Writes ``test.json``: metric, sparsity overall and per layer, cost per token."""
         if self.folder is not None:
             self.written = self.folder / "test.json"
             write_json(self.written, pl_module.measured["test"])

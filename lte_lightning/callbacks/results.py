@@ -12,9 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from lte_lightning.callbacks.stages import StageSchedule
+from lte_lightning.core.cost import GFLOP
 from lte_lightning.core.errors import UserError
-
-GFLOP = 2**30  # as the paper counts
 
 
 def make_results(trainer: Trainer, module: LightningModule, floor: float | None = None) -> dict[str, Any]:
@@ -27,20 +26,19 @@ def make_results(trainer: Trainer, module: LightningModule, floor: float | None 
 
     Returns:
         ``dense``, ``soft``, ``hard_before`` and ``hard`` are values of ``metric`` on the validation rows, None where
-        the stage was not run; sparsity and FLOPs are those of the hardest of them; ``floor`` is there if known.
+        the stage was not run; sparsity, FLOPs and bytes are those of the hardest of them; ``floor`` is there if known.
     """
     metric, measured = module.metric_name, module.measured
     schedule = next(callback for callback in trainer.callbacks if isinstance(callback, StageSchedule))
     hardest = measured.get("hard") or measured.get("hard_before") or {}
     per_layer = hardest.get("sparsity_per_layer")
-    flops = module.flops(per_layer) if per_layer else module.flops([0.0] * len(module.sparsity.experts))
     results: dict[str, Any] = {
         "task": getattr(trainer.datamodule, "task", type(module).__name__.lower()),
         "metric": metric,
         **{view: measured.get(view, {}).get(metric) for view in ("dense", "soft", "hard_before", "hard")},
         "sparsity": hardest.get("sparsity"),
         "sparsity_per_layer": per_layer,
-        **(flops if per_layer else flops | {"flops_per_token": flops["dense_flops_per_token"]}),
+        **module.cost(per_layer),
         "grouping": measured.get("grouping"),
         "seconds_per_stage": {stage: round(seconds, 1) for stage, seconds in schedule.seconds.items()},
         "seed": schedule.seed,
@@ -95,9 +93,12 @@ def results_table(results: dict[str, Any]) -> Table:
         (results["metric"], "right"),
         ("sparsity", "right"),
         ("GFLOPs/token", "right"),
+        ("MB/token", "right"),
+        ("bound", "right"),
     ):
         table.add_column(column, justify=justify)
     dense, sparse = results["dense_flops_per_token"] / GFLOP, results["flops_per_token"] / GFLOP
+    moved = {key: f"{results[key] / 1e6:.3f}" for key in ("dense_bytes_per_token", "bytes_per_token")}
     last = "hard" if results["hard"] is not None else "hard_before"
     rows = {
         "dense": "dense",
@@ -107,12 +108,13 @@ def results_table(results: dict[str, Any]) -> Table:
     }
     for view, label in rows.items():
         if results[view] is not None:
-            figures = ("0.0 %", f"{dense:.4f}") if view == "dense" else ("", "")
+            figures = ("0.0 %", f"{dense:.4f}", moved["dense_bytes_per_token"], "1.00x") if view == "dense" else ()
             if view == last:
-                figures = (f"{100 * results['sparsity']:.1f} %", f"{sparse:.4f}")
+                share, bound = f"{100 * results['sparsity']:.1f} %", f"{results['bound']:.2f}x"
+                figures = (share, f"{sparse:.4f}", moved["bytes_per_token"], bound)
             table.add_row(label, f"{results[view]:.4f}", *figures)
     if "floor" in results:
-        table.add_row("floor: no expert at all", f"{results['floor']:.4f}", "100.0 %", "")
+        table.add_row("floor: no expert at all", f"{results['floor']:.4f}", "100.0 %")
     notes = [f"FLOPs saved {100 * (1 - sparse / dense):.1f} %"] if results["sparsity"] is not None else []
     if (kept := span_kept(results)) is not None:
         notes.append(f"dense-to-floor span kept {100 * kept:.0f} %")

@@ -1,6 +1,5 @@
-"""The command line: ``lightning fit|validate|test|predict --config ...`` (also called ``lte``)."""
+"""The commands that train and measure: ``lightning fit|validate|test|predict --config ...``."""
 
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lte_lightning.callbacks import BestCheckpoint, LastCheckpoint, Recorder, StageSchedule
 from lte_lightning.callbacks.record import mlflow_of
+from lte_lightning.cli import refuse
 from lte_lightning.core.errors import UserError
 from lte_lightning.tasks.base import LteModule
 
@@ -85,7 +85,7 @@ def _seed(value: bool | int) -> int:
 
 
 def main(args: list[str] | None = None) -> None:
-    """Runs the command line; what the user can put right is said in one message, with exit code 1."""
+    """Runs a command; what the user can put right is said in one message, with exit code 1."""
     try:
         make_cli(args)
     except Exception as error:
@@ -95,8 +95,7 @@ def main(args: list[str] | None = None) -> None:
             cause = cause.__cause__ or cause.__context__
         if cause is None:
             raise
-        print(f"error: {cause}", file=sys.stderr)
-        sys.exit(1)
+        refuse(cause)
 
 
 def make_cli(args: list[str] | None = None, run: bool = True) -> LteCLI:
