@@ -59,8 +59,7 @@ def skeleton(source: str | os.PathLike[str], expert_size: int | None = None) -> 
                 "count the plain model it was made from"
             )
     with torch.device("meta"):
-        model = _build(config)
-    return convert(model, lte, progress=False, group=False)
+        return convert(_build(config), lte, progress=False, group=False)
 
 
 def _build(config: PreTrainedConfig) -> PreTrainedModel:
