@@ -52,7 +52,8 @@ def token_cost(
     An embedding is charged one row, whatever else its module holds. The KV cache is read whole, a sliding window's no
     further back than the window; encoders have none. A router's weights are charged like the model's. In an
     encoder-decoder FLOPs are those of a token of input and one of output, bytes those of decoding alone, with the
-    cross-attention's keys and values (projections and cache). A classifier counts as if it ran for each token.
+    cross-attention's keys and values (projections and cache). A classifier counts as if it ran for each token;
+    what DeBERTa adds for positions is left out.
 
     Args:
         model: A converted model.

@@ -79,7 +79,7 @@ def test_a_damaged_configuration(text, tmp_path):
 
 def test_a_family_that_is_not_in_the_table(tmp_path):
     AlbertConfig().save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="model type 'albert' is not supported; known are bert"):
+    with pytest.raises(UserError, match="model type 'albert' is not supported; known are"):
         skeleton(tmp_path)
 
 
