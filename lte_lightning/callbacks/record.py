@@ -15,9 +15,10 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger, MLFlowLogger
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
 from lte_lightning.callbacks.checkpoints import BestCheckpoint
+from lte_lightning.callbacks.memory import expected_memory
 from lte_lightning.callbacks.pictures import draw_scores, draw_sparsity
 from lte_lightning.callbacks.results import make_results, read_floor, results_table, show
 from lte_lightning.core.checkpoint import save_pretrained
@@ -152,6 +153,10 @@ class Recorder(Callback):
                 logger.experiment.delete_run(logger.run_id)
         elif trainer.state.fn == "fit":
             print("\nStopped before the first epoch was finished: there is nothing to resume.", file=sys.stderr)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Says how much memory the fit is expected to take."""
+        rank_zero_info(f"expected memory per device: {expected_memory(trainer, pl_module)}")
 
     # Results
 

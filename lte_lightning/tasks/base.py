@@ -16,7 +16,6 @@ from lte_lightning.core.convert import expert_ffns, group_experts, selector_para
 from lte_lightning.core.cost import GFLOP, speedup_bound, token_cost
 from lte_lightning.core.errors import UserError
 from lte_lightning.core.losses import SEPARABILITY_EPSILON
-from lte_lightning.core.memory import PRECISIONS, training_memory
 from lte_lightning.core.trace import RouterTrace
 from lte_lightning.data.packaged import resolve
 from lte_lightning.tasks.loading import give_experts, load
@@ -160,19 +159,6 @@ class LteModule(LightningModule):
         return self.schedule.configure_optimizers(self)
 
     # Training
-
-    def on_fit_start(self) -> None:
-        """Says how much memory training is expected to take."""
-        data, precision = self.trainer.datamodule, str(self.trainer.precision)
-        if precision not in PRECISIONS:
-            return
-        batch, length = getattr(data, "batch_size", None), getattr(data, "max_length", None)
-        tokens = batch * length if batch and length else 0
-        checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in self.net.modules())
-        memory = training_memory(self.net, tokens, precision).describe(checkpointing)
-        at = f"with batches of {batch} x {length} tokens" if tokens else "without activations: the length is unknown"
-        saving = ", gradient checkpointing" if checkpointing else ""
-        rank_zero_info(f"expected memory per device: {memory}, {precision}{saving}, {at}")
 
     def separability_weight_now(self) -> float:
         """Returns lambda at this point of the router stage."""

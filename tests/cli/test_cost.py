@@ -128,8 +128,8 @@ def test_a_fit_says_what_memory_it_expects(tiny, lightning, tmp_path, caplog):
         outcome = lightning(tmp_path, tiny.config(epochs=(1, 0, 0)), "fit")
     assert outcome.code == 0, outcome.err
     (line,) = (text for text in caplog.messages if text.startswith("expected memory per device: "))
-    assert line.endswith(" GiB (weights 0.00, gradients 0.00, AdamW 0.00, activations 0.00), 32-true, "
-                         "with batches of 8 x 16 tokens")  # fmt: skip
+    sizes = "weights 0.00, gradients 0.00, AdamW 0.00, activations 0.00"
+    assert line.endswith(f" GiB ({sizes}); 32-true, at most 8 x 16 tokens")
 
 
 @pytest.mark.parametrize(
