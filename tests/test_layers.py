@@ -23,7 +23,6 @@ RANKS = {
     "sweep": 5,
     "report": 5,
     "bench": 5,
-    "parser": 5,
     "cli": 6,
     "__main__": 7,
 }

@@ -15,9 +15,10 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger, MLFlowLogger
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
 from lte_lightning.callbacks.checkpoints import BestCheckpoint
+from lte_lightning.callbacks.memory import expected_memory
 from lte_lightning.callbacks.pictures import draw_scores, draw_sparsity
 from lte_lightning.callbacks.results import make_results, read_floor, results_table, show
 from lte_lightning.core.checkpoint import save_pretrained
@@ -155,6 +156,10 @@ class Recorder(Callback):
         elif trainer.state.fn == "fit":
             print("\nStopped before the first epoch was finished: there is nothing to resume.", file=sys.stderr)
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Says how much memory the fit is expected to take."""
+        rank_zero_info(f"expected memory per device: {expected_memory(trainer, pl_module)}")
+
     # Results
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -192,7 +197,7 @@ class Recorder(Callback):
 
     @rank_zero_only
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes ``test.json``: metric, sparsity overall and per layer, FLOPs per token."""
+        """Writes ``test.json``: metric, sparsity overall and per layer, cost per token."""
         if self.folder is not None:
             self.written = self.folder / "test.json"
             write_json(self.written, pl_module.measured["test"])

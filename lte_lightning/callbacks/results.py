@@ -12,9 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from lte_lightning.callbacks.stages import StageSchedule
+from lte_lightning.core.cost import GFLOP
 from lte_lightning.core.errors import UserError
-
-GFLOP = 2**30  # as the paper counts
 
 
 def make_results(trainer: Trainer, module: LightningModule, floor: float | None = None) -> dict[str, Any]:
@@ -27,14 +26,13 @@ def make_results(trainer: Trainer, module: LightningModule, floor: float | None 
 
     Returns:
         ``dense``, ``soft``, ``hard_before`` and ``hard`` are values of ``metric`` on the validation rows, None where
-        the stage was not run; ``sparsity`` and FLOPs are those of the last of them, ``sparsity_before`` is that of
-        ``hard_before``; ``floor`` is there if known.
+        the stage was not run; ``sparsity``, FLOPs and bytes are those of the last of them, ``sparsity_before`` is that
+        of ``hard_before``; ``floor`` is there if known.
     """
     metric, measured = module.metric_name, module.measured
     schedule = next(callback for callback in trainer.callbacks if isinstance(callback, StageSchedule))
     hardest = measured.get("hard") or measured.get("hard_before") or {}
     per_layer = hardest.get("sparsity_per_layer")
-    flops = module.flops(per_layer) if per_layer else module.flops([0.0] * len(module.sparsity.experts))
     results: dict[str, Any] = {
         "task": getattr(trainer.datamodule, "task", type(module).__name__.lower()),
         "data": getattr(trainer.datamodule, "source", None),
@@ -43,7 +41,7 @@ def make_results(trainer: Trainer, module: LightningModule, floor: float | None 
         "sparsity": hardest.get("sparsity"),
         "sparsity_before": measured.get("hard_before", {}).get("sparsity"),
         "sparsity_per_layer": per_layer,
-        **(flops if per_layer else flops | {"flops_per_token": flops["dense_flops_per_token"]}),
+        **module.cost(per_layer),
         "grouping": measured.get("grouping"),
         "seconds_per_stage": {stage: round(seconds, 1) for stage, seconds in schedule.seconds.items()},
         "seed": schedule.seed,
@@ -98,9 +96,12 @@ def results_table(results: dict[str, Any]) -> Table:
         (results["metric"], "right"),
         ("sparsity", "right"),
         ("GFLOPs/token", "right"),
+        ("MB/token", "right"),
+        ("bound", "right"),
     ):
         table.add_column(column, justify=justify)
     dense, sparse = results["dense_flops_per_token"] / GFLOP, results["flops_per_token"] / GFLOP
+    moved = {key: f"{results[key] / 1e6:.3f}" for key in ("dense_bytes_per_token", "bytes_per_token")}
     last = "hard" if results["hard"] is not None else "hard_before"
     rows = {
         "dense": "dense",
@@ -110,14 +111,15 @@ def results_table(results: dict[str, Any]) -> Table:
     }
     for view, label in rows.items():
         if results[view] is not None:
-            figures = ("0.0 %", f"{dense:.4f}") if view == "dense" else ("", "")
+            figures = ("0.0 %", f"{dense:.4f}", moved["dense_bytes_per_token"], "1.00x") if view == "dense" else ()
             if view == last:
-                figures = (f"{100 * results['sparsity']:.1f} %", f"{sparse:.4f}")
+                share, bound = f"{100 * results['sparsity']:.1f} %", f"{results['bound']:.2f}x"
+                figures = (share, f"{sparse:.4f}", moved["bytes_per_token"], bound)
             elif view == "hard_before" and results["sparsity_before"] is not None:
-                figures = (f"{100 * results['sparsity_before']:.1f} %", "")
+                figures = (f"{100 * results['sparsity_before']:.1f} %",)
             table.add_row(label, f"{results[view]:.4f}", *figures)
     if "floor" in results:
-        table.add_row("floor: no expert at all", f"{results['floor']:.4f}", "100.0 %", "")
+        table.add_row("floor: no expert at all", f"{results['floor']:.4f}", "100.0 %")
     notes = [f"Data: {results['data']}."] if results.get("data") else []
     if results["sparsity"] is not None:
         notes.append(f"FLOPs saved: {100 * (1 - sparse / dense):.1f} % (GFLOPs are 2^30, as in the paper).")

@@ -110,14 +110,8 @@ def from_pretrained(source: str | os.PathLike[str], auto_class: Any = None, **kw
     Raises:
         LayoutError: If the source is not an LTE model, is of another layout version, or its files disagree.
     """
-    description = read_description(source)
-    try:
-        config = LteConfig(**description["lte"])
-        mode = description["mode"]
-        if mode not in MODES:
-            raise ValueError(f"unknown mode {mode!r}")
-    except (KeyError, TypeError, ValueError) as error:
-        raise LayoutError(f"{CONFIG_FILE} of {source} is damaged: {error}") from error
+    config = read_lte_config(source)
+    mode = read_description(source)["mode"]
     hf_config = AutoConfig.from_pretrained(source)
     if auto_class is None:
         architecture = (hf_config.architectures or ["none"])[0]
@@ -134,6 +128,21 @@ def from_pretrained(source: str | os.PathLike[str], auto_class: Any = None, **kw
 def is_lte(source: str | os.PathLike[str]) -> bool:
     """Says whether a folder or hub id holds a model written by `save_pretrained`."""
     return _find(source, CONFIG_FILE) is not None
+
+
+def read_lte_config(source: str | os.PathLike[str]) -> LteConfig:
+    """Returns how a saved model was converted.
+
+    Raises:
+        LayoutError: If the source is not an LTE model, or its description is damaged.
+    """
+    description = read_description(source)
+    try:
+        if description["mode"] not in MODES:
+            raise ValueError(f"unknown mode {description['mode']!r}")
+        return LteConfig(**description["lte"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise LayoutError(f"{CONFIG_FILE} of {source} is damaged: {error}") from error
 
 
 def read_description(source: str | os.PathLike[str]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from lte_lightning.core.errors import UserError
 from lte_lightning.core.expert_ffn import MODES, ExpertFfn, Mode
 from lte_lightning.core.ffn import FfnRow, find_layers, find_parts, find_row, get_child, set_child, weight_rows
 from lte_lightning.core.grouping import Grouping, expert_count, group_neurons
-from lte_lightning.selection import SELECTORS, Router
+from lte_lightning.selection import SELECTORS, NoExperts, Router, Selector
 
 
 def convert(
@@ -179,9 +179,9 @@ def _check_selector(config: LteConfig) -> None:
         raise UserError(f"unknown selector {config.selector!r}; there are {', '.join(SELECTORS)}")
 
 
-def _make_selector(config: LteConfig, width: int, experts: int, generator: torch.Generator) -> nn.Module:
+def _make_selector(config: LteConfig, width: int, experts: int, generator: torch.Generator) -> Selector:
     if config.selector == "none":
-        return SELECTORS["none"](experts)
+        return NoExperts(experts)
     return Router(
         width, experts, config.threshold, config.router_bias, config.router_margin, config.router_scale, generator
     )

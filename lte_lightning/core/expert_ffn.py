@@ -8,6 +8,7 @@ from torch import nn
 
 from lte_lightning.core.ffn import FfnParts, Projection, weight_rows
 from lte_lightning.kernels import scale_experts
+from lte_lightning.selection import Selector
 
 Mode = Literal["dense", "soft", "hard"]
 MODES: tuple[Mode, ...] = ("dense", "soft", "hard")
@@ -29,8 +30,9 @@ class ExpertFfn(nn.Module):
     up: Projection
     gate: Projection | None
     down: Projection
+    selector: Selector
 
-    def __init__(self, parts: FfnParts, expert_size: int, selector: nn.Module, threshold: float) -> None:
+    def __init__(self, parts: FfnParts, expert_size: int, selector: Selector, threshold: float) -> None:
         super().__init__()
         self.up, self.gate, self.down = parts.up, parts.gate, parts.down
         self.activation = parts.activation

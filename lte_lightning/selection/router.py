@@ -5,8 +5,10 @@ import math
 import torch
 from torch import nn
 
+from lte_lightning.selection.base import Selector
 
-class Router(nn.Module):
+
+class Router(Selector):
     """Scores each expert by ``sigmoid(x W_g + b)`` (equation 1 of the paper, plus a bias).
 
     Charged D * E multiply-adds per token, about 1 % of the FFN.
@@ -51,3 +53,7 @@ class Router(nn.Module):
         bias_E = None if self.bias is None else self.bias.to(x_BTD.dtype)
         logits_BTE = nn.functional.linear(x_BTD, self.weight.to(x_BTD.dtype), bias_E)
         return torch.sigmoid(logits_BTE.float())
+
+    def flops_per_token(self) -> int:
+        """Returns 2 D E."""
+        return 2 * self.weight.numel()

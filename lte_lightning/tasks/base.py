@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from lte_lightning.core.config import LteConfig
 from lte_lightning.core.convert import expert_ffns, group_experts, selector_parameters, set_mode
-from lte_lightning.core.cost import flops_per_token
+from lte_lightning.core.cost import GFLOP, speedup_bound, token_cost
 from lte_lightning.core.errors import UserError
 from lte_lightning.core.losses import SEPARABILITY_EPSILON
 from lte_lightning.core.trace import RouterTrace
@@ -261,19 +261,30 @@ class LteModule(LightningModule):
         self._measure("hard", batch, dataloader_idx)
 
     def on_test_epoch_end(self) -> None:
-        """Logs the metric, the sparsity overall and per layer, and the paper's GFLOPs per token."""
+        """Logs the metric, the sparsity overall and per layer, and what a token costs."""
         found = self._read_meters("hard")
         per_layer = found["sparsity_per_layer"]
-        self.measured["test"] = {key: _json(value) for key, value in found.items()} | self.flops(per_layer)
+        cost = self.cost(per_layer)
+        self.measured["test"] = {key: _json(value) for key, value in found.items()} | cost
         self.log_dict({f"test/{key}": value for key, value in found.items() if isinstance(value, float)})
-        self.log("test/gflops_per_token", self.measured["test"]["flops_per_token"] / 2**30)
+        self.log("test/gflops_per_token", cost["flops_per_token"] / GFLOP)
+        self.log("test/megabytes_per_token", cost["bytes_per_token"] / 1e6)
+        self.log("test/bound", cost["bound"])
         self.log_dict({f"test/sparsity_layer_{i:02d}": sparsity for i, sparsity in enumerate(per_layer)})
 
-    def flops(self, sparsity_per_layer: list[float]) -> dict[str, int]:
-        """Returns FLOPs per token in the paper's accounting, sparse and dense."""
+    def cost(self, sparsity_per_layer: list[float] | None) -> dict[str, float]:
+        """Returns FLOPs per token as the paper counts them, and bytes moved in bfloat16, sparse and dense.
+
+        ``bound`` is the speed-up that the bytes allow at most. Without sparsities both are those of the dense model.
+        """
+        dense = token_cost(self.net)
+        sparse = dense if sparsity_per_layer is None else token_cost(self.net, sparsity_per_layer)
         return {
-            "flops_per_token": flops_per_token(self.net, sparsity_per_layer),
-            "dense_flops_per_token": flops_per_token(self.net),
+            "flops_per_token": sparse.paper_flops,
+            "dense_flops_per_token": dense.paper_flops,
+            "bytes_per_token": sparse.bytes,
+            "dense_bytes_per_token": dense.bytes,
+            "bound": speedup_bound(dense.bytes, sparse.bytes),
         }
 
     def on_predict_start(self) -> None:

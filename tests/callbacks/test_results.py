@@ -20,6 +20,9 @@ RESULTS = {
     "sparsity_per_layer": [0.7, 0.9],
     "flops_per_token": 3 * 2**30,
     "dense_flops_per_token": 10 * 2**30,
+    "bytes_per_token": 4 * 10**6,
+    "dense_bytes_per_token": 10**7,
+    "bound": 2.5,
     "seconds_per_stage": {"dense": 12.3, "grouping": 1.0},
 }
 
@@ -37,9 +40,9 @@ def row(text, label):
 
 def test_table():
     text = text_of(RESULTS)
-    assert row(text, "dense") == ["0.9000", "0.0 %", "10.0000"]
-    assert row(text, "hard, before adaptation") == ["0.8500", "75.0 %", ""]
-    assert row(text, "hard, after adaptation") == ["0.8800", "80.0 %", "3.0000"]
+    assert row(text, "dense") == ["0.9000", "0.0 %", "10.0000", "10.000", "1.00x"]
+    assert row(text, "hard, before adaptation") == ["0.8500", "75.0 %", "", "", ""]
+    assert row(text, "hard, after adaptation") == ["0.8800", "80.0 %", "3.0000", "4.000", "2.50x"]
     for words in ("Data: my/folder.", "FLOPs saved: 70.0 %", "2^30", "dense 12 s, grouping 1 s"):
         assert words in text
     assert "floor" not in text
@@ -47,7 +50,7 @@ def test_table():
 
 def test_table_of_a_fit_without_adaptation():
     text = text_of(RESULTS | {"hard": None})
-    assert row(text, "hard, before adaptation") == ["0.8500", "80.0 %", "3.0000"]
+    assert row(text, "hard, before adaptation") == ["0.8500", "80.0 %", "3.0000", "4.000", "2.50x"]
     assert "after adaptation" not in text
 
 

@@ -18,7 +18,8 @@ from lightning.pytorch import Trainer
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from lte_lightning.callbacks import StageSchedule
-from lte_lightning.cli import LteCLI, main, make_cli
+from lte_lightning.cli import main
+from lte_lightning.cli.training import LteCLI, make_cli
 
 FILLERS = [
     "the",

@@ -28,9 +28,16 @@ def test_test_reports_what_the_fit_logged(weights, fitted, tiny, lightning, tmp_
     results, found = fitted.results, outcome.results
     assert outcome.written.name == "test.json"
     assert found["accuracy"] == results["hard"]
-    for key in ("sparsity", "sparsity_per_layer", "flops_per_token", "dense_flops_per_token"):
+    for key in (
+        "sparsity",
+        "sparsity_per_layer",
+        "flops_per_token",
+        "dense_flops_per_token",
+        "bytes_per_token",
+        "bound",
+    ):
         assert found[key] == results[key], key
-    for words in ("test/accuracy", "test/sparsity", "test/sparsity_layer_01", "test/gflops_per_token"):
+    for words in ("test/accuracy", "test/sparsity", "test/sparsity_layer_01", "test/gflops_per_token", "test/bound"):
         assert words in outcome.out
 
 

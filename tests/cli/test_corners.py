@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from lte_lightning.callbacks import StagePlan, StageSchedule
-from lte_lightning.cli import make_cli
+from lte_lightning.cli.training import make_cli
 
 CONF = Path(__file__).parents[2] / "conf" / "glue"
 

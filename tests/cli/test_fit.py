@@ -11,7 +11,8 @@ import lte_lightning
 
 KEYS = {
     "task", "metric", "dense", "soft", "hard_before", "hard", "sparsity", "sparsity_per_layer", "flops_per_token",
-    "dense_flops_per_token", "data", "sparsity_before", "seconds_per_stage", "grouping", "seed", "versions",
+    "dense_flops_per_token", "bytes_per_token", "dense_bytes_per_token", "bound", "data", "sparsity_before",
+    "seconds_per_stage", "grouping", "seed", "versions",
 }  # fmt: skip
 
 
@@ -28,6 +29,7 @@ def test_results(fitted):
     assert results["dense_flops_per_token"] == attention + ffn
     sparse = attention + ffn * (1 - results["sparsity"]) + router
     assert results["flops_per_token"] == pytest.approx(sparse, abs=1)
+    assert results["bound"] == results["dense_bytes_per_token"] / results["bytes_per_token"] > 1
     assert list(results["seconds_per_stage"]) == ["dense", "grouping", "router", "expert"]
     assert results["versions"]["torch"] == torch.__version__
 

@@ -1,4 +1,4 @@
-"""The command line: ``lightning fit|validate|test|predict --config ...`` (also called ``lte``)."""
+"""The commands that train and measure: ``lightning fit|validate|test|predict --config ...``."""
 
 import logging
 import signal
@@ -24,8 +24,9 @@ from lte_lightning.callbacks import (
     StageSchedule,
 )
 from lte_lightning.callbacks.record import mlflow_of
+from lte_lightning.cli import refuse
 from lte_lightning.core.errors import UserError
-from lte_lightning.parser import LteParser
+from lte_lightning.cli.parser import LteParser
 from lte_lightning.tasks.base import LteModule
 
 
@@ -111,7 +112,7 @@ def _seed(value: bool | int) -> int:
 
 
 def main(args: list[str] | None = None) -> None:
-    """Runs the command line; what the user can put right is said in one message, with exit code 1."""
+    """Runs a command; what the user can put right is said in one message, with exit code 1."""
     try:
         make_cli(args)
     except Exception as error:
@@ -121,8 +122,7 @@ def main(args: list[str] | None = None) -> None:
             cause = cause.__cause__ or cause.__context__
         if cause is None:
             raise
-        print(f"error: {cause}", file=sys.stderr)
-        sys.exit(1)
+        refuse(cause)
     except SIGTERMException:
         sys.exit(128 + signal.SIGTERM)  # Lightning's own exit says that all went well
 

@@ -1,7 +1,7 @@
 import pytest
 
 import lte_lightning.tasks  # noqa: F401 - so that their classes are known
-from lte_lightning.parser import explain
+from lte_lightning.cli.parser import explain
 
 UNION = """Parser key "model":
   Does not validate against any of the Union subtypes

@@ -1,0 +1,51 @@
+"""The command line, called ``lte`` and ``lightning``: which command lives where."""
+
+import argparse
+import sys
+from importlib import import_module
+
+from lte_lightning.core.errors import UserError
+
+TRAINING = "lte_lightning.cli.training"
+# Name: module, help. The module's main(arguments) runs the command; it is imported only for its own command, so what
+# needs no training starts without Lightning.
+COMMANDS = {
+    "fit": (TRAINING, "train a model through the stages: dense, router, expert"),
+    "validate": (TRAINING, "measure a model on the validation rows, as a fit does"),
+    "test": (TRAINING, "measure a routed model: metric, sparsity, cost per token"),
+    "predict": (TRAINING, "write a model's predictions, one row per example"),
+    "cost": ("lte_lightning.cli.cost", "FLOPs, bytes and speed-up bound of a model at a sparsity"),
+}
+
+
+def main(args: list[str] | None = None) -> None:
+    """Runs the command line; what the user can put right is said in one message, with exit code 1."""
+    words = sys.argv[1:] if args is None else args
+    # Lightning's own options may stand before its command: `lightning --config all.yaml fit`
+    if words and words[0].startswith("-") and words[0] not in ("-h", "--help"):
+        return import_module(TRAINING).main(args)
+    name = _parser().parse_args(words[:1]).command
+    module = import_module(COMMANDS[name][0])
+    if module.__name__ == TRAINING:  # LightningCLI reads its own command, from sys.argv unless a test gives arguments
+        return module.main(args)
+    try:
+        module.main(words[1:])
+    except UserError as error:
+        refuse(error)
+
+
+def refuse(error: BaseException) -> None:
+    """Prints an error that is meant for the user, and ends with exit code 1."""
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(1)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lte", description="Learn To be Efficient: structured sparsity that a model learns.", allow_abbrev=False
+    )
+    commands = parser.add_subparsers(dest="command", metavar="command", required=True)
+    for name, (_, summary) in COMMANDS.items():
+        commands.add_parser(name, help=summary, add_help=False)
+    parser.epilog = "lte COMMAND --help shows a command's options."
+    return parser
