@@ -7,7 +7,7 @@ from lte_lightning import LteConfig, convert, restore, set_mode
 from lte_lightning.core.convert import expert_ffns, group_experts, plain, selector_parameters
 from lte_lightning.core.errors import UserError
 from lte_lightning.core.expert_ffn import ExpertFfn
-from lte_lightning.core.ffn import FFN_TABLE, UnsupportedModelError, find_layers, find_row, get_child
+from lte_lightning.core.ffn import FFN_TABLE, UnsupportedModelError, find_layers, find_parts, find_row, set_child
 
 SIZE = 16
 CONTIGUOUS = LteConfig(SIZE, "contiguous")
@@ -43,23 +43,31 @@ def test_every_row_of_the_table_has_a_tiny_model(tiny_configs):
     assert {config.model_type for config in tiny_configs.values()} == set(FFN_TABLE)
 
 
+def assert_equal(model, result, expected):
+    """Bit for bit, unless a fused projection became two: a product of other shape may round otherwise."""
+    if find_row(model.config.model_type).fused:
+        torch.testing.assert_close(result, expected, rtol=1e-6, atol=1e-6)
+    else:
+        assert result.equal(expected)
+
+
 def test_dense_equals_the_original_bit_for_bit(build, batch, family_and_head):
     expected = logits(build(*family_and_head), batch)
     model = converted(build(*family_and_head))
     assert len(expert_ffns(model)) == 2
-    assert logits(model, batch).equal(expected)
+    assert_equal(model, logits(model, batch), expected)
 
 
 @pytest.mark.parametrize("grouping", ["kmeans", "random"])
 def test_dense_equals_the_original_but_for_the_order_of_the_sum(build, batch, family, grouping):
     plain_model, model = build(family), converted(build(family), grouping=grouping)
-    for layer, ffn in zip(find_layers(plain_model), expert_ffns(model).values(), strict=True):
-        assert not get_child(layer, row(model).up).weight.equal(ffn.up.weight), "nothing was permuted"
+    for original, ffn in zip(all_parts(plain_model), expert_ffns(model).values(), strict=True):
+        assert not original.up.weight.equal(ffn.up.weight), "nothing was permuted"
     torch.testing.assert_close(logits(model, batch), logits(plain_model, batch), rtol=1e-6, atol=1e-6)
 
 
-def row(model):
-    return find_row(model.config.model_type)
+def all_parts(model):
+    return [find_parts(layer, find_row(model.config.model_type)) for layer in find_layers(model)]
 
 
 def test_dropout_falls_as_in_the_original(build, batch, family):
@@ -67,9 +75,8 @@ def test_dropout_falls_as_in_the_original(build, batch, family):
     for model in (build(family).train(), converted(build(family)).train()):
         torch.manual_seed(3)
         results.append(logits(model, batch))
-    assert results[0].equal(results[1])
-    if not family.startswith("llama"):  # its only dropout is the attention's
-        assert not results[0].equal(logits(build(family), batch))
+    assert_equal(model, results[1], results[0])
+    assert not results[0].equal(logits(build(family), batch))
 
 
 @pytest.mark.parametrize("grouping", ["kmeans", "contiguous"])
@@ -194,19 +201,19 @@ def test_restore_gives_the_plain_model(build, batch, family_and_head, grouping):
     torch.testing.assert_close(logits(model, batch), logits(original, batch), rtol=1e-6, atol=1e-6)
 
 
-def test_restore_keeps_what_was_trained(build, batch, family):
+def test_restore_keeps_what_was_trained(build, batch, labels, family):
     original = build(family)
     model = converted(build(family), grouping="kmeans").train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     for mode in ("dense", "soft", "hard"):
         set_mode(model, mode)
-        model(**batch, labels=torch.tensor([0, 1, 2])).loss.backward()
+        model(**batch, labels=labels).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     set_mode(model, "dense")
     expected = logits(model.eval(), batch)
     assert not expected.isclose(logits(original, batch), atol=1e-3).all()
-    assert logits(restore(model), batch).equal(expected)
+    assert_equal(model, logits(restore(model), batch), expected)
 
 
 def test_plain_is_for_a_while(build, batch, family, scatter):
@@ -256,10 +263,7 @@ class Quantised(nn.Linear):
 
 
 def spoil_the_last_layer(model, kind):
-    layer = find_layers(model)[-1]
-    path = getattr(row(model), kind)
-    parent, _, name = path.rpartition(".")
-    setattr(layer.get_submodule(parent), name, Quantised(32, 96))
+    set_child(find_layers(model)[-1], getattr(all_parts(model)[-1].row, kind), Quantised(32, 96))
 
 
 @pytest.mark.parametrize(
@@ -298,8 +302,8 @@ def test_missing_part_is_named(build):
 
 def test_weights_that_are_not_finite_change_nothing(build, family):
     model = build(family)
-    layer = find_layers(model)[1]
-    get_child(layer, row(model).gate or row(model).up).weight.data[0, 0] = float("nan")
+    parts = all_parts(model)[1]
+    (parts.gate or parts.up).weight.data[0, 0] = float("nan")
     before = snapshot(model)
     with pytest.raises(UserError, match="NaN or infinite"):
         converted(model, grouping="kmeans")
@@ -319,7 +323,7 @@ def test_unknown_families_are_refused():
         AlbertConfig(vocab_size=64, embedding_size=8, hidden_size=16, intermediate_size=32, num_attention_heads=2)
     )
     before = snapshot(model)
-    known = r"bert, distilbert, gpt2, llama, mpnet, roberta"
+    known = ", ".join(sorted(FFN_TABLE))
     with pytest.raises(UnsupportedModelError, match=rf"'albert' is not supported; known are {known}.*row of FFN_TABLE"):
         convert(model)
     assert_same(before, snapshot(model))
