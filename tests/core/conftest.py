@@ -75,7 +75,7 @@ DECODERS: dict[str, Config] = {
 T5 = {"d_ff": NEURONS, "d_kv": 8, "num_hidden_layers": 1, "num_decoder_layers": 1, "decoder_start_token_id": 0}
 ENCODER_DECODERS: dict[str, Config] = {
     "t5": decoder("t5", {"dropout_rate"}, **T5),
-    "t5-gated": decoder("t5", {"dropout_rate"}, feed_forward_proj="gated-gelu", tie_word_embeddings=False, **T5),
+    "t5-gated": decoder("t5", {"dropout_rate"}, feed_forward_proj="gated-gelu", **T5),
     "bart": decoder(
         "bart",
         {"dropout", "attention_dropout", "activation_dropout"},
@@ -111,8 +111,8 @@ def family_and_head(request: pytest.FixtureRequest) -> tuple[str, str]:
     return request.param
 
 
-@pytest.fixture(params=DECODERS)
-def decoder_family(request: pytest.FixtureRequest) -> str:
+@pytest.fixture(params=DECODERS | ENCODER_DECODERS)
+def generative_family(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
@@ -149,9 +149,9 @@ def batch(request: pytest.FixtureRequest) -> dict[str, torch.Tensor]:
     ids_BT = torch.randint(3, VOCAB, (3, 7), generator=torch.Generator().manual_seed(1))
     mask_BT = (torch.arange(7) < torch.tensor([[7], [5], [2]])).long()
     batch = {"input_ids": ids_BT, "attention_mask": mask_BT}
-    params = getattr(request.node, "callspec", None) and request.node.callspec.params
-    names = {params.get("family"), params.get("seq2seq_family"), *params.get("family_and_head", ())} if params else set()
-    if names & set(ENCODER_DECODERS):
+    params = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    families = {params.get("family"), params.get("seq2seq_family"), *params.get("family_and_head", ())}
+    if families & set(ENCODER_DECODERS):
         batch |= {"decoder_input_ids": (ids_BT + 11) % 60 + 3, "decoder_attention_mask": mask_BT.flip(0)}
     return batch
 

@@ -44,13 +44,16 @@ def test_extremes(llama_7b):
 
 def test_every_family_counts_its_own_weights(build, family):
     model = convert(build(family), LteConfig(16, "contiguous"), progress=False)
-    llama = family.startswith("llama")
-    key_value_width = 16 if "gqa" in family else 32
-    attention = 2 * (2 * 32 * 32 + 2 * 32 * key_value_width)
-    ffn = 2 * 32 * 96 * (3 if llama else 2)
-    router = 2 * 32 * 6
-    assert flops_per_token(model) == 2 * (attention + ffn)
-    assert flops_per_token(model, [0.25, 0.75]) == 2 * attention + ffn + 2 * router
+    width = model.config.hidden_size
+    heads = getattr(model.config, "num_key_value_heads", 4)
+    attention = 2 * (2 * width * width + 2 * width * heads * width // 4)
+    gated = next(iter(expert_ffns(model).values())).gate is not None
+    ffn = 2 * width * 96 * (3 if gated else 2)
+    router = 2 * width * 6
+    # One layer of an encoder, and one of a decoder that also looks at it.
+    all_attention = (3 if model.config.is_encoder_decoder else 2) * attention
+    assert flops_per_token(model) == all_attention + 2 * ffn
+    assert flops_per_token(model, [0.25, 0.75]) == all_attention + ffn + 2 * router
 
 
 def test_the_floor_is_charged_nothing(build):

@@ -234,7 +234,7 @@ def test_gradient_checkpointing_counts_nothing_twice(routed, batch, masks, label
     assert len(runs) == 4, "each layer runs twice, or nothing was checkpointed"
     torch.testing.assert_close(values, expected)
     assert any(name.endswith("selector.weight") for name in gradients)
-    torch.testing.assert_close(gradients, expected_gradients)
+    torch.testing.assert_close(gradients, expected_gradients, rtol=1e-5, atol=1e-5)
 
 
 def test_reentrant_checkpointing_is_refused(routed, batch, family):
