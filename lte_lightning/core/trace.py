@@ -44,7 +44,9 @@ class RouterTrace:
         self._masks = [None if mask is None else mask.bool() for mask in (token_mask_BT, decoder_mask_BT)]
         has_decoder = any(ffn.stack for ffn in self._ffns.values())
         if not has_decoder and decoder_mask_BT is not None:
-            raise UserError(f"decoder_mask_BT is for models with encoder and decoder; {type(model).__name__} has one stack")
+            raise UserError(
+                f"decoder_mask_BT is for models with encoder and decoder; {type(model).__name__} has one stack"
+            )
         if has_decoder and (token_mask_BT is None) != (decoder_mask_BT is None):
             raise UserError(
                 f"{type(model).__name__} has an encoder and a decoder: give both token_mask_BT (the encoder's) and "

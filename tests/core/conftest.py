@@ -51,7 +51,9 @@ ENCODERS: dict[str, Config] = {
     ),
     "electra": tiny("electra", DROPOUT, embedding_size=WIDTH // 2),
     "deberta-v2": tiny("deberta-v2", DROPOUT, relative_attention=True, pos_att_type=["p2c", "c2p"], share_att_key=True),
-    "modernbert": tiny("modernbert", {"mlp_dropout", "attention_dropout"}, mlp_bias=True, cls_token_id=2, sep_token_id=2, **IDS),
+    "modernbert": tiny(
+        "modernbert", {"mlp_dropout", "attention_dropout"}, mlp_bias=True, cls_token_id=2, sep_token_id=2, **IDS
+    ),
 }
 DECODERS: dict[str, Config] = {
     "gpt2": decoder("gpt2", {"resid_pdrop", "embd_pdrop", "attn_pdrop"}, n_inner=NEURONS),

@@ -3,6 +3,7 @@ import weakref
 
 import pytest
 import torch
+from transformers import BartForCausalLM, T5EncoderModel
 
 from lte_lightning import LteConfig, RouterTrace, convert, set_mode
 from lte_lightning.core.convert import expert_ffns
@@ -123,6 +124,74 @@ def test_a_mask_of_another_shape(routed, batch):
     ):
         model(**batch)
     assert all(ffn.recorder is None for ffn in expert_ffns(model).values())
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_mask_of_another_shape_in_either_stack(routed, batch, masks, seq2seq_family, which):
+    model = routed(seq2seq_family)
+    wrong = [mask[:, :6] if i == which else mask for i, mask in enumerate(masks)]
+    with (
+        pytest.raises(UserError, match=rf"the {('token', 'decoder')[which]} mask has shape \(3, 6\), .* \(3, 7\)"),
+        RouterTrace(model, *wrong),
+    ):
+        model(**batch)
+    assert all(ffn.recorder is None for ffn in expert_ffns(model).values())
+
+
+def test_a_mask_for_each_stack(routed, batch, masks, seq2seq_family):
+    model = routed(seq2seq_family)
+    model_class = type(model).__name__
+    for given in ({"token_mask_BT": masks[0]}, {"decoder_mask_BT": masks[1]}):
+        with pytest.raises(UserError, match=rf"{model_class} has an encoder and a decoder: give both .* or neither"):
+            RouterTrace(model, **given)
+    with RouterTrace(model) as bare:
+        model(**batch)
+    assert [len(scores) for scores in bare.scores().values()] == [21, 21]
+    with RouterTrace(model, masks[0], torch.zeros_like(masks[1])) as trace:
+        model(**batch)
+    with pytest.raises(UserError, match="no real token: the decoder mask is all zeros"):
+        trace.sparsity()
+
+
+def test_stacks_of_different_length(routed, batch, masks, seq2seq_family):
+    model = routed(seq2seq_family, "hard")
+    short = batch | {key: value[:, :4] for key, value in batch.items() if key.startswith("decoder")}
+    with torch.no_grad(), RouterTrace(model, masks[0], masks[1][:, :4]) as trace:
+        model(**short)
+    encoder, decoder = trace.scores().values()
+    assert (len(encoder), len(decoder)) == (14, 2 + 4 + 4)
+    active = (encoder > TAU).sum() + (decoder > TAU).sum()
+    assert trace.sparsity() == pytest.approx(1 - int(active) / (24 * 6), abs=1e-12)
+
+
+def test_a_decoder_mask_needs_an_encoder(routed, batch):
+    with pytest.raises(UserError, match="GPT2ForSequenceClassification has one stack"):
+        RouterTrace(routed("gpt2"), batch["attention_mask"], batch["attention_mask"])
+
+
+@pytest.mark.parametrize(("model_class", "family"), [(T5EncoderModel, "t5-gated"), (BartForCausalLM, "bart")])
+def test_half_of_an_encoder_decoder_has_one_stack(build, scatter, batch, model_class, family):
+    model = scatter(convert(model_class(build(family).config).eval(), LteConfig(SIZE, "random"), progress=False))
+    assert len(expert_ffns(model)) == 1
+    set_mode(model, "soft")
+    batch = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    with RouterTrace(model, batch["attention_mask"]) as trace:
+        model(**batch)
+    assert [len(scores) for scores in trace.scores().values()] == [14]
+
+
+def test_tokens_in_one_list(routed, batch):
+    model, seen = routed("opt"), []
+    next(iter(expert_ffns(model).values())).register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    with RouterTrace(model, batch["attention_mask"]) as trace:
+        model(**batch)
+    assert seen == [(21, 32)]
+    assert [len(scores) for scores in trace.scores().values()] == [14, 14]
+    with (
+        pytest.raises(UserError, match=r"the token mask has shape \(3, 6\), the tokens \(21,\)"),
+        RouterTrace(model, batch["attention_mask"][:, :6]),
+    ):
+        model(**batch)
 
 
 def test_no_forward_inside(routed, batch):
