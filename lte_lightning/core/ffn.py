@@ -1,6 +1,7 @@
 """The table of FFNs: for each model type, where its FFNs are and what their parts are called.
 
-To support another family, add a row to `FFN_TABLE` and its tiny config to ``tests/core/conftest.py``.
+To support another family, add a row to `FFN_TABLE`, its tiny config to ``tests/core/conftest.py`` and its examples to
+``families.py``, which makes the page that lists them.
 """
 
 import difflib

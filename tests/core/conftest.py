@@ -129,6 +129,13 @@ def tiny_configs() -> dict[str, PreTrainedConfig]:
 
 
 @pytest.fixture
+def tested_as() -> dict[str, str]:
+    """What the models of each type are here."""
+    kinds = {"encoder": ENCODERS, "decoder": DECODERS, "encoder-decoder": ENCODER_DECODERS}
+    return {config(0.1).model_type: kind for kind, configs in kinds.items() for config in configs.values()}
+
+
+@pytest.fixture
 def build() -> Callable[..., PreTrainedModel]:
     """`build(family, head, dropout)`: a model in eval mode, the same at each call; encoder-decoders have one head."""
 
