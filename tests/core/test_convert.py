@@ -134,8 +134,8 @@ def naive_expert_ffn(ffn, x_TD, hard):
 
 @pytest.mark.parametrize("threshold", [0.5, 0.6])
 @pytest.mark.parametrize("mode", ["soft", "hard"])
-def test_modes_equal_the_equations(build, batch, family, scatter, mode, threshold):
-    model = scatter(converted(build(family), grouping="kmeans", threshold=threshold))
+def test_modes_equal_the_equations(build, batch, row_family, scatter, mode, threshold):
+    model = scatter(converted(build(row_family), grouping="kmeans", threshold=threshold))
     set_mode(model, mode)
     seen = []
     for ffn in expert_ffns(model).values():
@@ -150,8 +150,8 @@ def test_modes_equal_the_equations(build, batch, family, scatter, mode, threshol
         torch.testing.assert_close(out_BTD.flatten(0, -2).double(), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_without_experts_only_the_output_bias_is_left(build, batch, family):
-    model = converted(build(family), selector="none")
+def test_without_experts_only_the_output_bias_is_left(build, batch, row_family):
+    model = converted(build(row_family), selector="none")
     set_mode(model, "hard")
     outputs = []
     for ffn in expert_ffns(model).values():
@@ -162,17 +162,17 @@ def test_without_experts_only_the_output_bias_is_left(build, batch, family):
 
 
 @pytest.mark.parametrize("mode", ["dense", "soft", "hard"])
-def test_autocast(build, batch, family, mode):
-    model = converted(build(family), router_margin=50.0)
+def test_autocast(build, batch, row_family, mode):
+    model = converted(build(row_family), router_margin=50.0)
     set_mode(model, mode)
     with torch.autocast("cpu", torch.bfloat16):
-        assert_close(logits(model, batch), logits(build(family), batch), 0.02)
+        assert_close(logits(model, batch), logits(build(row_family), batch), 0.02)
 
 
 @pytest.mark.parametrize("mode", ["dense", "soft", "hard"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision(build, batch, family, scatter, mode, dtype):
-    model = scatter(converted(build(family), grouping="random"))
+def test_half_precision(build, batch, row_family, scatter, mode, dtype):
+    model = scatter(converted(build(row_family), grouping="random"))
     set_mode(model, mode)
     expected = logits(model, batch)
     result = logits(model.to(dtype), batch)
@@ -182,8 +182,8 @@ def test_half_precision(build, batch, family, scatter, mode, dtype):
         assert_close(result.float(), expected, 0.1)
 
 
-def test_gradients_reach_the_routers_in_soft_mode(build, batch, family):
-    model = converted(build(family))
+def test_gradients_reach_the_routers_in_soft_mode(build, batch, row_family):
+    model = converted(build(row_family))
     set_mode(model, "soft")
     model(**batch).logits.square().sum().backward()
     for parameter in selector_parameters(model):
@@ -192,8 +192,8 @@ def test_gradients_reach_the_routers_in_soft_mode(build, batch, family):
 
 
 @pytest.mark.parametrize("frozen", [True, False])
-def test_no_gradient_reaches_the_routers_in_hard_mode(build, batch, family, scatter, frozen):
-    model = scatter(converted(build(family)))
+def test_no_gradient_reaches_the_routers_in_hard_mode(build, batch, row_family, scatter, frozen):
+    model = scatter(converted(build(row_family)))
     set_mode(model, "hard")
     for parameter in selector_parameters(model):
         parameter.requires_grad_(not frozen)
@@ -234,13 +234,13 @@ def test_restore_keeps_what_was_trained(build, batch, labels, family):
     assert_equal(model, logits(restore(model), batch), expected)
 
 
-def test_plain_is_for_a_while(build, batch, family, scatter):
-    model = scatter(converted(build(family), grouping="random"))
+def test_plain_is_for_a_while(build, batch, row_family, scatter):
+    model = scatter(converted(build(row_family), grouping="random"))
     set_mode(model, "hard")
     before, hard = snapshot(model), logits(model, batch)
     with plain(model):
         assert not expert_ffns(model)
-        assert list(model.state_dict()) == list(build(family).state_dict())
+        assert list(model.state_dict()) == list(build(row_family).state_dict())
     assert_same(before, snapshot(model))
     with pytest.raises(KeyError), plain(model):
         raise KeyError
@@ -248,9 +248,9 @@ def test_plain_is_for_a_while(build, batch, family, scatter):
     assert logits(model, batch).equal(hard)
 
 
-def test_a_restored_model_converts_again(build, batch, family):
-    model = converted(restore(converted(build(family), grouping="random")), grouping="kmeans")
-    assert_close(logits(model, batch), logits(build(family), batch))
+def test_a_restored_model_converts_again(build, batch, row_family):
+    model = converted(restore(converted(build(row_family), grouping="random")), grouping="kmeans")
+    assert_close(logits(model, batch), logits(build(row_family), batch))
 
 
 def test_grouping_is_reported(build):
@@ -292,8 +292,8 @@ def spoil_the_last_layer(model, kind):
         ({"grouping": "kmean"}, r"'kmean'.*kmeans, random, contiguous"),
     ],
 )
-def test_bad_settings_change_nothing(build, family, kwargs, message):
-    model = build(family)
+def test_bad_settings_change_nothing(build, row_family, kwargs, message):
+    model = build(row_family)
     before = snapshot(model)
     with pytest.raises(UserError, match=message):
         converted(model, **kwargs)
@@ -301,8 +301,8 @@ def test_bad_settings_change_nothing(build, family, kwargs, message):
 
 
 @pytest.mark.parametrize("part", ["up", "down"])
-def test_projections_of_other_types_are_refused(build, family, part):
-    model = build(family)
+def test_projections_of_other_types_are_refused(build, row_family, part):
+    model = build(row_family)
     spoil_the_last_layer(model, part)
     before = snapshot(model)
     with pytest.raises(UnsupportedModelError, match=r"is a Quantised; .* before quantising"):
@@ -318,8 +318,8 @@ def test_missing_part_is_named(build):
     assert not expert_ffns(model)
 
 
-def test_weights_that_are_not_finite_change_nothing(build, family):
-    model = build(family)
+def test_weights_that_are_not_finite_change_nothing(build, row_family):
+    model = build(row_family)
     parts = all_parts(model)[1]
     (parts.gate or parts.up).weight.data[0, 0] = float("nan")
     before = snapshot(model)
@@ -328,8 +328,8 @@ def test_weights_that_are_not_finite_change_nothing(build, family):
     assert_same(before, snapshot(model))
 
 
-def test_converting_twice_is_refused(build, family):
-    model = converted(build(family))
+def test_converting_twice_is_refused(build, row_family):
+    model = converted(build(row_family))
     before = snapshot(model)
     with pytest.raises(UserError, match=r"has expert FFNs already; restore\(\) it first"):
         converted(model)

@@ -10,7 +10,7 @@ from transformers import AlbertConfig, AlbertModel, AutoConfig, AutoModelForCaus
 from lte_lightning import LteConfig, convert, set_mode
 from lte_lightning.core import families
 from lte_lightning.core.convert import expert_ffns
-from lte_lightning.core.ffn import FFN_TABLE, UnsupportedModelError, find_layers, find_row
+from lte_lightning.core.ffn import FFN_TABLE, UnsupportedModelError, find_layers, find_parts, find_row
 
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 
@@ -36,6 +36,16 @@ def test_the_page_has_every_family_once_as_it_is_tested(tested_as):
     _, *rows = re.findall(r"^\| `([\w-]+)` \| ([\w-]+) \|", PAGE.read_text(), re.MULTILINE)
     assert [model_type for model_type, _ in rows] == sorted(FFN_TABLE)
     assert dict(rows) == tested_as
+
+
+def test_every_row_is_tested_once(build, row_families):
+    found = [
+        find_parts(find_layers(build(family))[0], find_row(build(family).config.model_type)).row
+        for family in row_families
+    ]
+    table = [*FFN_TABLE.values(), *(row.otherwise for row in FFN_TABLE.values())]
+    assert len(set(found)) == len(found)
+    assert set(found) == {row for row in table if row is not None}
 
 
 def test_the_command_prints_the_page(capsys):

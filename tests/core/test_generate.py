@@ -7,7 +7,7 @@ from lte_lightning import LteConfig, convert, set_mode
 from lte_lightning.core.convert import expert_ffns
 from lte_lightning.core.expert_ffn import MODES
 
-LENGTHS, NEW = (7, 5, 2), 6
+LENGTHS, NEW = (7, 5, 2), 5
 
 
 @pytest.fixture

@@ -57,8 +57,8 @@ def test_padding_changes_nothing(routed, batch, masks, family, mode):
 
 
 @pytest.mark.parametrize("mode", ["soft", "hard"])
-def test_equals_the_equations(routed, batch, masks, family, mode):
-    model = routed(family, mode)
+def test_equals_the_equations(routed, batch, masks, row_family, mode):
+    model = routed(row_family, mode)
     layers = []
     for ffn in expert_ffns(model).values():
         ffn.selector.register_forward_hook(lambda module, args, scores: layers.append(scores.double()))
@@ -306,8 +306,8 @@ def test_gradient_checkpointing_counts_nothing_twice(routed, batch, masks, label
     torch.testing.assert_close(gradients, expected_gradients, rtol=1e-5, atol=1e-5)
 
 
-def test_reentrant_checkpointing_is_refused(routed, batch, family):
-    model = routed(family).train()
+def test_reentrant_checkpointing_is_refused(routed, batch, row_family):
+    model = routed(row_family).train()
     if not model.supports_gradient_checkpointing:
         pytest.skip("transformers has no gradient checkpointing for it")
     checkpointing(model, use_reentrant=True)
