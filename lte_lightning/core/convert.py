@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from lte_lightning.core.config import LteConfig
 from lte_lightning.core.errors import UserError
 from lte_lightning.core.expert_ffn import MODES, ExpertFfn, Mode
-from lte_lightning.core.ffn import FfnRow, find_layers, find_parts, find_row, get_child, set_child, weight_rows
+from lte_lightning.core.ffn import find_layers, find_parts, find_row, find_stacks, get_child, set_child, weight_rows
+from lte_lightning.core.fused import put_together, take_apart
 from lte_lightning.core.grouping import Grouping, expert_count, group_neurons
 from lte_lightning.selection import SELECTORS, NoExperts, Router, Selector
 
@@ -40,19 +41,20 @@ def convert(
     config = config or LteConfig()
     if expert_ffns(model):
         raise UserError(f"this {type(model).__name__} has expert FFNs already; restore() it first")
+    sites = [(layer, stack) for stack, layers in enumerate(find_stacks(model)) for layer in layers]
     row = find_row(model.config.model_type)
-    layers = find_layers(model)
-    all_parts = [find_parts(layer, row) for layer in layers]
+    all_parts = [find_parts(layer, row) for layer, _ in sites]
     experts = [expert_count(weight_rows(parts.up).shape[0], config.expert_size) for parts in all_parts]
     _check_selector(config)
 
     generator = torch.Generator().manual_seed(config.seed or 0)
-    for layer, parts, count in zip(layers, all_parts, experts, strict=True):
+    for (layer, stack), parts, count in zip(sites, all_parts, experts, strict=True):
         selector = _make_selector(config, weight_rows(parts.up).shape[1], count, generator)
         ffn = ExpertFfn(parts, config.expert_size, selector.to(parts.up.weight.device), config.threshold)
-        if row.module:
-            ffn.shell = (get_child(layer, row.module),)  # in a tuple, so that its weights are not registered twice
-        _insert(layer, row, ffn)
+        ffn.stack = stack
+        if parts.row.module:
+            ffn.shell = (get_child(layer, parts.row.module),)  # in a tuple: its weights are not registered twice
+        _insert(layer, ffn)
     set_lte_config(model, config)
     if not group:
         return model
@@ -90,9 +92,8 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
         UserError: If the model has no expert FFNs.
     """
     require_expert_ffns(model)
-    row = find_row(model.config.model_type)
     for layer in find_layers(model):
-        _remove(layer, row)
+        _remove(layer)
     del model.lte_config
     return model
 
@@ -101,35 +102,46 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
 def plain(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     """Makes the model a plain Hugging Face model for the time of a ``with`` block, weights shared."""
     require_expert_ffns(model)
-    row = find_row(model.config.model_type)
     removed: list[tuple[nn.Module, ExpertFfn]] = []
     try:
         for layer in find_layers(model):
-            removed.append((layer, _remove(layer, row)))
+            removed.append((layer, _remove(layer)))
         yield model
     finally:
         for layer, ffn in removed:
-            _insert(layer, row, ffn)
+            _insert(layer, ffn)
 
 
-def _insert(layer: nn.Module, row: FfnRow, ffn: ExpertFfn) -> None:
+def _insert(layer: nn.Module, ffn: ExpertFfn) -> None:
+    row = ffn.row
     ffn.train(layer.training)
+    if row.fused:
+        take_apart(get_child(layer, row.up), ffn.gate, ffn.up)
     if row.module:
         set_child(layer, row.module, ffn)
-    else:
-        set_child(layer, row.up, ffn)
-        set_child(layer, row.activation, nn.Identity())
-        set_child(layer, row.down, nn.Identity())
+        return
+    set_child(layer, row.up, ffn)
+    set_child(layer, row.activation, nn.Identity())
+    set_child(layer, row.down, nn.Identity())
+    if row.dropout:
+        set_child(layer, row.dropout, 0.0)
 
 
-def _remove(layer: nn.Module, row: FfnRow) -> ExpertFfn:
-    ffn: ExpertFfn = get_child(layer, row.module or row.up)
+def _remove(layer: nn.Module) -> ExpertFfn:
+    (ffn,) = expert_ffns(layer).values()
+    row = ffn.row
     if row.module:
-        set_child(layer, row.module, ffn.shell[0])
+        (shell,) = ffn.shell
+        shell.training = ffn.training
+        set_child(layer, row.module, shell)
     else:
         set_child(layer, row.up, ffn.up)
         set_child(layer, row.activation, ffn.activation)
         set_child(layer, row.down, ffn.down)
+        if row.dropout and ffn.dropout is not None:
+            set_child(layer, row.dropout, ffn.dropout.p)
+    if row.fused:
+        put_together(get_child(layer, row.up), ffn.gate, ffn.up)
     return ffn
 
 

@@ -35,13 +35,14 @@ class ExpertFfn(nn.Module):
     def __init__(self, parts: FfnParts, expert_size: int, selector: Selector, threshold: float) -> None:
         super().__init__()
         self.up, self.gate, self.down = parts.up, parts.gate, parts.down
-        self.activation = parts.activation
+        self.activation, self.dropout, self.row = parts.activation, parts.dropout, parts.row
         self.selector = selector
         self.expert_size = expert_size
         self.threshold = threshold
         self.mode: Mode = "dense"
         self.recorder: Callable[[ExpertFfn, torch.Tensor], None] | None = None
         self.shell: tuple[nn.Module, ...] = ()
+        self.stack = 0  # 1 in the decoder of a model that has an encoder too
 
     @property
     def width(self) -> int:
@@ -70,8 +71,14 @@ class ExpertFfn(nn.Module):
 
     def _hidden(self, x_BTD: torch.Tensor) -> torch.Tensor:
         if self.gate is None:
-            return self.activation(self.up(x_BTD))
-        return self.activation(self.gate(x_BTD)) * self.up(x_BTD)
+            hidden_BTF = self.activation(self.up(x_BTD))
+        else:
+            hidden_BTF = self.activation(self.gate(x_BTD)) * self.up(x_BTD)
+        if self.dropout is not None:
+            hidden_BTF = self.dropout(hidden_BTF)
+        if hidden_BTF.dtype != self.down.weight.dtype and not torch.is_autocast_enabled(hidden_BTF.device.type):
+            return hidden_BTF.to(self.down.weight.dtype)  # T5 keeps its down projections in float32
+        return hidden_BTF
 
     @torch.no_grad()
     def permute(self, permutation_F: torch.Tensor) -> None:

@@ -23,17 +23,35 @@ class RouterTrace:
 
     Args:
         model: A converted model, in mode ``soft`` or ``hard``.
-        token_mask_BT: True (or 1) for real tokens; padding is excluded from everything here. None: all are real.
+        token_mask_BT: True (or 1) for real tokens; padding is excluded from everything here. None: all are real. Of a
+            model with an encoder and a decoder, the encoder's.
+        decoder_mask_BT: The decoder's mask, of a model with an encoder too; ``labels != -100`` where it is trained.
 
     Raises:
-        UserError: If the model was not converted.
+        UserError: If the model was not converted, or one of its stacks is given no mask and the other is; in a forward
+            pass, if a mask is not of the tokens' shape.
         RuntimeError: If the model is being traced already; in a forward pass, if its scores lost their gradient.
     """
 
-    def __init__(self, model: nn.Module, token_mask_BT: torch.Tensor | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        token_mask_BT: torch.Tensor | None = None,
+        decoder_mask_BT: torch.Tensor | None = None,
+    ) -> None:
         self._ffns = require_expert_ffns(model)
         self._names = {id(ffn): name for name, ffn in self._ffns.items()}
-        self._mask_BT = None if token_mask_BT is None else token_mask_BT.bool()
+        self._masks = [None if mask is None else mask.bool() for mask in (token_mask_BT, decoder_mask_BT)]
+        has_decoder = any(ffn.stack for ffn in self._ffns.values())
+        if not has_decoder and decoder_mask_BT is not None:
+            raise UserError(
+                f"decoder_mask_BT is for models with encoder and decoder; {type(model).__name__} has one stack"
+            )
+        if has_decoder and (token_mask_BT is None) != (decoder_mask_BT is None):
+            raise UserError(
+                f"{type(model).__name__} has an encoder and a decoder: give both token_mask_BT (the encoder's) and "
+                "decoder_mask_BT (labels != -100, or ones), or neither if no token is padding"
+            )
         self._recorded: dict[str, list[torch.Tensor]] = {name: [] for name in self._ffns}
         self._scores: dict[str, list[torch.Tensor]] = {name: [] for name in self._ffns}
 
@@ -60,15 +78,17 @@ class RouterTrace:
                 "hides it, pass {'use_reentrant': False} when you enable checkpointing (for figures without gradients, "
                 "enter torch.no_grad() before the trace)"
             )
-        if self._mask_BT is not None and self._mask_BT.shape != scores_BTE.shape[:-1]:
-            raise UserError(
-                f"the token mask has shape {tuple(self._mask_BT.shape)}, the tokens {tuple(scores_BTE.shape[:-1])}"
-            )
+        mask_BT, tokens = self._masks[ffn.stack], scores_BTE.shape[:-1]
+        # OPT hands its tokens over as one list.
+        if mask_BT is not None and tokens not in (mask_BT.shape, (mask_BT.numel(),)):
+            which = "decoder" if ffn.stack else "token"
+            raise UserError(f"the {which} mask has shape {tuple(mask_BT.shape)}, the tokens {tuple(tokens)}")
         # The mask is applied later: gradient checkpointing wants the same operations here when it computes again.
         self._recorded[self._names[id(ffn)]].append(scores_BTE)
 
-    def _real(self, scores_BTE: torch.Tensor) -> torch.Tensor:
-        return scores_BTE.flatten(0, -2) if self._mask_BT is None else scores_BTE[self._mask_BT]
+    def _real(self, scores_BTE: torch.Tensor, mask_BT: torch.Tensor | None) -> torch.Tensor:
+        scores_NE = scores_BTE.flatten(0, -2)
+        return scores_NE if mask_BT is None else scores_NE[mask_BT.flatten()]
 
     def scores(self) -> dict[str, torch.Tensor]:
         """Returns each layer's scores [N, E] of the N real tokens, float32, with their graph.
@@ -78,7 +98,8 @@ class RouterTrace:
             UserError: If there was no real token.
         """
         for name, recorded in self._recorded.items():
-            self._scores[name] += map(self._real, recorded)
+            mask_BT = self._masks[self._ffns[name].stack]
+            self._scores[name] += [self._real(scores_BTE, mask_BT) for scores_BTE in recorded]
             recorded.clear()
         silent = [name for name, records in self._scores.items() if not records]
         if silent:
@@ -87,8 +108,10 @@ class RouterTrace:
                 "inside the trace, in mode 'soft' or 'hard'"
             )
         scores = {name: torch.cat(records) for name, records in self._scores.items()}
-        if any(scores_NE.shape[0] == 0 for scores_NE in scores.values()):
-            raise UserError("no real token: the token mask is all zeros")
+        empty = [name for name, scores_NE in scores.items() if scores_NE.shape[0] == 0]
+        if empty:
+            which = "decoder" if self._ffns[empty[0]].stack else "token"
+            raise UserError(f"no real token: the {which} mask is all zeros")
         return scores
 
     def efficiency_loss(self) -> torch.Tensor:
@@ -102,17 +125,22 @@ class RouterTrace:
 
     @torch.no_grad()
     def active_counts(self) -> tuple[torch.Tensor, int]:
-        """Returns how many (token, expert) pairs run in each layer in hard mode, [L] int64, and the tokens N."""
+        """Returns how many (token, expert) pairs run in each layer in hard mode, [L] int64, and the tokens N.
+
+        With an encoder and a decoder, N is the encoder's; the decoder's is the length of its layers' `scores`.
+        """
         scores = self.scores()
         counts = [(scores_NE > self._ffns[name].threshold).sum() for name, scores_NE in scores.items()]
         return torch.stack(counts), next(iter(scores.values())).shape[0]
 
     def sparsity(self) -> float:
         """Returns the share of FFN neurons that do not run in hard mode, over real tokens and layers."""
-        active_L, tokens = self.active_counts()
-        sizes_L = [ffn.expert_size for ffn in self._ffns.values()]
-        active = sum(int(n) * size for n, size in zip(active_L, sizes_L, strict=True))
-        return 1.0 - active / (tokens * sum(ffn.neurons for ffn in self._ffns.values()))
+        active_L, _ = self.active_counts()
+        active = neurons = 0
+        for n, (name, scores_NE) in zip(active_L, self.scores().items(), strict=True):
+            active += int(n) * self._ffns[name].expert_size
+            neurons += scores_NE.shape[0] * self._ffns[name].neurons
+        return 1.0 - active / neurons
 
 
 def _trainable(selector: nn.Module) -> bool:

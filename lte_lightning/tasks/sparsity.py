@@ -25,16 +25,17 @@ class SparsityMeter(Metric):
         self.experts = tuple(experts)
         layers = len(self.experts)
         self.add_state("active_L", torch.zeros(layers, dtype=torch.int64), dist_reduce_fx="sum")
-        self.add_state("tokens", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        # Per layer, because an encoder and its decoder see different ones.
+        self.add_state("tokens_L", torch.zeros(layers, dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("scores_LH", torch.zeros(layers, BINS, dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, trace: RouterTrace) -> None:
         """Adds the forward passes that a closed trace has seen."""
-        active_L, tokens = trace.active_counts()
+        active_L, _ = trace.active_counts()
         self.active_L += active_L
-        self.tokens += tokens
         for layer, scores_NE in enumerate(trace.scores().values()):
             bins = (scores_NE.detach() * BINS).long().clamp_(0, BINS - 1).flatten()
+            self.tokens_L[layer] += len(scores_NE)
             self.scores_LH[layer] += torch.bincount(bins, minlength=BINS)
 
     def compute(self) -> dict[str, Any]:
@@ -44,8 +45,8 @@ class SparsityMeter(Metric):
             ``sparsity`` and ``sparsity_per_layer``, the share of neurons that did not run (all layers have the same
             expert size), and ``score_histogram``, how many scores of each layer fell in each of 50 bins of [0, 1].
         """
-        pairs = [int(self.tokens) * experts for experts in self.experts]
+        pairs = [int(n) * experts for n, experts in zip(self.tokens_L, self.experts, strict=True)]
         per_layer = [1.0 - int(n) / max(total, 1) for n, total in zip(self.active_L, pairs, strict=True)]
-        overall = sum(s * e for s, e in zip(per_layer, self.experts, strict=True)) / sum(self.experts)
+        overall = 1.0 - int(self.active_L.sum()) / max(sum(pairs), 1)
         histogram = self.scores_LH.tolist()
         return {"sparsity": overall, "sparsity_per_layer": per_layer, "score_histogram": histogram}

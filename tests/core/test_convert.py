@@ -1,13 +1,12 @@
 import pytest
 import torch
 from torch import nn
-from transformers import AlbertConfig, AlbertModel
 
 from lte_lightning import LteConfig, convert, restore, set_mode
 from lte_lightning.core.convert import expert_ffns, group_experts, plain, selector_parameters
 from lte_lightning.core.errors import UserError
 from lte_lightning.core.expert_ffn import ExpertFfn
-from lte_lightning.core.ffn import FFN_TABLE, UnsupportedModelError, find_layers, find_row, get_child
+from lte_lightning.core.ffn import FFN_TABLE, UnsupportedModelError, find_layers, find_parts, find_row, set_child
 
 SIZE = 16
 CONTIGUOUS = LteConfig(SIZE, "contiguous")
@@ -43,23 +42,35 @@ def test_every_row_of_the_table_has_a_tiny_model(tiny_configs):
     assert {config.model_type for config in tiny_configs.values()} == set(FFN_TABLE)
 
 
+def assert_close(result, expected, tolerance=4e-6):
+    torch.testing.assert_close(result, expected, rtol=tolerance, atol=tolerance * max(1.0, float(expected.abs().max())))
+
+
+def assert_equal(model, result, expected):
+    """Bit for bit, unless a fused projection became two: a product of other shape may round otherwise."""
+    if find_row(model.config.model_type).fused:
+        assert_close(result, expected)
+    else:
+        assert result.equal(expected)
+
+
 def test_dense_equals_the_original_bit_for_bit(build, batch, family_and_head):
     expected = logits(build(*family_and_head), batch)
     model = converted(build(*family_and_head))
     assert len(expert_ffns(model)) == 2
-    assert logits(model, batch).equal(expected)
+    assert_equal(model, logits(model, batch), expected)
 
 
 @pytest.mark.parametrize("grouping", ["kmeans", "random"])
 def test_dense_equals_the_original_but_for_the_order_of_the_sum(build, batch, family, grouping):
     plain_model, model = build(family), converted(build(family), grouping=grouping)
-    for layer, ffn in zip(find_layers(plain_model), expert_ffns(model).values(), strict=True):
-        assert not get_child(layer, row(model).up).weight.equal(ffn.up.weight), "nothing was permuted"
-    torch.testing.assert_close(logits(model, batch), logits(plain_model, batch), rtol=1e-6, atol=1e-6)
+    for original, ffn in zip(all_parts(plain_model), expert_ffns(model).values(), strict=True):
+        assert not original.up.weight.equal(ffn.up.weight), "nothing was permuted"
+    assert_close(logits(model, batch), logits(plain_model, batch))
 
 
-def row(model):
-    return find_row(model.config.model_type)
+def all_parts(model):
+    return [find_parts(layer, find_row(model.config.model_type)) for layer in find_layers(model)]
 
 
 def test_dropout_falls_as_in_the_original(build, batch, family):
@@ -67,9 +78,15 @@ def test_dropout_falls_as_in_the_original(build, batch, family):
     for model in (build(family).train(), converted(build(family)).train()):
         torch.manual_seed(3)
         results.append(logits(model, batch))
-    assert results[0].equal(results[1])
-    if not family.startswith("llama"):  # its only dropout is the attention's
-        assert not results[0].equal(logits(build(family), batch))
+    assert_equal(model, results[1], results[0])
+    assert not results[0].equal(logits(build(family), batch))
+
+
+def test_soft_with_scores_of_one_equals_dense(build, batch, family):
+    model = converted(build(family), grouping="kmeans", router_margin=50.0)
+    expected = logits(model, batch)
+    set_mode(model, "soft")
+    assert logits(model, batch).equal(expected)
 
 
 @pytest.mark.parametrize("grouping", ["kmeans", "contiguous"])
@@ -117,8 +134,8 @@ def naive_expert_ffn(ffn, x_TD, hard):
 
 @pytest.mark.parametrize("threshold", [0.5, 0.6])
 @pytest.mark.parametrize("mode", ["soft", "hard"])
-def test_modes_equal_the_equations(build, batch, family, scatter, mode, threshold):
-    model = scatter(converted(build(family), grouping="kmeans", threshold=threshold))
+def test_modes_equal_the_equations(build, batch, row_family, scatter, mode, threshold):
+    model = scatter(converted(build(row_family), grouping="kmeans", threshold=threshold))
     set_mode(model, mode)
     seen = []
     for ffn in expert_ffns(model).values():
@@ -133,8 +150,8 @@ def test_modes_equal_the_equations(build, batch, family, scatter, mode, threshol
         torch.testing.assert_close(out_BTD.flatten(0, -2).double(), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_without_experts_only_the_output_bias_is_left(build, batch, family):
-    model = converted(build(family), selector="none")
+def test_without_experts_only_the_output_bias_is_left(build, batch, row_family):
+    model = converted(build(row_family), selector="none")
     set_mode(model, "hard")
     outputs = []
     for ffn in expert_ffns(model).values():
@@ -145,20 +162,28 @@ def test_without_experts_only_the_output_bias_is_left(build, batch, family):
 
 
 @pytest.mark.parametrize("mode", ["dense", "soft", "hard"])
+def test_autocast(build, batch, row_family, mode):
+    model = converted(build(row_family), router_margin=50.0)
+    set_mode(model, mode)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_close(logits(model, batch), logits(build(row_family), batch), 0.02)
+
+
+@pytest.mark.parametrize("mode", ["dense", "soft", "hard"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision(build, batch, family, scatter, mode, dtype):
-    model = scatter(converted(build(family), grouping="random"))
+def test_half_precision(build, batch, row_family, scatter, mode, dtype):
+    model = scatter(converted(build(row_family), grouping="random"))
     set_mode(model, mode)
     expected = logits(model, batch)
     result = logits(model.to(dtype), batch)
     assert result.dtype == dtype
     assert torch.isfinite(result).all()
     if mode != "hard":  # there, rounding may move a score across the threshold
-        torch.testing.assert_close(result.float(), expected, rtol=0.1, atol=0.15)
+        assert_close(result.float(), expected, 0.1)
 
 
-def test_gradients_reach_the_routers_in_soft_mode(build, batch, family):
-    model = converted(build(family))
+def test_gradients_reach_the_routers_in_soft_mode(build, batch, row_family):
+    model = converted(build(row_family))
     set_mode(model, "soft")
     model(**batch).logits.square().sum().backward()
     for parameter in selector_parameters(model):
@@ -167,8 +192,8 @@ def test_gradients_reach_the_routers_in_soft_mode(build, batch, family):
 
 
 @pytest.mark.parametrize("frozen", [True, False])
-def test_no_gradient_reaches_the_routers_in_hard_mode(build, batch, family, scatter, frozen):
-    model = scatter(converted(build(family)))
+def test_no_gradient_reaches_the_routers_in_hard_mode(build, batch, row_family, scatter, frozen):
+    model = scatter(converted(build(row_family)))
     set_mode(model, "hard")
     for parameter in selector_parameters(model):
         parameter.requires_grad_(not frozen)
@@ -191,31 +216,31 @@ def test_restore_gives_the_plain_model(build, batch, family_and_head, grouping):
     assert not hasattr(model, "lte_config")
     if grouping == "contiguous":
         assert_same(before, after)
-    torch.testing.assert_close(logits(model, batch), logits(original, batch), rtol=1e-6, atol=1e-6)
+    assert_close(logits(model, batch), logits(original, batch))
 
 
-def test_restore_keeps_what_was_trained(build, batch, family):
+def test_restore_keeps_what_was_trained(build, batch, labels, family):
     original = build(family)
     model = converted(build(family), grouping="kmeans").train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     for mode in ("dense", "soft", "hard"):
         set_mode(model, mode)
-        model(**batch, labels=torch.tensor([0, 1, 2])).loss.backward()
+        model(**batch, labels=labels).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     set_mode(model, "dense")
     expected = logits(model.eval(), batch)
     assert not expected.isclose(logits(original, batch), atol=1e-3).all()
-    assert logits(restore(model), batch).equal(expected)
+    assert_equal(model, logits(restore(model), batch), expected)
 
 
-def test_plain_is_for_a_while(build, batch, family, scatter):
-    model = scatter(converted(build(family), grouping="random"))
+def test_plain_is_for_a_while(build, batch, row_family, scatter):
+    model = scatter(converted(build(row_family), grouping="random"))
     set_mode(model, "hard")
     before, hard = snapshot(model), logits(model, batch)
     with plain(model):
         assert not expert_ffns(model)
-        assert list(model.state_dict()) == list(build(family).state_dict())
+        assert list(model.state_dict()) == list(build(row_family).state_dict())
     assert_same(before, snapshot(model))
     with pytest.raises(KeyError), plain(model):
         raise KeyError
@@ -223,9 +248,9 @@ def test_plain_is_for_a_while(build, batch, family, scatter):
     assert logits(model, batch).equal(hard)
 
 
-def test_a_restored_model_converts_again(build, batch, family):
-    model = converted(restore(converted(build(family), grouping="random")), grouping="kmeans")
-    torch.testing.assert_close(logits(model, batch), logits(build(family), batch), rtol=1e-6, atol=1e-6)
+def test_a_restored_model_converts_again(build, batch, row_family):
+    model = converted(restore(converted(build(row_family), grouping="random")), grouping="kmeans")
+    assert_close(logits(model, batch), logits(build(row_family), batch))
 
 
 def test_grouping_is_reported(build):
@@ -256,10 +281,7 @@ class Quantised(nn.Linear):
 
 
 def spoil_the_last_layer(model, kind):
-    layer = find_layers(model)[-1]
-    path = getattr(row(model), kind)
-    parent, _, name = path.rpartition(".")
-    setattr(layer.get_submodule(parent), name, Quantised(32, 96))
+    set_child(find_layers(model)[-1], getattr(all_parts(model)[-1].row, kind), Quantised(32, 96))
 
 
 @pytest.mark.parametrize(
@@ -270,8 +292,8 @@ def spoil_the_last_layer(model, kind):
         ({"grouping": "kmean"}, r"'kmean'.*kmeans, random, contiguous"),
     ],
 )
-def test_bad_settings_change_nothing(build, family, kwargs, message):
-    model = build(family)
+def test_bad_settings_change_nothing(build, row_family, kwargs, message):
+    model = build(row_family)
     before = snapshot(model)
     with pytest.raises(UserError, match=message):
         converted(model, **kwargs)
@@ -279,8 +301,8 @@ def test_bad_settings_change_nothing(build, family, kwargs, message):
 
 
 @pytest.mark.parametrize("part", ["up", "down"])
-def test_projections_of_other_types_are_refused(build, family, part):
-    model = build(family)
+def test_projections_of_other_types_are_refused(build, row_family, part):
+    model = build(row_family)
     spoil_the_last_layer(model, part)
     before = snapshot(model)
     with pytest.raises(UnsupportedModelError, match=r"is a Quantised; .* before quantising"):
@@ -296,35 +318,22 @@ def test_missing_part_is_named(build):
     assert not expert_ffns(model)
 
 
-def test_weights_that_are_not_finite_change_nothing(build, family):
-    model = build(family)
-    layer = find_layers(model)[1]
-    get_child(layer, row(model).gate or row(model).up).weight.data[0, 0] = float("nan")
+def test_weights_that_are_not_finite_change_nothing(build, row_family):
+    model = build(row_family)
+    parts = all_parts(model)[1]
+    (parts.gate or parts.up).weight.data[0, 0] = float("nan")
     before = snapshot(model)
     with pytest.raises(UserError, match="NaN or infinite"):
         converted(model, grouping="kmeans")
     assert_same(before, snapshot(model))
 
 
-def test_converting_twice_is_refused(build, family):
-    model = converted(build(family))
+def test_converting_twice_is_refused(build, row_family):
+    model = converted(build(row_family))
     before = snapshot(model)
     with pytest.raises(UserError, match=r"has expert FFNs already; restore\(\) it first"):
         converted(model)
     assert_same(before, snapshot(model))
-
-
-def test_unknown_families_are_refused():
-    model = AlbertModel(
-        AlbertConfig(vocab_size=64, embedding_size=8, hidden_size=16, intermediate_size=32, num_attention_heads=2)
-    )
-    before = snapshot(model)
-    known = r"bert, distilbert, gpt2, llama, mpnet, roberta"
-    with pytest.raises(UnsupportedModelError, match=rf"'albert' is not supported; known are {known}.*row of FFN_TABLE"):
-        convert(model)
-    assert_same(before, snapshot(model))
-    with pytest.raises(UnsupportedModelError, match="Did you mean 'roberta'"):
-        find_row("robertta")
 
 
 def test_what_needs_a_converted_model_says_so(build):

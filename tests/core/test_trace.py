@@ -3,6 +3,7 @@ import weakref
 
 import pytest
 import torch
+from transformers import BartForCausalLM, T5EncoderModel
 
 from lte_lightning import LteConfig, RouterTrace, convert, set_mode
 from lte_lightning.core.convert import expert_ffns
@@ -23,46 +24,54 @@ def routed(build, scatter):
     return routed
 
 
-def figures(model, batch):
-    with torch.no_grad(), RouterTrace(model, batch["attention_mask"]) as trace:
+def figures(model, batch, *masks):
+    with torch.no_grad(), RouterTrace(model, *masks) as trace:
         model(**batch)
     return float(trace.efficiency_loss()), float(trace.separability_loss()), trace.sparsity()
 
 
-@pytest.mark.parametrize("mode", ["soft", "hard"])
-def test_padding_changes_nothing(routed, batch, family, mode):
-    model = routed(family, mode)
-    expected = figures(model, batch)
+def changed_where_padded(ids, mask):
+    return torch.where(mask.bool(), ids, (ids + 7) % 60 + 3)
 
-    ids, mask = batch["input_ids"], batch["attention_mask"]
-    other_ids = torch.where(mask.bool(), ids, (ids + 7) % 60 + 3)
-    assert figures(model, {"input_ids": other_ids, "attention_mask": mask}) == pytest.approx(expected, abs=1e-6)
 
-    longer = {
-        "input_ids": torch.nn.functional.pad(ids, (0, 9), value=model.config.pad_token_id),
-        "attention_mask": torch.nn.functional.pad(mask, (0, 9)),
-    }
-    assert figures(model, longer) == pytest.approx(expected, rel=1e-6, abs=1e-6)
-
-    everything = figures(model, batch | {"attention_mask": torch.ones_like(mask)})
-    assert everything != pytest.approx(expected, abs=1e-4), "padding would have counted"
+def longer(tensor, pad=0):
+    return torch.nn.functional.pad(tensor, (0, 9), value=pad)
 
 
 @pytest.mark.parametrize("mode", ["soft", "hard"])
-def test_equals_the_equations(routed, batch, family, mode):
+def test_padding_changes_nothing(routed, batch, masks, family, mode):
     model = routed(family, mode)
+    expected = figures(model, batch, *masks)
+    for prefix in {key.removesuffix("attention_mask") for key in batch if key.endswith("attention_mask")}:
+        ids, mask = batch[f"{prefix}input_ids"], batch[f"{prefix}attention_mask"]
+        other = batch | {f"{prefix}input_ids": changed_where_padded(ids, mask)}
+        assert not other[f"{prefix}input_ids"].equal(ids)
+        assert figures(model, other, *masks) == pytest.approx(expected, abs=1e-6)
+
+        padded = {f"{prefix}input_ids": longer(ids, model.config.pad_token_id), f"{prefix}attention_mask": longer(mask)}
+        longer_masks = [longer(each) if each is mask else each for each in masks]
+        assert figures(model, batch | padded, *longer_masks) == pytest.approx(expected, rel=1e-6, abs=1e-6)
+
+        all_real = [torch.ones_like(each) if each is mask else each for each in masks]
+        assert figures(model, batch, *all_real) != pytest.approx(expected, abs=1e-4), "padding would have counted"
+
+
+@pytest.mark.parametrize("mode", ["soft", "hard"])
+def test_equals_the_equations(routed, batch, masks, row_family, mode):
+    model = routed(row_family, mode)
     layers = []
     for ffn in expert_ffns(model).values():
         ffn.selector.register_forward_hook(lambda module, args, scores: layers.append(scores.double()))
-    with torch.no_grad(), RouterTrace(model, batch["attention_mask"]) as trace:
+    with torch.no_grad(), RouterTrace(model, *masks) as trace:
         model(**batch)
 
     efficiency = separability = running = 0.0
-    tokens = [(b, t) for b in range(3) for t in range(7) if batch["attention_mask"][b, t]]
     experts = layers[0].shape[-1]
-    for scores_BTE in layers:
+    for layer, scores in enumerate(layers):
+        mask = masks[layer if len(masks) == 2 else 0]  # one layer in the encoder, and one in the decoder
+        tokens = [(b, t) for b in range(3) for t in range(7) if mask[b, t]]
         for b, t in tokens:
-            for score in scores_BTE[b, t].tolist():
+            for score in scores.view(3, 7, experts)[b, t].tolist():
                 efficiency += score**2
                 separability += 1 / ((score - TAU) ** 2 + EPSILON)
                 running += score > TAU
@@ -115,6 +124,74 @@ def test_a_mask_of_another_shape(routed, batch):
     ):
         model(**batch)
     assert all(ffn.recorder is None for ffn in expert_ffns(model).values())
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_mask_of_another_shape_in_either_stack(routed, batch, masks, seq2seq_family, which):
+    model = routed(seq2seq_family)
+    wrong = [mask[:, :6] if i == which else mask for i, mask in enumerate(masks)]
+    with (
+        pytest.raises(UserError, match=rf"the {('token', 'decoder')[which]} mask has shape \(3, 6\), .* \(3, 7\)"),
+        RouterTrace(model, *wrong),
+    ):
+        model(**batch)
+    assert all(ffn.recorder is None for ffn in expert_ffns(model).values())
+
+
+def test_a_mask_for_each_stack(routed, batch, masks, seq2seq_family):
+    model = routed(seq2seq_family)
+    model_class = type(model).__name__
+    for given in ({"token_mask_BT": masks[0]}, {"decoder_mask_BT": masks[1]}):
+        with pytest.raises(UserError, match=rf"{model_class} has an encoder and a decoder: give both .* or neither"):
+            RouterTrace(model, **given)
+    with RouterTrace(model) as bare:
+        model(**batch)
+    assert [len(scores) for scores in bare.scores().values()] == [21, 21]
+    with RouterTrace(model, masks[0], torch.zeros_like(masks[1])) as trace:
+        model(**batch)
+    with pytest.raises(UserError, match="no real token: the decoder mask is all zeros"):
+        trace.sparsity()
+
+
+def test_stacks_of_different_length(routed, batch, masks, seq2seq_family):
+    model = routed(seq2seq_family, "hard")
+    short = batch | {key: value[:, :4] for key, value in batch.items() if key.startswith("decoder")}
+    with torch.no_grad(), RouterTrace(model, masks[0], masks[1][:, :4]) as trace:
+        model(**short)
+    encoder, decoder = trace.scores().values()
+    assert (len(encoder), len(decoder)) == (14, 2 + 4 + 4)
+    active = (encoder > TAU).sum() + (decoder > TAU).sum()
+    assert trace.sparsity() == pytest.approx(1 - int(active) / (24 * 6), abs=1e-12)
+
+
+def test_a_decoder_mask_needs_an_encoder(routed, batch):
+    with pytest.raises(UserError, match="GPT2ForSequenceClassification has one stack"):
+        RouterTrace(routed("gpt2"), batch["attention_mask"], batch["attention_mask"])
+
+
+@pytest.mark.parametrize(("model_class", "family"), [(T5EncoderModel, "t5-gated"), (BartForCausalLM, "bart")])
+def test_half_of_an_encoder_decoder_has_one_stack(build, scatter, batch, model_class, family):
+    model = scatter(convert(model_class(build(family).config).eval(), LteConfig(SIZE, "random"), progress=False))
+    assert len(expert_ffns(model)) == 1
+    set_mode(model, "soft")
+    batch = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    with RouterTrace(model, batch["attention_mask"]) as trace:
+        model(**batch)
+    assert [len(scores) for scores in trace.scores().values()] == [14]
+
+
+def test_tokens_in_one_list(routed, batch):
+    model, seen = routed("opt"), []
+    next(iter(expert_ffns(model).values())).register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    with RouterTrace(model, batch["attention_mask"]) as trace:
+        model(**batch)
+    assert seen == [(21, 32)]
+    assert [len(scores) for scores in trace.scores().values()] == [14, 14]
+    with (
+        pytest.raises(UserError, match=r"the token mask has shape \(3, 6\), the tokens \(21,\)"),
+        RouterTrace(model, batch["attention_mask"][:, :6]),
+    ):
+        model(**batch)
 
 
 def test_no_forward_inside(routed, batch):
@@ -196,12 +273,11 @@ def checkpointing(model, use_reentrant):
     enable({"use_reentrant": use_reentrant})
 
 
-def losses_and_gradients(model, batch, backward_inside):
+def losses_and_gradients(model, batch, masks, labels, backward_inside):
     def losses(task_loss):
         return torch.stack([task_loss, trace.efficiency_loss(), trace.separability_loss()])
 
-    labels = torch.tensor([0, 1, 2])
-    with RouterTrace(model, batch["attention_mask"]) as trace:
+    with RouterTrace(model, *masks) as trace:
         values = losses(model(**batch, labels=labels).loss)
         if backward_inside:
             values.sum().backward()
@@ -213,8 +289,9 @@ def losses_and_gradients(model, batch, backward_inside):
 
 
 @pytest.mark.parametrize("backward_inside", [True, False])
-def test_gradient_checkpointing_counts_nothing_twice(routed, batch, family, backward_inside):
-    expected, expected_gradients = losses_and_gradients(routed(family, dropout=0.0).train(), batch, backward_inside)
+def test_gradient_checkpointing_counts_nothing_twice(routed, batch, masks, labels, family, backward_inside):
+    given = (batch, masks, labels, backward_inside)
+    expected, expected_gradients = losses_and_gradients(routed(family, dropout=0.0).train(), *given)
     model = routed(family, dropout=0.0).train()
     if not model.supports_gradient_checkpointing:
         pytest.skip("transformers has no gradient checkpointing for it")
@@ -222,15 +299,15 @@ def test_gradient_checkpointing_counts_nothing_twice(routed, batch, family, back
     runs = []
     for ffn in expert_ffns(model).values():
         ffn.selector.register_forward_hook(lambda *args: runs.append(args))
-    values, gradients = losses_and_gradients(model, batch, backward_inside)
+    values, gradients = losses_and_gradients(model, *given)
     assert len(runs) == 4, "each layer runs twice, or nothing was checkpointed"
     torch.testing.assert_close(values, expected)
     assert any(name.endswith("selector.weight") for name in gradients)
-    torch.testing.assert_close(gradients, expected_gradients)
+    torch.testing.assert_close(gradients, expected_gradients, rtol=1e-5, atol=1e-5)
 
 
-def test_reentrant_checkpointing_is_refused(routed, batch, family):
-    model = routed(family).train()
+def test_reentrant_checkpointing_is_refused(routed, batch, row_family):
+    model = routed(row_family).train()
     if not model.supports_gradient_checkpointing:
         pytest.skip("transformers has no gradient checkpointing for it")
     checkpointing(model, use_reentrant=True)

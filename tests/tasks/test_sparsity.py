@@ -27,6 +27,14 @@ def test_counts_add_up_over_batches_of_different_lengths():
     assert found["sparsity"] == pytest.approx(1 - 7 / 18)  # layers weigh by their experts
 
 
+def test_an_encoder_and_its_decoder_see_different_tokens():
+    meter = SparsityMeter([2, 2])
+    meter.update(Trace([[0.9, 0.1], [0.1, 0.1], [0.1, 0.1]], [[0.9, 0.9]]))
+    found = meter.compute()
+    assert found["sparsity_per_layer"] == pytest.approx([1 - 1 / 6, 0.0])
+    assert found["sparsity"] == pytest.approx(1 - 3 / 8)  # what did not run, of all tokens' neurons
+
+
 def test_histogram_has_every_score_once_the_ends_included():
     meter = SparsityMeter([3])
     meter.update(Trace([[0.0, 0.5, 1.0]]))

@@ -1,0 +1,67 @@
+"""One projection that holds two: the gate's rows, then those of the up projection.
+
+While an FFN is made of experts its fused projection is empty, and its halves are two projections that share the memory
+of the one weight. It gets its weight back for as long as the model is plain.
+"""
+
+import torch
+from torch import nn
+
+_NAMES = ("weight", "bias")
+
+
+def halves(fused: nn.Linear) -> tuple[nn.Linear, nn.Linear]:
+    """Returns gate and up as projections of their own, whose weights are views of the fused one's."""
+    first, second = (
+        nn.Linear(fused.in_features, fused.out_features // 2, fused.bias is not None, device="meta").train(
+            fused.training
+        )
+        for _ in range(2)
+    )
+    for name in _NAMES:
+        whole = getattr(fused, name)
+        if whole is not None:
+            for half, data in zip((first, second), _split(whole), strict=True):
+                setattr(half, name, nn.Parameter(data, whole.requires_grad))
+    return first, second
+
+
+def take_apart(fused: nn.Linear, first: nn.Module | None, second: nn.Module) -> None:
+    """Hands the weights of ``fused`` to its halves, whose parameters stay the objects that they are."""
+    for name in _NAMES:
+        whole = getattr(fused, name)
+        if whole is not None:
+            getattr(first, name).data, getattr(second, name).data = _split(whole)
+            setattr(fused, name, None)
+
+
+def put_together(fused: nn.Linear, first: nn.Module | None, second: nn.Module) -> None:
+    """Gives ``fused`` its weights back, without a copy if the halves still lie side by side in memory.
+
+    They do not after the model has gone to another device or type.
+    """
+    fused.training = second.training
+    for name in _NAMES:
+        one, other = getattr(first, name), getattr(second, name)
+        if one is not None:
+            data = _join(one.data, other.data)
+            setattr(fused, name, nn.Parameter(data, one.requires_grad or other.requires_grad))
+
+
+def _split(whole: nn.Parameter) -> tuple[torch.Tensor, torch.Tensor]:
+    # Each from its own .data: views of one tensor would share a version counter, and a step on one half would
+    # invalidate what the other has saved for its backward pass.
+    neurons = len(whole) // 2
+    return whole.data[:neurons], whole.data[neurons:]
+
+
+def _join(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    side_by_side = (
+        one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr() != 0
+        and one.is_contiguous()
+        and other.is_contiguous()
+        and other.storage_offset() == one.storage_offset() + one.numel()
+    )
+    if side_by_side:
+        return one.as_strided((2 * len(one), *one.shape[1:]), one.stride(), one.storage_offset())
+    return torch.cat([one, other])
