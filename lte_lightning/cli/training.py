@@ -25,8 +25,8 @@ from lte_lightning.callbacks import (
 )
 from lte_lightning.callbacks.record import mlflow_of
 from lte_lightning.cli import refuse
-from lte_lightning.core.errors import UserError
 from lte_lightning.cli.parser import LteParser
+from lte_lightning.core.errors import UserError
 from lte_lightning.tasks.base import LteModule
 
 
