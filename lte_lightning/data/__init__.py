@@ -4,13 +4,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lte_lightning.data.generation import GenerationData
     from lte_lightning.data.glue import GLUE_TASKS, GlueData
+    from lte_lightning.data.instruct import InstructData
     from lte_lightning.data.packaged import DataError
     from lte_lightning.data.reviews import MovieReviews
 
-__all__ = ["GLUE_TASKS", "DataError", "GlueData", "MovieReviews"]
+__all__ = ["GLUE_TASKS", "DataError", "GenerationData", "GlueData", "InstructData", "MovieReviews"]
 
-_MODULE_OF = {"GLUE_TASKS": "glue", "GlueData": "glue", "MovieReviews": "reviews", "DataError": "packaged"}
+_MODULE_OF = {
+    "DataError": "packaged",
+    "GLUE_TASKS": "glue",
+    "GenerationData": "generation",
+    "GlueData": "glue",
+    "InstructData": "instruct",
+    "MovieReviews": "reviews",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,5 +1,7 @@
 """One LightningModule per task."""
 
 from lte_lightning.tasks.classification import Classification
+from lte_lightning.tasks.generation import Generation
+from lte_lightning.tasks.language_model import LanguageModel
 
-__all__ = ["Classification"]
+__all__ = ["Classification", "Generation", "LanguageModel"]
