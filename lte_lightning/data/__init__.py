@@ -7,10 +7,11 @@ if TYPE_CHECKING:
     from lte_lightning.data.generation import GenerationData
     from lte_lightning.data.glue import GLUE_TASKS, GlueData
     from lte_lightning.data.instruct import InstructData
+    from lte_lightning.data.language_model import LanguageModelData
     from lte_lightning.data.packaged import DataError
     from lte_lightning.data.reviews import MovieReviews
 
-__all__ = ["GLUE_TASKS", "DataError", "GenerationData", "GlueData", "InstructData", "MovieReviews"]
+__all__ = ["GLUE_TASKS", "DataError", "GenerationData", "GlueData", "InstructData", "LanguageModelData", "MovieReviews"]
 
 _MODULE_OF = {
     "DataError": "packaged",
@@ -18,6 +19,7 @@ _MODULE_OF = {
     "GenerationData": "generation",
     "GlueData": "glue",
     "InstructData": "instruct",
+    "LanguageModelData": "language_model",
     "MovieReviews": "reviews",
 }
 

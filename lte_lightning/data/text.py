@@ -28,6 +28,7 @@ _READERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".csv": ("csv", _CSV),
     ".tsv": ("csv", {**_CSV, "sep": "\t"}),
     ".parquet": ("parquet", {}),
+    ".txt": ("text", {}),
 }
 _MEGA_BATCH = 50
 

@@ -93,6 +93,10 @@ class LanguageModel(LteModule):
         found = (outputs.loss.detach() * tokens, tokens)
         return (*found, batch["words"]) if "words" in batch else found
 
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        """Refuses: there is no answer."""
+        raise UserError("a language model has nothing to predict here; `lightning test` gives its perplexity")
+
 
 def _exp(value: float) -> float:
     return math.exp(value) if value < 700 else math.inf
