@@ -8,10 +8,20 @@ if TYPE_CHECKING:
     from lte_lightning.data.glue import GLUE_TASKS, GlueData
     from lte_lightning.data.instruct import InstructData
     from lte_lightning.data.language_model import LanguageModelData
+    from lte_lightning.data.mmlu import MmluData
     from lte_lightning.data.packaged import DataError
     from lte_lightning.data.reviews import MovieReviews
 
-__all__ = ["GLUE_TASKS", "DataError", "GenerationData", "GlueData", "InstructData", "LanguageModelData", "MovieReviews"]
+__all__ = [
+    "GLUE_TASKS",
+    "DataError",
+    "GenerationData",
+    "GlueData",
+    "InstructData",
+    "LanguageModelData",
+    "MmluData",
+    "MovieReviews",
+]
 
 _MODULE_OF = {
     "DataError": "packaged",
@@ -20,6 +30,7 @@ _MODULE_OF = {
     "GlueData": "glue",
     "InstructData": "instruct",
     "LanguageModelData": "language_model",
+    "MmluData": "mmlu",
     "MovieReviews": "reviews",
 }
 

@@ -277,7 +277,8 @@ class LteModule(LightningModule):
                 continue
             value = meter.compute()
             figures = value if isinstance(value, dict) else {self.metric_name: value}
-            found |= {f"{name}{suffix}": float(figure) for name, figure in figures.items()}
+            for name, figure in figures.items():
+                found[f"{name}{suffix}"] = figure if isinstance(figure, dict) else float(figure)
             meter.reset()
         if VIEW_MODES[view] == "hard":
             found |= self.sparsity.compute()

@@ -118,11 +118,7 @@ class Generation(LanguageModel):
 
     def test_figures(self) -> dict[str, Any]:
         """Returns the scores of the predictions of all processes."""
-        if self.trainer.world_size > 1:
-            gathered: list[Any] = [None] * self.trainer.world_size
-            torch.distributed.all_gather_object(gathered, self.predictions)
-            self.predictions = [prediction for part in gathered for prediction in part]
-        self.predictions.sort(key=lambda prediction: prediction["row"])
+        self.gather_predictions()
         texts = [prediction["prediction"] for prediction in self.predictions]
         found = score_texts(texts, [prediction["references"] for prediction in self.predictions])
         if skipped := self.trainer.datamodule.skipped:

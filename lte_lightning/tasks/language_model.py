@@ -93,6 +93,14 @@ class LanguageModel(LteModule):
         found = (outputs.loss.detach() * tokens, tokens)
         return (*found, batch["words"]) if "words" in batch else found
 
+    def gather_predictions(self) -> None:
+        """Makes ``predictions`` those of all processes, in the order of their rows."""
+        if self.trainer.world_size > 1:
+            gathered: list[Any] = [None] * self.trainer.world_size
+            torch.distributed.all_gather_object(gathered, self.predictions)
+            self.predictions = [prediction for part in gathered for prediction in part]
+        self.predictions.sort(key=lambda prediction: prediction["row"])
+
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
         """Refuses: there is no answer."""
         raise UserError("a language model has nothing to predict here; `lightning test` gives its perplexity")

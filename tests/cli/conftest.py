@@ -164,13 +164,15 @@ class TinyLm(Tiny):
         module, options = {
             "GenerationData": ("Generation", {"task": "e2e", "source": str(self.task("e2e"))}),
             "InstructData": ("Generation", {"source": str(self.task("instruct"))}),
+            "MmluData": ("Mmlu", {"source": str(self.task("mmlu")), "max_length": 256, "shots": 1}),
             "LanguageModelData": ("LanguageModel", {"source": str(self.task("text")), "block_size": 32}),
         }[data]
         if module == "Generation":
             options |= {"max_length": 64 if data == "GenerationData" else 256, "max_new_tokens": 8}
         config = super().config("sst2", epochs)
         config["model"]["class_path"] = f"lte_lightning.tasks.{module}"
-        config["data"] = {"class_path": f"lte_lightning.data.{data}", "init_args": {"batch_size": 8} | options}
+        options |= {} if data == "MmluData" else {"batch_size": 8}
+        config["data"] = {"class_path": f"lte_lightning.data.{data}", "init_args": options}
         return put(config, more)
 
 
@@ -197,6 +199,12 @@ def tiny_lm(tmp_path_factory, make_lm_tokenizer) -> TinyLm:
     write_rows(tiny.task("e2e"), train=rows, validation=[row for row in rows if "name[cow]" in str(row)])
     rows = [{"instruction": f"say {animal}", "input": "", "output": animal} for animal in ANIMALS]
     write_rows(tiny.task("instruct"), train=rows * 3, validation=rows)
+    question = {"question": "who eats?", "choices": ["a cat", "a dog", "a cow", "an owl"]}
+    write_rows(
+        tiny.task("mmlu"),
+        dev=[question | {"subject": subject, "answer": 1} for subject in ("big_cats", "dogs")],
+        test=[question | {"subject": ("dogs", "big_cats")[i % 3 == 0], "answer": i % 4} for i in range(10)],
+    )
     tiny.task("text").mkdir()
     for split, meals in (("train", "abcdefghij"), ("validation", "bdh")):
         text = "".join(f" = The {a} = \n\n The {a} eats the {b} .\n" for a in ANIMALS for b in meals)
