@@ -2,12 +2,21 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CTRLConfig,
+    CTRLLMHeadModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import lte_lightning
+from lte_lightning.core.ffn import FFN_TABLE
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +148,33 @@ def test_the_first_layers_of_a_model(tiny_lm, lightning, tmp_path):
     wrong = lightning(tmp_path, tiny_lm.config(**{"model.init_args.layers": 2}), "test", *again)
     assert wrong.code == 1
     assert "was saved with 1 layers, and layers is 2" in wrong.err
+
+
+def test_a_family_that_has_no_row(tiny_lm, lightning, tmp_path):
+    folder = shutil.copytree(tiny_lm.model, tmp_path / "ctrl")
+    CTRLLMHeadModel(
+        CTRLConfig(vocab_size=400, n_positions=256, n_embd=16, dff=32, n_layer=1, n_head=2)
+    ).save_pretrained(folder)
+    outcome = lightning(tmp_path, tiny_lm.config(**{"model.init_args.pretrained": str(folder)}), "fit")
+    assert outcome.code == 1
+    assert "model type 'ctrl' is not supported; known are" in outcome.err
+
+
+@pytest.mark.skipif("t5" not in FFN_TABLE, reason="the FFN table has no encoder-decoder yet")
+def test_an_encoder_decoder(tiny_lm, lightning, tmp_path):
+    folder = shutil.copytree(tiny_lm.model, tmp_path / "t5")
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+    tokens = {"pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 0}
+    T5ForConditionalGeneration(T5Config(vocab_size=400, **sizes, **tokens)).save_pretrained(folder)
+    config = tiny_lm.config(**{"model.init_args.pretrained": str(folder), "model.init_args.samples": 2})
+    fit = lightning(tmp_path, config, "fit")
+    assert fit.code == 0, fit.err
+    assert len(fit.results["sparsity_per_layer"]) == 4
+    assert {row["view"] for row in lines(fit.run / "samples.jsonl")} == {"dense", "hard_before", "hard"}
+    tested = lightning(tmp_path, config, "test", "--model.init_from", fit.run / "model")
+    assert tested.code == 0, tested.err
+    assert tested.results["perplexity"] == pytest.approx(fit.results["hard"], rel=1e-5)
+    assert tested.results["examples"] == 5
 
 
 @pytest.mark.parametrize(
