@@ -22,6 +22,7 @@ from lte_lightning.tasks.loading import give_experts, load
 from lte_lightning.tasks.sparsity import SparsityMeter
 
 Stage = Literal["dense", "router", "expert"]
+LOWER_IS_BETTER = frozenset({"perplexity"})
 STAGES: tuple[Stage, ...] = ("dense", "router", "expert")
 # What a validation measures in each stage; only "hard" epochs compete for the best checkpoint.
 VIEWS = {"dense": ("dense",), "router": ("soft", "hard_before"), "expert": ("hard",)}
@@ -36,6 +37,7 @@ class LteModule(LightningModule):
     """A model in one of LTE's stages; a subclass adds the task.
 
     Args:
+        task: Name of the task, for the results; the command line takes it from the data.
         pretrained: Model to start from: a folder, a hub id, or ``package://...`` (see the quickstart).
         init_from: Take the weights from here instead: a fine-tuned model with the same tokenizer (folder or hub id), or
             the ``model`` folder of an earlier run, which goes on in the stage it had reached.
@@ -46,16 +48,21 @@ class LteModule(LightningModule):
             ``separability_end``, lambda is constant, as the paper's text reads.
         separability_end: Share of the router stage at which lambda is reached; it grows linearly in between.
         separability_epsilon: Keeps the separability loss finite (see ``core/losses.py``).
+        layers: Keep only this many layers, the first ones, of a plain model (of encoder and decoder alike).
+        gradient_checkpointing: Keep fewer activations for the backward pass, and compute them again: slower, in less
+            memory.
         seed: Seed of the grouping and of the routers, unless ``lte`` has its own; the command line sets it to
             ``seed_everything``.
     """
 
     auto_class: ClassVar[Any]
     metric_name: str
+    tests_dense: ClassVar[bool] = False  # whether a test of a model that was never routed makes sense
     loader_names: tuple[str, ...] = ("",)
 
     def __init__(
         self,
+        task: str,
         pretrained: str,
         init_from: str | None = None,
         lte: LteConfig | None = None,
@@ -64,6 +71,8 @@ class LteModule(LightningModule):
         separability_start: float = 0.5,
         separability_end: float = 1.0,
         separability_epsilon: float = SEPARABILITY_EPSILON,
+        layers: int | None = None,
+        gradient_checkpointing: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -82,6 +91,8 @@ class LteModule(LightningModule):
         self.stage: Stage = "dense"
         self.stage_progress = 0.0
         self.measured: dict[str, dict[str, Any]] = {}
+        self.predictions: list[dict[str, Any]] = []  # of a test that generates, one entry per example
+        self.samples: list[dict[str, Any]] = []  # answers to read, until they are written
         self.net: PreTrainedModel | None = None
         self.schedule: Any = None
 
@@ -95,18 +106,41 @@ class LteModule(LightningModule):
         """Returns a fresh metric, updated with what `outputs_for_metric` gives."""
         raise TypeError(f"{type(self).__name__} must define make_metric")
 
-    def outputs_for_metric(self, outputs: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns predictions and targets."""
+    def outputs_for_metric(self, outputs: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """Returns what the metric is updated with, predictions and targets for most."""
         raise TypeError(f"{type(self).__name__} must define outputs_for_metric")
 
+    def run_model(self, batch: dict[str, torch.Tensor]) -> Any:
+        """Returns the model's outputs, with their loss."""
+        return self.net(**batch)
+
+    def trace(self, batch: dict[str, torch.Tensor]) -> RouterTrace:
+        """Returns a trace of the batch's real tokens."""
+        return RouterTrace(self.net, batch["attention_mask"])
+
+    def test_figures(self) -> dict[str, Any]:
+        """Returns what a test has found besides the metric."""
+        return {}
+
     # Model and stages
+
+    @property
+    def source(self) -> str:
+        """Where the weights come from."""
+        return resolve(self.hparams["init_from"] or self.hparams["pretrained"])
 
     def configure_model(self) -> None:
         """Loads the model and gives it experts; its weights are grouped only when the router stage begins."""
         if self.net is not None:
             return
-        source = resolve(self.hparams["init_from"] or self.hparams["pretrained"])
-        self.net, about = load(self.auto_class, source, self.model_arguments(), self.lte, self.hparams["seed"])
+        changes = {key: self.hparams[key] for key in ("layers", "from_scratch") if self.hparams.get(key) is not None}
+        self.net, about = load(
+            self.auto_class, self.source, self.model_arguments(), self.lte, self.hparams["seed"], **changes
+        )
+        if self.hparams["gradient_checkpointing"]:
+            name = "activation_checkpointing_enable"  # transformers 6 drops the older name, 5.0 lacks the newer one
+            enable = getattr(self.net, name) if hasattr(self.net, name) else self.net.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
         self.stage = about.get("stage", "dense")
         self.measured = about.get("measured", {})
         self._make_meters()
@@ -172,11 +206,11 @@ class LteModule(LightningModule):
     def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
         """Returns the stage's loss: the task's, in the router stage with equation 6's two terms."""
         if self.stage != "router":
-            loss = self.net(**batch).loss
+            loss = self.run_model(batch).loss
             self.log("train/task_loss", loss)
         else:
-            with RouterTrace(self.net, batch["attention_mask"]) as trace:
-                task_loss = self.net(**batch).loss
+            with self.trace(batch) as trace:
+                task_loss = self.run_model(batch).loss
             efficiency = trace.efficiency_loss()
             weight = self.separability_weight_now()
             separability = trace.separability_loss(self.hparams["separability_epsilon"])
@@ -217,11 +251,11 @@ class LteModule(LightningModule):
     def _measure(self, view: str, batch: dict[str, torch.Tensor], dataloader_idx: int) -> None:
         set_mode(self.net, VIEW_MODES[view])
         if VIEW_MODES[view] == "hard":
-            with RouterTrace(self.net, batch["attention_mask"]) as trace:
-                outputs = self.net(**batch)
+            with self.trace(batch) as trace:
+                outputs = self.run_model(batch)
             self.sparsity.update(trace)
         else:
-            outputs = self.net(**batch)
+            outputs = self.run_model(batch)
         self._require_finite(outputs.loss, "validation")  # before a checkpoint of such weights is written
         self.meters[f"{view}{self.loader_names[dataloader_idx]}"].update(*self.outputs_for_metric(outputs, batch))
 
@@ -241,30 +275,41 @@ class LteModule(LightningModule):
             meter = self.meters[f"{view}{suffix}"]
             if not meter.update_called:  # MNLI's second set, if the first is held out of the training rows
                 continue
-            found[f"{self.metric_name}{suffix}"] = float(meter.compute())
+            value = meter.compute()
+            figures = value if isinstance(value, dict) else {self.metric_name: value}
+            for name, figure in figures.items():
+                found[f"{name}{suffix}"] = figure if isinstance(figure, dict) else float(figure)
             meter.reset()
         if VIEW_MODES[view] == "hard":
             found |= self.sparsity.compute()
             self.sparsity.reset()
         return found
 
+    @property
+    def test_view(self) -> str:
+        """The view that a test measures: hard, or dense where the model was never routed."""
+        return "dense" if self.stage == "dense" else "hard"
+
     def on_test_start(self) -> None:
-        """Refuses a model that has no trained selection."""
-        if self.stage == "dense":
+        """Refuses a model that has no trained selection, unless the task can be tested without."""
+        if self.stage == "dense" and not self.tests_dense:
             raise UserError(
                 "this model was never routed, so there is no sparsity to test: train the router and expert stages "
                 "first, or give a routed model by --ckpt_path or --model.init_from"
             )
 
     def test_step(self, batch: dict[str, torch.Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Measures the model in hard mode."""
-        self._measure("hard", batch, dataloader_idx)
+        """Measures the model in hard mode, or densely if it was never routed."""
+        self._measure(self.test_view, batch, dataloader_idx)
 
     def on_test_epoch_end(self) -> None:
         """Logs the metric, the sparsity overall and per layer, and what a token costs."""
-        found = self._read_meters("hard")
-        per_layer = found["sparsity_per_layer"]
-        cost = self.cost(per_layer)
+        found = self._read_meters(self.test_view) | self.test_figures()
+        dense = self.test_view == "dense"
+        per_layer = [0.0] * len(self.sparsity.experts) if dense else found["sparsity_per_layer"]
+        cost = self.cost(None if dense else per_layer)
+        if dense:
+            found |= {"sparsity": 0.0, "sparsity_per_layer": per_layer}
         self.measured["test"] = {key: _json(value) for key, value in found.items()} | cost
         self.log_dict({f"test/{key}": value for key, value in found.items() if isinstance(value, float)})
         self.log("test/gflops_per_token", cost["flops_per_token"] / GFLOP)
@@ -291,7 +336,7 @@ class LteModule(LightningModule):
         """Predicts in hard mode, or densely if the model was never routed."""
         if self.trainer.world_size > 1:
             raise UserError("predictions are written in the order of the data by one process: set trainer.devices to 1")
-        set_mode(self.net, "dense" if self.stage == "dense" else "hard")
+        set_mode(self.net, self.test_view)
 
 
 def _json(value: Any) -> Any:
