@@ -1,15 +1,38 @@
-"""What the Triton kernels share: the activation, the list of active experts, and the tables of configurations."""
+"""What the Triton kernels share: the activation, products in float32, and the check of what they are given."""
 
 import torch
 import triton
 import triton.language as tl
 from triton import knobs
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
 INTERPRETED: bool = knobs.runtime.interpret
 """Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1 before the first import)."""
 
 # Interpreted tl.dot on bfloat16 multiplies bit patterns, without a word.
 UPCAST = tl.constexpr(INTERPRETED)
+
+
+def check_device(x_ND: torch.Tensor, others: dict[str, torch.Tensor | None]) -> None:
+    """Refuses an input, or weights beside it, that kernels cannot take.
+
+    Args:
+        x_ND: The input.
+        others: Weights by name; these must be contiguous.
+
+    Raises:
+        ValueError: It says which tensor, and what to do.
+    """
+    if x_ND.dtype not in DTYPES:
+        raise ValueError(f"the triton backend takes {', '.join(map(str, DTYPES))}, and x_ND is {x_ND.dtype}")
+    if not (x_ND.is_cuda or (INTERPRETED and x_ND.device.type == "cpu")):
+        raise ValueError(f"the triton backend needs a CUDA or ROCm device, and x_ND is on {x_ND.device}")
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != x_ND.device:
+            raise ValueError(f"{name} is on {tensor.device}, and x_ND on {x_ND.device}")
+        if tensor is not None and not tensor.is_contiguous():
+            raise ValueError(f"{name} has strides {tensor.stride()}: lay it out once, by .contiguous(), not per call")
 
 
 @triton.jit
@@ -38,55 +61,19 @@ def dot(a, b, acc):
 
 
 @triton.jit
+def accumulate(acc, rows_SD, x, TOKENS: tl.constexpr):
+    """Adds rows times inputs: with several tokens their dot product [S, N]; with one, [S, D], to be summed over D."""
+    # One token: no exchange between threads inside the loop.
+    if TOKENS == 1:
+        acc += rows_SD.to(tl.float32) * x.to(tl.float32)
+    else:
+        acc = dot(rows_SD, x, acc)
+    return acc
+
+
+@triton.jit
 def add_bias(acc, bias_ptr, offsets, mask):
     """Adds a bias to ``acc``, if there is one; both have the shape of ``offsets``, or broadcast with it."""
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     return acc
-
-
-@triton.jit(do_not_specialize=["N"])
-def compact_kernel(
-    mask_ptr,
-    active_ptr,
-    count_ptr,
-    N,
-    E: tl.constexpr,
-    TOKENS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-):
-    """Lists, in order, the experts that any of a block of TOKENS tokens runs; one program per block."""
-    block = tl.program_id(0)
-    count = 0
-    for e0 in range(0, E, BLOCK_E):
-        e = e0 + tl.arange(0, BLOCK_E)
-        chosen = tl.zeros([BLOCK_E], tl.int32)
-        for n0 in range(0, TOKENS, BLOCK_N):
-            n = block.to(tl.int64) * TOKENS + n0 + tl.arange(0, BLOCK_N)
-            inside = (n[:, None] < N) & (e[None, :] < E)
-            tile = tl.load(mask_ptr + n[:, None] * E + e[None, :], mask=inside, other=0)
-            chosen = tl.maximum(chosen, tl.max(tile.to(tl.int32), 0))
-        place = count + tl.cumsum(chosen, 0) - 1
-        tl.store(active_ptr + block * E + place, e, mask=chosen != 0)
-        count += tl.sum(chosen, 0)
-    tl.store(count_ptr + block, count)
-
-
-def list_active(mask_NE: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Lists the experts that each block of ``tokens`` tokens needs, without the host knowing how many these are.
-
-    Args:
-        mask_NE: Contiguous bytes, 0 or 1.
-        tokens: Tokens per block.
-
-    Returns:
-        ``active_ME``, int32, of which the first ``count_M[m]`` of row m are written; ``count_M``, int32.
-    """
-    N, E = mask_NE.shape
-    M = triton.cdiv(N, tokens)
-    active_ME = torch.empty((M, E), dtype=torch.int32, device=mask_NE.device)
-    count_M = torch.empty((M,), dtype=torch.int32, device=mask_NE.device)
-    blocks = {"BLOCK_N": min(tokens, 8), "BLOCK_E": min(1024, triton.next_power_of_2(E))}
-    compact_kernel[(M,)](mask_NE, active_ME, count_M, N, E=E, TOKENS=tokens, num_warps=4, **blocks)
-    return active_ME, count_M

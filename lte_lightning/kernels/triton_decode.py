@@ -1,8 +1,8 @@
 """Few tokens: each expert of the union is streamed once for all tokens, whatever the number that chose it.
 
 Four launches: the list of active experts; their hidden activations; partial sums of the down projection; their sum.
-All grids are sized by E, D and N; a program past the count of active experts, which only the device knows, ends at once.
-No atomics: the same input gives the same bits.
+All grids are sized by E, D and N; a program past the count of active experts, which only the device knows, ends at
+once. No atomics: the same input gives the same bits.
 """
 
 import torch
@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 
 from lte_lightning.kernels.layout import ExpertWeights
-from lte_lightning.kernels.triton_common import activate, add_bias, dot, list_active
+from lte_lightning.kernels.triton_common import accumulate, activate, add_bias, dot
+from lte_lightning.kernels.triton_lists import list_active
 
 MAX_TOKENS = 64
 """More tokens than this go to the prefill kernels."""
@@ -18,35 +19,27 @@ MAX_TOKENS = 64
 # By bytes per weight and padded number of tokens. Powers of two; ROWS and BLOCK_S are cut to the expert's size.
 # One token needs many small programs with many loads in flight, several tokens a tile that tensor cores take.
 HIDDEN = {
-    (2, 1): {"ROWS": 8, "BLOCK_D": 512, "num_warps": 4},
-    (2, 16): {"ROWS": 16, "BLOCK_D": 128, "num_warps": 4, "num_stages": 3},
-    (2, 32): {"ROWS": 16, "BLOCK_D": 128, "num_warps": 4, "num_stages": 3},
-    (2, 64): {"ROWS": 16, "BLOCK_D": 128, "num_warps": 4, "num_stages": 3},
-    (4, 1): {"ROWS": 8, "BLOCK_D": 256, "num_warps": 4},
-    (4, 16): {"ROWS": 16, "BLOCK_D": 64, "num_warps": 4, "num_stages": 3},
-    (4, 32): {"ROWS": 16, "BLOCK_D": 64, "num_warps": 4, "num_stages": 3},
-    (4, 64): {"ROWS": 16, "BLOCK_D": 64, "num_warps": 4, "num_stages": 3},
+    (2, 1): {"ROWS": 8, "BLOCK_D": 512, "num_warps": 4, "STAGES": 3},
+    (2, 16): {"ROWS": 16, "BLOCK_D": 128, "num_warps": 4, "STAGES": 3},
+    (2, 32): {"ROWS": 16, "BLOCK_D": 128, "num_warps": 4, "STAGES": 3},
+    (2, 64): {"ROWS": 16, "BLOCK_D": 128, "num_warps": 4, "STAGES": 3},
+    (4, 1): {"ROWS": 8, "BLOCK_D": 256, "num_warps": 4, "STAGES": 3},
+    (4, 16): {"ROWS": 16, "BLOCK_D": 64, "num_warps": 4, "STAGES": 3},
+    (4, 32): {"ROWS": 16, "BLOCK_D": 64, "num_warps": 4, "STAGES": 3},
+    (4, 64): {"ROWS": 16, "BLOCK_D": 64, "num_warps": 4, "STAGES": 3},
 }
 DOWN = {
-    (2, 1): {"BLOCK_S": 32, "BLOCK_D": 128, "num_warps": 4},
-    (2, 16): {"BLOCK_S": 32, "BLOCK_D": 128, "num_warps": 4, "num_stages": 3},
-    (2, 32): {"BLOCK_S": 32, "BLOCK_D": 128, "num_warps": 4, "num_stages": 3},
-    (2, 64): {"BLOCK_S": 32, "BLOCK_D": 128, "num_warps": 4, "num_stages": 3},
-    (4, 1): {"BLOCK_S": 32, "BLOCK_D": 64, "num_warps": 4},
-    (4, 16): {"BLOCK_S": 32, "BLOCK_D": 64, "num_warps": 4, "num_stages": 3},
-    (4, 32): {"BLOCK_S": 32, "BLOCK_D": 64, "num_warps": 4, "num_stages": 3},
-    (4, 64): {"BLOCK_S": 32, "BLOCK_D": 64, "num_warps": 4, "num_stages": 3},
+    (2, 1): {"BLOCK_S": 32, "BLOCK_D": 128, "num_warps": 4, "STAGES": 3},
+    (2, 16): {"BLOCK_S": 32, "BLOCK_D": 128, "num_warps": 4, "STAGES": 3},
+    (2, 32): {"BLOCK_S": 32, "BLOCK_D": 128, "num_warps": 4, "STAGES": 3},
+    (2, 64): {"BLOCK_S": 32, "BLOCK_D": 128, "num_warps": 4, "STAGES": 3},
+    (4, 1): {"BLOCK_S": 32, "BLOCK_D": 64, "num_warps": 4, "STAGES": 3},
+    (4, 16): {"BLOCK_S": 32, "BLOCK_D": 64, "num_warps": 4, "STAGES": 3},
+    (4, 32): {"BLOCK_S": 32, "BLOCK_D": 64, "num_warps": 4, "STAGES": 3},
+    (4, 64): {"BLOCK_S": 32, "BLOCK_D": 64, "num_warps": 4, "STAGES": 3},
 }
 # Programs wanted in the down projection's grid: four for each multiprocessor of a large GPU.
 DOWN_PROGRAMS = 512
-
-
-@triton.jit
-def _accumulate(acc, rows_SD, x, TOKENS: tl.constexpr):
-    # With one token acc is [S, D], summed over D after the loop: no exchange between threads inside it.
-    if TOKENS == 1:
-        return acc + rows_SD.to(tl.float32) * x.to(tl.float32)
-    return dot(rows_SD, x, acc)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -68,6 +61,7 @@ def decode_hidden_kernel(
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Hidden activations [slot, N, S] of ROWS neurons of one active expert, 0 for tokens that did not choose it."""
     CHUNKS: tl.constexpr = (S + ROWS - 1) // ROWS
@@ -81,7 +75,7 @@ def decode_hidden_kernel(
     WIDTH: tl.constexpr = BLOCK_D if TOKENS == 1 else TOKENS
     up = tl.zeros([ROWS, WIDTH], tl.float32)
     gate = tl.zeros([ROWS, WIDTH], tl.float32)
-    for d0 in range(0, D, BLOCK_D):
+    for d0 in tl.range(0, D, BLOCK_D, num_stages=STAGES):
         d = d0 + tl.arange(0, BLOCK_D)
         if TOKENS == 1:
             x = tl.load(x_ptr + d, mask=d < D, other=0.0)[None, :]
@@ -89,9 +83,9 @@ def decode_hidden_kernel(
             x = tl.load(x_ptr + n[None, :] * D + d[:, None], mask=(n[None, :] < N) & (d[:, None] < D), other=0.0)
         tile = row[:, None] + d[None, :]
         inside = (s[:, None] < S) & (d[None, :] < D)
-        up = _accumulate(up, tl.load(up_ptr + tile, mask=inside, other=0.0), x, TOKENS)
+        up = accumulate(up, tl.load(up_ptr + tile, mask=inside, other=0.0), x, TOKENS)
         if gate_ptr is not None:
-            gate = _accumulate(gate, tl.load(gate_ptr + tile, mask=inside, other=0.0), x, TOKENS)
+            gate = accumulate(gate, tl.load(gate_ptr + tile, mask=inside, other=0.0), x, TOKENS)
     if TOKENS == 1:
         up = tl.sum(up, 1)[:, None]
         gate = tl.sum(gate, 1)[:, None]
@@ -120,6 +114,7 @@ def decode_down_kernel(
     TOKENS: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Sums [split, N, D] over every SPLITS-th active expert, of BLOCK_D outputs."""
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -127,7 +122,7 @@ def decode_down_kernel(
     n = tl.arange(0, TOKENS)
     count = tl.load(count_ptr)
     acc = tl.zeros([BLOCK_S if TOKENS == 1 else TOKENS, BLOCK_D], tl.float32)
-    for slot in range(split, count, SPLITS):
+    for slot in tl.range(split, count, SPLITS, num_stages=STAGES):
         e = tl.load(active_ptr + slot).to(tl.int64)
         for s0 in tl.static_range(0, S, BLOCK_S):
             s = s0 + tl.arange(0, BLOCK_S)
@@ -142,15 +137,11 @@ def decode_down_kernel(
                 acc = dot(hidden.to(rows.dtype), rows, acc)
     if TOKENS == 1:
         acc = tl.sum(acc, 0)[None, :]
-    tl.store(
-        partial_ptr + (split * N + n[:, None]) * D + d[None, :], acc, mask=(n[:, None] < N) & (d[None, :] < D)
-    )
+    tl.store(partial_ptr + (split * N + n[:, None]) * D + d[None, :], acc, mask=(n[:, None] < N) & (d[None, :] < D))
 
 
 @triton.jit(do_not_specialize=["N"])
-def decode_sum_kernel(
-    partial_ptr, bias_ptr, y_ptr, N, D: tl.constexpr, SPLITS: tl.constexpr, BLOCK_D: tl.constexpr
-):
+def decode_sum_kernel(partial_ptr, bias_ptr, y_ptr, N, D: tl.constexpr, SPLITS: tl.constexpr, BLOCK_D: tl.constexpr):
     """The output of one token: partial sums in their order, and the bias."""
     n = tl.program_id(0)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -159,6 +150,11 @@ def decode_sum_kernel(
         y += tl.load(partial_ptr + (split * N + n) * D + d, mask=d < D, other=0.0)
     y = add_bias(y, bias_ptr, d, d < D)
     tl.store(y_ptr + n * D + d, y.to(y_ptr.dtype.element_ty), mask=d < D)
+
+
+def padded_tokens(N: int) -> int:
+    """The second key of the tables: 1, or the power of two from 16 on that holds N tokens."""
+    return 1 if N == 1 else max(16, triton.next_power_of_2(N))
 
 
 def run_decode(x_ND: torch.Tensor, mask_NE: torch.Tensor, weights: ExpertWeights) -> torch.Tensor:
@@ -174,13 +170,12 @@ def run_decode(x_ND: torch.Tensor, mask_NE: torch.Tensor, weights: ExpertWeights
     """
     N, D = x_ND.shape
     E, S, _ = weights.up_ESD.shape
-    tokens = 1 if N == 1 else max(16, triton.next_power_of_2(N))
+    tokens = padded_tokens(N)
     active_ME, count_M = list_active(mask_NE, tokens)
-    float32 = {"dtype": torch.float32, "device": x_ND.device}
 
     config = dict(HIDDEN[x_ND.element_size(), tokens])
     config["ROWS"] = min(config["ROWS"], triton.next_power_of_2(S))
-    hidden_ENS = torch.empty((E, N, S), **float32)
+    hidden_ENS = torch.empty((E, N, S), dtype=torch.float32, device=x_ND.device)
     decode_hidden_kernel[(E * triton.cdiv(S, config["ROWS"]),)](
         x_ND,
         mask_NE,
@@ -204,7 +199,7 @@ def run_decode(x_ND: torch.Tensor, mask_NE: torch.Tensor, weights: ExpertWeights
     config["BLOCK_S"] = min(config["BLOCK_S"], max(1 if tokens == 1 else 16, triton.next_power_of_2(S)))
     tiles = triton.cdiv(D, config["BLOCK_D"])
     splits = min(32, E, triton.cdiv(DOWN_PROGRAMS, tiles))
-    partial_KND = torch.empty((splits, N, D), **float32)
+    partial_KND = torch.empty((splits, N, D), dtype=torch.float32, device=x_ND.device)
     decode_down_kernel[(tiles, splits)](
         hidden_ENS,
         weights.down_ESD,

@@ -3,11 +3,9 @@
 import torch
 
 from lte_lightning.kernels.layout import ExpertWeights
-from lte_lightning.kernels.triton_common import INTERPRETED
+from lte_lightning.kernels.triton_common import check_device
 from lte_lightning.kernels.triton_decode import MAX_TOKENS, run_decode
 from lte_lightning.kernels.triton_prefill import run_prefill
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def run_triton(x_ND: torch.Tensor, mask_NE: torch.Tensor, weights: ExpertWeights) -> torch.Tensor:
@@ -25,7 +23,7 @@ def run_triton(x_ND: torch.Tensor, mask_NE: torch.Tensor, weights: ExpertWeights
         The output [N, D] in the type of ``x_ND``, accumulated in float32.
 
     Raises:
-        ValueError: For tensors that these kernels cannot take: on the wrong device, of the wrong type, shape or strides.
+        ValueError: For tensors that these kernels cannot take, by device, type, shape or strides.
     """
     _check(x_ND, mask_NE, weights)
     return _triton_ffn(
@@ -49,22 +47,13 @@ def _check(x_ND: torch.Tensor, mask_NE: torch.Tensor, weights: ExpertWeights) ->
         raise ValueError(f"mask_NE has shape {tuple(mask_NE.shape)}, and {(len(x_ND), E)} is wanted")
     if mask_NE.dtype != torch.bool:
         raise ValueError(f"mask_NE is {mask_NE.dtype}, and torch.bool is wanted: compare the scores with the threshold")
-    if x_ND.dtype not in DTYPES:
-        raise ValueError(f"the triton backend takes {', '.join(map(str, DTYPES))}, and x_ND is {x_ND.dtype}")
-    if not (x_ND.is_cuda or (INTERPRETED and x_ND.device.type == "cpu")):
-        raise ValueError(f"the triton backend needs a CUDA or ROCm device, and x_ND is on {x_ND.device}")
-    tensors = {"mask_NE": mask_NE} | {name: value for name, value in vars(weights).items() if name != "activation"}
-    for name, tensor in tensors.items():
-        if tensor is None:
-            continue
-        if tensor.device != x_ND.device:
-            raise ValueError(f"{name} is on {tensor.device}, and x_ND on {x_ND.device}")
-        if name.endswith("ESD") and tensor.dtype != x_ND.dtype:
+    parts = {name: value for name, value in vars(weights).items() if name != "activation"}
+    check_device(x_ND, parts)
+    if mask_NE.device != x_ND.device:
+        raise ValueError(f"mask_NE is on {mask_NE.device}, and x_ND on {x_ND.device}")
+    for name, tensor in parts.items():
+        if name.endswith("ESD") and tensor is not None and tensor.dtype != x_ND.dtype:
             raise ValueError(f"{name} is {tensor.dtype}, and x_ND {x_ND.dtype}: convert one of the two")
-        if name != "mask_NE" and not tensor.is_contiguous():
-            raise ValueError(
-                f"{name} has strides {tensor.stride()}: lay it out once, by .contiguous(), not at every call"
-            )
 
 
 @torch.library.custom_op("lte_lightning::triton_ffn", mutates_args=())

@@ -1,10 +1,10 @@
 """Many tokens: tensor-core products over the tokens that chose an expert, or over the experts that a block needs.
 
 Gate and up have two forms. *Grouped*: for each expert the tokens that chose it are gathered, and nothing else is
-computed. *Union*: a block of tokens runs all experts that any of its tokens chose, in tiles as large as a dense product's.
-Both are launched; the device compares their costs and the programs of the other end at once, so that the host
-neither waits nor decides. The down projection runs by blocks of tokens over the experts that the block needs: per
-token and expert it would have to write D sums for S products each.
+computed. *Union*: a block of tokens runs all experts that any of its tokens chose, densely, in tiles as large as a
+dense product's. Both are launched; the device compares their costs and the programs of the other end at once, so that
+the host neither waits nor decides. The down projection runs by blocks of tokens over the experts that the block needs:
+by expert it would have to add D numbers to memory for each S products.
 """
 
 import torch
@@ -12,9 +12,10 @@ import triton
 import triton.language as tl
 
 from lte_lightning.kernels.layout import ExpertWeights
-from lte_lightning.kernels.triton_common import activate, add_bias, dot, list_active
+from lte_lightning.kernels.triton_common import activate, add_bias, dot
+from lte_lightning.kernels.triton_lists import choose_form, list_active, list_groups
 
-# By bytes per weight. BLOCK_M tokens are a block; GROUPED takes BLOCK_F neurons of one expert at a time, UNION of several.
+# By bytes per weight. BLOCK_M tokens are a block; GROUPED takes BLOCK_F neurons of one expert, UNION of several.
 BLOCK_M = {2: 128, 4: 64}
 GROUPED = {
     2: {"BLOCK_F": 32, "BLOCK_D": 64, "num_warps": 4, "num_stages": 3},
@@ -22,7 +23,7 @@ GROUPED = {
 }
 UNION = {
     2: {"BLOCK_F": 64, "BLOCK_D": 64, "num_warps": 8, "num_stages": 3},
-    4: {"BLOCK_F": 64, "BLOCK_D": 32, "num_warps": 8, "num_stages": 3},
+    4: {"BLOCK_F": 32, "BLOCK_D": 32, "num_warps": 4, "num_stages": 3},
 }
 DOWN = {
     2: {"BLOCK_F": 64, "BLOCK_D": 128, "num_warps": 8, "num_stages": 3},
@@ -30,50 +31,15 @@ DOWN = {
 }
 """Tiles: BLOCK_F is the number of neurons, BLOCK_D of the model's dimensions."""
 
-# What a row of a grouped tile costs, one of a union tile being 1, in sixteenths: the bytes that the two 16-bit tiles
-# read from the L2 cache per product (`roofline.tile_bytes_per_product`). Not measured: to be set anew on a GPU.
-GROUPED_COST_16THS = 24
 
+def _cost_16ths(size: int, projections: int) -> int:
+    """What a row of a grouped tile costs, one of a union tile being 16: the bytes that the two read per product.
 
-@triton.jit(do_not_specialize=["N"])
-def group_kernel(
-    mask_ptr, tokens_ptr, count_ptr, N, E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr
-):
-    """Lists, in order, the tokens that chose each of BLOCK_E experts."""
-    e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
-    count = tl.zeros([BLOCK_E], tl.int32)
-    for n0 in range(0, N, BLOCK_N):
-        n = n0 + tl.arange(0, BLOCK_N)
-        inside = (n[:, None] < N) & (e[None, :] < E)
-        chosen = tl.load(mask_ptr + n[:, None].to(tl.int64) * E + e[None, :], mask=inside, other=0).to(tl.int32)
-        place = count[None, :] + tl.cumsum(chosen, 0) - 1
-        values = tl.broadcast_to(n[:, None], [BLOCK_N, BLOCK_E])
-        tl.store(tokens_ptr + e[None, :].to(tl.int64) * N + place, values, mask=chosen != 0)
-        count += tl.sum(chosen, 0)
-    tl.store(count_ptr + e, count, mask=e < E)
-
-
-@triton.jit(do_not_specialize=["M"])
-def choose_kernel(
-    tokens_count_ptr,
-    active_count_ptr,
-    grouped_ptr,
-    M,
-    E: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    COST: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Writes 1 if the grouped form is the cheaper one, else 0."""
-    grouped = tl.zeros([BLOCK], tl.int64)
-    for e0 in range(0, E, BLOCK):
-        e = e0 + tl.arange(0, BLOCK)
-        grouped += tl.cdiv(tl.load(tokens_count_ptr + e, mask=e < E, other=0), BLOCK_M)
-    union = tl.zeros([BLOCK], tl.int64)
-    for m0 in range(0, M, BLOCK):
-        m = m0 + tl.arange(0, BLOCK)
-        union += tl.load(active_count_ptr + m, mask=m < M, other=0)
-    tl.store(grouped_ptr, (tl.sum(grouped, 0) * COST < tl.sum(union, 0) * 16).to(tl.int32))
+    This is the roofline of a product that the L2 cache feeds, not a measurement; to be measured on a GPU.
+    """
+    grouped, union = (config[size]["BLOCK_F"] * projections for config in (GROUPED, UNION))
+    per_row = [1 / BLOCK_M[size] + 1 / neurons for neurons in (grouped, union)]
+    return round(16 * per_row[0] / per_row[1])
 
 
 @triton.jit
@@ -94,9 +60,11 @@ def _hidden_tile(
             gate = dot(x, tl.load(gate_ptr + tile, mask=inside, other=0.0), gate)
     up = add_bias(up, up_bias_ptr, f[None, :], f_ok[None, :])
     if gate_ptr is None:
-        return activate(up, ACTIVATION)
-    gate = add_bias(gate, gate_bias_ptr, f[None, :], f_ok[None, :])
-    return activate(gate, ACTIVATION) * up
+        hidden = activate(up, ACTIVATION)
+    else:
+        gate = add_bias(gate, gate_bias_ptr, f[None, :], f_ok[None, :])
+        hidden = activate(gate, ACTIVATION) * up
+    return hidden
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -229,19 +197,15 @@ def run_prefill(x_ND: torch.Tensor, mask_NE: torch.Tensor, weights: ExpertWeight
     N, D = x_ND.shape
     E, S, _ = weights.up_ESD.shape
     size = x_ND.element_size()
-    int32 = {"dtype": torch.int32, "device": x_ND.device}
-    block_m = BLOCK_M[size]
-    active_ME, count_M = list_active(mask_NE, block_m)
+    active_ME, count_M = list_active(mask_NE, BLOCK_M[size])
+    tokens_EN, count_E = list_groups(mask_NE)
+    grouped = choose_form(count_E, count_M, BLOCK_M[size], _cost_16ths(size, 1 if weights.gate_ESD is None else 2))
     M = len(count_M)
-    tokens_EN, count_E = torch.empty((E, N), **int32), torch.empty((E,), **int32)
-    group_kernel[(triton.cdiv(E, 8),)](mask_NE, tokens_EN, count_E, N, E=E, BLOCK_E=8, BLOCK_N=512, num_warps=4)
-    grouped = torch.empty((1,), **int32)
-    choose_kernel[(1,)](count_E, count_M, grouped, M, E=E, BLOCK_M=block_m, COST=GROUPED_COST_16THS, BLOCK=1024)
 
     # Zeros, since a block's union holds experts that some of its tokens did not choose.
     hidden_NF = torch.zeros((N, E * S), dtype=x_ND.dtype, device=x_ND.device)
     projections = (weights.up_ESD, weights.gate_ESD, weights.up_bias_ES, weights.gate_bias_ES)
-    shape = {"E": E, "S": S, "D": D, "BLOCK_M": block_m}
+    shape = {"E": E, "S": S, "D": D, "BLOCK_M": BLOCK_M[size]}
     config = GROUPED[size] | {"BLOCK_F": min(GROUPED[size]["BLOCK_F"], max(16, triton.next_power_of_2(S)))}
     prefill_grouped_kernel[(M, E * triton.cdiv(S, config["BLOCK_F"]))](
         x_ND, *projections, tokens_EN, count_E, grouped, hidden_NF, N, ACTIVATION=weights.activation, **shape, **config
