@@ -141,15 +141,14 @@ def decode_down_kernel(
 
 
 @triton.jit(do_not_specialize=["N"])
-def decode_sum_kernel(partial_ptr, bias_ptr, y_ptr, N, D: tl.constexpr, SPLITS: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The output of one token: partial sums in their order, and the bias."""
-    n = tl.program_id(0)
-    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    y = tl.zeros([BLOCK_D], tl.float32)
+def decode_sum_kernel(partial_ptr, bias_ptr, y_ptr, N, D: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+    """BLOCK numbers of the output: partial sums in their order, and the bias."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    y = tl.zeros([BLOCK], tl.float32)
     for split in tl.static_range(SPLITS):
-        y += tl.load(partial_ptr + (split * N + n) * D + d, mask=d < D, other=0.0)
-    y = add_bias(y, bias_ptr, d, d < D)
-    tl.store(y_ptr + n * D + d, y.to(y_ptr.dtype.element_ty), mask=d < D)
+        y += tl.load(partial_ptr + split * N * D + i, mask=i < N * D, other=0.0)
+    y = add_bias(y, bias_ptr, i % D, i < N * D)
+    tl.store(y_ptr + i, y.to(y_ptr.dtype.element_ty), mask=i < N * D)
 
 
 def padded_tokens(N: int) -> int:
@@ -215,8 +214,7 @@ def run_decode(x_ND: torch.Tensor, mask_NE: torch.Tensor, weights: ExpertWeights
     )
 
     y_ND = torch.empty_like(x_ND)
-    block = min(256, triton.next_power_of_2(D))
-    decode_sum_kernel[(N, triton.cdiv(D, block))](
-        partial_KND, weights.down_bias_D, y_ND, N, D=D, SPLITS=splits, BLOCK_D=block, num_warps=2
+    decode_sum_kernel[(triton.cdiv(N * D, 256),)](
+        partial_KND, weights.down_bias_D, y_ND, N, D=D, SPLITS=splits, BLOCK=256, num_warps=2
     )
     return y_ND
