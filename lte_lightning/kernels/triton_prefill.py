@@ -32,7 +32,7 @@ DOWN = {
 """Tiles: BLOCK_F is the number of neurons, BLOCK_D of the model's dimensions."""
 
 
-def _cost_16ths(size: int, projections: int) -> int:
+def grouped_cost_16ths(size: int, projections: int) -> int:
     """What a row of a grouped tile costs, one of a union tile being 16: the bytes that the two read per product.
 
     This is the roofline of a product that the L2 cache feeds, not a measurement; to be measured on a GPU.
@@ -199,7 +199,9 @@ def run_prefill(x_ND: torch.Tensor, mask_NE: torch.Tensor, weights: ExpertWeight
     size = x_ND.element_size()
     active_ME, count_M = list_active(mask_NE, BLOCK_M[size])
     tokens_EN, count_E = list_groups(mask_NE)
-    grouped = choose_form(count_E, count_M, BLOCK_M[size], _cost_16ths(size, 1 if weights.gate_ESD is None else 2))
+    grouped = choose_form(
+        count_E, count_M, BLOCK_M[size], grouped_cost_16ths(size, 1 if weights.gate_ESD is None else 2)
+    )
     M = len(count_M)
 
     # Zeros, since a block's union holds experts that some of its tokens did not choose.

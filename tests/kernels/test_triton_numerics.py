@@ -15,6 +15,7 @@ from lte_lightning.kernels.triton_common import INTERPRETED
 from lte_lightning.kernels.triton_decode import MAX_TOKENS
 from lte_lightning.kernels.triton_ffn import run_triton
 from lte_lightning.kernels.triton_lists import choose_form, list_active, list_groups
+from lte_lightning.kernels.triton_prefill import BLOCK_M, grouped_cost_16ths
 from lte_lightning.kernels.triton_router import route_triton
 from lte_lightning.selection import Router
 
@@ -32,7 +33,7 @@ FACTORS = {
     "gated": (False, True),
     "biases": (False, True),
     "activation": tuple(ACTIVATIONS),
-    "selection": ("none", "one", "some", "all", "few"),
+    "selection": ("none", "one", "few", "some", "most", "all"),
     "N": (1, 2, 7, 64, 513),
     # F is a power of two in one of them only; D is a multiple of no tile in the others.
     "shape": ((8, 4, 16), (5, 6, 20), (3, 32, 136), (9, 1, 7)),
@@ -82,7 +83,7 @@ def make_weights(dtype, shape, gated=True, biases=True, activation="silu"):
 
 
 def make_mask(selection, N, E):
-    shares = {"none": 0.0, "one": 0.0, "some": 0.5, "all": 1.0, "few": 0.1}
+    shares = {"none": 0.0, "one": 0.0, "few": 0.1, "some": 0.5, "most": 0.9, "all": 1.0}
     mask_NE = torch.rand(N, E) < shares[selection]
     if selection == "one":
         mask_NE[:, E // 2] = True
@@ -147,6 +148,21 @@ def test_equals_the_oracle_for_any_shape(N, shape, share, gated, dtype, seed):
     assert_equal_to_rounding(run_triton(x_ND, mask_NE, weights), run_reference(x_ND, mask_NE, weights))
 
 
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("selection", "form"), [("few", 1), ("most", 0)])
+def test_both_forms_of_prefill(selection, form, dtype, gated):
+    weights = make_weights(dtype, (5, 6, 20), gated)
+    x_ND, mask_NE = torch.randn(300, 20).to(dtype).to(DEVICE), make_mask(selection, 300, 5)
+    mask_NE[:, 3] = False
+    poison(weights, mask_NE)
+    _, count_M = list_active(mask_NE.view(torch.uint8), BLOCK_M[dtype.itemsize])
+    _, count_E = list_groups(mask_NE.view(torch.uint8))
+    cost_16ths = grouped_cost_16ths(dtype.itemsize, 1 + gated)
+    assert choose_form(count_E, count_M, BLOCK_M[dtype.itemsize], cost_16ths).item() == form
+    assert_equal_to_rounding(run_triton(x_ND, mask_NE, weights), run_reference(x_ND, mask_NE, weights))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("N", [2, 7, 64, 513])
 def test_a_row_of_a_batch_equals_the_row_alone(N, dtype):
@@ -174,7 +190,7 @@ def test_the_same_input_gives_the_same_bits(N):
 
 
 @pytest.mark.parametrize(("N", "tokens"), [(1, 1), (7, 16), (300, 64), (513, 128)])
-@pytest.mark.parametrize("selection", ["none", "one", "few", "some", "all"])
+@pytest.mark.parametrize("selection", FACTORS["selection"])
 def test_lists(N, tokens, selection):
     mask_NE = make_mask(selection, N, 37)
     active_ME, count_M = list_active(mask_NE.view(torch.uint8), tokens)
