@@ -165,7 +165,8 @@ def run_decode(x_ND: torch.Tensor, mask_NE: torch.Tensor, weights: ExpertWeights
         weights: Contiguous weights of the input's type.
 
     Returns:
-        The output [N, D], accumulated in float32.
+        The output [N, D], accumulated in float32. With several tokens the hidden activations are rounded to the
+        weights' type on their way to the second product, as in the dense FFN; with one token they are not.
     """
     N, D = x_ND.shape
     E, S, _ = weights.up_ESD.shape

@@ -89,15 +89,18 @@ def prefill_grouped_kernel(
 ):
     """Hidden activations [N, F] of BLOCK_F neurons of one expert for BLOCK_M of the tokens that chose it."""
     CHUNKS: tl.constexpr = (S + BLOCK_F - 1) // BLOCK_F
-    e = tl.program_id(1) // CHUNKS
-    place = tl.program_id(0) * BLOCK_M
+    # Blocks of one expert follow each other: they share its weights in the cache.
+    blocks = tl.cdiv(N, BLOCK_M)
+    chunk = tl.program_id(0) // blocks
+    e = chunk // CHUNKS
+    place = tl.program_id(0) % blocks * BLOCK_M
     count = tl.load(count_ptr + e)
     if (place >= count) | (tl.load(grouped_ptr) == 0):
         return
     place += tl.arange(0, BLOCK_M)
     n_ok = place < count
     n = tl.load(tokens_ptr + e.to(tl.int64) * N + place, mask=n_ok, other=0).to(tl.int64)
-    s = tl.program_id(1) % CHUNKS * BLOCK_F + tl.arange(0, BLOCK_F)
+    s = chunk % CHUNKS * BLOCK_F + tl.arange(0, BLOCK_F)
     f = e.to(tl.int64) * S + s
     hidden = _hidden_tile(
         x_ptr, n, n_ok, up_ptr, gate_ptr, up_bias_ptr, gate_bias_ptr, f, s < S, D, ACTIVATION, BLOCK_M, BLOCK_F, BLOCK_D
@@ -209,7 +212,7 @@ def run_prefill(x_ND: torch.Tensor, mask_NE: torch.Tensor, weights: ExpertWeight
     projections = (weights.up_ESD, weights.gate_ESD, weights.up_bias_ES, weights.gate_bias_ES)
     shape = {"E": E, "S": S, "D": D, "BLOCK_M": BLOCK_M[size]}
     config = GROUPED[size] | {"BLOCK_F": min(GROUPED[size]["BLOCK_F"], max(16, triton.next_power_of_2(S)))}
-    prefill_grouped_kernel[(M, E * triton.cdiv(S, config["BLOCK_F"]))](
+    prefill_grouped_kernel[(M * E * triton.cdiv(S, config["BLOCK_F"]),)](
         x_ND, *projections, tokens_EN, count_E, grouped, hidden_NF, N, ACTIVATION=weights.activation, **shape, **config
     )
     prefill_union_kernel[(triton.cdiv(E * S, UNION[size]["BLOCK_F"]), M)](

@@ -23,8 +23,12 @@ from triton.runtime.jit import JITFunction
 from lte_lightning.kernels import triton_decode, triton_lists, triton_prefill, triton_router
 from lte_lightning.kernels.layout import ExpertWeights
 from lte_lightning.kernels.triton_common import INTERPRETED
+from lte_lightning.kernels.triton_ffn import run_triton
 
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+pytestmark = [
+    pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing"),
+    pytest.mark.timeout(600),  # forty compilations, on a busy machine
+]
 
 # Shared memory that one block may have, in KiB, from the vendors' documents.
 CHIPS = {
@@ -238,3 +242,10 @@ def test_a_spill_and_a_narrow_load_are_seen(launched, monkeypatch):
         narrow = make_weights(torch.bfloat16, gated=True, biases=False, activation="silu", shape=(E, S, D + 4))
         with pytest.raises(AssertionError, match=f"for {chip}"):
             check(launched(chip, run_ffn, 1, narrow), chip)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_refuses_a_cpu():
+    weights = make_weights(torch.float32, gated=True, biases=False, activation="silu", shape=(5, 6, 20))
+    with pytest.raises(ValueError, match="the triton backend needs a CUDA or ROCm device, and x_ND is on cpu"):
+        run_triton(torch.randn(3, 20), torch.ones(3, 5, dtype=torch.bool), weights)

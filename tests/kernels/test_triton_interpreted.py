@@ -11,6 +11,7 @@ import pytest
 pytest.importorskip("triton", reason="triton is not installed")
 
 
+@pytest.mark.timeout(900)  # a hundred tests
 def test_numerics_without_a_gpu():
     path = Path(__file__).with_name("test_triton_numerics.py")
     result = subprocess.run(

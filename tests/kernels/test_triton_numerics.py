@@ -1,5 +1,6 @@
 """The Triton kernels against the oracle: on a GPU (nox -s gpu), or in the interpreter (test_triton_interpreted.py)."""
 
+import dataclasses
 import itertools
 
 import hypothesis.strategies as st
@@ -223,6 +224,39 @@ def test_router_agrees_with_the_selector(N, bias, dtype):
     assert mask_NE.dtype == torch.bool
     assert (mask_NE == (scores_NE > 0.4))[clear_NE].all()
     assert N == 0 or (clear_NE.float().mean() > 0.9 and 0.2 < mask_NE.float().mean() < 0.9)
+
+
+def test_refuses_what_it_cannot_compute():
+    weights = make_weights(torch.float32, (5, 6, 20))
+    x_ND, mask_NE = torch.randn(3, 20).to(DEVICE), make_mask("some", 3, 5)
+    turned_ESD = weights.down_ESD.mT.contiguous().mT
+    wrong = {
+        r"x_ND has shape \(3, 19\), and the weights want \(N, 20\)": (x_ND[:, 1:], mask_NE, weights),
+        r"mask_NE has shape \(2, 5\), and \(3, 5\) is wanted": (x_ND, mask_NE[1:], weights),
+        "mask_NE is torch.float32, and torch.bool is wanted": (x_ND, mask_NE.float(), weights),
+        "takes torch.float32, torch.bfloat16, torch.float16, and x_ND is torch.float64": (
+            x_ND.double(),
+            mask_NE,
+            weights,
+        ),
+        "up_ESD is torch.float32, and x_ND torch.bfloat16: convert": (x_ND.bfloat16(), mask_NE, weights),
+        r"down_ESD has strides \(120, 1, 6\): lay it out": (
+            x_ND,
+            mask_NE,
+            dataclasses.replace(weights, down_ESD=turned_ESD),
+        ),
+        "up_bias_ES is on meta, and x_ND on": (
+            x_ND,
+            mask_NE,
+            dataclasses.replace(weights, up_bias_ES=weights.up_bias_ES.to("meta")),
+        ),
+        "mask_NE is on meta, and x_ND on": (x_ND, mask_NE.to("meta"), weights),
+    }
+    for message, args in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            run_triton(*args)
+    with pytest.raises(ValueError, match=r"weight_ED has strides \(1, 20\): lay it out"):
+        route_triton(x_ND, torch.randn(20, 20, device=DEVICE).t(), None, 0.5)
 
 
 def test_compiled_as_one_graph():
