@@ -40,7 +40,7 @@ def load(
     with _quiet():
         try:
             if is_lte(source):
-                model = from_pretrained(source, auto_class, **arguments)
+                model = from_pretrained(source, auto_class, backend="dense-mask", **arguments)
                 description = read_description(source)
                 # one saved from Python says no more than its mode
                 about = {"stage": _STAGE_OF_MODE[description["mode"]]} | description["about"]
