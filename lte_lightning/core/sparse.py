@@ -69,16 +69,21 @@ def set_backend(model: nn.Module, backend: Backend = "auto") -> None:
             _lay_out(ffn)
 
 
+@torch.inference_mode(False)  # what is made in it could not be trained afterwards
 @torch.no_grad()
 def _lay_out(ffn: "ExpertFfn") -> None:
     for projection, rows_are_neurons in ((ffn.up, True), (ffn.gate, True), (ffn.down, False)):
         if projection is None:
             continue
-        weight = projection.weight
-        stored_FD = _by_neuron(projection, rows_are_neurons)
-        if not stored_FD.is_contiguous():
-            # a Linear's down [D, F] and a Conv1D's up [D, F]: stored as [F, D], seen through its transpose
-            weight.data = stored_FD.contiguous().T
+        rows_FD = _by_neuron(projection, rows_are_neurons)
+        if rows_FD.is_contiguous():
+            continue
+        # A Linear's down [D, F], or a Conv1D's up: written back as [F, D] into the memory that holds it (a file mapped
+        # into memory would stay there beside a new tensor), and seen through its transpose.
+        copy_FD = rows_FD.contiguous()
+        weight = projection.weight.data
+        stored_FD = weight.view(copy_FD.shape).copy_(copy_FD) if weight.is_contiguous() else copy_FD
+        projection.weight.data = stored_FD.T
 
 
 def _by_neuron(projection: Projection, rows_are_neurons: bool) -> torch.Tensor:

@@ -23,7 +23,7 @@ PLAN = [
 # A renamed option breaks configurations: change this list only with an entry in the changelog.
 OPTIONS = {
     "model": "pretrained init_from lte efficiency_weight separability_weight separability_start separability_end "
-    "separability_epsilon",
+    "separability_epsilon backend",
     "model.lte": "expert_size grouping selector threshold router_bias router_margin router_scale seed",
     "data": "task source max_length batch_size eval_batch_size holdout train_rows",
     "stages": "dense router expert",
