@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 from lte_lightning.core.ffn import FfnParts, Projection, weight_rows
+from lte_lightning.core.sparse import run_sparse
 from lte_lightning.kernels import scale_experts
+from lte_lightning.kernels.dispatch import Backend
 from lte_lightning.selection import Selector
 
 Mode = Literal["dense", "soft", "hard"]
@@ -40,6 +42,7 @@ class ExpertFfn(nn.Module):
         self.expert_size = expert_size
         self.threshold = threshold
         self.mode: Mode = "dense"
+        self.backend: Backend = "dense-mask"
         self.recorder: Callable[[ExpertFfn, torch.Tensor], None] | None = None
         self.observer: Callable[[ExpertFfn, torch.Tensor, torch.Tensor, torch.Tensor], None] | None = None
         self.shell: tuple[nn.Module, ...] = ()
@@ -76,6 +79,10 @@ class ExpertFfn(nn.Module):
             self.recorder(self, scores_BTE)
         factor_BTE = scores_BTE if self.mode == "soft" else scores_BTE > self.threshold
         if self.selector.reads == "input":
+            if self.mode == "hard" and self.backend != "dense-mask":
+                out_BTD = run_sparse(self, x_BTD, factor_BTE)
+                if out_BTD is not None:
+                    return out_BTD
             _, hidden_BTF = self._activations(x_BTD)
         return self.down(scale_experts(self._finished(hidden_BTF), factor_BTE))
 

@@ -16,8 +16,10 @@ from lte_lightning.core.convert import expert_ffns, group_experts, selector_para
 from lte_lightning.core.cost import GFLOP, speedup_bound, token_cost
 from lte_lightning.core.errors import UserError
 from lte_lightning.core.losses import SEPARABILITY_EPSILON
+from lte_lightning.core.sparse import set_backend
 from lte_lightning.core.trace import RouterTrace
 from lte_lightning.data.packaged import resolve
+from lte_lightning.kernels.dispatch import Backend
 from lte_lightning.tasks.loading import give_experts, load
 from lte_lightning.tasks.sparsity import SparsityMeter
 
@@ -53,6 +55,8 @@ class LteModule(LightningModule):
             memory.
         seed: Seed of the grouping and of the routers, unless ``lte`` has its own; the command line sets it to
             ``seed_everything``.
+        backend: What computes the selected experts in ``test`` and ``predict``: ``auto``, ``dense-mask``,
+            ``reference``, ``cpu`` or ``triton`` (see `set_backend`). Training and validation compute all and mask.
     """
 
     auto_class: ClassVar[Any]
@@ -74,6 +78,7 @@ class LteModule(LightningModule):
         layers: int | None = None,
         gradient_checkpointing: bool = False,
         seed: int = 0,
+        backend: Backend = "auto",
     ) -> None:
         super().__init__()
         if not 0.0 <= separability_start <= separability_end <= 1.0:
@@ -85,9 +90,10 @@ class LteModule(LightningModule):
         for name, weight in (weights | {"separability_epsilon": separability_epsilon}).items():
             if not 0.0 <= weight < math.inf:
                 raise UserError(f"{name} is {weight}; it must be a finite number, and not negative")
-        self.save_hyperparameters(ignore=["lte"])
+        self.save_hyperparameters(ignore=["lte", "backend"])  # a checkpoint's own would win over the command line's
         self.save_hyperparameters({"lte": asdict(lte) if lte else None})
         self.lte = replace(lte, seed=seed) if lte and lte.seed is None else lte
+        self.backend = backend
         self.stage: Stage = "dense"
         self.stage_progress = 0.0
         self.measured: dict[str, dict[str, Any]] = {}
@@ -291,12 +297,17 @@ class LteModule(LightningModule):
         return "dense" if self.stage == "dense" else "hard"
 
     def on_test_start(self) -> None:
-        """Refuses a model that has no trained selection, unless the task can be tested without."""
+        """Refuses a model without trained selection, unless it can be tested so; skips experts from here on."""
         if self.stage == "dense" and not self.tests_dense:
             raise UserError(
                 "this model was never routed, so there is no sparsity to test: train the router and expert stages "
                 "first, or give a routed model by --ckpt_path or --model.init_from"
             )
+        set_backend(self.net, self.backend)
+
+    def on_test_end(self) -> None:
+        """Leaves the backend to training again."""
+        set_backend(self.net, "dense-mask")
 
     def test_step(self, batch: dict[str, torch.Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Measures the model in hard mode, or densely if it was never routed."""
@@ -337,6 +348,11 @@ class LteModule(LightningModule):
         if self.trainer.world_size > 1:
             raise UserError("predictions are written in the order of the data by one process: set trainer.devices to 1")
         set_mode(self.net, self.test_view)
+        set_backend(self.net, self.backend)
+
+    def on_predict_end(self) -> None:
+        """Leaves the backend to training again."""
+        set_backend(self.net, "dense-mask")
 
 
 def _json(value: Any) -> Any:

@@ -50,7 +50,7 @@ def load(
             if is_lte(source):
                 if layers or from_scratch is not None:
                     _require_as_saved(source, layers, from_scratch)
-                model = from_pretrained(source, auto_class, **arguments)
+                model = from_pretrained(source, auto_class, backend="dense-mask", **arguments)
                 description = read_description(source)
                 # one saved from Python says no more than its mode
                 about = {"stage": _STAGE_OF_MODE[description["mode"]]} | description["about"]
