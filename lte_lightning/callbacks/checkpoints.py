@@ -4,7 +4,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lte_lightning.tasks.base import LOWER_IS_BETTER
+from lte_lightning.tasks.evaluation import LOWER_IS_BETTER
 
 
 class LastCheckpoint(ModelCheckpoint):

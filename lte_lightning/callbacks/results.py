@@ -14,7 +14,7 @@ from rich.table import Table
 from lte_lightning.callbacks.stages import StageSchedule
 from lte_lightning.core.cost import GFLOP
 from lte_lightning.core.errors import UserError
-from lte_lightning.tasks.base import LOWER_IS_BETTER, VIEW_MODES
+from lte_lightning.tasks.evaluation import LOWER_IS_BETTER, VIEW_MODES
 
 
 def make_results(trainer: Trainer, module: LightningModule, floor: float | None = None) -> dict[str, Any]:

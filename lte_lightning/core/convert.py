@@ -84,7 +84,7 @@ def group_experts(model: PreTrainedModel, progress: bool = True) -> list[Groupin
     """
     config = lte_config(model)
     ffns = expert_ffns(model)
-    if config.grouping == "contiguous":
+    if config.grouping == "contiguous" or config.expert_size == 1:  # neurons on their own need no order
         return []
     groupings = []
     for i, ffn in enumerate(tqdm(ffns.values(), desc=f"grouping ({config.grouping})", disable=not progress)):

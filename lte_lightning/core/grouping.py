@@ -84,7 +84,7 @@ def group_neurons(weight_FD: torch.Tensor, expert_size: int, method: Method = "k
     random_ES = torch.randperm(neurons, generator=generator).view(experts, expert_size)
     if method == "random":
         members_ES = random_ES
-    elif method == "contiguous" or expert_size == 1:  # neurons on their own need no order
+    elif method == "contiguous":
         members_ES = torch.arange(neurons).view(experts, expert_size)
     else:
         members_ES = _balanced_kmeans(rows_FD, expert_size, generator)

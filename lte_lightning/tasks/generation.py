@@ -12,7 +12,7 @@ from lte_lightning.core.convert import set_mode
 from lte_lightning.core.errors import UserError
 from lte_lightning.core.trace import RouterTrace
 from lte_lightning.data.prompts import IGNORED, is_encoder_decoder
-from lte_lightning.tasks.base import VIEW_MODES, VIEWS
+from lte_lightning.tasks.evaluation import VIEW_MODES, VIEWS
 from lte_lightning.tasks.language_model import LanguageModel
 
 

@@ -23,6 +23,7 @@ def load(
     arguments: dict[str, Any],
     config: LteConfig | None,
     seed: int,
+    activation: str | None = None,
     layers: int | None = None,
     from_scratch: dict[str, Any] | None = None,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
@@ -34,6 +35,7 @@ def load(
         arguments: The task's arguments of ``from_pretrained``.
         config: Experts and routers; None for those of a saved LTE model, or the defaults.
         seed: The defaults' seed, and that of random weights.
+        activation: Swap a plain model's activation for this one.
         layers: Keep only the first ones of a plain model.
         from_scratch: Draw random weights for a plain model, of the source's configuration with these changes.
 
@@ -47,6 +49,8 @@ def load(
     arguments = arguments | {"dtype": torch.float32}  # a half-precision checkpoint would train in half precision
     with _quiet():
         try:
+            if activation is not None:
+                arguments |= {_activation_key(source): activation}
             if is_lte(source):
                 if layers or from_scratch is not None:
                     _require_as_saved(source, layers, from_scratch)
@@ -95,6 +99,15 @@ def _load_plain(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return auto_class.from_config(config, dtype=dtype)
+
+
+def _activation_key(source: str) -> str:
+    config = AutoConfig.from_pretrained(source)
+    names = ("hidden_act", "activation_function", "hidden_activation", "activation")
+    found = next((name for name in names if isinstance(getattr(config, name, None), str)), None)
+    if found is None:
+        raise UserError(f"the configuration of {source} names no activation to swap ({', '.join(names)})")
+    return found
 
 
 def _keep_layers(config: PreTrainedConfig, source: str, layers: int) -> None:

@@ -136,14 +136,14 @@ def test_without_adaptation_the_result_is_what_hard_before_was(watch, tiny):
 
 def test_only_hard_epochs_compete_for_the_best_checkpoint(tiny, lightning, tmp_path, monkeypatch):
     """Soft epochs are made to look perfect, and the first hard one the best of the hard ones."""
-    read = Classification._read_meters
+    read = Classification.read_meters
 
     def fake(self, view):
         found = read(self, view)
         value = 1.0 if view != "hard" else {3: 0.6, 4: 0.5, 5: 0.4}[self.current_epoch]
         return found | {"accuracy": value}
 
-    monkeypatch.setattr(Classification, "_read_meters", fake)
+    monkeypatch.setattr(Classification, "read_meters", fake)
     fit = lightning(tmp_path, tiny.config(epochs=(1, 2, 3)), "fit")
     best = torch.load(fit.run / "checkpoints" / "best.ckpt", weights_only=True)
     assert (best["epoch"], fit.results["hard"], fit.results["dense"]) == (3, 0.6, 1.0)
