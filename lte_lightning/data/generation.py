@@ -97,9 +97,15 @@ class GenerationData(PromptData):
             seed=seed,
         )
 
+    def rows(self, role: str) -> list[Dataset]:
+        """Returns the checked rows of a role; for predictions those of ``test.*``, answered or not, if there are."""
+        if role == "predict" and "test" in self._splits:
+            return [self.split("test", self.columns[:1])]
+        return super().rows(role)
+
     def check_rows(self, rows: Dataset, name: str) -> None:
         """Checks that inputs and answers are text."""
-        require_text(rows, self.columns, name)
+        require_text(rows, rows.column_names, name)
 
     def has_targets(self, rows: Dataset) -> bool:
         """Says whether a split has answers: some test splits come with empty ones."""
@@ -111,7 +117,7 @@ class GenerationData(PromptData):
 
     def examples(self, rows: list[dict[str, Any]]) -> list[Example]:
         """Returns prompts, cut where they must be, and answers."""
-        inputs, answers = ([row[column] for row in rows] for column in self.columns)
+        inputs, answers = ([row.get(column, "") for row in rows] for column in self.columns)
         prompts = [self._prompt.format(text) for text in inputs]
         lengths = [len(ids) for ids in self.tokenizer(prompts, add_special_tokens=False)["input_ids"]] if rows else []
         special = self.tokenizer.num_special_tokens_to_add() if self.encoder_decoder else len(self._opening)

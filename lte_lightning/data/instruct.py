@@ -83,7 +83,7 @@ class InstructData(PromptData):
 
     def rows(self, role: str) -> list[Dataset]:
         """Returns the checked rows; held-out ones also for the test, if the source has nothing but training rows."""
-        if role == "test" and self.holdout and set(self._splits) == {"train"}:
+        if role in ("test", "predict") and self.holdout and set(self._splits) == {"train"}:
             return [self.held_out()]
         return super().rows(role)
 

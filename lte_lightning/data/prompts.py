@@ -57,6 +57,8 @@ class PromptData(TextData):
         **kwargs: See `TextData`.
     """
 
+    predict_role = "predict"
+
     def __init__(self, max_new_tokens: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         require_at_least(max_new_tokens=(max_new_tokens, 1))
@@ -150,9 +152,14 @@ class PromptData(TextData):
     # Rows
 
     def prepare(self, role: str) -> list[Dataset]:
-        """Tokenises prompts with their answers; for the test also every distinct prompt, with all its answers."""
+        """Tokenises prompts with their answers; for the test also every distinct prompt, with all its answers.
+
+        For predictions there are the prompts alone.
+        """
         _ = self.prompt_limit
         sets, parts = self.rows(role), []
+        if role == "predict":
+            return [self._prompts(sets[0], role)]
         for rows in sets:
             key = [self.recipe(), self.max_length, self.encoder_decoder, self.tokenizer.chat_template, _ENCODING]
             encoded = rows.map(
@@ -187,10 +194,10 @@ class PromptData(TextData):
         found: dict[str, dict[str, Any]] = {}
         for row, example in enumerate(self.examples(rows.to_list())):
             reference = self.plain(example)
-            if not reference:
+            if not reference and role != "predict":
                 continue
             entry = found.setdefault(example.prompt, {"row": row, "example": example, "references": []})
-            entry["references"].append(reference)
+            entry["references"] += [reference] if reference else []
         prompts = []
         for entry in found.values():
             ids = self.prompt_ids(entry["example"])
@@ -229,8 +236,8 @@ class PromptData(TextData):
         return [self.loader(answers, self.eval_batch_size), self.loader_in_order(prompts, self.collate_prompts())]
 
     def predict_dataloader(self) -> DataLoader:
-        """Every distinct prompt of the test rows once, longest first."""
-        return self.loader_in_order(self._ready["test"][-1], self.collate_prompts())
+        """Every distinct prompt of the rows to predict once, longest first."""
+        return self.loader_in_order(self._ready["predict"][0], self.collate_prompts())
 
     def sample_prompts(self, count: int) -> dict[str, Any]:
         """Returns a batch of the first distinct prompts of the validation rows."""

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import random
 import sys
 from collections.abc import Callable
@@ -254,6 +255,7 @@ def lightning() -> Callable[..., Outcome]:
             contextlib.redirect_stdout(out),
             contextlib.redirect_stderr(err),
             mock.patch.object(sys, "argv", argv),
+            mock.patch.dict(os.environ),  # MLflow leaves its tracking URI there, for the next command to find
         ):
             try:
                 main()

@@ -116,8 +116,7 @@ def test_predictions_are_the_greedy_ones_of_each_prompt_alone(tested_e2e, fitted
 
 
 def test_a_dense_model_is_tested_densely(tiny_lm, lightning, tmp_path):
-    options = {"trainer.logger": True, "run.tracking_uri": "sqlite:///mlflow.db"}
-    outcome = lightning(tmp_path, tiny_lm.config(**options), "test")
+    outcome = lightning(tmp_path, tiny_lm.config(**{"trainer.logger": True}), "test")
     assert outcome.code == 0, outcome.err
     found = outcome.results
     assert found["sparsity"] == 0

@@ -1,5 +1,8 @@
 """Generation and instruction data: what is read, what carries the loss, what is cut, left out or refused."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
@@ -92,7 +95,7 @@ def test_the_model_s_loss_equals_one_computed_by_hand_without_padding(e2e):
 def test_training_pads_right_and_generation_left(e2e):
     data = e2e(train=e2e_rows("a", "the {} eats a fish."), batch_size=16)
     data.setup("fit")
-    data.setup("test")
+    data.setup("predict")
     mask = only_batch(data.train_dataloader())["attention_mask"]
     assert (mask.diff(dim=1) <= 0).all()
     assert (mask == 0).any()
@@ -124,7 +127,7 @@ def test_a_beginning_token_that_the_tokenizer_adds_comes_first_in_training_and_g
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=special)
     tokenizer.save_pretrained(data._tokenizer_name)
     data.setup("fit")
-    data.setup("test")
+    data.setup("predict")
     batch = only_batch(data.train_dataloader())
     assert (batch["input_ids"][:, 0] == 1).all()
     assert (batch["labels"][:, 0] == -100).all()
@@ -156,7 +159,7 @@ def test_a_long_input_is_cut_at_its_end_and_the_words_around_it_stay(write_split
     source = write_splits(train=rows, validation=rows)
     data = GenerationData("xsum", lm_folder(), source, max_length=128, max_new_tokens=28)
     data.setup("fit")
-    data.setup("test")
+    data.setup("predict")
     found = sorted(texts(data, only_batch(data.train_dataloader())))
     assert found[0] == ("Summarize this document:\na {dog}\n---\nSummary:\ndog</s>", "dog</s>")
     text, answer = found[1]
@@ -230,7 +233,7 @@ def test_alpaca_s_prompt_where_there_is_no_template(instruct):
 def test_the_chat_template_where_there_is_one(instruct):
     data = instruct([alpaca("say it", "a cat", "a cat eats")], tokens={"chat": True})
     data.setup("fit")
-    data.setup("test")
+    data.setup("predict")
     expected = [("<|user|>say it\n\na cat\n<|assistant|>a cat eats</s>", "a cat eats</s>")]
     assert texts(data, only_batch(data.train_dataloader())) == expected
     prompts = only_batch(data.predict_dataloader())
@@ -251,7 +254,7 @@ CONVERSATION = [
 def test_every_answer_of_a_conversation_carries_loss(instruct):
     data = instruct([{"messages": CONVERSATION, "id": 1}], tokens={"chat": True})
     data.setup("fit")
-    data.setup("test")
+    data.setup("predict")
     whole = "<|system|>eat\n<|user|>a\n<|assistant|>cat</s>\n<|user|>b\n<|assistant|>dog</s>"
     assert texts(data, only_batch(data.train_dataloader())) == [(whole, "cat</s>dog</s>")]
     prompts = only_batch(data.predict_dataloader())
@@ -272,7 +275,7 @@ def test_a_set_of_training_rows_only_is_tested_on_its_held_out_rows(write_splits
     source = write_splits(train=[alpaca(animal) for animal in ANIMALS])
     data = InstructData(lm_folder(), source, max_length=256, holdout=0.4)
     data.setup("fit")
-    data.setup("test")
+    data.setup("predict")
     held_out = [text for text, _ in texts(data, only_batch(data.val_dataloader()))]
     assert len(held_out) == 2
     prompts = only_batch(data.predict_dataloader())["prompt"]
@@ -348,3 +351,14 @@ def test_tokens_are_cached_by_what_they_depend_on(e2e, datasets_cache):
     other = GenerationData("e2e", first._tokenizer_name, first.source, max_length=120, max_new_tokens=20)
     other.setup("fit")
     assert files() > seen
+
+
+def test_rows_to_predict_need_no_answer(e2e, tmp_path):
+    data = e2e()
+    test = [{"meaning_representation": f"name[{animal}]"} for animal in ("cow", "cat", "cow")]
+    (Path(data.source) / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in test))
+    data.setup("predict")
+    batch = only_batch(data.predict_dataloader())
+    assert sorted(zip(batch["row"], batch["references"], strict=True)) == [(0, []), (1, [])]
+    data.setup("test")  # which needs them, and so reads the validation rows
+    assert len(data._ready["test"][1]) == 5
