@@ -180,9 +180,6 @@ def _write(figures: "list[Figure]", options: argparse.Namespace) -> None:
         mlflow.set_experiment(options.mlflow)
         with mlflow.start_run(run_name=f"bench {options.shape}"):
             mlflow.log_params({key: str(value) for key, value in vars(options).items()})
-            mlflow.log_table(
-                {key: [as_row(figure)[key] for figure in figures] for key in COLUMNS}, artifact_file="bench.json"
-            )
             for path in written:
                 mlflow.log_artifact(path)
     if written:
