@@ -73,8 +73,8 @@ def test_one_row_per_figure(tmp_path, capsys):
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 def test_an_encoder_and_rivals(tmp_path):
     path = tmp_path / "out.csv"
-    arguments = "--shape tiny-roberta --dtype f32 --tokens 2x5 --sparsity 0.5 --repeats 1 --layers 1 --rivals"
-    assert main([*arguments.split(), "--csv", str(path)]) == 0
+    arguments = "--shape tiny-roberta --tokens 2x5 --sparsity 0.5 --repeats 1 --layers 1 --clock cpu --threads 1"
+    assert main([*arguments.split(), "--rivals", "--dtype", "f32", "--csv", str(path)]) == 0
     rows = rows_of(path)
     assert {row["phase"] for row in rows} == {"prefill"}
     found = {(row["scope"], row["backend"]) for row in rows}
@@ -186,6 +186,8 @@ def test_a_busy_machine_is_said_to_be(monkeypatch, capsys):
         ("--sparsity half", "--sparsity is 'half'"),
         ("--tokens 0", "--tokens is '0'; it takes a number like 4, or sequences x tokens like 32x128"),
         ("--tokens 2x3x4", "--tokens is '2x3x4'"),
+        ("--clock sun", "unknown clock 'sun'; there are wall, cpu"),
+        ("--clock cpu --threads 2", "--clock cpu sees one thread only"),
         ("--threads 0", "--threads is 0; it must be at least 1"),
         ("--csv nowhere/out.csv", "there is no folder nowhere to write out.csv to"),
     ],
