@@ -32,6 +32,7 @@ def make_parser(prog: str = "lte bench") -> argparse.ArgumentParser:
     add("--threads", type=int, help="torch's threads; default: torch's own choice")
     add("--layers", type=int, help="layers of a named shape; default: FFN weights of eight times the last cache")
     add("--repeats", type=int, default=11, help="rounds, after one that is not counted")
+    add("--clock", default="wall", help="wall, or cpu: time of one thread, for machines that are never quiet")
     add("--rivals", action="store_true", help="measure the obvious alternatives besides, in scope ffn")
     add("--csv", type=Path, help="write one row per figure here")
     add("--picture", type=Path, help="draw speed-up against sparsity here; default: beside the CSV")
@@ -60,7 +61,7 @@ def run(options: argparse.Namespace) -> "list[Figure]":
     """
     import torch
 
-    from lte_lightning.bench.measure import measure
+    from lte_lightning.bench.measure import CLOCKS, measure
     from lte_lightning.bench.rivals import make_rivals
     from lte_lightning.bench.subject import DTYPES, make_subject
     from lte_lightning.core.errors import UserError
@@ -69,6 +70,7 @@ def run(options: argparse.Namespace) -> "list[Figure]":
     scopes = _one_of(options.scope, ("ffn", "model"), "scope")
     dtypes = _one_of(options.dtype, tuple(DTYPES), "dtype")
     _one_of(options.backend, BACKENDS, "backend")
+    _one_of(options.clock, tuple(CLOCKS), "clock")
     sparsities = sorted(_numbers(options.sparsity))
     calls = [_tokens(text) for text in options.tokens.split(",")]
     for name in ("threads", "layers", "repeats"):
@@ -78,6 +80,8 @@ def run(options: argparse.Namespace) -> "list[Figure]":
     for path in (options.csv, options.picture):
         if path and not path.parent.is_dir():
             raise UserError(f"there is no folder {path.parent} to write {path.name} to")
+    if options.clock == "cpu" and options.threads != 1:
+        raise UserError("--clock cpu sees one thread only: add --threads 1")
     if options.threads:
         torch.set_num_threads(options.threads)
     _say_where()
@@ -87,9 +91,8 @@ def run(options: argparse.Namespace) -> "list[Figure]":
         subject = make_subject(options.shape, DTYPES[dtype], options.backend, options.layers)
         for scope in scopes:
             for batch, length in calls:
-                found, samples = measure(
-                    subject, scope, batch, length, sparsities, options.repeats, rivals if scope == "ffn" else None
-                )
+                tried, timer = rivals if scope == "ffn" else None, CLOCKS[options.clock]
+                found, samples = measure(subject, scope, batch, length, sparsities, options.repeats, tried, timer)
                 _print(found, samples, subject.layers)
                 figures += found
     _write(figures, options)
@@ -180,9 +183,6 @@ def _write(figures: "list[Figure]", options: argparse.Namespace) -> None:
         mlflow.set_experiment(options.mlflow)
         with mlflow.start_run(run_name=f"bench {options.shape}"):
             mlflow.log_params({key: str(value) for key, value in vars(options).items()})
-            mlflow.log_table(
-                {key: [as_row(figure)[key] for figure in figures] for key in COLUMNS}, artifact_file="bench.json"
-            )
             for path in written:
                 mlflow.log_artifact(path)
     if written:

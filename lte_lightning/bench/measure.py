@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -84,14 +85,21 @@ def interleave(arms: dict[Any, Callable[[], Sequence[float]]], repeats: int, see
     return samples
 
 
-def timed(calls: Sequence[Callable[[], object]]) -> list[float]:
+Timer = Callable[[Sequence[Callable[[], object]]], list[float]]
+
+
+def timed(calls: Sequence[Callable[[], object]], clock: Callable[[], float] = time.perf_counter) -> list[float]:
     """Returns the milliseconds that each call took."""
     times = []
     for call in calls:
-        start = time.perf_counter()
+        start = clock()
         call()
-        times.append(1e3 * (time.perf_counter() - start))
+        times.append(1e3 * (clock() - start))
     return times
+
+
+# "cpu" is the time of the calling thread alone: what other processes took from it is left out.
+CLOCKS: dict[str, Timer] = {"wall": timed, "cpu": partial(timed, clock=time.thread_time)}
 
 
 @torch.inference_mode()
@@ -103,6 +111,7 @@ def measure(
     sparsities: Sequence[float],
     repeats: int,
     rivals: dict[str, Rival] | None = None,
+    timer: Timer = timed,
 ) -> tuple[list[Figure], Samples]:
     """Measures one subject at some sparsities.
 
@@ -114,13 +123,17 @@ def measure(
         sparsities: Shares of experts that a token skips.
         repeats: Rounds.
         rivals: Measured besides, in scope ``ffn``.
+        timer: One of `CLOCKS`.
 
     Returns:
         The figures, and all timings: keys are "dense", "router" and (sparsity, backend).
     """
     generator = torch.Generator().manual_seed(0)
     phase = "decode" if length == 1 and subject.is_decoder else "prefill"
-    arms = _block_arms(subject, batch, length) if scope == "ffn" else _model_arms(subject, batch, length, phase)
+    if scope == "ffn":
+        arms = _block_arms(subject, batch, length, timer)
+    else:
+        arms = _model_arms(subject, batch, length, phase, timer)
     backend = backend_name(subject, batch, length)
     pools: dict[float, list[list[torch.Tensor]]] = {}
     for sparsity in sparsities:
@@ -142,7 +155,7 @@ def measure(
     for sparsity in sparsities:
         todo[sparsity, backend] = at(sparsity, arms["sparse"])
         for name, rival in (rivals or {}).items():
-            todo[sparsity, name] = at(sparsity, _rival_arm(subject, batch, length, rival))
+            todo[sparsity, name] = at(sparsity, _rival_arm(subject, batch, length, rival, timer))
     samples = interleave(todo, repeats)
     dense_ms, router_ms = (statistics.median(samples[key]) for key in ("dense", "router"))
     figures = []
@@ -182,7 +195,7 @@ def backend_name(subject: Subject, batch: int, length: int) -> str:
     return "cpu-views" if name == "cpu" and library() is None else name
 
 
-def _block_arms(subject: Subject, batch: int, length: int) -> dict[str, Callable[[], list[float]]]:
+def _block_arms(subject: Subject, batch: int, length: int, timed: Timer) -> dict[str, Callable[[], list[float]]]:
     blocks, ffns = list(dense_blocks(subject)), subject.ffns
     x_BTD = torch.randn(batch, length, ffns[0].width).to(subject.dense.dtype)
     return {
@@ -192,7 +205,7 @@ def _block_arms(subject: Subject, batch: int, length: int) -> dict[str, Callable
     }
 
 
-def _rival_arm(subject: Subject, batch: int, length: int, rival: Rival) -> Callable[[], list[float]]:
+def _rival_arm(subject: Subject, batch: int, length: int, rival: Rival, timed: Timer) -> Callable[[], list[float]]:
     weights = [expert_weights(ffn) for ffn in subject.ffns]
     x_BTD = torch.randn(batch, length, subject.ffns[0].width).to(subject.dense.dtype)
 
@@ -204,10 +217,12 @@ def _rival_arm(subject: Subject, batch: int, length: int, rival: Rival) -> Calla
     return lambda: timed([lambda i=i: call(i) for i in range(len(weights))])
 
 
-def _model_arms(subject: Subject, batch: int, length: int, phase: str) -> dict[str, Callable[[], list[float]]]:
+def _model_arms(
+    subject: Subject, batch: int, length: int, phase: str, timed: Timer
+) -> dict[str, Callable[[], list[float]]]:
     ids_BT = torch.randint(3, 200, (batch, length))
     prompt_BT = torch.randint(3, 200, (batch, CONTEXT))
-    routers = _block_arms(subject, batch, length)["router"]
+    routers = _block_arms(subject, batch, length, timed)["router"]
 
     def arm(model: Any) -> Callable[[], list[float]]:
         if phase == "prefill":

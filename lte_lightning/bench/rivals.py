@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional
 
+from lte_lightning.kernels.cpu_ffn import library
 from lte_lightning.kernels.dense_mask import run_dense_mask
 from lte_lightning.kernels.layout import ACTIVATIONS, ExpertWeights
 from lte_lightning.kernels.views import run_views
@@ -43,10 +44,12 @@ def executed_width(x_ND: torch.Tensor, mask_NE: torch.Tensor, weights: ExpertWei
 
 
 def make_rivals() -> dict[str, Rival]:
-    """Returns the rivals by name; compiling happens at the first call."""
-    return {
+    """Returns the rivals by name; torch compiles at the first call, and is left out where there is no compiler."""
+    rivals: dict[str, Rival] = {
         "index_select": index_select,
         "expert-views": run_views,
-        "compiled-mask": torch.compile(run_dense_mask, dynamic=False),
         "executed-width": executed_width,
     }
+    if library() is not None:
+        rivals["compiled-mask"] = torch.compile(run_dense_mask, dynamic=False)
+    return rivals

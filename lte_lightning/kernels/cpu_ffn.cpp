@@ -213,13 +213,25 @@ template <class T> inline float step_of(const T* from, int64_t k, int64_t stride
     return step;
 }
 
+// W steps side by side: row k of W columns, or rows 2k and 2k + 1 of them as pairs.
+template <class T> inline vec steps_at(const T* from, int64_t k, int64_t stride, int64_t limit) {
+    if (!PAIRED<T>) return load_wide(from + k * stride);
+    const ivec low = (ivec)load_wide(from + 2 * k * stride);
+    const ivec high = 2 * k + 1 < limit ? (ivec)load_wide(from + (2 * k + 1) * stride) : ivec{};
+    return (vec)(high | (low >> 16 & 0xffff));
+}
+
 // c[m][0:NR] += sum over steps of a[m][k] * b[k][0:NR]
 template <bool Pairs, int M> void tile(int64_t steps, const float* const* a, const float* b, float* const* c) {
     vec acc[M][2];
-    for (int m = 0; m < M; m++)
-        for (int j = 0; j < 2; j++) acc[m][j] = load(c[m] + j * W);
+#pragma GCC unroll 16
+    for (int m = 0; m < M; m++) {
+        acc[m][0] = load(c[m]);
+        acc[m][1] = load(c[m] + W);
+    }
     for (int64_t k = 0; k < steps; k++) {
         const vec b0 = load(b + k * NR), b1 = load(b + k * NR + W);
+#pragma GCC unroll 16
         for (int m = 0; m < M; m++) {
             // broadcast as an integer: two bfloat16 may look like a signalling NaN
             const vec broadcast = (vec)(ivec{} + reinterpret_cast<const int32_in_memory*>(a[m])[k]);
@@ -232,8 +244,11 @@ template <bool Pairs, int M> void tile(int64_t steps, const float* const* a, con
             }
         }
     }
-    for (int m = 0; m < M; m++)
-        for (int j = 0; j < 2; j++) store(c[m] + j * W, acc[m][j]);
+#pragma GCC unroll 16
+    for (int m = 0; m < M; m++) {
+        store(c[m], acc[m][0]);
+        store(c[m] + W, acc[m][1]);
+    }
 }
 typedef void (*tile_of)(int64_t, const float* const*, const float*, float* const*);
 template <bool Pairs, int... M> constexpr std::array<tile_of, sizeof...(M)> tiles(std::integer_sequence<int, M...>) {
@@ -312,15 +327,23 @@ template <class T> void many(const Ffn<T>& f) {
         for (int64_t n = n0; n < n1; n++)
             for (int64_t c = 0; c < COLUMNS; c++)
                 out[(n - n0) * COLUMNS + c] = c < columns ? f.bias(f.down_bias, c0 + c) : 0.f;
-        for (int64_t e : f.active) {
+        for (size_t i = 0; i < f.active.size(); i++) {
+            const int64_t e = f.active[i], next = f.active[std::min(i + 1, f.active.size() - 1)];
+            for (int64_t s = 0; s < S; s++)  // short pieces far apart, which no processor foresees
+                for (int64_t b = 0; b < columns * int64_t(sizeof(T)); b += 64)
+                    __builtin_prefetch(reinterpret_cast<const char*>(f.down + (next * S + s) * D + c0) + b);
             const auto token = f.token.begin();
             const int64_t p0 = std::lower_bound(token + f.first[e], token + f.first[e + 1], n0) - token;
             const int64_t p1 = std::lower_bound(token + p0, token + f.first[e + 1], n1) - token;
             if (p0 == p1) continue;
             for (int64_t k = 0; k < h_steps; k++) {  // [COLUMNS / NR][h_steps][NR]
                 const T* const row = f.down + e * S * D + c0;
-                for (int64_t c = 0; c < COLUMNS; c++)
-                    panels[(c / NR * h_steps + k) * NR + c % NR] = c < columns ? step_of(row + c, k, D, S) : 0.f;
+                for (int64_t c = 0; c < COLUMNS; c += W) {
+                    float* const to = panels + (c / NR * h_steps + k) * NR + c % NR;
+                    if (c + W <= columns) store(to, steps_at(row + c, k, D, S));
+                    else
+                        for (int64_t i = 0; i < W; i++) to[i] = c + i < columns ? step_of(row + c + i, k, D, S) : 0.f;
+                }
             }
             for (int64_t c = 0; c < columns; c += NR)
                 product<T>(

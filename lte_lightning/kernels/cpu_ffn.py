@@ -13,12 +13,16 @@ from pathlib import Path
 
 import torch
 
+from lte_lightning.kernels.dense_mask import run_dense_mask
 from lte_lightning.kernels.layout import ACTIVATIONS, ExpertWeights
 from lte_lightning.kernels.views import run_views
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # Up to this many tokens each active row is read once from memory; above, tokens are grouped by expert (measured).
 FEW_TOKENS = 16
+# For more tokens, torch's dense product is faster from this share of (token, expert) pairs on, by type and instruction
+# set (measured on Zen 5 with MKL and oneDNN; that of tile instructions, where dense is fastest, is an estimate).
+BREAK_EVEN = {(torch.bfloat16, "avx512_bf16"): 0.5, (torch.bfloat16, "amx"): 0.1}
 SOURCES = ("cpu_ffn.cpp", "cpu_vector.h")
 FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fPIC", "-shared")
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
@@ -69,7 +73,20 @@ def _cpu_ffn(
     lib = library()
     if lib is None:
         return run_views(x_ND, mask_NE, weights)
+    if dense_is_faster(mask_NE, up_ESD.dtype):
+        return run_dense_mask(x_ND, mask_NE, weights)
     return run_compiled(lib, x_ND, mask_NE, weights, FEW_TOKENS)
+
+
+def dense_is_faster(mask_NE: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Says whether so much is selected that computing all of it and masking is faster.
+
+    Never where some expert is needed by no token: its weights must not be read.
+    """
+    if len(mask_NE) <= FEW_TOKENS:
+        return False
+    break_even = BREAK_EVEN.get((dtype, "amx" if has_amx() else instruction_set()), 1.1)
+    return break_even <= 1 and mask_NE.float().mean().item() >= break_even and bool(mask_NE.any(dim=0).all())
 
 
 @torch.library.register_fake("lte_lightning::cpu_ffn")
@@ -123,14 +140,25 @@ def library() -> ctypes.CDLL | None:
         return None
 
 
+@cache
+def _cpu_flags() -> frozenset[str]:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    return frozenset(next((line for line in lines if line.startswith("flags")), "").split())
+
+
+def has_amx() -> bool:
+    """Says whether torch multiplies bfloat16 in tiles here."""
+    return "amx_bf16" in _cpu_flags() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
 def instruction_set() -> str:
     """Returns the best of `INSTRUCTION_SETS` that this machine has (torch's ATEN_CPU_CAPABILITY can lower it)."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return "portable"
     level = torch.backends.cpu.get_cpu_capability()
     if level == "AVX512":
-        cpuinfo = Path("/proc/cpuinfo")
-        return "avx512_bf16" if cpuinfo.exists() and "avx512_bf16" in cpuinfo.read_text() else "avx512"
+        return "avx512_bf16" if "avx512_bf16" in _cpu_flags() else "avx512"
     return "avx2" if level == "AVX2" else "portable"
 
 

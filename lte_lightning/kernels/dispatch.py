@@ -45,7 +45,8 @@ def choose(backend: Backend, x: torch.Tensor, weight: torch.Tensor, gradient: bo
         return Choice("dense-mask")
     if gradient:
         return Choice("dense-mask", "a gradient may be wanted here (torch.no_grad() says that it is not)")
-    if torch.is_autocast_enabled(x.device.type):
+    kind = x.device.type
+    if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
         return Choice("dense-mask", "autocast is on, and the sparse backends compute in the weights' own type")
     if x.dtype != weight.dtype:
         return Choice("dense-mask", f"the input is {x.dtype}, the weights are {weight.dtype}")
@@ -53,7 +54,6 @@ def choose(backend: Backend, x: torch.Tensor, weight: torch.Tensor, gradient: bo
         return Choice("reference")
     if x.dtype not in DTYPES:
         return Choice("dense-mask", f"no sparse backend computes in {x.dtype}")
-    kind = x.device.type
     if kind == "cpu" and backend in ("auto", "cpu"):
         return Choice("cpu")
     if kind == "cuda" and backend in ("auto", "triton"):
