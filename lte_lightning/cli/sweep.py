@@ -37,6 +37,8 @@ def main(args: list[str]) -> None:
     signal.signal(signal.SIGTERM, _terminated)
     found = check(sweep, folder, points)
     with folder.hold(sweep):
+        folder.about["planned"] = [point.name for point in sweep.points()]
+        folder.save()
         runner = _runner(given, folder)
         tracker = Tracker(folder, found["tracking_uri"]) if found["mlflow"] else None
         trials = Trials(sweep, folder) if sweep.search else None
