@@ -25,6 +25,7 @@ from lte_lightning.core.checkpoint import save_pretrained
 from lte_lightning.core.errors import UserError
 
 RUN_FILE = "run.json"
+LAYOUT = 1  # of a run folder: what reads runs refuses another
 
 
 class Recorder(Callback):
@@ -39,6 +40,7 @@ class Recorder(Callback):
         name: Name of the MLflow run; the time of its start if not given.
         tracking_uri: MLflow's store; by default ``MLFLOW_TRACKING_URI`` or an embedded ``sqlite:///mlflow.db``.
         floor_from: A ``results.json`` whose ``floor`` (every expert off, adapted alike) is reported with this run's.
+        parent: Id of the MLflow run that this one belongs to, a sweep's.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class Recorder(Callback):
         name: str | None = None,
         tracking_uri: str | None = None,
         floor_from: str | None = None,
+        parent: str | None = None,
     ) -> None:
         self.root = Path(root).absolute()
         self.experiment = experiment
@@ -56,6 +59,7 @@ class Recorder(Callback):
         if self.tracking_uri.startswith("sqlite:///"):  # a resumed run may start in another folder
             self.tracking_uri = f"sqlite:///{Path(self.tracking_uri.removeprefix('sqlite:///')).absolute()}"
         self.floor = read_floor(floor_from) if floor_from else None
+        self.parent = parent
         self.folder: Path | None = None
         self.run_id: str | None = None
         self._fresh = False
@@ -88,6 +92,7 @@ class Recorder(Callback):
             tracking_uri=self.tracking_uri,
             artifact_location=location,
             run_id=self.run_id,
+            tags={"mlflow.parentRunId": self.parent} if self.parent else None,
         )
         if embedded and rank_zero_only.rank == 0:
             known = logger.experiment.get_experiment(logger.experiment_id).artifact_location
@@ -130,7 +135,7 @@ class Recorder(Callback):
         if trainer.is_global_zero and not (self.folder / RUN_FILE).exists():
             about = {"run_id": logger.run_id, "tracking_uri": self.tracking_uri} if logger else {}
             about = {"run_id": None, "tracking_uri": None, "experiment": self.experiment} | about
-            (self.folder / RUN_FILE).write_text(json.dumps(about, indent=2) + "\n")
+            write_json(self.folder / RUN_FILE, {"layout": LAYOUT, "name": self.name, **about})
         # Lightning would say so at every resumed fit
         warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
         for callback in trainer.checkpoint_callbacks:

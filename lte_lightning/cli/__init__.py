@@ -14,6 +14,8 @@ COMMANDS = {
     "validate": (TRAINING, "measure a model on the validation rows, as a fit does"),
     "test": (TRAINING, "measure a routed model: metric, sparsity, cost per token"),
     "predict": (TRAINING, "write a model's predictions, one row per example"),
+    "sweep": ("lte_lightning.cli.sweep", "run many fits: a grid, a list or a search, over several seeds"),
+    "report": ("lte_lightning.cli.report", "draw a page of what sweeps and runs found"),
     "cost": ("lte_lightning.cli.cost", "FLOPs, bytes and speed-up bound of a model at a sparsity"),
 }
 

@@ -116,18 +116,23 @@ def main(args: list[str] | None = None) -> None:
     try:
         make_cli(args)
     except Exception as error:
-        # jsonargparse wraps what a class says when it is made; Lightning has its own error for what users can put right
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, UserError | MisconfigurationException):
-            cause = cause.__cause__ or cause.__context__
-        if cause is None:
+        if (cause := user_error(error)) is None:
             raise
         refuse(cause)
     except SIGTERMException:
         sys.exit(128 + signal.SIGTERM)  # Lightning's own exit says that all went well
 
 
-def make_cli(args: list[str] | None = None, run: bool = True) -> LteCLI:
+def user_error(error: BaseException) -> BaseException | None:
+    """Returns what is meant for the user among an error and its causes, if anything is."""
+    # jsonargparse wraps what a class says when it is made; Lightning has its own error for what users can put right
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, UserError | MisconfigurationException):
+        cause = cause.__cause__ or cause.__context__
+    return cause
+
+
+def make_cli(args: list[str] | None = None, run: bool = True, cli_class: type[LteCLI] = LteCLI) -> LteCLI:
     """Parses a command line and, if asked, runs its subcommand (without ``run`` there is none, and no trainer.fit)."""
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     # What Lightning says at every start of a fit, and no user can mend: it asks torch 2.13 for the type of a LeafSpec,
@@ -136,7 +141,7 @@ def make_cli(args: list[str] | None = None, run: bool = True) -> LteCLI:
     warnings.filterwarnings("ignore", "Precision .* is not supported by the model summary")
     # nor do advertisements for its maker's services belong into the log of an experiment
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "💡 Tip" not in str(record.msg))
-    return LteCLI(
+    return cli_class(
         LteModule,
         LightningDataModule,
         subclass_mode_model=True,

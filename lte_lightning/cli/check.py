@@ -1,0 +1,51 @@
+"""Reads command lines of fits without running them: ``lte sweep`` asks it, in a process that may import Lightning.
+
+echo '[["fit", "--config", "a.yaml"]]' | python -m lte_lightning.cli.check
+"""
+
+import contextlib
+import io
+import json
+import sys
+from typing import Any
+
+from lte_lightning.cli.training import LteCLI, make_cli, user_error
+
+
+class _Checked(Exception):
+    """Everything was read; there is nothing to run."""
+
+
+class _Check(LteCLI):
+    """Reads many command lines with one parser, and makes what each describes, except for a trainer."""
+
+    def parse_arguments(self, parser: Any, args: list[list[str]]) -> None:
+        """Leaves without anything being run."""
+        raise _Checked([self._check(parser, words) for words in args])
+
+    def _check(self, parser: Any, words: list[str]) -> dict[str, Any]:
+        said = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+                super().parse_arguments(parser, words)
+                parser.instantiate_classes(self.config)
+        except SystemExit:
+            lines = [line for line in said.getvalue().splitlines() if not line.startswith("see ")]
+            return {"error": "\n".join(lines).removeprefix("error: ")}
+        except Exception as error:
+            return {"error": str(user_error(error) or error)}
+        logger = self.config.trainer.logger
+        return {"error": None, "mlflow": logger in (None, True), "tracking_uri": self.config.run.tracking_uri}
+
+
+def main() -> None:
+    """Reads lists of words from the standard input, prints one finding for each as JSON on the last line."""
+    commands = json.load(sys.stdin)
+    try:
+        make_cli([words[1:] for words in commands], run=False, cli_class=_Check)
+    except _Checked as checked:
+        print(json.dumps(checked.args[0]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,180 @@
+"""``lte sweep``: runs the fits of a sweep file, those that are missing."""
+
+import argparse
+import json
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lte_lightning.core.errors import UserError
+from lte_lightning.sweep.engine import Engine, Runner, Summary
+from lte_lightning.sweep.folder import SweepFolder
+from lte_lightning.sweep.local import LocalRunner
+from lte_lightning.sweep.search import Trials
+from lte_lightning.sweep.spec import Point, Sweep, options, read_sweep
+from lte_lightning.sweep.table import write_tables
+from lte_lightning.sweep.tracking import Tracker
+
+
+def main(args: list[str]) -> None:
+    """Runs the command.
+
+    Raises:
+        UserError: If something is wrong with the sweep, or a point failed.
+    """
+    given, rest = _parser().parse_known_args(args)
+    extra = _extra(rest)
+    sweep = read_sweep(given.sweep, extra, given.seeds)
+    folder = SweepFolder(given.folder or Path("runs") / f"sweep-{sweep.path.stem}")
+    points = _chosen(sweep.points(), given.only)
+    if given.dry_run:
+        return _show(sweep, folder, points)
+    signal.signal(signal.SIGTERM, _terminated)
+    found = check(sweep, folder, points)
+    with folder.hold(sweep):
+        folder.about["planned"] = [point.name for point in sweep.points()]
+        folder.save()
+        runner = _runner(given, folder)
+        tracker = Tracker(folder, found["tracking_uri"]) if found["mlflow"] else None
+        trials = Trials(sweep, folder) if sweep.search else None
+        engine = Engine(folder, runner, tracker, trials)
+        summary, whole = Summary(), False
+        try:
+            summary, whole = engine.run(points), True
+        finally:
+            files = write_tables(folder, list(engine.points.values()))
+            files += [trials.write_front(folder.path / "front.md")] if trials else []
+            if tracker:
+                tracker.end(files, failed=not whole or bool(summary.failed))
+    _report(summary, files[1], engine)
+
+
+def check(sweep: Sweep, folder: SweepFolder, points: list[Point]) -> dict[str, Any]:
+    """Reads the command lines of all points that are not done, in another process, before any is run.
+
+    Raises:
+        UserError: If one names an option that there is not, or a value that it does not take.
+    """
+    attempts = folder.attempts()
+    first_seed = [point for point in points if point.seed == sweep.seeds[0]]
+    missing = [point for point in first_seed if folder.finished(point.name, attempts) is None]
+    if sweep.search:
+        missing += sweep.trial({key: _example(given) for key, given in sweep.search.parameters.items()})[:1]
+    commands = {shlex.join(point.arguments()): point for point in missing or first_seed[:1]}
+    process = subprocess.run(
+        [sys.executable, "-m", "lte_lightning.cli.check"],
+        input=json.dumps([point.arguments() for point in commands.values()]),
+        capture_output=True,
+        text=True,
+    )
+    try:
+        found = json.loads(process.stdout.splitlines()[-1])
+    except (IndexError, ValueError) as error:
+        raise RuntimeError(f"the points could not be checked:\n{process.stderr}") from error
+    wrong = [
+        f"{point.name}: {one['error']}" for point, one in zip(commands.values(), found, strict=True) if one["error"]
+    ]
+    if wrong:
+        more = f"\n({len(wrong) - 3} more)" if len(wrong) > 3 else ""
+        raise UserError(
+            f"{sweep.path}: {len(wrong)} points are no possible fits; nothing was run\n" + "\n".join(wrong[:3]) + more
+        )
+    return {"mlflow": any(one["mlflow"] for one in found), "tracking_uri": found[0]["tracking_uri"]}
+
+
+def _example(given: dict[str, Any]) -> Any:
+    return given["choices"][0] if "choices" in given else given["low"]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lte sweep",
+        description="Runs the fits of a sweep file that are not done yet, each as one `lightning fit` of its own.",
+        epilog="Any further option is an option of every fit: lte sweep sweeps/minilm-sst2.yaml --data.source FOLDER",
+        allow_abbrev=False,
+    )
+    parser.add_argument("sweep", help="the sweep file")
+    parser.add_argument("--folder", help="where runs and state are kept (default: runs/sweep-NAME)")
+    parser.add_argument(
+        "--workers", type=int, help="fits at a time (default: 1, or all that a Ray cluster has room for)"
+    )
+    parser.add_argument("--seeds", type=_whole_numbers, help="instead of the file's: 0,1,2")
+    parser.add_argument("--only", action="append", help="run these variants alone, or points whose name begins so")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands, run nothing")
+    parser.add_argument("--ray-address", help="run on a Ray cluster: host:port, auto, or local for one of this machine")
+    parser.add_argument("--cpus", type=int, default=1, help="cores per fit on Ray (default: 1)")
+    parser.add_argument("--gpus", type=float, default=0, help="GPUs per fit on Ray (default: 0)")
+    return parser
+
+
+def _whole_numbers(text: str) -> list[int]:
+    return [int(word) for word in text.split(",")]
+
+
+def _extra(words: list[str]) -> dict[str, Any]:
+    """The options of every fit: ``--key value`` or ``--key=value``."""
+    found: dict[str, Any] = {}
+    rest = list(words)
+    while rest:
+        key, equals, value = rest.pop(0).partition("=")
+        if not key.startswith("--") or "." not in key:
+            raise UserError(
+                f"lte sweep has no option {key!r} (see lte sweep --help); options of the fits have a dot in them"
+            )
+        if not equals:
+            if not rest:
+                raise UserError(f"{key} has no value")
+            value = rest.pop(0)
+        found[key.removeprefix("--")] = yaml.safe_load(value) if value in ("true", "false", "null") else value
+    return found
+
+
+def _chosen(points: list[Point], only: list[str] | None) -> list[Point]:
+    if not only:
+        return points
+    mine = [p for p in points if p.role == "point" and (p.variant in only or p.name.startswith(tuple(only)))]
+    if not mine:
+        known = sorted({point.variant or point.name for point in points if point.role == "point"})
+        raise UserError(f"no point is called {' or '.join(only)}; there are {', '.join(known)}")
+    needed = {name for point in mine for name in point.needs}
+    return [point for point in points if point in mine or point.name in needed]
+
+
+def _runner(given: argparse.Namespace, folder: SweepFolder) -> Runner:
+    if given.ray_address is None:
+        return LocalRunner(1 if given.workers is None else given.workers, inherited=folder.lock)
+    from lte_lightning.sweep.ray import RayRunner
+
+    return RayRunner(given.ray_address, given.workers, given.cpus, given.gpus)
+
+
+def _show(sweep: Sweep, folder: SweepFolder, points: list[Point]) -> None:
+    engine, attempts = Engine(folder, LocalRunner()), folder.attempts()
+    for point in points:
+        done = folder.finished(point.name, attempts)
+        print(f"# {point.name}{': done' if done else ''}")
+        print(f"lightning {shlex.join(point.arguments())} {shlex.join(options(engine.place(point)))}")
+    if sweep.search:
+        print(f"# and {sweep.search.trials} trials over {', '.join(sweep.search.parameters)}, as Optuna proposes them")
+
+
+def _report(summary: Summary, table: Path, engine: Engine) -> None:
+    print(table.read_text(), end="")
+    print(f"lte report {engine.folder.path} --out {engine.folder.path / 'report'}   draws it")
+    print(table, flush=True)
+    if summary.failed or summary.blocked:
+        lines = [f"  {name}: exit code {code}, {engine.folder.log(name)}" for name, code in summary.failed.items()]
+        lines += [f"  {name}: not run, for a fit that it needs failed" for name in summary.blocked]
+        raise UserError(
+            f"{len(summary.failed)} of {len(engine.points)} points failed, {len(summary.blocked)} were not run; start "
+            "the sweep again to try them once more\n" + "\n".join(lines)
+        )
+
+
+def _terminated(*_: Any) -> None:
+    sys.exit(128 + signal.SIGTERM)

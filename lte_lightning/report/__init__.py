@@ -1,0 +1,1 @@
+"""What sweeps and runs found, as pictures and one page that people look at."""

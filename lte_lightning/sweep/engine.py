@@ -1,0 +1,203 @@
+"""What is run next, what became of it, and what is said about it."""
+
+import contextlib
+import os
+import shlex
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from lte_lightning.sweep.folder import SweepFolder, resumable
+from lte_lightning.sweep.search import Trials
+from lte_lightning.sweep.spec import Point, options
+from lte_lightning.sweep.table import describe, read_results
+from lte_lightning.sweep.tracking import Tracker
+
+
+class Runner(Protocol):
+    """Runs commands somewhere."""
+
+    slots: int
+
+    def start(self, name: str, words: list[str], log: Path) -> None:
+        """Starts a command."""
+
+    def wait(self) -> tuple[str, int]:
+        """Returns the name and the exit code of the next command that ends."""
+
+    def stop(self) -> None:
+        """Ends all commands."""
+
+
+@dataclass
+class Summary:
+    """What became of the points: names of those done, failed with their exit codes, and not run."""
+
+    done: list[str] = field(default_factory=list)
+    failed: dict[str, int] = field(default_factory=dict)
+    blocked: list[str] = field(default_factory=list)
+
+
+class Engine:
+    """Runs the points of a sweep that are not done yet, each when those that it needs are.
+
+    Args:
+        folder: The sweep's folder, held.
+        runner: Who runs the fits.
+        tracker: Who tells MLflow, if anybody.
+        trials: Who proposes further points, if anybody.
+        say: Where to print.
+    """
+
+    def __init__(
+        self,
+        folder: SweepFolder,
+        runner: Runner,
+        tracker: Tracker | None = None,
+        trials: Trials | None = None,
+        say: Callable[[str], None] = lambda line: print(line, flush=True),
+    ) -> None:
+        self.folder, self.runner, self.tracker, self.trials, self.say = folder, runner, tracker, trials, say
+        self.summary = Summary()
+        self.points: dict[str, Point] = {}
+        self._pending: list[Point] = []
+        self._running: dict[str, float] = {}
+        self._runs: dict[str, Path] = {}
+
+    def run(self, points: list[Point]) -> Summary:
+        """Runs what is missing of the points, and of the trials; returns what became of all of them.
+
+        A point that was killed goes on from its last checkpoint; one that failed does too, and is done afresh if it
+        fails again. A failed point stops no others than those that need it.
+        """
+        self._add(points)
+        try:
+            while True:
+                while len(self._running) < self.runner.slots and self._start_next():
+                    pass
+                if not self._running:
+                    break
+                self._settle(*self.runner.wait())
+        except BaseException:
+            self.say(f"Stopped: {len(self._running)} running points are ended, start the sweep again to go on.")
+            self.runner.stop()
+            raise
+        return self.summary
+
+    def _add(self, points: list[Point]) -> None:
+        attempts = self.folder.attempts()
+        for point in points:
+            if point.name in self.points:
+                continue
+            self.points[point.name] = point
+            run = self.folder.finished(point.name, attempts)
+            if run is None:
+                self._pending.append(point)
+            else:
+                self._runs[point.name] = run
+                self._finish(point, run)
+        if found := [point for point in points if point.name in self._runs]:
+            self.say(f"{len(found)} of {len(points)} points are done already.")
+
+    def _start_next(self) -> bool:
+        for point in list(self._pending):
+            lost = [name for name in point.needs if name in self.summary.failed or name in self.summary.blocked]
+            if lost:
+                self._pending.remove(point)
+                self.summary.blocked.append(point.name)
+                self.folder.remember(point, status="blocked")
+                self.say(f"{self._count()} {point.name}: not run, for {lost[0]} failed")
+                self._tell_trials(point, None)
+            elif all(name in self._runs for name in point.needs):
+                self._pending.remove(point)
+                self._start(point)
+                return True
+        # A trial is asked for when nothing waits, so that none is proposed before the others' results are known
+        if not self._pending and self.trials is not None and (more := self.trials.ask()):
+            self._add(more)
+            return True
+        return False
+
+    def _start(self, point: Point) -> None:
+        words = self.words(point)
+        before = self.folder.status(point.name)
+        with self.folder.log(point.name).open("a") as log:
+            log.write(f"$ lightning {shlex.join(words)}\n")
+        self.folder.remember(
+            point,
+            status="running",
+            command=before.get("command") if "--ckpt_path" in words else f"lightning {shlex.join(words)}",
+            resumed="--ckpt_path" in words,
+            began=time.strftime("%Y-%m-%d %H:%M:%S"),
+        )
+        self.runner.start(point.name, words, self.folder.log(point.name))
+        self._running[point.name] = time.monotonic()
+
+    def words(self, point: Point) -> list[str]:
+        """Returns the words of a point's command: its fit, or how its last one goes on."""
+        runs = self.folder.attempts().get(point.name, [])
+        before = self.folder.status(point.name)
+        if runs and resumable(runs[-1]) and not (before.get("status") == "failed" and before.get("resumed")):
+            run = os.path.relpath(runs[-1])
+            return ["fit", "--config", f"{run}/config.yaml", "--ckpt_path", f"{run}/checkpoints/last.ckpt"]
+        for run in runs:  # no checkpoint, or one that led nowhere twice
+            shutil.rmtree(run, ignore_errors=True)
+            if self.tracker:
+                self.tracker.forget(run.name)
+        return point.arguments() + options(self.place(point))
+
+    def place(self, point: Point) -> dict[str, Any]:
+        """Returns the options that give a point what it needs, and tell it where to leave its run."""
+        given: dict[str, Any] = {}
+        if point.start:
+            given["model.init_from"] = os.path.relpath(self._run(point.start) / "model")
+        if point.floor:
+            given["run.floor_from"] = os.path.relpath(self._run(point.floor) / "results.json")
+        given |= {"run.root": os.path.relpath(self.folder.path.parent), "run.experiment": self.folder.path.name}
+        given |= {"run.name": point.name, "trainer.enable_progress_bar": False}
+        return given | (self.tracker.options() if self.tracker else {})
+
+    def _run(self, name: str) -> Path:
+        return self._runs.get(name) or self.folder.path / f"<run of {name}>"
+
+    def _settle(self, name: str, code: int) -> None:
+        point, seconds = self.points[name], time.monotonic() - self._running.pop(name)
+        run = self.folder.finished(name)
+        seconds += self.folder.status(name).get("seconds", 0.0)
+        if code == 0 and run is not None:
+            self._runs[name] = run
+            self.folder.remember(point, seconds=round(seconds, 1))
+            self._finish(point, run)
+            figures = describe(read_results(run))
+            self.say(f"{self._count()} {name}: {figures} ({seconds:.0f} s); {self._left()} left")
+            return
+        self.summary.failed[name] = code
+        self.folder.remember(point, status="failed", code=code, seconds=round(seconds, 1))
+        self.say(f"{self._count()} {name}: FAILED with exit code {code}; {self._left()} left. Its log ends with")
+        for line in self.folder.last_lines(name):
+            self.say(f"    {line}")
+        self._tell_trials(point, None)
+
+    def _finish(self, point: Point, run: Path) -> None:
+        self.summary.done.append(point.name)
+        if self.folder.status(point.name).get("status") != "done":
+            self.folder.remember(point, status="done", run=run.name)
+            if self.tracker:
+                self.tracker.point_done(point, run)
+        self._tell_trials(point, run)
+
+    def _tell_trials(self, point: Point, run: Path | None) -> None:
+        if self.trials is not None:
+            with contextlib.suppress(KeyError):
+                self.trials.tell(point.name, run and read_results(run))
+
+    def _count(self) -> str:
+        ended = len(self.summary.done) + len(self.summary.failed) + len(self.summary.blocked)
+        return f"[{ended}/{max(len(self.points), ended)}]"
+
+    def _left(self) -> int:
+        further = self.trials.left() if self.trials else 0
+        return len(self._pending) + len(self._running) + further

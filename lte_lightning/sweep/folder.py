@@ -1,0 +1,201 @@
+"""A sweep's folder: everything it knows lies there in plain files.
+
+``sweep.json`` says what the sweep is, ``points/NAME.json`` what became of each fit, ``points/NAME.log`` what it
+printed. The runs of the fits lie beside them, as any fit leaves them; a finished run is what counts, the rest is
+remembered for people.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import time
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lte_lightning.core.errors import UserError
+from lte_lightning.sweep.spec import Point, Sweep
+
+LAYOUT = 1
+SWEEP_FILE = "sweep.json"
+# A killed sweep's fits end themselves; a new one waits for them for so many seconds
+PATIENCE = 60
+
+
+class SweepFolder:
+    """The folder of one sweep, ``<root of its runs>/<experiment>``.
+
+    Args:
+        path: The folder; it need not exist.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).absolute()
+        self.points = self.path / "points"
+        self.about: dict[str, Any] = {}
+        self.lock: int | None = None
+
+    @contextmanager
+    def hold(self, sweep: Sweep, patience: float = PATIENCE) -> Iterator[None]:
+        """Makes the folder this sweep's, and nobody else's as long as the context lasts.
+
+        The lock is inherited by the fits: as long as one of a killed sweep still runs, no second one starts the same.
+
+        Raises:
+            UserError: If the folder cannot be written, holds something else, or another sweep runs in it.
+        """
+        self._check_content()
+        try:
+            self.points.mkdir(parents=True, exist_ok=True)
+            self.lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise UserError(f"cannot write the sweep's folder {self.path}: {error}; choose another --folder") from error
+        try:
+            self._take(self.lock, patience)
+            self._check_content()
+            self._begin(sweep)
+            yield
+        finally:
+            os.close(self.lock)
+            self.lock = None
+
+    def _take(self, lock: int, patience: float) -> None:
+        deadline = time.monotonic() + patience
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                holder = os.pread(lock, 32, 0).decode().strip()
+                if _is_alive(holder):
+                    raise UserError(
+                        f"another sweep (process {holder}) runs in {self.path}; wait for it, or choose another --folder"
+                    ) from error
+                if time.monotonic() > deadline:
+                    raise UserError(
+                        f"fits of a sweep that was killed (process {holder}) still run in {self.path}; end them, or "
+                        "wait for them, and start the sweep again"
+                    ) from error
+                time.sleep(0.2)
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, str(os.getpid()).encode(), 0)
+
+    def _check_content(self) -> None:
+        file = self.path / SWEEP_FILE
+        if file.exists():
+            self.about = read_sweep_file(file)
+        elif self.path.exists() and any(name.name not in ("points", "lock") for name in self.path.iterdir()):
+            raise UserError(f"{self.path} holds something else than a sweep; choose another --folder")
+
+    def _begin(self, sweep: Sweep) -> None:
+        files = {os.path.relpath(file, sweep.path.parent): file for b in sweep.variants.values() for file in b.configs}
+        sums = {name: hashlib.sha256(Path(file).read_bytes()).hexdigest() for name, file in sorted(files.items())}
+        old = self.about.get("configs", {})
+        changed = [name for name, checksum in sums.items() if old.get(name, checksum) != checksum]
+        if changed:
+            raise UserError(
+                f"{', '.join(changed)} changed since the sweep in {self.path} began, so its points would not be "
+                "comparable; put the file back, or choose another --folder"
+            )
+        self.about |= {"layout": LAYOUT, "name": sweep.path.stem, "text": sweep.about, "configs": old | sums}
+        self.save()
+
+    def save(self) -> None:
+        """Writes ``sweep.json``."""
+        write_json(self.path / SWEEP_FILE, self.about)
+
+    # What became of the points
+
+    def status(self, name: str) -> dict[str, Any]:
+        """Returns what is remembered of a point; nothing if its file is damaged or was never written."""
+        try:
+            return json.loads((self.points / f"{name}.json").read_text())
+        except (OSError, ValueError):
+            return {}
+
+    def remember(self, point: Point, **facts: Any) -> None:
+        """Adds to what is remembered of a point."""
+        keys = ("name", "role", "variant", "parameters", "seed", "start", "floor")
+        identity = {key: getattr(point, key) for key in keys}
+        write_json(self.points / f"{point.name}.json", self.status(point.name) | identity | facts)
+
+    def log(self, name: str) -> Path:
+        """Returns the file of what a point printed."""
+        return self.points / f"{name}.log"
+
+    def last_lines(self, name: str, count: int = 5) -> list[str]:
+        """Returns the end of what a point printed."""
+        try:
+            text = self.log(name).read_text(errors="replace")
+        except OSError:
+            return []
+        return [line for line in text.splitlines() if line.strip()][-count:]
+
+    def attempts(self) -> dict[str, list[Path]]:
+        """Returns the run folders of all points by name, oldest first."""
+        found: dict[str, list[Path]] = {}
+        for file in sorted(self.path.glob("*/run.json"), key=lambda file: file.stat().st_mtime_ns):
+            about = _read(file)
+            if about.get("name"):
+                found.setdefault(about["name"], []).append(file.parent)
+        return found
+
+    def finished(self, name: str, attempts: dict[str, list[Path]] | None = None) -> Path | None:
+        """Returns the run folder of a point that is done: its results are there, and its model."""
+        runs = (self.attempts() if attempts is None else attempts).get(name, [])
+        return next((run for run in runs if _is_whole(run)), None)
+
+
+def resumable(run: Path) -> bool:
+    """Says whether a run that was killed left a checkpoint and the configuration to go on with."""
+    return zipfile.is_zipfile(run / "checkpoints" / "last.ckpt") and (run / "config.yaml").exists()
+
+
+def read_sweep_file(file: Path) -> dict[str, Any]:
+    """Returns the contents of a ``sweep.json``.
+
+    Raises:
+        UserError: If it is damaged, or of another version.
+    """
+    about = _read(file)
+    if about.get("layout") != LAYOUT:
+        raise UserError(
+            f"{file} has layout {about.get('layout')!r}, this lte-lightning reads {LAYOUT}; use the version that wrote "
+            "it, or choose another folder"
+        )
+    return about
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes a JSON file that is there whole or not at all."""
+    staging = path.with_name(f"{path.name}.tmp")
+    staging.write_text(json.dumps(content, indent=2) + "\n")
+    staging.replace(path)
+
+
+def _is_whole(run: Path) -> bool:
+    # results.json is written after model/, and whole
+    return (run / "results.json").exists() and (run / "model").is_dir()
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _is_alive(pid: str) -> bool:
+    if not pid.isdigit():
+        return True  # it has the lock, and is about to write its number
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,115 @@
+"""A sweep's folder as fits would have left it, with figures that a test can compute by hand."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lte_lightning.sweep.folder import LAYOUT
+
+DENSE, FLOOR = 0.90, 0.60
+# Method: its figure at a sparsity
+METHODS = {
+    "LTE": lambda s: DENSE - 0.04 * s**4,
+    "TEAL": lambda s: DENSE - 0.3 * s**3,
+    "<b>KLA & Co.</b>": lambda s: DENSE - 0.1 * s**2,
+}
+SPARSITIES = (0.5, 0.7, 0.8, 0.9)
+GFLOP = 2**30
+
+
+def results(task: str, metric: str, hard: float | None, sparsity: float | None, seed: int, **more: Any) -> dict:
+    attention, ffn = 4.0 * GFLOP, 8.0 * GFLOP
+    return {
+        "task": task,
+        "data": "x",
+        "metric": metric,
+        "dense": DENSE + seed / 100,
+        "soft": None,
+        "hard_before": None,
+        "hard": hard,
+        "sparsity": sparsity,
+        "sparsity_per_layer": None if sparsity is None else [sparsity - 0.1, sparsity, sparsity + 0.1],
+        "flops_per_token": int(attention + ffn * (1 - (sparsity or 0))),
+        "dense_flops_per_token": int(attention + ffn),
+        "bound": 1 / (1 - 2 / 3 * (sparsity or 0)),
+        "seconds_per_stage": {"router": 12.0},
+        "seed": seed,
+        "versions": {"python": "3.11", "torch": "2.13", "threads": 1},
+    } | more
+
+
+def write_run(folder: Path, name: str | None, found: dict[str, Any], selector: str = "router") -> Path:
+    histogram = [[10 if i < 25 else 5 if i > 40 else 1 for i in range(50)]] * 3
+    (folder / "model").mkdir(parents=True)
+    about = {"layout": 1, "name": name, "run_id": None, "tracking_uri": None, "experiment": "x"}
+    (folder / "run.json").write_text(json.dumps(about))
+    (folder / "results.json").write_text(json.dumps(found))
+    measured = {"measured": {"hard": {"score_histogram": histogram}}}
+    model = {"layout_version": 1, "lte": {"selector": selector}, "about": measured}
+    (folder / "model" / "lte_config.json").write_text(json.dumps(model))
+    eta = 1 - (found["sparsity"] or 0)
+    (folder / "config.yaml").write_text(
+        f"seed_everything: {found['seed']}\nmodel: {{init_args: {{efficiency_weight: {eta:.2f}, seed: 4}}}}\n"
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_sweep() -> Callable[..., Path]:
+    """`make_sweep(folder)` writes a sweep: three methods, four sparsities, three seeds, and a point that failed."""
+
+    def make(folder: Path, task: str = "sst2", metric: str = "accuracy") -> Path:
+        (folder / "points").mkdir(parents=True)
+
+        def point(name: str, status: str = "done", **more: Any) -> None:
+            facts = {"name": name, "role": "point", "variant": None, "parameters": {}, "status": status}
+            facts["command"] = f"lightning fit --config a.yaml --run.name {name} '<i>&'"
+            (folder / "points" / f"{name}.json").write_text(json.dumps(facts | more))
+
+        for seed in range(3):
+            write_run(folder / f"start{seed}", f"start{seed}", results(task, metric, None, None, seed))
+            point(f"start{seed}", role="start", seed=seed)
+            floor = FLOOR + seed / 100
+            found = results(task, metric, floor, 1.0, seed, floor=floor)
+            write_run(folder / f"floor{seed}", f"floor{seed}", found, "none")
+            point(f"floor{seed}", role="floor", seed=seed)
+            for method, curve in METHODS.items():
+                for i, sparsity in enumerate(SPARSITIES):
+                    name = f"{list(METHODS).index(method)}-{i}-{seed}"
+                    found = results(task, metric, curve(sparsity) + seed / 100, sparsity, seed, floor=floor)
+                    write_run(folder / name, name, found)
+                    point(name, variant=method, parameters={"model.eta": i}, seed=seed)
+        point("LTE-broken", "failed", variant="LTE", seed=0)
+        about = {"layout": LAYOUT, "name": "trial", "text": "All <methods> at once.", "planned": ["LTE-never"]}
+        (folder / "sweep.json").write_text(json.dumps(about))
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def swept(make_sweep, tmp_path_factory) -> Path:
+    """Such a sweep; nobody changes it."""
+    return make_sweep(tmp_path_factory.mktemp("swept") / "trial")
+
+
+BENCH = (
+    "shape,scope,phase,dtype,tokens,sparsity,backend,threads,dense_ms,ms,ratio,router_ms,bound,share_of_bound,load\n"
+)
+
+
+@pytest.fixture(scope="session")
+def bench_csv(tmp_path_factory) -> Path:
+    """A file such as `lte bench --csv` writes."""
+    rows = [
+        f"llama2-7b,{scope},decode,bf16,1,{s},{backend},2,10.0,{10 / r:.3f},{r},0.1,{1 / (1.01 - s):.2f},0.9,0.5\n"
+        for scope in ("ffn", "model")
+        for backend, gain in (("cpu", 0.9), ("reference", 0.4))
+        for s, r in ((s, round(gain / (1.05 - s), 3)) for s in (0.0, 0.5, 0.8, 0.9))
+    ]
+    file = tmp_path_factory.mktemp("bench") / "out.csv"
+    file.write_text(BENCH + "".join(rows))
+    return file

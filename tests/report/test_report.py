@@ -1,0 +1,224 @@
+"""What a report says of figures that are known, and what it refuses."""
+
+import base64
+import json
+import re
+import shutil
+import struct
+from html.parser import HTMLParser
+
+import pytest
+
+from lte_lightning.cli import main
+from lte_lightning.core.errors import UserError
+from lte_lightning.report import tables
+from lte_lightning.report.collect import collect
+
+
+@pytest.fixture(scope="module")
+def material(swept):
+    return collect([swept])
+
+
+@pytest.fixture(scope="module")
+def page(swept, bench_csv, tmp_path_factory):
+    """The folder of a report, written by the command."""
+    out = tmp_path_factory.mktemp("out") / "report"
+    main(["report", str(swept), "--out", str(out), "--bench", str(bench_csv)])
+    return out
+
+
+class Reader(HTMLParser):
+    """Collects what a page holds, and that its elements are closed in order."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.found, self.text = [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+        if tag not in ("meta", "link", "img", "source"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def read(page):
+    reader = Reader()
+    reader.feed((page / "index.html").read_text())
+    assert reader.open == []
+    return reader
+
+
+def test_the_page_is_whole_and_needs_nothing_from_outside(page):
+    reader = read(page)
+    uris = [value for _, attrs in reader.found for key, value in attrs.items() if key in ("src", "srcset", "href")]
+    assert all(uri.startswith("data:") for uri in uris)
+    text = re.sub(r"data:image/png;base64,[A-Za-z0-9+/=]+", "", (page / "index.html").read_text())
+    assert not re.search(r"https?://|@import|url\(|<script", text)
+    images = [attrs for tag, attrs in reader.found if tag == "img"]
+    sources = [attrs for tag, attrs in reader.found if tag == "source"]
+    assert len(images) == len(sources) == len(list(page.glob("*.png"))) == 6
+    assert all(attrs["alt"] for attrs in images)
+    for attrs in [*images, *sources]:
+        png = base64.b64decode((attrs.get("src") or attrs["srcset"]).removeprefix("data:image/png;base64,"))
+        assert png.startswith(b"\x89PNG")
+        assert struct.unpack(">II", png[16:24])[0] == 780
+    assert len({attrs["src"] for attrs in images} | {attrs["srcset"] for attrs in sources}) == 12
+    assert {file.name for file in page.iterdir()} == {
+        *("index.html", "quality-sst2.png", "span-sst2.png", "layers-sst2.png", "scores-sst2.png"),
+        *("latency-0.png", "latency-1.png"),
+    }
+
+
+def test_what_the_sweep_says_is_text_and_no_markup(page):
+    text = (page / "index.html").read_text()
+    assert "<b>KLA" not in text
+    assert "<methods>" not in text
+    assert "<i>" not in text
+    said = " ".join(read(page).text)
+    assert "<b>KLA & Co.</b>" in said
+    assert "All <methods> at once." in said
+    assert "--run.name 0-0-0 '<i>&'" in said
+
+
+def test_the_summary(material):
+    lines = tables.summary(material, None)
+    assert lines[0] == (
+        "sst2: the dense model reaches accuracy 0.9100 ± 0.0100; with every FFN expert off and adapted alike, the "
+        "floor, 0.6100 ± 0.0100."
+    )
+    # LTE loses 0.04 s^4: 0.0096 at 0.7, 0.0164 at 0.8; the others lose more than 0.01 at 0.5
+    kept = 100 * (0.3 - 0.04 * 0.7**4) / 0.3
+    assert lines[1] == (
+        "sst2: LTE loses at most 0.01 up to 70 % of the FFN neurons off (accuracy 0.9004 ± 0.0100) and keeps "
+        f"{kept:.0f} ± 0 % of the span from floor to dense."
+    )
+    assert lines[2] == "sst2: TEAL loses more than 0.01 at every setting that was run."
+
+
+def test_the_flops_table_is_the_papers(material):
+    table = tables.flops(material, 0.05)
+    assert table.heads == ["", "sst2 (≤ 0.05 lost)"]
+    # 4 + 8 (1 - s): LTE loses 0.026 at 0.9, TEAL 0.0375 at 0.5, KLA 0.049 at 0.7
+    assert table.rows == [
+        ["dense", "12"],
+        ["LTE", "4.8 (2.50x, 90 % off)"],
+        ["TEAL", "8 (1.50x, 50 % off)"],
+        ["<b>KLA & Co.</b>", "6.4 (1.88x, 70 % off)"],
+    ]
+    assert tables.flops(material, 0.02).rows[2] == ["TEAL", "none within"]
+
+
+def test_the_best_figure_at_a_sparsity(material):
+    table = tables.levels(material, "sst2")
+    assert table.heads[1:] == ["≥ 48 % off", "≥ 68 % off", "≥ 78 % off", "≥ 88 % off"]
+    assert table.rows[0] == ["LTE"] + [
+        f"{0.91 - 0.04 * s**4:.4f} ± 0.0100 at {100 * s:.0f} %" for s in (0.5, 0.7, 0.8, 0.9)
+    ]
+
+
+def test_what_was_not_run_is_said(material, swept, bench_csv):
+    lines = tables.not_run(material)
+    assert lines[:2] == ["Not done: LTE-never (not started).", "Not done: LTE-broken (failed)."]
+    (absent,) = (line for line in lines if line.startswith("No figures of"))
+    assert "Wanda" in absent
+    assert "TEAL" not in absent
+    assert "KLA" not in absent
+    assert any("No latency was measured" in line for line in lines)
+    assert not any("No latency" in line for line in tables.not_run(collect([swept], [bench_csv])))
+    assert not any("One seed only" in line for line in lines)
+
+
+def test_perplexity_is_better_when_lower(make_sweep, tmp_path):
+    folder = make_sweep(tmp_path / "lm", "wikitext", "perplexity")
+    for file in folder.glob("*/results.json"):
+        found = json.loads(file.read_text())
+        for key in ("dense", "hard", "floor"):
+            if found.get(key) is not None:
+                found[key] = 10 + 10 * (0.9 - found[key])
+        file.write_text(json.dumps(found))
+    material = collect([folder])
+    assert tables.tolerance_of("perplexity", None) == 0.5
+    # LTE gains 0.4 s^4, TEAL 3 s^3: 0.375 at 0.5
+    assert [row[1].split("(")[1] for row in tables.flops(material, None).rows[1:3]] == [
+        "2.50x, 90 % off)",
+        "1.50x, 50 % off)",
+    ]
+    lte = material.settings()[0]
+    assert lte.mean("span_kept") == pytest.approx((3 - 0.4 * 0.5**4) / 3)
+
+
+def test_runs_without_a_sweep_are_told_apart_by_their_configuration(swept, tmp_path):
+    for name in ("0-0-0", "0-0-1", "0-3-0", "floor0", "start0"):
+        shutil.copytree(swept / name, tmp_path / "runs" / name)
+    material = collect([tmp_path / "runs"])
+    assert [run.role for run in sorted(material.runs, key=lambda run: run.folder.name)] == ["point"] * 3 + [
+        "floor",
+        "start",
+    ]
+    settings = material.settings()
+    assert [(s.method, len(s.runs)) for s in settings] == [("LTE", 2), ("LTE", 1)]
+    assert [s.parameters for s in settings] == [{"model.init_args.efficiency_weight": e} for e in (0.5, 0.1)]
+    assert material.runs[0].command == f"lightning fit --config {material.runs[0].folder}/config.yaml"
+    alone = collect([tmp_path / "runs" / "0-0-0", tmp_path / "runs" / "0-3-0", tmp_path / "runs"])
+    assert len(alone.runs) == 5  # none twice
+
+
+def test_union_sparsity_is_drawn_where_it_was_measured(swept, tmp_path):
+    folder = shutil.copytree(swept, tmp_path / "trial")
+    for name in ("0-0-0", "0-3-0"):
+        file = folder / name / "results.json"
+        union = {"union_sparsity": {"1": 0.5, "2": 0.4, "16": 0.2}}
+        file.write_text(json.dumps(json.loads(file.read_text()) | union))
+    main(["report", str(folder), "--out", str(tmp_path / "out")])
+    assert (tmp_path / "out" / "union-sst2.png").exists()
+    assert "Union sparsity against batch size was not measured" not in (tmp_path / "out" / "index.html").read_text()
+
+
+def test_bad_input(swept, tmp_path, bench_csv):
+    def refused(message, *sources, bench=()):
+        with pytest.raises(UserError, match=message):
+            collect(sources, bench)
+
+    refused("there is no folder nowhere", "nowhere")
+    (tmp_path / "empty").mkdir()
+    refused("empty holds no finished run", tmp_path / "empty")
+    folder = shutil.copytree(swept, tmp_path / "newer")
+    run = folder / "0-0-0"
+    about = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(about | {"layout": 7}))
+    refused("run folder .*0-0-0 has layout 7, this lte-lightning reads 1", folder)
+    (run / "run.json").write_text("{")
+    refused("run.json is damaged", folder)
+    (run / "run.json").write_text(json.dumps(about))
+    (run / "results.json").write_text("{}")
+    refused("results.json is damaged, or was written by another version", folder)
+    (folder / "sweep.json").write_text("{}")
+    refused("sweep.json has layout None, this lte-lightning reads 1", folder)
+    (tmp_path / "wrong.csv").write_text("a,b\n1,2\n")
+    refused(
+        "wrong.csv is no CSV file of lte bench: it has no column backend, bound", swept, bench=[tmp_path / "wrong.csv"]
+    )
+    (tmp_path / "words.csv").write_text(bench_csv.read_text().replace(",0.5,cpu", ",half,cpu", 1))
+    refused(
+        "cannot read the benchmark .*words.csv: could not convert string to float: 'half'",
+        swept,
+        bench=[tmp_path / "words.csv"],
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [(["--tolerance", "-1"], "tolerance is -1.0"), ([], "cannot write the report to .*choose another --out")],
+)
+def test_the_command_refuses(words, message, swept, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as stop:
+        main(["report", str(swept), "--out", str(tmp_path / "file" / "report"), *words])
+    assert stop.value.code == 1
+    assert re.search(message, capsys.readouterr().err)

@@ -1,0 +1,257 @@
+"""What is run, in which order, what is left after a failure or a kill, and what the next sweep does."""
+
+import csv
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from lte_lightning.core.errors import UserError
+from lte_lightning.sweep.folder import SweepFolder
+from lte_lightning.sweep.local import LocalRunner, cores
+from lte_lightning.sweep.spec import read_sweep
+from lte_lightning.sweep.table import write_tables
+
+ETA = "model.efficiency_weight"
+
+
+def until(condition, seconds=30):
+    """Waits until something is so, and returns it."""
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        if time.monotonic() > deadline:
+            pytest.fail("it never came to that")
+        time.sleep(0.02)
+    return found
+
+
+def statuses(folder):
+    return {file.name.split("-s")[0]: json.loads(file.read_text())["status"] for file in folder.points.glob("*.json")}
+
+
+def test_every_point_is_run_once_after_what_it_needs(bench):
+    trial = bench(seeds=[0, 1], start={}, floor={}, grid={ETA: [0.1, 0.5]})
+    swept = trial.run(workers=2)
+    assert len(swept.summary.done) == 2 + 2 + 4
+    assert (swept.summary.failed, swept.summary.blocked) == ({}, [])
+    assert [re.match(r"\[(\d+)/8\]", line)[1] for line in swept.said] == [str(i) for i in range(1, 9)]
+    left = [int(re.search(r"(\d+) left$", line)[1]) for line in swept.said]
+    assert left == list(range(7, -1, -1))
+    (line,) = (line for line in swept.said if "efficiency_weight=0.5-s1" in line)
+    assert "accuracy: dense 0.9100, hard 0.8600, sparsity 33.3 %" in line
+    runs = swept.folder.attempts()
+    for name, point in swept.engine.points.items():
+        (run,) = runs[name]
+        given = json.loads((run / "config.yaml").read_text())
+        if point.role == "point":
+            assert given["--model.init_from"] == f"runs/trial/{runs[point.start][0].name}/model"
+            assert given["--run.floor_from"] == f"runs/trial/{runs[point.floor][0].name}/results.json"
+    assert f"threads {max(1, cores() // 2)}\n" in swept.log("start-s0")
+    again = trial.run()
+    assert again.said == ["8 of 8 points are done already."]
+    assert {name: [run.name for run in found] for name, found in again.folder.attempts().items()} == {
+        name: [run.name for run in found] for name, found in runs.items()
+    }
+
+
+def test_new_points_join_and_old_ones_stay(bench):
+    trial = bench(grid={ETA: [0.1]})
+    (first,) = trial.run().summary.done
+    trial.content["grid"] = {ETA: [0.2, 0.1]}
+    second = trial.run()
+    assert second.said[0] == "1 of 2 points are done already."
+    assert len(second.summary.done) == 2
+    assert first in second.summary.done
+
+
+def test_a_failed_point_stops_nobody_and_is_tried_again(bench, tmp_path):
+    points = [{ETA: 0.1}, {ETA: 0.2, "data.fail": "true"}, {ETA: 0.3}]
+    trial = bench(list=points)
+    swept = trial.run()
+    assert len(swept.summary.done) == 2
+    ((name, code),) = swept.summary.failed.items()
+    assert ("0.2" in name, code) == (True, 1)
+    where = next(i for i, line in enumerate(swept.said) if "FAILED" in line)
+    assert swept.said[where].endswith("FAILED with exit code 1; 1 left. Its log ends with")
+    assert swept.said[where + 1 : where + 5][-2:] == ["    a line before", "    error: this point cannot be"]
+    assert sorted(statuses(swept.folder).values()) == ["done", "done", "failed"]
+    table, text = write_tables(swept.folder, list(swept.engine.points.values()))
+    rows = {row["model.efficiency_weight"]: row for row in csv.DictReader(table.read_text().splitlines())}
+    assert {key: row["status"] for key, row in rows.items()} == {"0.1": "done", "0.2": "failed", "0.3": "done"}
+    assert (rows["0.1"]["hard"], rows["0.2"]["hard"]) == ("0.89", "")
+    assert f"1 of 3 fits are not done: {name}" in text.read_text()
+    (tmp_path / "mended").touch()
+    again = trial.run()
+    assert again.said[0] == "2 of 3 points are done already."
+    assert (len(again.summary.done), again.summary.failed) == (3, {})
+    assert len(again.folder.attempts()[name]) == 1  # the attempt without a checkpoint is gone
+
+
+def test_without_its_start_a_point_is_not_run(bench):
+    swept = bench(start={"overrides": {"data.fail": "true"}}, seeds=[0, 1], grid={ETA: [0.1]}).run()
+    assert (len(swept.summary.failed), len(swept.summary.blocked), swept.summary.done) == (2, 2, [])
+    assert sum(": not run, for start-s" in line for line in swept.said) == 2
+
+
+def test_means_and_deviations_over_the_seeds(bench):
+    swept = bench(seeds=[0, 1, 2], start={}, floor={}, variants={"LTE": {"grid": {ETA: [0.5]}}}).run()
+    lines = write_tables(swept.folder, list(swept.engine.points.values()))[1].read_text().splitlines()
+    (line,) = (line for line in lines if "| LTE |" in line)
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    kept = [100 * (0.35 + s / 100) / (0.4 + s / 100) for s in range(3)]  # of 0.9 to 0.5
+    assert cells[:4] == ["sst2", "accuracy", "LTE", "0.5"]
+    assert cells[4:8] == ["0, 1, 2", "0.9100 ± 0.0100", "0.8600 ± 0.0100", "33.3 ± 0.0 %"]
+    assert cells[9].startswith(f"{sum(kept) / 3:.0f} ±")
+
+
+def test_a_sweep_killed_in_the_middle_goes_on_with_what_is_missing(bench, tmp_path):
+    trial = bench(start={}, grid={ETA: [0.1, 0.2, 0.3, 0.4]}, overrides={"data.step": 1.0})
+    process = trial.begin(workers=2)
+    runs = tmp_path / "runs" / "trial"
+    # the start is done, and each worker has a point with a checkpoint and no results
+    until(lambda: len(list(runs.glob("*/results.json"))) >= 1)
+    until(lambda: len(list(runs.glob("*/checkpoints/last.ckpt"))) > len(list(runs.glob("*/results.json"))))
+    process.kill()
+    process.wait()
+    done = {file.parent.name for file in runs.glob("*/results.json")}
+    begun = {file.parents[1].name for file in runs.glob("*/checkpoints/last.ckpt")} - done
+    assert begun
+    swept = trial.run(workers=2)
+    assert (len(swept.summary.done), swept.summary.failed) == (5, {})
+    kept = {run.name for found in swept.folder.attempts().values() for run in found}
+    assert len(kept) == 5  # nothing was done twice
+    assert done | begun <= kept
+    for name, found in swept.folder.attempts().items():
+        log = swept.folder.log(name).read_text()
+        assert log.count("resumed") == (found[0].name in begun), name
+        assert len(found) == 1
+        assert log.count(f"--run.name {name}") <= 1 + (found[0].name not in done | begun)
+
+
+def test_no_second_sweep_while_one_or_its_fits_run(bench, tmp_path):
+    trial = bench(overrides={"data.step": 60})
+    process = trial.begin()
+    try:
+        holder = tmp_path / "runs" / "trial" / "lock"
+        until(lambda: (holder.exists() and list(holder.parent.glob("*/checkpoints/last.ckpt"))) or process.poll(), 60)
+        with pytest.raises(UserError, match=rf"another sweep \(process {process.pid}\) runs in .*runs/trial"):
+            trial.run()
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def test_fits_that_outlive_their_sweep_keep_its_folder(bench, tmp_path):
+    """As where the kernel does not end them: a grandchild holds the lock."""
+    sweep = read_sweep(bench(grid={ETA: [1]}).file)
+    folder = SweepFolder(tmp_path / "runs" / "trial")
+    with folder.hold(sweep):
+        orphan = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=(folder.lock,))
+        gone = subprocess.Popen([sys.executable, "-c", ""])
+        gone.wait()
+        os.pwrite(folder.lock, str(gone.pid).encode().ljust(32), 0)
+    with (
+        pytest.raises(UserError, match=r"fits of a sweep that was killed .* still run"),
+        SweepFolder(folder.path).hold(sweep, patience=0.3),
+    ):
+        pytest.fail("two at a time")
+    orphan.communicate(b"\n")
+    with SweepFolder(folder.path).hold(sweep):
+        pass
+
+
+def test_an_interrupt_ends_the_running_points(bench, tmp_path):
+    trial = bench(overrides={"data.step": 60}, seeds=[0, 1])
+    process = trial.begin(2)
+    runs = tmp_path / "runs" / "trial"
+    until(lambda: len(list(runs.glob("*/run.json"))) == 2)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) != 0
+    assert set(statuses(SweepFolder(runs)).values()) == {"running"}
+    with SweepFolder(runs).hold(read_sweep(trial.file), patience=0):
+        pass  # nobody is left
+
+
+def test_a_checkpoint_that_leads_nowhere_is_dropped_at_the_second_failure(bench, tmp_path):
+    trial = bench(overrides={"data.stop": "true"})
+    first = trial.run()
+    ((name, _),) = first.summary.failed.items()
+    (run,) = first.folder.attempts()[name]
+    (run / "config.yaml").write_text("{}")  # what cannot go on
+    assert trial.run().summary.failed == {name: 1}
+    (tmp_path / "mended").touch()
+    last = trial.run()
+    assert last.summary.done == [name]
+    assert last.folder.attempts()[name] != [run]
+    assert not run.exists()
+    assert last.folder.log(name).read_text().count("$ lightning fit") == 3
+
+
+def test_a_damaged_checkpoint_is_no_checkpoint(bench, tmp_path):
+    trial = bench(overrides={"data.stop": "true"})
+    first = trial.run()
+    ((name, _),) = first.summary.failed.items()
+    (run,) = first.folder.attempts()[name]
+    (run / "checkpoints" / "last.ckpt").write_bytes(b"half")
+    (tmp_path / "mended").touch()
+    swept = trial.run()
+    assert swept.summary.done == [name]
+    assert "resumed" not in swept.folder.log(name).read_text()
+
+
+def test_a_folder_of_another_version(bench, tmp_path):
+    trial = bench()
+    trial.run()
+    file = tmp_path / "runs" / "trial" / "sweep.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"layout": 9}))
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=r"sweep\.json has layout 9, this lte-lightning reads 1"):
+        trial.run()
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_folder_of_something_else(bench, tmp_path):
+    (tmp_path / "runs" / "trial").mkdir(parents=True)
+    (tmp_path / "runs" / "trial" / "thesis.txt").touch()
+    with pytest.raises(UserError, match="holds something else than a sweep; choose another --folder"):
+        bench().run()
+    assert [file.name for file in (tmp_path / "runs" / "trial").iterdir()] == ["thesis.txt"]
+
+
+def test_a_base_configuration_that_changed(bench, tmp_path, monkeypatch):
+    trial = bench()
+    trial.run()
+    sweep = read_sweep(trial.file)
+    (tmp_path / "base.yaml").write_text("model: {other: 1}\n")
+    with (
+        pytest.raises(UserError, match=r"base\.yaml changed since the sweep in .* began"),
+        SweepFolder(tmp_path / "runs" / "trial").hold(sweep),
+    ):
+        pytest.fail("went on")
+
+
+def test_a_folder_that_cannot_be_written(bench, tmp_path):
+    (tmp_path / "runs").touch()
+    with pytest.raises(UserError, match=r"cannot write the sweep's folder .*runs/trial.*choose another --folder"):
+        bench().run()
+
+
+def test_results_of_another_version(bench):
+    trial = bench()
+    swept = trial.run()
+    (run,) = swept.folder.attempts()[swept.summary.done[0]]
+    shutil.copy(run / "results.json", run / "kept")
+    (run / "results.json").write_text('{"accuracy": 0.5}')
+    with pytest.raises(UserError, match=r"results\.json is damaged, or was written by another version"):
+        write_tables(swept.folder, list(swept.engine.points.values()))
+
+
+def test_workers(bench):
+    with pytest.raises(UserError, match="workers is 0; it must be at least 1"):
+        LocalRunner(0)

@@ -1,0 +1,180 @@
+"""Which fits a sweep file stands for, and what is said of a wrong one."""
+
+import re
+
+import pytest
+import yaml
+
+from lte_lightning.core.errors import UserError
+from lte_lightning.sweep.spec import read_sweep
+
+ETA = "model.efficiency_weight"
+
+
+@pytest.fixture
+def read(tmp_path):
+    """`read(content, ...)` reads a sweep file of that content."""
+    (tmp_path / "base.yaml").write_text("model: {}\n")
+    (tmp_path / "other.yaml").write_text("model: {}\n")
+
+    def run(content, *args, **more):
+        (tmp_path / "trial.yaml").write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+        return read_sweep(tmp_path / "trial.yaml", *args, **more)
+
+    return run
+
+
+BASE = {"configs": ["base.yaml"]}
+
+
+def options_of(point):
+    words = point.arguments()
+    return dict(zip(words[1::2], words[2::2], strict=True))
+
+
+def test_variants_are_crossed_with_grids_lists_and_seeds(read):
+    sweep = read(
+        BASE
+        | {
+            "overrides": {"data.train_rows": 100},
+            "seeds": [0, 2],
+            "grid": {"data.max_length": [16, 32]},
+            "variants": {
+                "LTE": {"grid": {ETA: [0.1, 0.5, 1.0]}},
+                "floor": {"overrides": {"model.lte.selector": "none"}},
+                "short": {"list": [{"stages.router.epochs": 1}, {"stages.router.steps": 5, "stages.router.epochs": 1}]},
+            },
+        }
+    )
+    points = sweep.points()
+    counts = {name: sum(point.variant == name for point in points) for name in sweep.variants}
+    assert counts == {"LTE": 2 * 2 * 3, "floor": 2 * 2, "short": 2 * 2 * 2}
+    assert len({point.name for point in points}) == len(points)
+    assert all(point.overrides["data.train_rows"] == 100 for point in points)
+    (one,) = (p for p in points if p.parameters == {"data.max_length": 32, ETA: 0.5} and p.seed == 2)
+    assert one.name.startswith("LTE-max_length=32-efficiency_weight=0.5-s2-")
+    assert one.needs == []
+
+
+def test_a_point_is_a_command_that_one_could_type(read, tmp_path):
+    values = {"data.source": "a b", "model.init_from": None, "model.lte": {"expert_size": 8}, "trainer.logger": False}
+    (point,) = read(BASE | {"overrides": values, "seeds": [3]}).points()
+    assert point.arguments() == [
+        *("fit", "--config", str(tmp_path / "base.yaml"), "--seed_everything", "3"),
+        *("--data.source", "a b", "--model.init_from", "null"),
+        *("--model.lte", '{"expert_size": 8}', "--trainer.logger", "false"),
+    ]
+
+
+def test_points_of_a_seed_share_one_start_and_one_floor(read):
+    sweep = read(
+        BASE
+        | {
+            "overrides": {"data.train_rows": 9},
+            "seeds": [0, 1],
+            "start": {"overrides": {"stages.dense.learning_rate": 1e-4}},
+            "floor": {},
+            "grid": {ETA: [0.1, 0.5]},
+            "variants": {
+                "LTE": {},
+                "constant": {"overrides": {"model.separability_start": 0}},
+                "own": {"configs": ["other.yaml"], "floor": False},
+                "alone": {"start": False, "floor": False},
+            },
+        }
+    )
+    points = sweep.points()
+    roles = [point.role for point in points]
+    assert roles == ["start"] * 4 + ["floor"] * 2 + ["point"] * 16
+    by_name = {point.name: point for point in points}
+    for point in points:
+        if point.role == "point" and point.variant in ("LTE", "constant"):
+            start, floor = by_name[point.start], by_name[point.floor]
+            assert (start.seed, floor.seed, floor.start) == (point.seed, point.seed, start.name)
+            assert point.overrides["stages.dense.epochs"] == 0
+            assert [point.overrides["data.train_rows"], start.overrides["data.train_rows"]] == [9, 9]
+            given = options_of(start)
+            assert (given["--stages.router.epochs"], given["--stages.expert.epochs"]) == ("0", "0")
+            assert given["--stages.dense.learning_rate"] == "0.0001"
+            assert "--model.separability_start" not in given
+            assert options_of(floor)["--model.lte.selector"] == "none"
+            assert options_of(floor)["--stages.dense.epochs"] == "0"
+        if point.variant == "own":
+            assert "other.yaml" in " ".join(by_name[point.start].configs)
+            assert point.floor is None
+        if point.variant == "alone":
+            assert point.needs == []
+            assert "stages.dense.epochs" not in point.overrides
+
+
+def test_the_command_line_comes_last_and_is_part_of_a_point_s_name(read):
+    content = BASE | {"start": {}, "overrides": {"data.source": "hub"}}
+    theirs, mine = (read(content, extra).points() for extra in ({}, {"data.source": "here", "stages.dense.epochs": 2}))
+    assert [point.overrides["data.source"] for point in mine] == ["here", "here"]
+    assert not {point.name for point in theirs} & {point.name for point in mine}
+    start, point = mine
+    assert (start.overrides["stages.dense.epochs"], point.overrides["stages.dense.epochs"]) == (2, 0)
+    assert [point.seed for point in read(content, seeds=[7]).points()] == [7, 7]
+
+
+def test_names_do_not_depend_on_where_the_sweep_lies(read, tmp_path):
+    before = [point.name for point in read(BASE | {"grid": {ETA: [1, 2]}, "start": {}}).points()]
+    (tmp_path / "sub").mkdir()
+    for file in ("trial.yaml", "base.yaml"):
+        (tmp_path / file).rename(tmp_path / "sub" / file)
+    assert [point.name for point in read_sweep(tmp_path / "sub" / "trial.yaml").points()] == before
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"gird": {}}, "the sweep has no key 'gird'; did you mean grid?"),
+        ({"variants": {"a": {"overides": {}}}}, "variant 'a' has no key 'overides'; did you mean overrides?"),
+        ({"grid": {}}, "the grid of the sweep is empty"),
+        ({"grid": {ETA: []}}, r"model\.efficiency_weight in the grid of the sweep is \[\]; give a list of values"),
+        ({"grid": {ETA: 0.5}}, r"is 0\.5; give a list of values"),
+        ({"grid": {ETA: [1, 1]}}, "two points are the same fit: fit-efficiency_weight=1-s0"),
+        ({"list": []}, r"the list of the sweep is \[\]"),
+        ({"variants": {}}, "variants is empty"),
+        ({"variants": ["a"]}, r"variants is \['a'\]; it must be a mapping"),
+        ({"seeds": []}, r"seeds is \[\]; give a list of whole numbers"),
+        ({"seeds": ["a"]}, r"seeds is \['a'\]"),
+        ({"configs": ["none.yaml"]}, r"names .*none\.yaml, which is not there; paths are relative to the sweep file"),
+        ({"configs": None}, "names no configs"),
+        ({"grid": {"run.root": ["a"]}}, r"grid of the sweep sets run\.root; the sweep sets it itself"),
+        ({"overrides": {"seed_everything": 3}}, "sets seed_everything; give seeds"),
+        ({"start": {"epochs": 3}}, "start of the sweep has no key 'epochs'; known are overrides"),
+        ({"start": {}, "grid": {"stages.dense.epochs": [1, 2]}}, "cannot differ between points that share one dense"),
+        ({"search": {"trials": 0}}, "trials of search is 0"),
+        ({"search": {"trials": 3}}, "search has no parameters"),
+        ({"search": {"trials": 3, "parameters": {ETA: {"low": 1}}}}, r"give low and high \(log, step\), or choices"),
+        ({"search": {"trials": 3, "parameters": {ETA: {"low": 0, "high": 1}}}}, "search has no objectives"),
+        (
+            {"search": {"trials": 3, "parameters": {ETA: {"low": 0, "high": 1}}, "objectives": {"hard": "max"}}},
+            "objective hard is 'max'; there are maximize and minimize",
+        ),
+        (
+            {
+                "grid": {ETA: [1]},
+                "search": {
+                    "trials": 3,
+                    "parameters": {ETA: {"low": 0, "high": 1}},
+                    "objectives": {"hard": "maximize"},
+                },
+            },
+            "a search proposes its points itself",
+        ),
+    ],
+)
+def test_what_no_sweep_has(content, message, read):
+    with pytest.raises(UserError, match=message):
+        read(BASE | content).points()
+
+
+def test_files_that_are_none(read, tmp_path):
+    with pytest.raises(UserError, match=r"trial\.yaml is not YAML: .*line 1"):
+        read("a: [")
+    with pytest.raises(UserError, match=r"cannot read the sweep file .*nowhere\.yaml: No such file"):
+        read_sweep(tmp_path / "nowhere.yaml")
+    with pytest.raises(UserError, match=re.escape("the sweep is None; it must be a mapping")):
+        read("")
