@@ -124,6 +124,9 @@ class LteModule(LightningModule):
         """Returns a trace of the batch's real tokens."""
         return RouterTrace(self.net, batch["attention_mask"])
 
+    def before_export(self) -> None:
+        """Makes the trained model what is saved."""
+
     def test_figures(self) -> dict[str, Any]:
         """Returns what a test has found besides the metric."""
         return {}

@@ -190,3 +190,25 @@ def test_bad_input(options, message, tiny_lm, lightning, tmp_path):
     assert outcome.code == 1
     assert re.search(message, " ".join(outcome.err.split())), outcome.err
     assert "Traceback" not in outcome.err
+
+
+# What peft warns of while it imports.
+@pytest.mark.filterwarnings("ignore")
+def test_lora(tiny_lm, lightning, tmp_path):
+    pytest.importorskip("peft", reason='needs the extra "peft": pip install "lte-lightning[peft]"')
+    config = tiny_lm.config(**{"model.init_args.lora": {"rank": 2}})
+    fit = lightning(tmp_path, config, "fit")
+    assert fit.code == 0, fit.err
+    plain = tiny_lm.config()
+    tests = [
+        lightning(tmp_path, config, "test", "--ckpt_path", fit.run / "checkpoints" / "best.ckpt"),
+        lightning(tmp_path, plain, "test", "--model.init_from", fit.run / "model"),
+    ]
+    for tested in tests:
+        assert tested.code == 0, tested.err
+        assert tested.results["perplexity"] == pytest.approx(fit.results["hard"], rel=1e-4)
+        assert tested.results["flops_per_token"] == fit.results["flops_per_token"]
+    trained = AutoModelForCausalLM.from_pretrained(fit.run / "model").state_dict()
+    original = AutoModelForCausalLM.from_pretrained(tiny_lm.model).state_dict()
+    assert trained.keys() == original.keys()
+    assert not torch.equal(*(m["model.layers.0.self_attn.q_proj.weight"] for m in (trained, original)))
