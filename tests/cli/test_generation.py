@@ -182,6 +182,7 @@ def test_an_encoder_decoder(tiny_lm, lightning, tmp_path):
         ({"model.init_args.layers": 3}, "layers is 3, but .* has 2"),
         ({"data.init_args.max_length": 512}, "max_length is 512, but the model's context is 256 tokens"),
         ({"model.init_args.samples": -1}, "samples is -1"),
+        ({"model.init_args.pretrained": "/none"}, "no model folder /none"),
         ({"data.init_args.max_new_tokens": 64}, "leaves no room for a prompt"),
     ],
 )
