@@ -19,6 +19,7 @@ from lte_lightning.core.errors import UserError
 from lte_lightning.core.expert_ffn import ExpertFfn
 from lte_lightning.core.sparse import set_backend
 from lte_lightning.kernels.dispatch import Backend
+from lte_lightning.selection import Selector
 
 # Vocabularies are small: embedding and head take no part in any figure here.
 SHAPES: dict[str, PreTrainedConfig] = {
@@ -37,10 +38,10 @@ DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 POOL = 16  # masks per sparsity; one is drawn for each call
 
 
-class ForcedSelector(nn.Module):
+class ForcedSelector(Selector):
     """Pays for the router and then returns prepared scores, others at every call."""
 
-    def __init__(self, router: nn.Module) -> None:
+    def __init__(self, router: Selector) -> None:
         super().__init__()
         self.router = router
         self.pool: list[torch.Tensor] = []
@@ -51,6 +52,10 @@ class ForcedSelector(nn.Module):
         self.router(x_BTD)
         self.calls += 1
         return self.pool[self.calls % len(self.pool)]
+
+    def flops_per_token(self) -> int:
+        """Returns the router's."""
+        return self.router.flops_per_token()
 
 
 @dataclass

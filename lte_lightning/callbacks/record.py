@@ -180,6 +180,7 @@ class Recorder(Callback):
             self._export(trainer, pl_module)
 
     def _export(self, trainer: Trainer, module: LightningModule) -> None:
+        module.before_export()
         self.results = make_results(trainer, module, self.floor["floor"] if self.floor else None)
         about = {"stage": module.stage, "measured": module.measured}
         save_pretrained(module.net, self.folder / "model", about)

@@ -302,6 +302,8 @@ def _pad(rows: Sequence[Sequence[int]], value: int, side: str) -> torch.Tensor:
 def is_encoder_decoder(name: str) -> bool:
     """Says whether the configuration in a model's folder is an encoder-decoder's; False where there is none."""
     folder = resolve(name)
+    if folder.startswith((".", "/")) and not Path(folder).is_dir():
+        raise DataError(f"no model folder {folder}")
     if Path(folder).is_dir() and not (Path(folder) / "config.json").exists():
         return False
     try:

@@ -91,6 +91,9 @@ class LteModule(MeasuredModule):
         """What the task passes to ``from_pretrained``."""
         return {}
 
+    def before_export(self) -> None:
+        """Makes the trained model what is saved."""
+
     # Model and stages
 
     @property

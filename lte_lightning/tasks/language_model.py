@@ -1,6 +1,7 @@
 """Language modelling: the loss on tokens, reported as perplexity."""
 
 import math
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from lte_lightning.core.errors import UserError
 from lte_lightning.tasks.base import LteModule
+from lte_lightning.tasks.lora import Lora, add_lora, merge_lora
 
 
 class Perplexity(Metric):
@@ -50,6 +52,7 @@ class LanguageModel(LteModule):
     Args:
         from_scratch: Start from random weights instead of the pretrained ones; the values replace entries of the
             model's configuration, e.g. ``{hidden_size: 256, num_hidden_layers: 4}``.
+        lora: Train attention by low-rank adapters, and the rest in full: ``{rank: 16}``. A saved model has them merged.
         **kwargs: See `LteModule`.
     """
 
@@ -57,14 +60,17 @@ class LanguageModel(LteModule):
     metric_name = "perplexity"
     tests_dense = True
 
-    def __init__(self, from_scratch: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def __init__(self, from_scratch: dict[str, Any] | None = None, lora: Lora | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.save_hyperparameters({"from_scratch": from_scratch})
+        self.save_hyperparameters({"from_scratch": from_scratch, "lora": asdict(lora) if lora else None})
+        self.lora = lora
 
     def configure_model(self) -> None:
-        """Loads the model, and checks that the data fit it."""
+        """Loads the model, with adapters if wanted, and checks that the data fit it."""
         fresh = self.net is None
         super().configure_model()
+        if fresh and self.lora:
+            add_lora(self.net, self.lora)
         data = self._trainer.datamodule if self._trainer else None
         if not fresh or data is None:
             return
@@ -76,6 +82,20 @@ class LanguageModel(LteModule):
             raise UserError(
                 f"the tokenizer has {len(data.tokenizer)} tokens, the model {vocabulary}: they do not belong together"
             )
+
+    def before_export(self) -> None:
+        """Merges the adapters."""
+        merge_lora(self.net)
+
+    def on_test_start(self) -> None:
+        """Tests the model as it would be exported."""
+        self.before_export()
+        super().on_test_start()
+
+    def on_predict_start(self) -> None:
+        """Predicts with the model as it would be exported."""
+        self.before_export()
+        super().on_predict_start()
 
     def make_metric(self) -> Metric:
         """Returns loss and perplexity."""

@@ -182,6 +182,7 @@ def test_an_encoder_decoder(tiny_lm, lightning, tmp_path):
         ({"model.init_args.layers": 3}, "layers is 3, but .* has 2"),
         ({"data.init_args.max_length": 512}, "max_length is 512, but the model's context is 256 tokens"),
         ({"model.init_args.samples": -1}, "samples is -1"),
+        ({"model.init_args.pretrained": "/none"}, "no model folder /none"),
         ({"data.init_args.max_new_tokens": 64}, "leaves no room for a prompt"),
     ],
 )
@@ -190,3 +191,25 @@ def test_bad_input(options, message, tiny_lm, lightning, tmp_path):
     assert outcome.code == 1
     assert re.search(message, " ".join(outcome.err.split())), outcome.err
     assert "Traceback" not in outcome.err
+
+
+# What peft warns of while it imports.
+@pytest.mark.filterwarnings("ignore")
+def test_lora(tiny_lm, lightning, tmp_path):
+    pytest.importorskip("peft", reason='needs the extra "peft": pip install "lte-lightning[peft]"')
+    config = tiny_lm.config(**{"model.init_args.lora": {"rank": 2}})
+    fit = lightning(tmp_path, config, "fit")
+    assert fit.code == 0, fit.err
+    plain = tiny_lm.config()
+    tests = [
+        lightning(tmp_path, config, "test", "--ckpt_path", fit.run / "checkpoints" / "best.ckpt"),
+        lightning(tmp_path, plain, "test", "--model.init_from", fit.run / "model"),
+    ]
+    for tested in tests:
+        assert tested.code == 0, tested.err
+        assert tested.results["perplexity"] == pytest.approx(fit.results["hard"], rel=1e-4)
+        assert tested.results["flops_per_token"] == fit.results["flops_per_token"]
+    trained = AutoModelForCausalLM.from_pretrained(fit.run / "model").state_dict()
+    original = AutoModelForCausalLM.from_pretrained(tiny_lm.model).state_dict()
+    assert trained.keys() == original.keys()
+    assert not torch.equal(*(m["model.layers.0.self_attn.q_proj.weight"] for m in (trained, original)))
