@@ -16,7 +16,7 @@ COMMANDS = {
     "predict": (TRAINING, "write a model's predictions, one row per example"),
     "sweep": ("lte_lightning.cli.sweep", "run many fits: a grid, a list or a search, over several seeds"),
     "report": ("lte_lightning.cli.report", "draw a page of what sweeps and runs found"),
-    "bench": ("lte_lightning.bench", "time decoding and prefill with experts skipped, against dense, beside the bound"),
+    "bench": ("lte_lightning.bench", "time FFNs and models with experts skipped, against dense"),
     "cost": ("lte_lightning.cli.cost", "FLOPs, bytes and speed-up bound of a model at a sparsity"),
 }
 
