@@ -75,6 +75,12 @@ def gpu(session: nox.Session) -> None:
     session.run("python", "benchmarks/triton_ffn.py", "--csv", "gpu.csv")
 
 
+@nox.session(python=False, requires=["env"], default=False)
+def browser(session: nox.Session) -> None:
+    """Look at a report in headless Chromium, where one is installed."""
+    session.run("pytest", "-m", "browser", *session.posargs, env=OFFLINE)
+
+
 def real_models() -> dict[str, str]:
     """The environment of the sessions on real models: LTE_SHARED is their data, without it those tests skip."""
     return ONE_THREAD | ({"LTE_SHARED": str(SHARED)} if SHARED.is_dir() else {})
