@@ -209,6 +209,12 @@ def test_lora(tiny_lm, lightning, tmp_path):
         assert tested.code == 0, tested.err
         assert tested.results["perplexity"] == pytest.approx(fit.results["hard"], rel=1e-4)
         assert tested.results["flops_per_token"] == fit.results["flops_per_token"]
+    (tmp_path / "stopped").mkdir()
+    stopped = lightning(tmp_path / "stopped", config, "fit", "--trainer.max_epochs", 2)
+    last = stopped.run / "checkpoints" / "last.ckpt"
+    resumed = lightning(tmp_path / "stopped", config, "fit", "--ckpt_path", last)
+    assert resumed.code == 0, resumed.err
+    assert resumed.results["hard"] == pytest.approx(fit.results["hard"], rel=1e-6)
     trained = AutoModelForCausalLM.from_pretrained(fit.run / "model").state_dict()
     original = AutoModelForCausalLM.from_pretrained(tiny_lm.model).state_dict()
     assert trained.keys() == original.keys()

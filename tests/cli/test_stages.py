@@ -157,7 +157,7 @@ def test_sparsity_is_that_of_a_trace_over_the_rows(fitted, parse, tmp_path):
     set_mode(net, "hard")
     counts, tokens = 0, 0
     for row in range(20):  # one at a time: no padding but to a multiple of eight
-        batch = cli.datamodule._collate()([cli.datamodule._ready["validation"][0][row]])
+        batch = cli.datamodule.collate()([cli.datamodule._ready["validation"][0][row]])
         mask = batch["attention_mask"]
         batch = {key: value[:, : mask.sum()] for key, value in batch.items() if key != "labels"}
         with torch.no_grad(), RouterTrace(net) as trace:
