@@ -14,9 +14,12 @@ namespace {
 constexpr int NR = 2 * W;                                    // columns of a register tile
 constexpr int MR = W == 16 ? 12 : W == 8 ? 6 : 4;            // its rows, as many as there are registers for
 constexpr int64_t KC = 256, ROWS = 8 * MR;                   // a panel in the first cache, its tokens in the second
-constexpr int64_t TOKENS = 1024, COLUMNS = 64;               // a block of the output, in the second cache
+constexpr int64_t TOKENS = 1024, BLOCK = 64 * TOKENS;        // tokens and size of an output block, in the second cache
 constexpr int64_t FEW_ROWS = 16, FEW_COLUMNS = 2048;         // rows, then columns, of a task of few tokens
+constexpr int64_t FEW_PAIRS = 8;                             // tokens per active expert for which they count as few
 constexpr int64_t CHUNK_BYTES = int64_t(64) << 20;           // hidden activations kept at a time
+
+enum Way { ANY, FEW, MANY };
 
 inline int64_t up_to(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 
@@ -221,6 +224,39 @@ template <class T> inline vec steps_at(const T* from, int64_t k, int64_t stride,
     return (vec)(high | (low >> 16 & 0xffff));
 }
 
+// panel[k][0:W] = step k of each of W rows; of zeros where there are fewer.
+template <class T> void pack(const T* from, int64_t rows, int64_t steps, int64_t D, float* panel) {
+    int64_t k = 0;
+#if defined(__GNUC__) && !defined(__clang__)
+    // blocks of W by W, transposed in registers: log2(W) times, pairs of rows swap what lies off the diagonal
+    for (; rows == W && (k + W) * (PAIRED<T> ? 2 : 1) <= D; k += W) {
+        vec block[W];
+#pragma GCC unroll 16
+        for (int r = 0; r < W; r++)
+            block[r] = PAIRED<T> ? load(reinterpret_cast<const float*>(from + r * D) + k) : load_wide(from + r * D + k);
+#pragma GCC unroll 4
+        for (int d = W / 2; d; d /= 2) {
+            ivec first, second;
+            for (int c = 0; c < W; c++) {
+                first[c] = c & d ? W + c - d : c;
+                second[c] = c & d ? W + c : c + d;
+            }
+#pragma GCC unroll 16
+            for (int r = 0; r < W; r++)
+                if (!(r & d)) {
+                    const vec a = block[r], b = block[r + d];
+                    block[r] = __builtin_shuffle(a, b, first);
+                    block[r + d] = __builtin_shuffle(a, b, second);
+                }
+        }
+#pragma GCC unroll 16
+        for (int r = 0; r < W; r++) store(panel + (k + r) * NR, block[r]);
+    }
+#endif
+    for (; k < steps; k++)
+        for (int64_t r = 0; r < W; r++) panel[k * NR + r] = r < rows ? step_of(from + r * D, k, 1, D) : 0.f;
+}
+
 // c[m][0:NR] += sum over steps of a[m][k] * b[k][0:NR]
 template <bool Pairs, int M> void tile(int64_t steps, const float* const* a, const float* b, float* const* c) {
     vec acc[M][2];
@@ -288,11 +324,9 @@ template <class T> void many(const Ffn<T>& f) {
         const T* const weights[2] = {f.up + e * S * D, f.gate ? f.gate + e * S * D : nullptr};
         float* const panels = scratch<2, float>(2 * x_steps * wide);
         for (int which = 0; which < (f.gate ? 2 : 1); which++)  // [wide / NR][x_steps][NR]
-            for (int64_t s = 0; s < wide; s++) {
-                float* const column = panels + which * x_steps * wide + s / NR * x_steps * NR + s % NR;
-                for (int64_t k = 0; k < x_steps; k++)
-                    column[k * NR] = s < S ? step_of(weights[which] + s * D, k, 1, D) : 0.f;
-            }
+            for (int64_t s = 0; s < wide; s += W)
+                pack(weights[which] + s * D, std::min<int64_t>(W, S - s), x_steps, D,
+                     panels + which * x_steps * wide + s / NR * x_steps * NR + s % NR);
         float* const hidden = scratch<3, float>(2 * ROWS * wide);
         for (int64_t p = f.first[e]; p < f.first[e + 1]; p += ROWS) {
             const int64_t rows = std::min(ROWS, f.first[e + 1] - p);
@@ -318,15 +352,17 @@ template <class T> void many(const Ffn<T>& f) {
         }
     });
 
-    const int64_t blocks = (D + COLUMNS - 1) / COLUMNS;
+    // Fewer tokens, wider blocks: rows of weights are read in longer pieces.
+    const int64_t fitting = std::min(BLOCK / std::min(f.N, TOKENS), (D + f.threads - 1) / f.threads);
+    const int64_t block_columns = up_to(std::min<int64_t>(fitting, 1024), NR), blocks = (D + block_columns - 1) / block_columns;
     parallel(f.threads, (f.N + TOKENS - 1) / TOKENS * blocks, [&](int64_t task) {
         const int64_t n0 = task / blocks * TOKENS, n1 = std::min(f.N, n0 + TOKENS);
-        const int64_t c0 = task % blocks * COLUMNS, columns = std::min(COLUMNS, D - c0);
-        float* const out = scratch<2, float>(TOKENS * COLUMNS);
-        float* const panels = scratch<3, float>(h_steps * COLUMNS);
+        const int64_t c0 = task % blocks * block_columns, columns = std::min(block_columns, D - c0);
+        float* const out = scratch<2, float>(std::min(f.N, TOKENS) * block_columns);
+        float* const panels = scratch<3, float>(h_steps * block_columns);
         for (int64_t n = n0; n < n1; n++)
-            for (int64_t c = 0; c < COLUMNS; c++)
-                out[(n - n0) * COLUMNS + c] = c < columns ? f.bias(f.down_bias, c0 + c) : 0.f;
+            for (int64_t c = 0; c < block_columns; c++)
+                out[(n - n0) * block_columns + c] = c < columns ? f.bias(f.down_bias, c0 + c) : 0.f;
         for (size_t i = 0; i < f.active.size(); i++) {
             const int64_t e = f.active[i], next = f.active[std::min(i + 1, f.active.size() - 1)];
             for (int64_t s = 0; s < S; s++)  // short pieces far apart, which no processor foresees
@@ -336,9 +372,9 @@ template <class T> void many(const Ffn<T>& f) {
             const int64_t p0 = std::lower_bound(token + f.first[e], token + f.first[e + 1], n0) - token;
             const int64_t p1 = std::lower_bound(token + p0, token + f.first[e + 1], n1) - token;
             if (p0 == p1) continue;
-            for (int64_t k = 0; k < h_steps; k++) {  // [COLUMNS / NR][h_steps][NR]
+            for (int64_t k = 0; k < h_steps; k++) {  // [block_columns / NR][h_steps][NR]
                 const T* const row = f.down + e * S * D + c0;
-                for (int64_t c = 0; c < COLUMNS; c += W) {
+                for (int64_t c = 0; c < block_columns; c += W) {
                     float* const to = panels + (c / NR * h_steps + k) * NR + c % NR;
                     if (c + W <= columns) store(to, steps_at(row + c, k, D, S));
                     else
@@ -348,22 +384,23 @@ template <class T> void many(const Ffn<T>& f) {
             for (int64_t c = 0; c < columns; c += NR)
                 product<T>(
                     p1 - p0, h_steps, [&](int64_t r) { return h + (p0 + r) * h_steps; }, panels + c * h_steps,
-                    [&](int64_t r) { return out + (f.token[p0 + r] - n0) * COLUMNS + c; });
+                    [&](int64_t r) { return out + (f.token[p0 + r] - n0) * block_columns + c; });
         }
         for (int64_t n = n0; n < n1; n++)
-            for (int64_t c = 0; c < columns; c++) narrow(out[(n - n0) * COLUMNS + c], f.y[n * D + c0 + c]);
+            for (int64_t c = 0; c < columns; c++) narrow(out[(n - n0) * block_columns + c], f.y[n * D + c0 + c]);
     });
 }
 
-template <class T> void run(const int64_t* shape, int activation, int threads, int few_limit, const uint8_t* mask, void* const* p) {
+template <class T> void run(const int64_t* shape, int activation, int threads, int way, const uint8_t* mask, void* const* p) {
     const int64_t N = shape[0], D = shape[1], E = shape[2], S = shape[3];
     auto at = [&](int i) { return static_cast<const T*>(p[i]); };
-    const int64_t chunk = N <= few_limit ? N : std::max<int64_t>(TOKENS, CHUNK_BYTES / (4 * E * S) / TOKENS * TOKENS);
+    const int64_t chunk = std::max<int64_t>(TOKENS, CHUNK_BYTES / (4 * E * S) / TOKENS * TOKENS);
     for (int64_t n = 0; n < N; n += chunk) {
         Ffn<T> f{std::min(chunk, N - n), D, E, S, activation, threads, at(0) + n * D, at(1), at(2), at(3), at(4), at(5), at(6),
                  static_cast<T*>(p[7]) + n * D};
         f.list(mask + n * E);
-        if (N <= few_limit) few(f);
+        const bool little = f.first[E] <= FEW_PAIRS * int64_t(f.active.size());
+        if (way == FEW || (way == ANY && little)) few(f);
         else many(f);
     }
 }
@@ -371,11 +408,11 @@ template <class T> void run(const int64_t* shape, int activation, int threads, i
 }  // namespace
 
 // shape: N, D, E, S. pointers: x, up, gate, down, up_bias, gate_bias, down_bias, y; gate and biases may be null.
-// Returns 0, or 1 if there is no memory for the buffers.
-extern "C" int lte_ffn(int dtype, const int64_t* shape, int activation, int threads, int few_limit, const uint8_t* mask,
+// way: 0 chooses, 1 is that of few tokens, 2 that of many. Returns 0, or 1 if there is no memory for the buffers.
+extern "C" int lte_ffn(int dtype, const int64_t* shape, int activation, int threads, int way, const uint8_t* mask,
                        void* const* pointers) try {
     const auto run_it = dtype == 0 ? run<float> : dtype == 1 ? run<bf16> : run<f16>;
-    run_it(shape, activation, threads, few_limit, mask, pointers);
+    run_it(shape, activation, threads, way, mask, pointers);
     return 0;
 } catch (const std::bad_alloc&) {
     return 1;
