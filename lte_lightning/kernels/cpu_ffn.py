@@ -10,6 +10,7 @@ import tempfile
 import warnings
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -18,12 +19,25 @@ from lte_lightning.kernels.layout import ACTIVATIONS, ExpertWeights
 from lte_lightning.kernels.views import run_views
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-# Up to this many tokens each active row is read once from memory; above, tokens are grouped by expert (measured).
-FEW_TOKENS = 16
-# For more tokens, torch's dense product is faster from this share of (token, expert) pairs on, by type and instruction
-# set (measured on Zen 5 with MKL and oneDNN; that of tile instructions, where dense is fastest, is an estimate).
-BREAK_EVEN = {(torch.bfloat16, "avx512_bf16"): 0.5, (torch.bfloat16, "amx"): 0.1}
-SOURCES = ("cpu_ffn.cpp", "cpu_vector.h")
+WAYS = ("any", "few", "many")
+
+
+class Costs(NamedTuple):
+    """Nanoseconds per weight of an expert: once for the expert, and for each token that runs it."""
+
+    few: tuple[float, float]
+    many: tuple[float, float]
+    dense: tuple[float, float]
+
+
+# Where torch's own product of all experts may be faster: by type and instruction set, measured on one core of Zen 5
+# with oneDNN (LLaMA-2-7B's shape). What is not here is always computed sparsely: torch was slower at every sparsity.
+# With tile instructions (AMX) torch's product is taken for six times as fast, which is an estimate.
+COSTS = {
+    (torch.bfloat16, "avx512_bf16"): Costs(few=(0.050, 0.030), many=(0.22, 0.0066), dense=(0.20, 0.0051)),
+    (torch.bfloat16, "amx"): Costs(few=(0.050, 0.030), many=(0.22, 0.0066), dense=(0.20, 0.0009)),
+}
+SOURCES = ("cpu_ffn.cpp", "cpu_few.h", "cpu_many.h", "cpu_pairs.h", "cpu_vector.h")
 FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fPIC", "-shared")
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
@@ -75,7 +89,7 @@ def _cpu_ffn(
         return run_views(x_ND, mask_NE, weights)
     if dense_is_faster(mask_NE, up_ESD.dtype):
         return run_dense_mask(x_ND, mask_NE, weights)
-    return run_compiled(lib, x_ND, mask_NE, weights, FEW_TOKENS)
+    return run_compiled(lib, x_ND, mask_NE, weights)
 
 
 def dense_is_faster(mask_NE: torch.Tensor, dtype: torch.dtype) -> bool:
@@ -83,10 +97,16 @@ def dense_is_faster(mask_NE: torch.Tensor, dtype: torch.dtype) -> bool:
 
     Never where some expert is needed by no token: its weights must not be read.
     """
-    if len(mask_NE) <= FEW_TOKENS:
+    tokens = len(mask_NE)
+    costs = COSTS.get((dtype, "amx" if has_amx() else instruction_set()))
+    if costs is None or tokens < 4:
         return False
-    break_even = BREAK_EVEN.get((dtype, "amx" if has_amx() else instruction_set()), 1.1)
-    return break_even <= 1 and mask_NE.float().mean().item() >= break_even and bool(mask_NE.any(dim=0).all())
+    count_E = mask_NE.sum(dim=0)
+    if not count_E.all():
+        return False
+    per_expert = count_E.float().mean().item()
+    few, many = (expert + token * per_expert for expert, token in (costs.few, costs.many))
+    return costs.dense[0] + costs.dense[1] * tokens < min(few, many)
 
 
 @torch.library.register_fake("lte_lightning::cpu_ffn")
@@ -95,9 +115,9 @@ def _fake(x_ND, mask_NE, up_ESD, down_ESD, activation, gate_ESD, up_bias_ES, gat
 
 
 def run_compiled(
-    lib: ctypes.CDLL, x_ND: torch.Tensor, mask_NE: torch.Tensor, weights: ExpertWeights, few_tokens: int
+    lib: ctypes.CDLL, x_ND: torch.Tensor, mask_NE: torch.Tensor, weights: ExpertWeights, way: str = "any"
 ) -> torch.Tensor:
-    """Calls the kernels; up to ``few_tokens`` tokens go the way of few tokens."""
+    """Calls the kernels: those for few or for many tokens per expert, or whatever suits."""
     w = weights
     tensors = (x_ND, w.up_ESD, w.gate_ESD, w.down_ESD, w.up_bias_ES, w.gate_bias_ES, w.down_bias_D)
     kept = [None if tensor is None else tensor.contiguous() for tensor in (*tensors, mask_NE)]  # no copy if it is
@@ -109,7 +129,7 @@ def run_compiled(
         (ctypes.c_int64 * 4)(len(x_ND), D, E, S),
         list(ACTIVATIONS).index(w.activation),
         torch.get_num_threads(),
-        few_tokens,
+        WAYS.index(way),
         ctypes.c_void_p(mask_at),
         (ctypes.c_void_p * 8)(*addresses, out_at),
     )

@@ -15,11 +15,11 @@ from lte_lightning.kernels.views import run_views
 
 
 def few(x_ND, mask_NE, weights):
-    return run_compiled(build(instruction_set()), x_ND, mask_NE, weights, few_tokens=10**6)
+    return run_compiled(build(instruction_set()), x_ND, mask_NE, weights, "few")
 
 
 def many(x_ND, mask_NE, weights):
-    return run_compiled(build(instruction_set()), x_ND, mask_NE, weights, few_tokens=0)
+    return run_compiled(build(instruction_set()), x_ND, mask_NE, weights, "many")
 
 
 BACKENDS = {"cpu": run_cpu, "few": few, "many": many, "views": run_views, "dense-mask": run_dense_mask}
