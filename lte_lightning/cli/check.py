@@ -38,14 +38,14 @@ class _Check(LteCLI):
         return {"error": None, "mlflow": logger in (None, True), "tracking_uri": self.config.run.tracking_uri}
 
 
-def main() -> None:
-    """Reads lists of words from the standard input, prints one finding for each as JSON on the last line."""
-    commands = json.load(sys.stdin)
+def check_commands(commands: list[list[str]]) -> list[dict[str, Any]]:
+    """Says of each command line what is wrong with it, or None, and whether it records in MLflow and where."""
     try:
         make_cli([words[1:] for words in commands], run=False, cli_class=_Check)
     except _Checked as checked:
-        print(json.dumps(checked.args[0]))
+        return checked.args[0]
+    raise RuntimeError("nothing was checked")
 
 
 if __name__ == "__main__":
-    main()
+    print(json.dumps(check_commands(json.load(sys.stdin))))

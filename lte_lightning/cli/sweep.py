@@ -12,6 +12,8 @@ from typing import Any
 import yaml
 
 from lte_lightning.core.errors import UserError
+from lte_lightning.report.collect import collect
+from lte_lightning.report.page import write_report
 from lte_lightning.sweep.engine import Engine, Runner, Summary
 from lte_lightning.sweep.folder import SweepFolder
 from lte_lightning.sweep.local import LocalRunner
@@ -35,22 +37,27 @@ def main(args: list[str]) -> None:
     if given.dry_run:
         return _show(sweep, folder, points)
     signal.signal(signal.SIGTERM, _terminated)
+    runner = _runner(given)
     found = check(sweep, folder, points)
     with folder.hold(sweep):
         folder.about["planned"] = [point.name for point in sweep.points()]
         folder.save()
-        runner = _runner(given, folder)
+        if isinstance(runner, LocalRunner):
+            runner.inherited = folder.lock
         tracker = Tracker(folder, found["tracking_uri"]) if found["mlflow"] else None
         trials = Trials(sweep, folder) if sweep.search else None
         engine = Engine(folder, runner, tracker, trials)
-        summary, whole = Summary(), False
+        summary = None
         try:
-            summary, whole = engine.run(points), True
+            summary = engine.run(points)
         finally:
             files = write_tables(folder, list(engine.points.values()))
             files += [trials.write_front(folder.path / "front.md")] if trials else []
+            if summary and summary.done:
+                page = write_report(collect([folder.path]), folder.path / "report", f"Sweep {sweep.path.stem}")
+                files += sorted(page.parent.iterdir())
             if tracker:
-                tracker.end(files, failed=not whole or bool(summary.failed))
+                tracker.end(files, failed=summary is None or bool(summary.failed))
     _report(summary, files[1], engine)
 
 
@@ -145,9 +152,9 @@ def _chosen(points: list[Point], only: list[str] | None) -> list[Point]:
     return [point for point in points if point in mine or point.name in needed]
 
 
-def _runner(given: argparse.Namespace, folder: SweepFolder) -> Runner:
+def _runner(given: argparse.Namespace) -> Runner:
     if given.ray_address is None:
-        return LocalRunner(1 if given.workers is None else given.workers, inherited=folder.lock)
+        return LocalRunner(1 if given.workers is None else given.workers)
     from lte_lightning.sweep.ray import RayRunner
 
     return RayRunner(given.ray_address, given.workers, given.cpus, given.gpus)
@@ -165,7 +172,8 @@ def _show(sweep: Sweep, folder: SweepFolder, points: list[Point]) -> None:
 
 def _report(summary: Summary, table: Path, engine: Engine) -> None:
     print(table.read_text(), end="")
-    print(f"lte report {engine.folder.path} --out {engine.folder.path / 'report'}   draws it")
+    if summary.done:
+        print(engine.folder.path / "report" / "index.html")
     print(table, flush=True)
     if summary.failed or summary.blocked:
         lines = [f"  {name}: exit code {code}, {engine.folder.log(name)}" for name, code in summary.failed.items()]

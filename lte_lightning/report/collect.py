@@ -170,9 +170,10 @@ def _run(folder: Path, points: dict[str, dict[str, Any]]) -> Run:
     point = points.get(about.get("name") or "", {})
     plain = results["hard"] is None and results["hard_before"] is None and not point
     role = point.get("role") or ("floor" if selector == "none" else "start" if plain else "point")
+    variant = point.get("variant")  # one that is named like the task says no more than that
     return Run(
         folder=folder,
-        method=point.get("variant") or SELECTORS.get(selector, selector),
+        method=variant if variant and variant != results["task"] else SELECTORS.get(selector, selector),
         role=role,
         parameters=point.get("parameters", {}),
         results=results,

@@ -176,8 +176,6 @@ def read_sweep(path: str | Path, extra: dict[str, Any] | None = None, seeds: lis
     _check_keys(content, SWEEP, path, "the sweep")
     _check_options(extra or {}, path, "the command line")
     base = _block(content, _Block(), path, "the sweep")
-    if not base.configs and "variants" not in content:
-        raise UserError(f"{path} names no configs: give the configuration files that its fits are based on")
     variants: dict[str | None, _Block] = {None: base}
     if "variants" in content:
         entries = _mapping(content["variants"], path, "variants")
@@ -187,6 +185,8 @@ def read_sweep(path: str | Path, extra: dict[str, Any] | None = None, seeds: lis
         for name, entry in entries.items():
             _check_keys(entry or {}, BLOCK, path, f"variant {name!r}")
             variants[str(name)] = _block(entry or {}, base, path, f"variant {name!r}")
+    if not all(block.configs for block in variants.values()):
+        raise UserError(f"{path} names no configs: give the configuration files that its fits are based on")
     search = _search(content["search"], path) if "search" in content else None
     if search and (len(variants) > 1 or any(block.points != ({},) for block in variants.values())):
         raise UserError(f"{path}: a search proposes its points itself; leave out grid and list, and name one variant")

@@ -1,0 +1,251 @@
+"""`lte sweep` with real fits: what it checks before it runs, and that a killed one goes on as if nothing had been."""
+
+import json
+import os
+import re
+import shlex
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+import yaml
+from mlflow.tracking import MlflowClient
+
+from lte_lightning.cli.check import check_commands
+from lte_lightning.core.errors import UserError
+from lte_lightning.sweep.folder import SweepFolder
+from lte_lightning.sweep.spec import read_sweep
+from lte_lightning.sweep.tracking import Tracker
+
+SWEEPS = Path(__file__).parents[2] / "sweeps"
+ETA = "model.efficiency_weight"
+VIEWS = ("dense", "soft", "hard_before", "hard", "sparsity", "sparsity_per_layer")
+
+
+def test_there_are_sweeps():
+    assert {"smoke.yaml", "minilm-sst2.yaml"} <= {path.name for path in SWEEPS.glob("*.yaml")}
+
+
+@pytest.mark.parametrize("path", sorted(SWEEPS.glob("*.yaml")), ids=lambda path: path.name)
+def test_every_sweep_s_points_are_instantiated(path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["lte"])
+    sweep = read_sweep(path, {"trainer.accelerator": "cpu", "trainer.devices": 1}, seeds=[0])
+    points = sweep.points()
+    if sweep.search:
+        ranges = sweep.search.parameters.items()
+        points += sweep.trial({key: given.get("low", given.get("choices", [None])[0]) for key, given in ranges})
+    assert sweep.about
+    assert {point.role for point in points} == {"start", "floor", "point"}
+    found = check_commands([point.arguments() for point in points])
+    assert [one["error"] for one in found] == [None] * len(points)
+
+
+@pytest.fixture
+def sweep_file(tiny, tmp_path):
+    """`sweep_file(**content)` writes a sweep over a tiny fit."""
+
+    def write(epochs=(2, 1, 1), **content):
+        (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tiny.config(epochs=epochs)))
+        (tmp_path / "trial.yaml").write_text(yaml.safe_dump({"configs": ["tiny.yaml"]} | content))
+        return tmp_path / "trial.yaml"
+
+    return write
+
+
+@pytest.fixture
+def sweep(lightning, tmp_path):
+    """`sweep(*words)` runs `lte sweep` in the test's folder."""
+    return lambda *words: lightning(tmp_path, None, "sweep", *words)
+
+
+def test_points_that_cannot_be_are_found_before_any_is_run(sweep_file, sweep, tmp_path):
+    variants = {
+        "typo": {"overrides": {"model.efficiency_wieght": 1}},
+        "stage": {"overrides": {"stages.rooter.epochs": 1}},
+        "good": {},
+        "value": {"grid": {ETA: [0.5, -1]}},
+    }
+    outcome = sweep(sweep_file(variants=variants))
+    assert outcome.code == 1
+    head, *lines = outcome.err.splitlines()
+    assert head.endswith("trial.yaml: 3 points are no possible fits; nothing was run")
+    assert re.match("typo-s0-.*unknown name 'efficiency_wieght'; did you mean efficiency_weight", lines[0])
+    assert re.match("stage-s0-.*unknown option --stages.rooter.epochs; did you mean --stages.router.epochs", lines[1])
+    assert re.match("value-efficiency_weight=-1-s0-.*efficiency_weight is -1.0; it must be a finite number", lines[2])
+    assert len(lines) == 3
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--worker", "2"], "lte sweep has no option '--worker'"),
+        (["--data.source"], "--data.source has no value"),
+        (["--run.root", "x"], "the command line sets run.root; the sweep sets it itself"),
+        (["--only", "nobody"], "no point is called nobody; there are fit-s0"),
+        (["--workers", "0"], "workers is 0; it must be at least 1"),
+    ],
+)
+def test_a_wrong_command_line(words, message, sweep_file, sweep):
+    outcome = sweep(sweep_file(), *words)
+    assert outcome.code == 1
+    assert message in outcome.err
+
+
+def test_a_dry_run_prints_the_commands_and_leaves_nothing(sweep_file, sweep, tmp_path):
+    file = sweep_file(start={}, grid={ETA: [0.2, 0.5]}, seeds=[0, 1])
+    before = sorted(tmp_path.iterdir())
+    outcome = sweep(file, "--dry-run", "--data.batch_size", 4, "--only", "fit-efficiency_weight=0.5")
+    assert outcome.code == 0, outcome.err
+    lines = [line for line in outcome.out.splitlines() if line.startswith("lightning fit")]
+    assert len(lines) == 2 + 2
+    assert all(" --data.batch_size 4 " in line for line in lines)
+    assert lines[-1].startswith(f"lightning fit --config {tmp_path}/tiny.yaml --seed_everything 1 --{ETA} 0.5")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_the_sweep_itself_needs_no_lightning(sweep_file):
+    code = (
+        "import sys; from lte_lightning.cli import main; main(['sweep', sys.argv[1], '--dry-run']); "
+        "print([m for m in ('lightning', 'mlflow', 'datasets', 'matplotlib', 'optuna', 'ray') if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code, sweep_file()], capture_output=True, text=True, timeout=100)
+    assert (result.stdout.splitlines()[-1], result.returncode) == ("[]", 0), result.stderr
+
+
+def results_of(folder):
+    found = {}
+    for file in folder.glob("*/results.json"):
+        name = json.loads((file.parent / "run.json").read_text())["name"]
+        assert name not in found
+        found[name] = json.loads(file.read_text())
+    return found
+
+
+@pytest.mark.timeout(600)
+def test_a_killed_sweep_goes_on_as_if_nothing_had_been(sweep_file, sweep, lightning, tmp_path):
+    """Killed in the middle of a start, it goes on from the last epoch; the points are what their commands do."""
+    file = sweep_file(epochs=(8, 1, 1), start={}, variants={"LTE": {"list": [{ETA: 0.5}]}})
+    words = [sys.executable, "-m", "lte_lightning", "sweep", str(file), "--folder", "runs/killed"]
+    process = subprocess.Popen(words, cwd=tmp_path, env=os.environ, start_new_session=True)
+    killed = tmp_path / "runs" / "killed"
+    deadline = time.monotonic() + 200
+    while not list(killed.glob("*/checkpoints/last.ckpt")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert results_of(killed) == {}
+    outcome = sweep(file, "--folder", "runs/killed")
+    assert outcome.code == 0, outcome.err
+    assert outcome.written == killed / "table.md"
+    assert "[2/2] LTE-efficiency_weight=0.5-s0" in outcome.out
+    assert next(killed.glob("points/start*.log")).read_text().count("--ckpt_path") == 1
+    found = results_of(killed)
+    for name, results in found.items():
+        command = shlex.split(json.loads((killed / "points" / f"{name}.json").read_text())["command"])
+        assert command[0] == "lightning"
+        again = lightning(tmp_path, None, *command[1:], "--run.experiment", f"again-{name}")
+        assert again.code == 0, again.err
+        assert {key: results[key] for key in VIEWS} == {key: again.results[key] for key in VIEWS}
+    start, point = (found[name] for name in sorted(found, reverse=True))
+    assert point["dense"] == start["dense"]
+    assert "dense" not in point["seconds_per_stage"]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """A real MLflow server over HTTP; its address."""
+    folder = tmp_path_factory.mktemp("server")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    words = ["server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    words += ["--backend-store-uri", f"sqlite:///{folder}/server.db", "--artifacts-destination", str(folder / "files")]
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen([sys.executable, "-m", "mlflow", *words], stdout=log, stderr=log, cwd=folder)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + 100
+        while True:
+            try:
+                assert urllib.request.urlopen(f"{address}/health").read() == b"OK"
+                break
+            except OSError:
+                assert process.poll() is None, (folder / "log").read_text()
+                assert time.monotonic() < deadline
+                time.sleep(0.2)
+        yield address
+    finally:
+        process.terminate()
+        process.wait()
+
+
+@pytest.mark.timeout(600)
+def test_the_smoke_sweep_on_a_real_mlflow_server(server, tiny, sweep, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
+    small = ["--model.pretrained", tiny.model, "--model.lte.expert_size", 8, "--trainer.accelerator", "cpu"]
+    small += ["--data.class_path", "lte_lightning.data.GlueData", "--data.task", "sst2", "--data.source"]
+    outcome = sweep(SWEEPS / "smoke.yaml", *small, tiny.task("sst2"), "--data.train_rows", 32)
+    assert outcome.code == 0, outcome.err
+    folder = tmp_path / "runs" / "sweep-smoke"
+    assert not (tmp_path / "mlflow.db").exists()
+    client = MlflowClient(server)
+    experiment = client.get_experiment_by_name("sweep-smoke")
+    runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    parent = runs.pop("sweep sweep-smoke")
+    assert parent.info.status == "FINISHED"
+    files = {file.path for file in client.list_artifacts(parent.info.run_id)}
+    assert files == {"table.csv", "table.md", *(file.name for file in (folder / "report").iterdir())}
+    assert {"index.html", "quality-sst2.png"} <= files
+    results = results_of(folder)
+    assert runs.keys() == results.keys()
+    assert [name.split("-")[0] for name in sorted(runs)] == ["LTE", "constant_lambda", "floor", "start"]
+    for name, run in runs.items():
+        assert run.info.status == "FINISHED"
+        assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
+        assert run.data.tags["lte.point"] == name
+        assert run.data.params["point/seed"] == "0"
+        assert run.data.params["point/data.train_rows"] == "32"
+        assert run.data.metrics["results/dense"] == pytest.approx(results[name]["dense"])
+        assert "results.json" in {file.path for file in client.list_artifacts(run.info.run_id)}
+    assert (
+        next(run for name, run in runs.items() if name.startswith("const")).data.tags["lte.variant"]
+        == "constant lambda"
+    )
+    assert runs[min(runs)].data.params["point/model.efficiency_weight"] == "0.3"
+    # the same again: nothing is run, and the parent goes on
+    again = sweep(SWEEPS / "smoke.yaml", *small, tiny.task("sst2"), "--data.train_rows", 32)
+    assert "4 of 4 points are done already." in again.out
+    assert len(client.search_runs([experiment.experiment_id])) == 5
+
+
+def test_an_mlflow_server_that_is_not_there(sweep_file, sweep, tmp_path, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+    outcome = sweep(sweep_file(), "--trainer.logger", "true")
+    assert outcome.code == 1
+    assert f"cannot reach the MLflow server at http://127.0.0.1:{port}" in outcome.err
+    assert not list(tmp_path.glob("runs/*/*/run.json"))
+
+
+def test_a_locked_mlflow_database(tmp_path, monkeypatch):
+    """The store's own patience is not waited for: the sweep says what is wrong once it has given up."""
+    database = sqlite3.connect(tmp_path / "locked.db", isolation_level=None)
+    database.execute("BEGIN EXCLUSIVE")
+    (tmp_path / "base.yaml").touch()
+    (tmp_path / "trial.yaml").write_text("configs: [base.yaml]")
+    folder = SweepFolder(tmp_path / "runs" / "trial")
+    with (
+        folder.hold(read_sweep(tmp_path / "trial.yaml")),
+        pytest.raises(UserError, match=r"locked.*MLFLOW_TRACKING_URI"),
+    ):
+        Tracker(folder, f"sqlite:///{tmp_path / 'locked.db'}?timeout=0")
+    database.close()
