@@ -73,7 +73,7 @@ template <class T> void few(const Ffn<T>& f) {
     const int64_t per_expert = (S + FEW_ROWS - 1) / FEW_ROWS, slabs = int64_t(f.active.size()) * per_expert;
     const int64_t ranges = std::min(slabs, f.threads > 1 ? 4 * int64_t(f.threads) : 1);
     auto row_of = [&](int64_t slab) { return f.active[slab / per_expert] * S + slab % per_expert * FEW_ROWS; };
-    parallel(f.threads, ranges, [&](int64_t range) {
+    auto hide = [&](int64_t range) {
         const int64_t end = (range + 1) * slabs / ranges;
         for (int64_t slab = range * slabs / ranges; slab < end; slab++) {
             const int64_t e = f.active[slab / per_expert], row = row_of(slab), s = row - e * S;
@@ -102,10 +102,10 @@ template <class T> void few(const Ffn<T>& f) {
                 std::copy_n(up, rows, h + p * S + s);
             }
         }
-    });
+    };
 
     const int64_t wide = std::min(FEW_COLUMNS, up_to((D + f.threads - 1) / f.threads, 64));
-    parallel(f.threads, (D + wide - 1) / wide, [&](int64_t task) {
+    auto project = [&](int64_t task) {
         const int64_t c = task * wide, columns = std::min(wide, D - c);
         float* const acc = scratch<3, float>(f.N * wide);
         for (int64_t n = 0; n < f.N; n++)
@@ -132,7 +132,8 @@ template <class T> void few(const Ffn<T>& f) {
         }
         for (int64_t n = 0; n < f.N; n++)
             for (int64_t k = 0; k < columns; k++) narrow(acc[n * wide + k], f.y[n * D + c + k]);
-    });
+    };
+    parallel(f.threads, ranges, hide, (D + wide - 1) / wide, project);
 }
 
 }  // namespace

@@ -127,14 +127,15 @@ template <class T> void many(const Ffn<T>& f) {
     const float* x = reinterpret_cast<const float*>(f.x);
     if (!std::is_same<T, float>::value && (!PAIRED<T> || D % 2)) {
         float* const copy = scratch<0, float>(f.N * x_steps);
-        parallel(f.threads, f.N, [&](int64_t n) {
+        auto convert = [&](int64_t n) {
             for (int64_t k = 0; k < x_steps; k++) copy[n * x_steps + k] = step_of(f.x + n * D, k, 1, D);
-        });
+        };
+        parallel(f.threads, f.N, convert, 0, convert);
         x = copy;
     }
     float* const h = scratch<1, float>(pairs * h_steps);
 
-    parallel(f.threads, int64_t(f.active.size()), [&](int64_t task) {
+    auto hide = [&](int64_t task) {
         const int64_t e = f.active[task];
         const T* const weights[2] = {f.up + e * S * D, f.gate ? f.gate + e * S * D : nullptr};
         float* const panels = scratch<2, float>(2 * x_steps * wide);
@@ -166,13 +167,13 @@ template <class T> void many(const Ffn<T>& f) {
                 }
             }
         }
-    });
+    };
 
     // Fewer tokens, wider blocks: rows of weights are read in longer pieces.
     const int64_t fitting = std::min(BLOCK / std::min(f.N, TOKENS), (D + f.threads - 1) / f.threads);
     const int64_t block_columns = up_to(std::min<int64_t>(fitting, 1024), NR);
     const int64_t blocks = (D + block_columns - 1) / block_columns;
-    parallel(f.threads, (f.N + TOKENS - 1) / TOKENS * blocks, [&](int64_t task) {
+    auto project = [&](int64_t task) {
         const int64_t n0 = task / blocks * TOKENS, n1 = std::min(f.N, n0 + TOKENS);
         const int64_t c0 = task % blocks * block_columns, columns = std::min(block_columns, D - c0);
         float* const out = scratch<2, float>(std::min(f.N, TOKENS) * block_columns);
@@ -205,7 +206,8 @@ template <class T> void many(const Ffn<T>& f) {
         }
         for (int64_t n = n0; n < n1; n++)
             for (int64_t c = 0; c < columns; c++) narrow(out[(n - n0) * block_columns + c], f.y[n * D + c0 + c]);
-    });
+    };
+    parallel(f.threads, int64_t(f.active.size()), hide, (f.N + TOKENS - 1) / TOKENS * blocks, project);
 }
 
 }  // namespace

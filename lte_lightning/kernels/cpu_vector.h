@@ -120,14 +120,25 @@ inline vec activate(int kind, vec x) {
 
 // The threads are torch's own OpenMP team where one is loaded: two teams on the same cores would fight.
 typedef void (*gomp_parallel)(void (*)(void*), void*, unsigned, unsigned);
-template <class Body> void parallel(int threads, int64_t items, const Body& body) {
-    struct Shared { std::atomic<int64_t> next; int64_t items; const Body* body; } shared{{0}, items, &body};
+
+// Runs tasks of a first kind, and when all are done those of a second, in one region: nobody waits in between for a
+// thread that has not come, as it may not for many milliseconds on a busy machine.
+template <class First, class Second>
+void parallel(int threads, int64_t firsts, const First& first, int64_t seconds, const Second& second) {
+    struct Shared {
+        std::atomic<int64_t> next_first, done, next_second;
+        int64_t firsts, seconds;
+        const First* first;
+        const Second* second;
+    } shared{{0}, {0}, {0}, firsts, seconds, &first, &second};
     auto work = [](void* p) {
         Shared& s = *static_cast<Shared*>(p);
-        for (int64_t i; (i = s.next.fetch_add(1)) < s.items;) (*s.body)(i);
+        for (int64_t i; (i = s.next_first.fetch_add(1)) < s.firsts; s.done.fetch_add(1)) (*s.first)(i);
+        while (s.done.load() < s.firsts) std::this_thread::yield();
+        for (int64_t i; (i = s.next_second.fetch_add(1)) < s.seconds;) (*s.second)(i);
     };
     static const gomp_parallel team = reinterpret_cast<gomp_parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
-    threads = int(std::min<int64_t>(threads, items));
+    threads = int(std::min<int64_t>(threads, std::max(firsts, seconds)));
     if (threads <= 1) return work(&shared);
     if (team) return team(work, &shared, unsigned(threads), 0);
     std::vector<std::thread> others;
