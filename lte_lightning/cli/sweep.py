@@ -49,6 +49,8 @@ def main(args: list[str]) -> None:
         summary = None
         try:
             summary = engine.run(points)
+        except KeyboardInterrupt:
+            sys.exit(128 + signal.SIGINT)
         finally:
             files = write_tables(folder, list(engine.points.values()))
             files += [trials.write_front(folder.path / "front.md")] if trials else []
