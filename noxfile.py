@@ -70,8 +70,9 @@ def goldens(session: nox.Session) -> None:
 
 @nox.session(python=False, requires=["env"])
 def gpu(session: nox.Session) -> None:
-    """Run the tests that need a CUDA device."""
+    """Run the tests that need a CUDA device, then time the triton backend: one row per figure in gpu.csv."""
     session.run("pytest", "-m", "gpu", *session.posargs, env=OFFLINE)
+    session.run("python", "benchmarks/triton_ffn.py", "--csv", "gpu.csv")
 
 
 @nox.session(python=False, requires=["env"], default=False)

@@ -1,14 +1,24 @@
 """lte-lightning: Learn To be Efficient, structured sparsity for Hugging Face transformers.
 
 The public API: `convert` a model, train it (see the ``lightning`` command), `save_pretrained`, `from_pretrained`,
-`restore`; `RouterTrace` reads what the routers decide.
+`restore`; `set_backend` chooses what computes the selected experts; `RouterTrace` reads what the routers decide.
 """
 
 from lte_lightning.core.checkpoint import from_pretrained, save_pretrained
 from lte_lightning.core.config import LteConfig
 from lte_lightning.core.convert import convert, restore, set_mode
+from lte_lightning.core.sparse import set_backend
 from lte_lightning.core.trace import RouterTrace
 
 __version__ = "0.1.0"
 
-__all__ = ["LteConfig", "RouterTrace", "convert", "from_pretrained", "restore", "save_pretrained", "set_mode"]
+__all__ = [
+    "LteConfig",
+    "RouterTrace",
+    "convert",
+    "from_pretrained",
+    "restore",
+    "save_pretrained",
+    "set_backend",
+    "set_mode",
+]

@@ -25,6 +25,8 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 # The same examples on every machine, however slow it is.
 hypothesis.settings.register_profile("lte", deadline=None, derandomize=True, database=None)
@@ -51,6 +53,39 @@ def seeds() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}"
+    "{% if message['role'] == 'assistant' %}</s>{% endif %}{{ '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def make_lm_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
+    """`make_lm_tokenizer(chat=False, **tokens)`: a small byte-level BPE tokenizer; it knows the letters, and no pad."""
+
+    def make(chat: bool = False, **tokens: str) -> PreTrainedTokenizerFast:
+        bpe = Tokenizer(models.BPE())
+        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        bpe.decoder = decoders.ByteLevel()
+        text = "Input: name[the cat], food[a fish] --- Output: the cat eats a fish. Answer: A B C D\n"
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        special = ["<unk>", "<s>", "</s>", "<|user|>", "<|assistant|>", "<|system|>"]
+        trainer = trainers.BpeTrainer(
+            vocab_size=320, initial_alphabet=alphabet, special_tokens=special, show_progress=False
+        )
+        bpe.train_from_iterator([text], trainer)
+        known = {"unk_token": "<unk>", "eos_token": "</s>"} | tokens
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=bpe, **{key: value for key, value in known.items() if value is not None}
+        )
+        if chat:
+            tokenizer.chat_template = CHAT_TEMPLATE
+        return tokenizer
+
+    return make
 
 
 @pytest.fixture

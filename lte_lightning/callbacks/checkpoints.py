@@ -1,7 +1,10 @@
 """Which checkpoints are kept: the last one to resume from, and the best hard-mode one."""
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lte_lightning.tasks.evaluation import LOWER_IS_BETTER
 
 
 class LastCheckpoint(ModelCheckpoint):
@@ -27,8 +30,10 @@ class BestCheckpoint(ModelCheckpoint):
         )
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Watches the module's own metric."""
+        """Watches the module's own metric, in the direction that is better."""
         self.monitor = f"val/hard/{pl_module.metric_name}"
+        if pl_module.metric_name in LOWER_IS_BETTER:
+            self.mode, self.kth_value = "min", torch.tensor(torch.inf)
         super().setup(trainer, pl_module, stage)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

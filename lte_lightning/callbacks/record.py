@@ -180,6 +180,7 @@ class Recorder(Callback):
             self._export(trainer, pl_module)
 
     def _export(self, trainer: Trainer, module: LightningModule) -> None:
+        module.before_export()
         self.results = make_results(trainer, module, self.floor["floor"] if self.floor else None)
         about = {"stage": module.stage, "measured": module.measured}
         save_pretrained(module.net, self.folder / "model", about)
@@ -206,6 +207,21 @@ class Recorder(Callback):
         if self.folder is not None:
             self.written = self.folder / "test.json"
             write_json(self.written, pl_module.measured["test"])
+            self._write_rows(trainer, "predictions.jsonl", pl_module.predictions)
+
+    @rank_zero_only
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Adds to ``samples.jsonl`` the answers that a model wrote for reading."""
+        self._write_rows(trainer, "samples.jsonl", pl_module.samples, "a")
+        pl_module.samples = []
+
+    def _write_rows(self, trainer: Trainer, name: str, rows: list[dict[str, Any]], how: str = "w") -> None:
+        if self.folder is None or not rows:
+            return
+        with (self.folder / name).open(how) as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        if logger := mlflow_of(trainer):
+            logger.experiment.log_artifact(logger.run_id, str(self.folder / name))
 
     @rank_zero_only
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -213,12 +229,12 @@ class Recorder(Callback):
         if self.folder is None:
             return
         found = trainer.predict_loop.predictions
-        batches_of = found if found and isinstance(found[0], list) else [found]
+        batches_of = found if trainer.predict_loop.num_dataloaders > 1 else [found]
         for suffix, batches in zip(pl_module.loader_names, batches_of, strict=False):
-            rows = [row for batch in batches for row in batch.tolist()]
-            path = self.folder / f"predictions{suffix}.jsonl"
-            lines = [json.dumps({"row": row, "prediction": found}) for row, found in enumerate(rows)]
-            path.write_text("".join(f"{line}\n" for line in lines))
+            rows = [row for batch in batches for row in (batch if isinstance(batch, list) else _as_rows(batch))]
+            rows.sort(key=lambda row: row.get("row", 0))  # stable: only what names its row moves
+            rows = [{"row": i} | row for i, row in enumerate(rows)]
+            self._write_rows(trainer, f"predictions{suffix}.jsonl", rows)
         self.written = self.folder / "predictions.jsonl"
 
     @rank_zero_only
@@ -228,6 +244,10 @@ class Recorder(Callback):
             show(results_table(self.results))
         if self.written is not None:
             print(self.written, flush=True)
+
+
+def _as_rows(predictions_B: torch.Tensor) -> list[dict[str, Any]]:
+    return [{"prediction": prediction} for prediction in predictions_B.tolist()]
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

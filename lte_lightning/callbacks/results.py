@@ -14,6 +14,7 @@ from rich.table import Table
 from lte_lightning.callbacks.stages import StageSchedule
 from lte_lightning.core.cost import GFLOP
 from lte_lightning.core.errors import UserError
+from lte_lightning.tasks.evaluation import LOWER_IS_BETTER, VIEW_MODES
 
 
 def make_results(trainer: Trainer, module: LightningModule, floor: float | None = None) -> dict[str, Any]:
@@ -51,11 +52,20 @@ def make_results(trainer: Trainer, module: LightningModule, floor: float | None 
         floor = results["hard"]
     if floor is not None:
         results["floor"] = floor
-    for suffix in module.loader_names[1:]:
-        key = f"{metric}{suffix}"
+    for key in further_figures(module):
         if values := {view: found[key] for view, found in measured.items() if key in found}:
             results[key] = values
+    if skipped := getattr(trainer.datamodule, "skipped", None):
+        results["skipped_rows"] = dict(skipped)
     return results
+
+
+def further_figures(module: LightningModule) -> list[str]:
+    """Returns what was measured in each view besides the metric and the sparsity: other sets, other metrics."""
+    known = {module.metric_name, "sparsity"}
+    views = [module.measured.get(view, {}) for view in VIEW_MODES]
+    names = [key for found in views for key, value in found.items() if isinstance(value, float | None)]
+    return [key for key in dict.fromkeys(names) if key not in known]
 
 
 def versions(trainer: Trainer) -> dict[str, Any]:
@@ -134,7 +144,9 @@ def results_table(results: dict[str, Any]) -> Table:
 def span_kept(results: dict[str, Any]) -> float | None:
     """Returns (hard - floor) / (dense - floor), or None where it means nothing."""
     dense, hard, floor = results["dense"], results["hard"], results.get("floor")
-    if dense is None or hard is None or floor is None or dense <= floor:
+    if dense is None or hard is None or floor is None:
+        return None
+    if dense <= floor if results.get("metric") not in LOWER_IS_BETTER else dense >= floor:
         return None
     return (hard - floor) / (dense - floor)
 

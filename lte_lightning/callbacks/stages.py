@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from lte_lightning.core.convert import selector_parameters
 from lte_lightning.core.errors import UserError
-from lte_lightning.tasks.base import STAGES, Stage
+from lte_lightning.tasks.evaluation import STAGES, Stage
 
 OptimizerFactory = Callable[[Iterable], Optimizer]
 

@@ -16,6 +16,7 @@ COMMANDS = {
     "predict": (TRAINING, "write a model's predictions, one row per example"),
     "sweep": ("lte_lightning.cli.sweep", "run many fits: a grid, a list or a search, over several seeds"),
     "report": ("lte_lightning.cli.report", "draw a page of what sweeps and runs found"),
+    "bench": ("lte_lightning.bench", "time FFNs and models with experts skipped, against dense"),
     "cost": ("lte_lightning.cli.cost", "FLOPs, bytes and speed-up bound of a model at a sparsity"),
 }
 
@@ -31,9 +32,11 @@ def main(args: list[str] | None = None) -> None:
     if module.__name__ == TRAINING:  # LightningCLI reads its own command, from sys.argv unless a test gives arguments
         return module.main(args)
     try:
-        module.main(words[1:])
+        code = module.main(words[1:])
     except UserError as error:
         refuse(error)
+    if code:
+        sys.exit(code)
 
 
 def refuse(error: BaseException) -> None:

@@ -19,9 +19,11 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 from lte_lightning.core.config import LteConfig
-from lte_lightning.core.convert import convert, lte_config, plain, require_expert_ffns, set_mode
+from lte_lightning.core.convert import convert, expert_ffns, lte_config, plain, require_expert_ffns, set_mode
 from lte_lightning.core.errors import UserError
 from lte_lightning.core.expert_ffn import MODES
+from lte_lightning.core.sparse import set_backend
+from lte_lightning.kernels.dispatch import BACKENDS, Backend
 
 LAYOUT_VERSION = 1
 CONFIG_FILE = "lte_config.json"
@@ -99,17 +101,25 @@ def _replace(folder: Path, staging: Path) -> None:
     shutil.rmtree(old)
 
 
-def from_pretrained(source: str | os.PathLike[str], auto_class: Any = None, **kwargs: Any) -> PreTrainedModel:
+def from_pretrained(
+    source: str | os.PathLike[str], auto_class: Any = None, backend: Backend = "auto", **kwargs: Any
+) -> PreTrainedModel:
     """Loads a model written by `save_pretrained`, experts and routers in place, in the mode it was saved in.
+
+    The routers take the type of the weights they decide on.
 
     Args:
         source: A folder, or a hub id.
         auto_class: How to build the plain model, e.g. ``AutoModelForCausalLM``; the saved architecture if not given.
+        backend: What computes the selected experts in hard mode without gradients; see `set_backend`.
         **kwargs: Passed to the plain model's ``from_pretrained`` (``dtype``, ``device_map``, ...).
 
     Raises:
+        UserError: If there is no such backend.
         LayoutError: If the source is not an LTE model, is of another layout version, or its files disagree.
     """
+    if backend not in BACKENDS:
+        raise UserError(f"unknown backend {backend!r}; there are {', '.join(BACKENDS)}")
     config = read_lte_config(source)
     mode = read_description(source)["mode"]
     hf_config = AutoConfig.from_pretrained(source)
@@ -121,7 +131,10 @@ def from_pretrained(source: str | os.PathLike[str], auto_class: Any = None, **kw
     model: PreTrainedModel = auto_class.from_pretrained(source, **kwargs)
     convert(model, config, group=False)
     _load_routers(model, _file(source, ROUTERS_FILE))
+    for ffn in expert_ffns(model).values():
+        ffn.selector.to(ffn.up.weight.dtype)
     set_mode(model, mode)
+    set_backend(model, backend)
     return model
 
 

@@ -14,7 +14,11 @@ class LteConfig:
         expert_size: Neurons per expert; must divide the FFN width (paper: 32).
         grouping: How neurons are assigned to experts: balanced k-means on their L2-normalised input weights (the
             paper), a random partition, or the order they already have.
-        selector: ``router`` is LTE's; ``none`` never runs an expert, the floor that every method is read against.
+        selector: ``router`` is LTE's; ``none`` never runs an expert, the floor that every method is read against. The
+            baselines are ``cats``, ``d2dmoe``, ``dejavu``, ``kla``, ``moefication``, ``narrow`` and ``random`` (see
+            docs/baselines.md).
+        target_sparsity: Share of the experts that a baseline shall not run. LTE's own router has none: its sparsity
+            follows from ``efficiency_weight``.
         threshold: An expert runs when its score exceeds this (tau in the paper).
         router_bias: Give each router a bias, so that scores can start above the threshold (see ``router_margin``).
             ``false`` is the paper's bias-free equation 1, whose scores start around 0.5.
@@ -26,7 +30,8 @@ class LteConfig:
 
     expert_size: int = 32
     grouping: Literal["kmeans", "random", "contiguous"] = "kmeans"
-    selector: Literal["router", "none"] = "router"
+    selector: Literal["router", "none", "cats", "d2dmoe", "dejavu", "kla", "moefication", "narrow", "random"] = "router"
+    target_sparsity: float | None = None
     threshold: float = 0.5
     router_bias: bool = True
     router_margin: float = 2.0
@@ -38,6 +43,17 @@ class LteConfig:
             raise UserError(f"expert_size is {self.expert_size}; it must be at least 1 (the paper uses 32)")
         if not 0.0 < self.threshold < 1.0:
             raise UserError(f"threshold is {self.threshold}; it must lie in (0, 1), as scores do (the paper uses 0.5)")
+        wanted = self.selector not in ("router", "none")
+        if wanted and (self.target_sparsity is None or not 0.0 <= self.target_sparsity < 1.0):
+            raise UserError(
+                f"selector {self.selector!r} has target_sparsity {self.target_sparsity}; it needs the share of the "
+                "experts that shall not run, at least 0 and below 1"
+            )
+        if not wanted and self.target_sparsity is not None:
+            raise UserError(
+                f"selector {self.selector!r} takes no target_sparsity (it is {self.target_sparsity}): the sparsity of "
+                "LTE's router follows from efficiency_weight, and without experts it is 1"
+            )
         if not self.router_scale > 0.0:
             raise UserError(
                 f"router_scale is {self.router_scale}; it must be positive, or all scores start equal and stay so"

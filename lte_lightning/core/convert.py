@@ -12,10 +12,19 @@ from transformers import PreTrainedModel
 from lte_lightning.core.config import LteConfig
 from lte_lightning.core.errors import UserError
 from lte_lightning.core.expert_ffn import MODES, ExpertFfn, Mode
-from lte_lightning.core.ffn import find_layers, find_parts, find_row, find_stacks, get_child, set_child, weight_rows
+from lte_lightning.core.ffn import (
+    FfnParts,
+    find_layers,
+    find_parts,
+    find_row,
+    find_stacks,
+    get_child,
+    set_child,
+    weight_rows,
+)
 from lte_lightning.core.fused import put_together, take_apart
 from lte_lightning.core.grouping import Grouping, expert_count, group_neurons
-from lte_lightning.selection import SELECTORS, NoExperts, Router, Selector
+from lte_lightning.selection import RANKINGS, SELECTORS, FfnShape, Router, Selector
 
 
 def convert(
@@ -44,12 +53,13 @@ def convert(
     sites = [(layer, stack) for stack, layers in enumerate(find_stacks(model)) for layer in layers]
     row = find_row(model.config.model_type)
     all_parts = [find_parts(layer, row) for layer, _ in sites]
-    experts = [expert_count(weight_rows(parts.up).shape[0], config.expert_size) for parts in all_parts]
+    for parts in all_parts:
+        expert_count(weight_rows(parts.up).shape[0], config.expert_size)
     _check_selector(config)
 
     generator = torch.Generator().manual_seed(config.seed or 0)
-    for (layer, stack), parts, count in zip(sites, all_parts, experts, strict=True):
-        selector = _make_selector(config, weight_rows(parts.up).shape[1], count, generator)
+    for (layer, stack), parts in zip(sites, all_parts, strict=True):
+        selector = _make_selector(config, parts, generator)
         ffn = ExpertFfn(parts, config.expert_size, selector.to(parts.up.weight.device), config.threshold)
         ffn.stack = stack
         if parts.row.module:
@@ -74,7 +84,7 @@ def group_experts(model: PreTrainedModel, progress: bool = True) -> list[Groupin
     """
     config = lte_config(model)
     ffns = expert_ffns(model)
-    if config.grouping == "contiguous":
+    if config.grouping == "contiguous" or config.expert_size == 1:  # neurons on their own need no order
         return []
     groupings = []
     for i, ffn in enumerate(tqdm(ffns.values(), desc=f"grouping ({config.grouping})", disable=not progress)):
@@ -191,9 +201,13 @@ def _check_selector(config: LteConfig) -> None:
         raise UserError(f"unknown selector {config.selector!r}; there are {', '.join(SELECTORS)}")
 
 
-def _make_selector(config: LteConfig, width: int, experts: int, generator: torch.Generator) -> Selector:
-    if config.selector == "none":
-        return NoExperts(experts)
-    return Router(
-        width, experts, config.threshold, config.router_bias, config.router_margin, config.router_scale, generator
-    )
+def _make_selector(config: LteConfig, parts: FfnParts, generator: torch.Generator) -> Selector:
+    neurons, width = weight_rows(parts.up).shape
+    experts = neurons // config.expert_size
+    if config.selector == "router":
+        return Router(
+            width, experts, config.threshold, config.router_bias, config.router_margin, config.router_scale, generator
+        )
+    shape = FfnShape(width, neurons, experts, gated=parts.gate is not None)
+    sparsity = 1.0 if config.target_sparsity is None else config.target_sparsity
+    return RANKINGS[config.selector](shape, sparsity, generator)

@@ -119,7 +119,7 @@ def flops_per_token(model: PreTrainedModel, sparsity_per_layer: Sequence[float] 
     if sparsity_per_layer is None:
         return total + sum(ffn.flops_dense() for ffn in ffns)
     for ffn, sparsity in zip(ffns, sparsity_per_layer, strict=True):
-        total += round(ffn.flops_dense() * (1.0 - sparsity)) + ffn.selector.flops_per_token()
+        total += ffn.flops(sparsity)
     return total
 
 
@@ -160,7 +160,8 @@ def _ffn_parameters(ffn: ExpertFfn, sparsity: float, with_selector: bool) -> int
     selector = sum(parameter.numel() for parameter in ffn.selector.parameters())
     output_bias = 0 if ffn.down.bias is None else ffn.down.bias.numel()
     neurons = sum(parameter.numel() for parameter in ffn.parameters()) - selector - output_bias
-    return round(neurons * (1.0 - sparsity)) + output_bias + selector * with_selector
+    whole = ffn.selector.whole_projections() / (2 if ffn.gate is None else 3) if with_selector else 0.0
+    return round(neurons * (whole + (1.0 - whole) * (1.0 - sparsity))) + output_bias + selector * with_selector
 
 
 def _other_parameters(model: PreTrainedModel, skip: set[int]) -> int:

@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 from lte_lightning.core.ffn import FfnParts, Projection, weight_rows
+from lte_lightning.core.sparse import run_sparse
 from lte_lightning.kernels import scale_experts
+from lte_lightning.kernels.dispatch import Backend
 from lte_lightning.selection import Selector
 
 Mode = Literal["dense", "soft", "hard"]
@@ -40,7 +42,9 @@ class ExpertFfn(nn.Module):
         self.expert_size = expert_size
         self.threshold = threshold
         self.mode: Mode = "dense"
+        self.backend: Backend = "dense-mask"
         self.recorder: Callable[[ExpertFfn, torch.Tensor], None] | None = None
+        self.observer: Callable[[ExpertFfn, torch.Tensor, torch.Tensor, torch.Tensor], None] | None = None
         self.shell: tuple[nn.Module, ...] = ()
         self.stack = 0  # 1 in the decoder of a model that has an encoder too
 
@@ -62,18 +66,35 @@ class ExpertFfn(nn.Module):
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
         """Returns the FFN's output, [B, T, D]; in soft and hard mode the scores go to the recorder, if there is one."""
         if self.mode == "dense":
-            return self.down(self._hidden(x_BTD))
-        scores_BTE = self.selector(x_BTD)
+            gate_BTF, hidden_BTF = self._activations(x_BTD)
+            if self.observer is not None:
+                self.observer(self, x_BTD, gate_BTF, hidden_BTF)
+            return self.down(self._finished(hidden_BTF))
+        if self.selector.reads != "input":  # the selection needs what it is to save
+            gate_BTF, hidden_BTF = self._activations(x_BTD)
+            scores_BTE = self.selector(gate_BTF if self.selector.reads == "gate" else hidden_BTF)
+        else:
+            scores_BTE = self.selector(x_BTD)
         if self.recorder is not None:
             self.recorder(self, scores_BTE)
         factor_BTE = scores_BTE if self.mode == "soft" else scores_BTE > self.threshold
-        return self.down(scale_experts(self._hidden(x_BTD), factor_BTE))
+        if self.selector.reads == "input":
+            if self.mode == "hard" and self.backend != "dense-mask":
+                out_BTD = run_sparse(self, x_BTD, factor_BTE)
+                if out_BTD is not None:
+                    return out_BTD
+            _, hidden_BTF = self._activations(x_BTD)
+        return self.down(scale_experts(self._finished(hidden_BTF), factor_BTE))
 
-    def _hidden(self, x_BTD: torch.Tensor) -> torch.Tensor:
+    def _activations(self, x_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the activated gate (of a plain FFN: the hidden activations) and the hidden activations, [B, T, F]."""
         if self.gate is None:
             hidden_BTF = self.activation(self.up(x_BTD))
-        else:
-            hidden_BTF = self.activation(self.gate(x_BTD)) * self.up(x_BTD)
+            return hidden_BTF, hidden_BTF
+        gate_BTF = self.activation(self.gate(x_BTD))
+        return gate_BTF, gate_BTF * self.up(x_BTD)
+
+    def _finished(self, hidden_BTF: torch.Tensor) -> torch.Tensor:
         if self.dropout is not None:
             hidden_BTF = self.dropout(hidden_BTF)
         if hidden_BTF.dtype != self.down.weight.dtype and not torch.is_autocast_enabled(hidden_BTF.device.type):
@@ -96,6 +117,13 @@ class ExpertFfn(nn.Module):
     def extra_repr(self) -> str:
         """Describes the experts in ``print(model)``."""
         return f"{self.experts} experts x {self.expert_size} neurons, mode={self.mode}, threshold={self.threshold}"
+
+    def flops(self, sparsity: float) -> int:
+        """FLOPs per token at a sparsity, with what the selection costs: two per multiply-add."""
+        projections = 2 if self.gate is None else 3
+        whole = min(self.selector.whole_projections(), projections) / projections
+        ran = whole + (1.0 - whole) * (1.0 - sparsity)
+        return round(self.flops_dense() * ran) + self.selector.flops_per_token()
 
     def flops_dense(self) -> int:
         """Multiply-adds of the whole FFN per token, times two."""

@@ -1,7 +1,20 @@
 """Data of the experiments as Lightning data modules."""
 
+from lte_lightning.data.generation import GenerationData
 from lte_lightning.data.glue import GLUE_TASKS, GlueData
+from lte_lightning.data.instruct import InstructData
+from lte_lightning.data.language_model import LanguageModelData
+from lte_lightning.data.mmlu import MmluData
 from lte_lightning.data.packaged import DataError
 from lte_lightning.data.reviews import MovieReviews
 
-__all__ = ["GLUE_TASKS", "DataError", "GlueData", "MovieReviews"]
+__all__ = [
+    "GLUE_TASKS",
+    "DataError",
+    "GenerationData",
+    "GlueData",
+    "InstructData",
+    "LanguageModelData",
+    "MmluData",
+    "MovieReviews",
+]

@@ -1,9 +1,10 @@
 """From text files to padded batches: reading, tokenising once, batching by length."""
 
+import difflib
 import glob
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ _READERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".csv": ("csv", _CSV),
     ".tsv": ("csv", {**_CSV, "sep": "\t"}),
     ".parquet": ("parquet", {}),
+    ".txt": ("text", {}),
 }
 _MEGA_BATCH = 50
 
@@ -163,14 +165,22 @@ def _accepted(split: str) -> str:
     return f"{split}{{{','.join(_READERS)}}}"
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+def meant(name: str, known: Iterable[str]) -> str:
+    """Returns a remark that names the known word nearest to one that is unknown, or nothing."""
+    nearest = difflib.get_close_matches(name, list(known), n=1)
+    return f" (do you mean {nearest[0]!r}?)" if nearest else ""
+
+
+def load_tokenizer(name: str, generates: bool = False) -> PreTrainedTokenizerBase:
     """Load a tokenizer that can tokenise and pad batches.
 
     Args:
         name: A folder, a hub id, or a `package://` path.
+        generates: Whether it is a language model's. It then needs a token that ends a text, which is also the pad token
+            where there is none: padding is masked by position, so the two are never confused.
 
     Raises:
-        DataError: It cannot be loaded, has no vocabulary, or has no pad token.
+        DataError: It cannot be loaded, has no vocabulary, or lacks the pad token (generating: the end token).
     """
     folder = resolve(name)
     if folder.startswith((".", "/")) and not Path(folder).is_dir():
@@ -190,6 +200,14 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         )
     if not tokenizer.is_fast:
         raise DataError(f"tokenizer {name!r} ({type(tokenizer).__name__}) is a slow one: convert it to tokenizer.json")
+    if generates:
+        if tokenizer.eos_token is None:
+            raise DataError(
+                f"tokenizer {name!r} has no EOS token, so no text could end: set tokenizer.eos_token, save_pretrained "
+                "it to a folder and name that folder"
+            )
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token is None:
         raise DataError(
             f"tokenizer {name!r} has no pad token: give it one (tokenizer.pad_token = tokenizer.eos_token), "
@@ -234,20 +252,24 @@ def tokenize(
         batched=True,
         remove_columns=list(text_columns),
         # The default fingerprint hashes the tokenizer, which changes with use: the cache would never be hit.
-        new_fingerprint=_fingerprint(dataset, tokenizer, text_columns, max_length),
+        new_fingerprint=fingerprint(dataset, tokenizer, list(text_columns), max_length),
         desc="Tokenising",
     )
 
 
-def _fingerprint(
-    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, text_columns: Sequence[str], max_length: int
-) -> str:
+def fingerprint(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *parts: Any) -> str:
+    """Returns the name under which the cache of `datasets` finds what a tokenizer made of a data set.
+
+    Args:
+        dataset: The rows.
+        tokenizer: A fast tokenizer; its settings of the moment (truncation, padding) do not matter.
+        *parts: Whatever else the result depends on, as JSON types.
+    """
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     # What the last call left behind.
     content["truncation"] = content["padding"] = None
-    parts = [dataset._fingerprint, content, tokenizer.model_input_names, tokenizer.truncation_side]
-    parts += [list(text_columns), max_length]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+    whole = [dataset._fingerprint, content, tokenizer.model_input_names, tokenizer.truncation_side, *parts]
+    return hashlib.sha256(json.dumps(whole).encode()).hexdigest()[:32]
 
 
 class Collate:

@@ -1,6 +1,9 @@
 """The dense-mask backend: every expert is computed, and what each adds is scaled; differentiable."""
 
 import torch
+from torch.nn import functional
+
+from lte_lightning.kernels.layout import ACTIVATIONS, ExpertWeights
 
 
 def scale_experts(hidden_BTF: torch.Tensor, factor_BTE: torch.Tensor) -> torch.Tensor:
@@ -15,3 +18,32 @@ def scale_experts(hidden_BTF: torch.Tensor, factor_BTE: torch.Tensor) -> torch.T
     """
     factor_BTE1 = factor_BTE.to(hidden_BTF.dtype).unsqueeze(-1)
     return (hidden_BTF.unflatten(-1, (factor_BTE.shape[-1], -1)) * factor_BTE1).flatten(-2)
+
+
+def run_dense_mask(x_ND: torch.Tensor, mask_NE: torch.Tensor, weights: ExpertWeights) -> torch.Tensor:
+    """Computes every expert in matrix products of the weights' own type, and clears what was not selected.
+
+    Cleared, not multiplied by 0: what is not finite in an expert that no token selected does not reach a result,
+    except by the down projection, whose every row is read.
+
+    Args:
+        x_ND: Input of N tokens, of the weights' type.
+        mask_NE: True where a token runs an expert.
+        weights: The FFN.
+
+    Returns:
+        The output [N, D] in the type of ``x_ND``.
+    """
+    hidden_NF = _project(x_ND, weights.up_ESD, weights.up_bias_ES)
+    if weights.gate_ESD is None:
+        hidden_NF = ACTIVATIONS[weights.activation](hidden_NF)
+    else:
+        hidden_NF = ACTIVATIONS[weights.activation](_project(x_ND, weights.gate_ESD, weights.gate_bias_ES)) * hidden_NF
+    hidden_NES = hidden_NF.unflatten(-1, weights.up_ESD.shape[:2])
+    if not mask_NE.all():
+        hidden_NES = hidden_NES.masked_fill(~mask_NE.unsqueeze(-1), 0.0)
+    return functional.linear(hidden_NES.flatten(-2), weights.down_ESD.flatten(0, 1).T, weights.down_bias_D)
+
+
+def _project(x_ND: torch.Tensor, weight_ESD: torch.Tensor, bias_ES: torch.Tensor | None) -> torch.Tensor:
+    return functional.linear(x_ND, weight_ESD.flatten(0, 1), None if bias_ES is None else bias_ES.flatten())

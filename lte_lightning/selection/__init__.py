@@ -1,13 +1,27 @@
-"""Which experts run for a token: LTE's router and what it is compared with, one small file each.
+"""Which experts run for a token: LTE's router and what it is compared with.
 
-A `Selector` is a module that maps the FFN input ``x_BTD`` to ``scores_BTE`` in [0, 1], in float32, and says what it is
-charged for; an expert runs in hard mode when its score exceeds the threshold.
+A `Selector` is a module that maps what it reads, mostly the FFN input ``x_BTD``, to ``scores_BTE`` in [0, 1], in
+float32, and says what it is charged for; an expert runs in hard mode when its score exceeds the threshold. All but the
+router reach a sparsity that is asked for, and share a constructor: sizes, sparsity, generator.
 """
 
-from lte_lightning.selection.base import Selector
+from lte_lightning.selection.base import FfnShape, Selector
+from lte_lightning.selection.magnitude import Cats, KeepLargest, Narrow, RandomRouter
 from lte_lightning.selection.none import NoExperts
+from lte_lightning.selection.predictor import D2dmoe, DejaVu, Moefication, Predictor
+from lte_lightning.selection.ranking import Ranking
 from lte_lightning.selection.router import Router
 
-SELECTORS: dict[str, type[Selector]] = {"router": Router, "none": NoExperts}
+RANKINGS: dict[str, type[Ranking]] = {
+    "cats": Cats,
+    "d2dmoe": D2dmoe,
+    "dejavu": DejaVu,
+    "kla": KeepLargest,
+    "moefication": Moefication,
+    "narrow": Narrow,
+    "none": NoExperts,
+    "random": RandomRouter,
+}
+SELECTORS = ("router", *RANKINGS)
 
-__all__ = ["SELECTORS", "NoExperts", "Router", "Selector"]
+__all__ = ["RANKINGS", "SELECTORS", "FfnShape", "NoExperts", "Predictor", "Ranking", "Router", "Selector"]

@@ -1,16 +1,49 @@
 """What every selector is."""
 
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
 import torch
 from torch import nn
 
+Reads = Literal["input", "gate", "hidden"]
+
+
+@dataclass(frozen=True)
+class FfnShape:
+    """Sizes of an FFN.
+
+    Args:
+        width: D.
+        neurons: F.
+        experts: E.
+        gated: Whether it has a gate projection.
+    """
+
+    width: int
+    neurons: int
+    experts: int
+    gated: bool
+
 
 class Selector(nn.Module):
-    """Maps the FFN's input ``x_BTD`` to ``scores_BTE`` in [0, 1], float32, and says what that costs."""
+    """Maps what it reads to ``scores_BTE`` in [0, 1], float32, and says what that costs.
+
+    ``reads`` is what `forward` is given: the FFN's ``input`` x_BTD; its ``gate`` activations, activation(gate(x)), or
+    of a plain FFN activation(up(x)), [B, T, F]; or its ``hidden`` activations, what the down projection is given,
+    [B, T, F]. Whoever reads the last knows what it is to predict: an oracle.
+    """
+
+    reads: ClassVar[Reads] = "input"
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
         """Returns the scores [B, T, E]."""
         raise NotImplementedError(f"{type(self).__name__} must define forward")
 
     def flops_per_token(self) -> int:
-        """Returns what this selector is charged per token: two FLOPs per multiply-add."""
+        """Returns what this selector itself is charged per token: two FLOPs per multiply-add."""
         raise NotImplementedError(f"{type(self).__name__} must say its flops_per_token")
+
+    def whole_projections(self) -> int:
+        """Returns how many of the FFN's projections are computed whole, for every neuron, before the choice."""
+        return 0

@@ -2,40 +2,28 @@
 
 import math
 from dataclasses import asdict, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch import nn
-from torchmetrics import Metric
-from transformers import PreTrainedModel
 
 from lte_lightning.core.config import LteConfig
-from lte_lightning.core.convert import expert_ffns, group_experts, selector_parameters, set_mode
-from lte_lightning.core.cost import GFLOP, speedup_bound, token_cost
+from lte_lightning.core.convert import group_experts
 from lte_lightning.core.errors import UserError
 from lte_lightning.core.losses import SEPARABILITY_EPSILON
-from lte_lightning.core.trace import RouterTrace
+from lte_lightning.core.observe import imitates
 from lte_lightning.data.packaged import resolve
+from lte_lightning.kernels.dispatch import Backend
+from lte_lightning.tasks.baselines import imitate, prepare_choice
+from lte_lightning.tasks.evaluation import MeasuredModule, Stage
 from lte_lightning.tasks.loading import give_experts, load
-from lte_lightning.tasks.sparsity import SparsityMeter
-
-Stage = Literal["dense", "router", "expert"]
-STAGES: tuple[Stage, ...] = ("dense", "router", "expert")
-# What a validation measures in each stage; only "hard" epochs compete for the best checkpoint.
-VIEWS = {"dense": ("dense",), "router": ("soft", "hard_before"), "expert": ("hard",)}
-VIEW_MODES = {"dense": "dense", "soft": "soft", "hard_before": "hard", "hard": "hard"}
 
 
-class NonFiniteLossError(UserError):
-    """The training loss became NaN or infinite."""
-
-
-class LteModule(LightningModule):
+class LteModule(MeasuredModule):
     """A model in one of LTE's stages; a subclass adds the task.
 
     Args:
+        task: Name of the task, for the results; the command line takes it from the data.
         pretrained: Model to start from: a folder, a hub id, or ``package://...`` (see the quickstart).
         init_from: Take the weights from here instead: a fine-tuned model with the same tokenizer (folder or hub id), or
             the ``model`` folder of an earlier run, which goes on in the stage it had reached.
@@ -46,16 +34,21 @@ class LteModule(LightningModule):
             ``separability_end``, lambda is constant, as the paper's text reads.
         separability_end: Share of the router stage at which lambda is reached; it grows linearly in between.
         separability_epsilon: Keeps the separability loss finite (see ``core/losses.py``).
+        activation: Swap a plain model's activation for this one before fine-tuning (``relu`` for MoEfication).
+        layers: Keep only this many layers, the first ones, of a plain model (of encoder and decoder alike).
+        gradient_checkpointing: Keep fewer activations for the backward pass, and compute them again: slower, in less
+            memory.
         seed: Seed of the grouping and of the routers, unless ``lte`` has its own; the command line sets it to
             ``seed_everything``.
+        backend: What computes the selected experts in ``test`` and ``predict``: ``auto``, ``dense-mask``,
+            ``reference``, ``cpu`` or ``triton`` (see `set_backend`). Training and validation compute all and mask.
     """
 
     auto_class: ClassVar[Any]
-    metric_name: str
-    loader_names: tuple[str, ...] = ("",)
 
     def __init__(
         self,
+        task: str,
         pretrained: str,
         init_from: str | None = None,
         lte: LteConfig | None = None,
@@ -64,7 +57,11 @@ class LteModule(LightningModule):
         separability_start: float = 0.5,
         separability_end: float = 1.0,
         separability_epsilon: float = SEPARABILITY_EPSILON,
+        activation: str | None = None,
+        layers: int | None = None,
+        gradient_checkpointing: bool = False,
         seed: int = 0,
+        backend: Backend = "auto",
     ) -> None:
         super().__init__()
         if not 0.0 <= separability_start <= separability_end <= 1.0:
@@ -76,13 +73,16 @@ class LteModule(LightningModule):
         for name, weight in (weights | {"separability_epsilon": separability_epsilon}).items():
             if not 0.0 <= weight < math.inf:
                 raise UserError(f"{name} is {weight}; it must be a finite number, and not negative")
-        self.save_hyperparameters(ignore=["lte"])
+        self.save_hyperparameters(ignore=["lte", "backend"])  # a checkpoint's own would win over the command line's
         self.save_hyperparameters({"lte": asdict(lte) if lte else None})
         self.lte = replace(lte, seed=seed) if lte and lte.seed is None else lte
+        self.backend = backend
         self.stage: Stage = "dense"
         self.stage_progress = 0.0
         self.measured: dict[str, dict[str, Any]] = {}
-        self.net: PreTrainedModel | None = None
+        self.predictions: list[dict[str, Any]] = []  # of a test that generates, one entry per example
+        self.samples: list[dict[str, Any]] = []  # answers to read, until they are written
+        self.net = None
         self.schedule: Any = None
 
     # The task, by the subclass
@@ -91,22 +91,32 @@ class LteModule(LightningModule):
         """What the task passes to ``from_pretrained``."""
         return {}
 
-    def make_metric(self) -> Metric:
-        """Returns a fresh metric, updated with what `outputs_for_metric` gives."""
-        raise TypeError(f"{type(self).__name__} must define make_metric")
-
-    def outputs_for_metric(self, outputs: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns predictions and targets."""
-        raise TypeError(f"{type(self).__name__} must define outputs_for_metric")
+    def before_export(self) -> None:
+        """Makes the trained model what is saved."""
 
     # Model and stages
+
+    @property
+    def source(self) -> str:
+        """Where the weights come from."""
+        return resolve(self.hparams["init_from"] or self.hparams["pretrained"])
 
     def configure_model(self) -> None:
         """Loads the model and gives it experts; its weights are grouped only when the router stage begins."""
         if self.net is not None:
             return
-        source = resolve(self.hparams["init_from"] or self.hparams["pretrained"])
-        self.net, about = load(self.auto_class, source, self.model_arguments(), self.lte, self.hparams["seed"])
+        changes = {
+            key: self.hparams[key]
+            for key in ("activation", "layers", "from_scratch")
+            if self.hparams.get(key) is not None
+        }
+        self.net, about = load(
+            self.auto_class, self.source, self.model_arguments(), self.lte, self.hparams["seed"], **changes
+        )
+        if self.hparams["gradient_checkpointing"]:
+            name = "activation_checkpointing_enable"  # transformers 6 drops the older name, 5.0 lacks the newer one
+            enable = getattr(self.net, name) if hasattr(self.net, name) else self.net.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
         self.stage = about.get("stage", "dense")
         self.measured = about.get("measured", {})
         self._make_meters()
@@ -120,13 +130,9 @@ class LteModule(LightningModule):
                 self.measured["grouping"] = {"inertia": inertia, "random_inertia": chance}
                 rank_zero_info(f"experts grouped: inertia {inertia:.1f}, {100 * inertia / chance:.1f} % of chance's")
         self.stage = stage
+        if stage == "expert":
+            prepare_choice(self)
         self.apply_stage()
-
-    def apply_stage(self) -> None:
-        """Sets the FFNs' mode and the routers' trainability as the current stage wants them."""
-        set_mode(self.net, {"dense": "dense", "router": "soft", "expert": "hard"}[self.stage])
-        for parameter in selector_parameters(self.net):
-            parameter.requires_grad_(self.stage == "router")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps the stage and what was measured so far."""
@@ -170,13 +176,18 @@ class LteModule(LightningModule):
         return self.hparams["separability_weight"] * (self.stage_progress - start) / (end - start)
 
     def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
-        """Returns the stage's loss: the task's, in the router stage with equation 6's two terms."""
-        if self.stage != "router":
-            loss = self.net(**batch).loss
+        """Returns the stage's loss: the task's, in the router stage with equation 6's two terms.
+
+        A baseline's predictors learn by themselves in the router stage.
+        """
+        if self.stage == "router" and imitates(self.net):
+            loss = imitate(self, batch)
+        elif self.stage != "router":
+            loss = self.run_model(batch).loss
             self.log("train/task_loss", loss)
         else:
-            with RouterTrace(self.net, batch["attention_mask"]) as trace:
-                task_loss = self.net(**batch).loss
+            with self.trace(batch) as trace:
+                task_loss = self.run_model(batch).loss
             efficiency = trace.efficiency_loss()
             weight = self.separability_weight_now()
             separability = trace.separability_loss(self.hparams["separability_epsilon"])
@@ -192,108 +203,3 @@ class LteModule(LightningModule):
         self.log("train/loss", loss, prog_bar=True)
         self._require_finite(loss, "training")
         return loss
-
-    def _require_finite(self, loss: torch.Tensor, what: str) -> None:
-        if not torch.isfinite(loss):
-            raise NonFiniteLossError(
-                f"the {what} loss is {loss.item()} in stage {self.stage!r} at step {self.global_step}; the weights "
-                "of the epoch before are kept in the last checkpoint. Lower the learning rate, or use "
-                "trainer.precision 32-true"
-            )
-
-    # Evaluation
-
-    def _make_meters(self) -> None:
-        names = [f"{view}{suffix}" for view in VIEW_MODES for suffix in self.loader_names]
-        self.meters = nn.ModuleDict({name: self.make_metric() for name in names})
-        self.sparsity = SparsityMeter([ffn.experts for ffn in expert_ffns(self.net).values()])
-
-    def validation_step(self, batch: dict[str, torch.Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Measures every view of the current stage."""
-        for view in VIEWS[self.stage]:
-            self._measure(view, batch, dataloader_idx)
-        self.apply_stage()
-
-    def _measure(self, view: str, batch: dict[str, torch.Tensor], dataloader_idx: int) -> None:
-        set_mode(self.net, VIEW_MODES[view])
-        if VIEW_MODES[view] == "hard":
-            with RouterTrace(self.net, batch["attention_mask"]) as trace:
-                outputs = self.net(**batch)
-            self.sparsity.update(trace)
-        else:
-            outputs = self.net(**batch)
-        self._require_finite(outputs.loss, "validation")  # before a checkpoint of such weights is written
-        self.meters[f"{view}{self.loader_names[dataloader_idx]}"].update(*self.outputs_for_metric(outputs, batch))
-
-    def on_validation_epoch_end(self) -> None:
-        """Logs ``val/<view>/<metric>`` and the sparsity, and remembers them for the results."""
-        for view in VIEWS[self.stage]:
-            found = self._read_meters(view)
-            # a sanity check of a few rows is no measurement
-            if not self.trainer.sanity_checking or self.trainer.num_sanity_val_steps == math.inf:
-                self.measured[view] = {key: _json(value) for key, value in found.items()}
-            scalars = {key: value for key, value in found.items() if isinstance(value, float)}
-            self.log_dict({f"val/{view}/{key}": value for key, value in scalars.items()})
-
-    def _read_meters(self, view: str) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for suffix in self.loader_names:
-            meter = self.meters[f"{view}{suffix}"]
-            if not meter.update_called:  # MNLI's second set, if the first is held out of the training rows
-                continue
-            found[f"{self.metric_name}{suffix}"] = float(meter.compute())
-            meter.reset()
-        if VIEW_MODES[view] == "hard":
-            found |= self.sparsity.compute()
-            self.sparsity.reset()
-        return found
-
-    def on_test_start(self) -> None:
-        """Refuses a model that has no trained selection."""
-        if self.stage == "dense":
-            raise UserError(
-                "this model was never routed, so there is no sparsity to test: train the router and expert stages "
-                "first, or give a routed model by --ckpt_path or --model.init_from"
-            )
-
-    def test_step(self, batch: dict[str, torch.Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Measures the model in hard mode."""
-        self._measure("hard", batch, dataloader_idx)
-
-    def on_test_epoch_end(self) -> None:
-        """Logs the metric, the sparsity overall and per layer, and what a token costs."""
-        found = self._read_meters("hard")
-        per_layer = found["sparsity_per_layer"]
-        cost = self.cost(per_layer)
-        self.measured["test"] = {key: _json(value) for key, value in found.items()} | cost
-        self.log_dict({f"test/{key}": value for key, value in found.items() if isinstance(value, float)})
-        self.log("test/gflops_per_token", cost["flops_per_token"] / GFLOP)
-        self.log("test/megabytes_per_token", cost["bytes_per_token"] / 1e6)
-        self.log("test/bound", cost["bound"])
-        self.log_dict({f"test/sparsity_layer_{i:02d}": sparsity for i, sparsity in enumerate(per_layer)})
-
-    def cost(self, sparsity_per_layer: list[float] | None) -> dict[str, float]:
-        """Returns FLOPs per token as the paper counts them, and bytes moved in bfloat16, sparse and dense.
-
-        ``bound`` is the speed-up that the bytes allow at most. Without sparsities both are those of the dense model.
-        """
-        dense = token_cost(self.net)
-        sparse = dense if sparsity_per_layer is None else token_cost(self.net, sparsity_per_layer)
-        return {
-            "flops_per_token": sparse.paper_flops,
-            "dense_flops_per_token": dense.paper_flops,
-            "bytes_per_token": sparse.bytes,
-            "dense_bytes_per_token": dense.bytes,
-            "bound": speedup_bound(dense.bytes, sparse.bytes),
-        }
-
-    def on_predict_start(self) -> None:
-        """Predicts in hard mode, or densely if the model was never routed."""
-        if self.trainer.world_size > 1:
-            raise UserError("predictions are written in the order of the data by one process: set trainer.devices to 1")
-        set_mode(self.net, "dense" if self.stage == "dense" else "hard")
-
-
-def _json(value: Any) -> Any:
-    # JSON has no NaN, which a correlation of constant predictions is
-    return None if isinstance(value, float) and not math.isfinite(value) else value

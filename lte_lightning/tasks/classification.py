@@ -22,7 +22,7 @@ class Classification(LteModule):
     auto_class = AutoModelForSequenceClassification
 
     def __init__(self, task: str, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+        super().__init__(task=task, **kwargs)
         self.glue = glue_task(task)
         self.metric_name = self.glue.metric
         if len(self.glue.validation_splits) > 1:

@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
 from lte_lightning.core.checkpoint import from_pretrained, is_lte, read_description
@@ -18,7 +18,14 @@ _STAGE_OF_MODE = {"dense": "dense", "soft": "router", "hard": "expert"}
 
 
 def load(
-    auto_class: Any, source: str, arguments: dict[str, Any], config: LteConfig | None, seed: int
+    auto_class: Any,
+    source: str,
+    arguments: dict[str, Any],
+    config: LteConfig | None,
+    seed: int,
+    activation: str | None = None,
+    layers: int | None = None,
+    from_scratch: dict[str, Any] | None = None,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Loads a model and gives it experts, in train mode.
 
@@ -27,7 +34,10 @@ def load(
         source: A plain model's folder or hub id, or a saved LTE model's.
         arguments: The task's arguments of ``from_pretrained``.
         config: Experts and routers; None for those of a saved LTE model, or the defaults.
-        seed: The defaults' seed.
+        seed: The defaults' seed, and that of random weights.
+        activation: Swap a plain model's activation for this one.
+        layers: Keep only the first ones of a plain model.
+        from_scratch: Draw random weights for a plain model, of the source's configuration with these changes.
 
     Returns:
         The model, ungrouped if it is in the dense stage, and what is known about it: ``stage`` and ``measured``.
@@ -39,16 +49,20 @@ def load(
     arguments = arguments | {"dtype": torch.float32}  # a half-precision checkpoint would train in half precision
     with _quiet():
         try:
+            if activation is not None:
+                arguments |= {_activation_key(source): activation}
             if is_lte(source):
-                model = from_pretrained(source, auto_class, **arguments)
+                if layers or from_scratch is not None:
+                    _require_as_saved(source, layers, from_scratch)
+                model = from_pretrained(source, auto_class, backend="dense-mask", **arguments)
                 description = read_description(source)
                 # one saved from Python says no more than its mode
                 about = {"stage": _STAGE_OF_MODE[description["mode"]]} | description["about"]
             else:
-                model = auto_class.from_pretrained(source, **arguments)
+                model = _load_plain(auto_class, source, arguments, layers, from_scratch, seed)
         except UserError:
             raise
-        except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: a head of another size
+        except (OSError, RuntimeError, TypeError, ValueError) as error:  # RuntimeError: a head of another size
             raise UserError(f"cannot load the model {source!r}: {error}") from error
     if not expert_ffns(model):
         give_experts(model, config or LteConfig(seed=seed))
@@ -58,6 +72,67 @@ def load(
         else:
             _require_same(source, model.lte_config, config)
     return model.train(), about  # Hugging Face loads in eval mode, and Lightning would keep it so
+
+
+def _load_plain(
+    auto_class: Any,
+    source: str,
+    arguments: dict[str, Any],
+    layers: int | None,
+    from_scratch: dict[str, Any] | None,
+    seed: int,
+) -> PreTrainedModel:
+    if layers is None and from_scratch is None:
+        return auto_class.from_pretrained(source, **arguments)
+    dtype = arguments["dtype"]
+    config = AutoConfig.from_pretrained(source, **{key: value for key, value in arguments.items() if key != "dtype"})
+    if from_scratch is not None:
+        unknown = ", ".join(key for key in from_scratch if not hasattr(config, key))
+        if unknown:
+            raise UserError(f"from_scratch: the configuration of {source} has no {unknown}")
+        kept = {key: value for key, value in config.to_dict().items() if key not in ("layer_types", "model_type")}
+        config = type(config)(**kept | from_scratch)
+    if layers is not None:
+        _keep_layers(config, source, layers)
+    if from_scratch is None:
+        return auto_class.from_pretrained(source, config=config, dtype=dtype)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return auto_class.from_config(config, dtype=dtype)
+
+
+def _activation_key(source: str) -> str:
+    config = AutoConfig.from_pretrained(source)
+    names = ("hidden_act", "activation_function", "hidden_activation", "activation")
+    found = next((name for name in names if isinstance(getattr(config, name, None), str)), None)
+    if found is None:
+        raise UserError(f"the configuration of {source} names no activation to swap ({', '.join(names)})")
+    return found
+
+
+def _keep_layers(config: PreTrainedConfig, source: str, layers: int) -> None:
+    names = [name for name in ("num_hidden_layers", "decoder_layers", "num_decoder_layers") if hasattr(config, name)]
+    most = min(getattr(config, name) for name in names)
+    if not 1 <= layers <= most:
+        raise UserError(f"layers is {layers}, but {source} has {most}")
+    for name in names:
+        setattr(config, name, layers)
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:layers]
+
+
+def _require_as_saved(source: str, layers: int | None, from_scratch: dict[str, Any] | None) -> None:
+    config = AutoConfig.from_pretrained(source)
+    if layers and config.num_hidden_layers != layers:
+        raise UserError(
+            f"{source} was saved with {config.num_hidden_layers} layers, and layers is {layers}; leave model.layers out"
+        )
+    for key, value in (from_scratch or {}).items():
+        if getattr(config, key, None) != value:
+            raise UserError(
+                f"{source} was saved with {key} {getattr(config, key, None)!r}, and from_scratch says {value!r}; leave "
+                "model.from_scratch out"
+            )
 
 
 def give_experts(model: PreTrainedModel, config: LteConfig) -> None:

@@ -73,6 +73,12 @@ def test_span_kept(dense, hard, floor, kept):
     assert span_kept({"dense": dense, "hard": hard, "floor": floor}) == (kept if kept is None else pytest.approx(kept))
 
 
+@pytest.mark.parametrize(("dense", "hard", "floor", "kept"), [(10.0, 12.0, 20.0, 0.8), (10.0, 12.0, 9.0, None)])
+def test_span_kept_where_lower_is_better(dense, hard, floor, kept):
+    found = span_kept({"metric": "perplexity", "dense": dense, "hard": hard, "floor": floor})
+    assert found == (kept if kept is None else pytest.approx(kept))
+
+
 def test_floor_of_another_run(tmp_path):
     (tmp_path / "results.json").write_text(json.dumps({"floor": 0.7, "task": "cola", "hard": 0.7}))
     assert read_floor(tmp_path / "results.json") == {"floor": 0.7, "task": "cola"}

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import random
 import sys
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch import Trainer
-from transformers import BertConfig, BertModel, BertTokenizerFast
+from transformers import BertConfig, BertModel, BertTokenizerFast, LlamaConfig, LlamaForCausalLM
 
 from lte_lightning.callbacks import StageSchedule
 from lte_lightning.cli import main
@@ -115,13 +116,18 @@ class Tiny:
                 "enable_progress_bar": False,
             },
         }
-        for key, value in more.items():
-            *path, last = key.split(".")
-            inner = config
-            for name in path:
-                inner = inner.setdefault(name, {})
-            inner[last] = value
-        return config
+        return put(config, more)
+
+
+def put(config: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    """Sets the options that have dotted keys in `more`."""
+    for key, value in more.items():
+        *path, last = key.split(".")
+        inner = config
+        for name in path:
+            inner = inner.setdefault(name, {})
+        inner[last] = value
+    return config
 
 
 @pytest.fixture(scope="session")
@@ -149,6 +155,62 @@ def tiny(tmp_path_factory) -> Tiny:
         validation_matched=pair_rows(12, 1, columns, lambda i: i % 3),
         validation_mismatched=pair_rows(9, 2, columns, lambda i: i % 3),
     )
+    return tiny
+
+
+@dataclass(frozen=True)
+class TinyLm(Tiny):
+    """A tiny decoder, and folders of data for it."""
+
+    def config(self, data: str = "GenerationData", epochs: tuple[int, int, int] = (1, 1, 1), **more: Any) -> dict:
+        module, options = {
+            "GenerationData": ("Generation", {"task": "e2e", "source": str(self.task("e2e"))}),
+            "InstructData": ("Generation", {"source": str(self.task("instruct"))}),
+            "MmluData": ("Mmlu", {"source": str(self.task("mmlu")), "max_length": 256, "shots": 1}),
+            "LanguageModelData": ("LanguageModel", {"source": str(self.task("text")), "block_size": 32}),
+        }[data]
+        if module == "Generation":
+            options |= {"max_length": 64 if data == "GenerationData" else 256, "max_new_tokens": 8}
+        config = super().config("sst2", epochs)
+        config["model"]["class_path"] = f"lte_lightning.tasks.{module}"
+        options |= {} if data == "MmluData" else {"batch_size": 8}
+        config["data"] = {"class_path": f"lte_lightning.data.{data}", "init_args": options}
+        return put(config, more)
+
+
+ANIMALS = ["cat", "dog", "fish", "bird", "cow", "owl"]
+
+
+@pytest.fixture(scope="session")
+def tiny_lm(tmp_path_factory, make_lm_tokenizer) -> TinyLm:
+    tiny = TinyLm(tmp_path_factory.mktemp("tiny-lm"))
+    tokenizer = make_lm_tokenizer()
+    tokenizer.save_pretrained(tiny.model)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    tokens = {"vocab_size": len(tokenizer), "bos_token_id": 1, "eos_token_id": 2}
+    config = LlamaConfig(max_position_embeddings=256, initializer_range=0.1, **sizes, **tokens)
+    LlamaForCausalLM(config).save_pretrained(tiny.model)
+    rows = [
+        {"meaning_representation": f"name[{animal}], food[{food}]", "human_reference": text.format(animal, food)}
+        for text in ("the {} eats {}.", "{}: {}")
+        for animal in ANIMALS
+        for food in ANIMALS
+        if animal != food
+    ]
+    write_rows(tiny.task("e2e"), train=rows, validation=[row for row in rows if "name[cow]" in str(row)])
+    rows = [{"instruction": f"say {animal}", "input": "", "output": animal} for animal in ANIMALS]
+    write_rows(tiny.task("instruct"), train=rows * 3, validation=rows)
+    question = {"question": "who eats?", "choices": ["a cat", "a dog", "a cow", "an owl"]}
+    write_rows(
+        tiny.task("mmlu"),
+        dev=[question | {"subject": subject, "answer": 1} for subject in ("big_cats", "dogs")],
+        test=[question | {"subject": ("dogs", "big_cats")[i % 3 == 0], "answer": i % 4} for i in range(10)],
+    )
+    tiny.task("text").mkdir()
+    for split, meals in (("train", "abcdefghij"), ("validation", "bdh")):
+        text = "".join(f" = The {a} = \n\n The {a} eats the {b} .\n" for a in ANIMALS for b in meals)
+        (tiny.task("text") / f"{split}.txt").write_text(text)
     return tiny
 
 
@@ -193,6 +255,7 @@ def lightning() -> Callable[..., Outcome]:
             contextlib.redirect_stdout(out),
             contextlib.redirect_stderr(err),
             mock.patch.object(sys, "argv", argv),
+            mock.patch.dict(os.environ),  # MLflow leaves its tracking URI there, for the next command to find
         ):
             try:
                 main()

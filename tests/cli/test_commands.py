@@ -8,6 +8,7 @@ import torch
 from transformers import AutoTokenizer
 
 import lte_lightning
+from lte_lightning.core import sparse
 
 
 def weights_of(fitted, tmp_path, source):
@@ -39,6 +40,21 @@ def test_test_reports_what_the_fit_logged(weights, fitted, tiny, lightning, tmp_
         assert found[key] == results[key], key
     for words in ("test/accuracy", "test/sparsity", "test/sparsity_layer_01", "test/gflops_per_token", "test/bound"):
         assert words in outcome.out
+
+
+@pytest.mark.parametrize("command", ["test", "predict"])
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [((), {"cpu"}), (("--model.backend", "reference"), {"reference"}), (("--model.backend", "dense-mask"), set())],
+)
+def test_backends(command, options, expected, fitted, tiny, lightning, tmp_path, monkeypatch):
+    ran = set()
+    run_experts = sparse.run_experts
+    monkeypatch.setattr(sparse, "run_experts", lambda name, *rest: ran.add(name) or run_experts(name, *rest))
+    weights = weights_of(fitted, tmp_path, "checkpoint")
+    outcome = lightning(tmp_path, tiny.config(), command, *weights, *options, "--trainer.accelerator", "cpu")
+    assert outcome.code == 0, outcome.err
+    assert ran == expected
 
 
 def test_validate_reports_what_the_fit_logged(weights, fitted, tiny, lightning, tmp_path):

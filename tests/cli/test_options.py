@@ -20,11 +20,12 @@ PLAN = [
     "schedule",
     "optimizer",
 ]
+LANGUAGE_DATA = ("GenerationData", "InstructData", "LanguageModelData", "MmluData")
 # A renamed option breaks configurations: change this list only with an entry in the changelog.
 OPTIONS = {
     "model": "pretrained init_from lte efficiency_weight separability_weight separability_start separability_end "
-    "separability_epsilon",
-    "model.lte": "expert_size grouping selector threshold router_bias router_margin router_scale seed",
+    "separability_epsilon activation layers gradient_checkpointing backend",
+    "model.lte": "expert_size grouping selector target_sparsity threshold router_bias router_margin router_scale seed",
     "data": "task source max_length batch_size eval_batch_size holdout train_rows",
     "stages": "dense router expert",
     **{f"stages.{stage}": " ".join(PLAN) for stage in ("dense", "router", "expert")},
@@ -65,6 +66,8 @@ def test_every_option_has_a_help_text(lightning, tmp_path):
             ("--model.help", "lte_lightning.tasks.Classification"),
             ("--data.help", "lte_lightning.data.GlueData"),
             ("--data.help", "lte_lightning.data.MovieReviews"),
+            *(("--model.help", f"lte_lightning.tasks.{name}") for name in ("Generation", "LanguageModel", "Mmlu")),
+            *(("--data.help", f"lte_lightning.data.{name}") for name in LANGUAGE_DATA),
         )
     }
     assert {outcome.code for outcome in texts.values()} == {0}
@@ -120,3 +123,27 @@ def test_there_are_experiments():
 def test_every_experiment_is_instantiated(path, parse):
     cli = parse("--config", path, "--trainer.accelerator", "cpu", "--trainer.devices", 1)
     assert cli.model.hparams["task"] == cli.datamodule.task
+
+
+# The paper's table of hyper-parameters: rate, batch, epochs of the three stages.
+RECIPES = {
+    "generation/gpt2-medium-e2e": (5e-5, 8, (3, 1, 1)),
+    "generation/gpt2-medium-xsum": (5e-5, 8, (3, 1, 1)),
+    "lm/gpt2-medium-wikitext": (5e-5, 8, (3, 1, 3)),
+    "generation/llama-7b-e2e": (1.5e-5, 16, (3, 1, 1)),
+    "generation/llama-7b-xsum": (1.5e-5, 16, (3, 1, 1)),
+    "lm/llama-7b-wikitext": (1.5e-5, 16, (3, 1, 1)),
+    "instruct/llama2-7b-tulu": (2e-5, 128, (3, 1, 4)),
+    "instruct/llama2-7b-alpaca": (2e-5, 128, (3, 1, 4)),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_paper_s_recipes(name, parse):
+    rate, batch, epochs = RECIPES[name]
+    cli = parse("--config", CONF / f"{name}.yaml", "--trainer.accelerator", "cpu", "--trainer.devices", 1)
+    plans = list(cli.config_init.stages.plans.values())
+    assert [plan.learning_rate for plan in plans] == [rate] * 3
+    assert tuple(plan.epochs for plan in plans) == epochs
+    assert {(plan.weight_decay, plan.warmup) for plan in plans} == {(0.0, 0.06)}
+    assert cli.datamodule.batch_size * cli.trainer.accumulate_grad_batches == batch

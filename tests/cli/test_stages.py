@@ -136,14 +136,14 @@ def test_without_adaptation_the_result_is_what_hard_before_was(watch, tiny):
 
 def test_only_hard_epochs_compete_for_the_best_checkpoint(tiny, lightning, tmp_path, monkeypatch):
     """Soft epochs are made to look perfect, and the first hard one the best of the hard ones."""
-    read = Classification._read_meters
+    read = Classification.read_meters
 
     def fake(self, view):
         found = read(self, view)
         value = 1.0 if view != "hard" else {3: 0.6, 4: 0.5, 5: 0.4}[self.current_epoch]
         return found | {"accuracy": value}
 
-    monkeypatch.setattr(Classification, "_read_meters", fake)
+    monkeypatch.setattr(Classification, "read_meters", fake)
     fit = lightning(tmp_path, tiny.config(epochs=(1, 2, 3)), "fit")
     best = torch.load(fit.run / "checkpoints" / "best.ckpt", weights_only=True)
     assert (best["epoch"], fit.results["hard"], fit.results["dense"]) == (3, 0.6, 1.0)
@@ -157,7 +157,7 @@ def test_sparsity_is_that_of_a_trace_over_the_rows(fitted, parse, tmp_path):
     set_mode(net, "hard")
     counts, tokens = 0, 0
     for row in range(20):  # one at a time: no padding but to a multiple of eight
-        batch = cli.datamodule._collate()([cli.datamodule._ready["validation"][0][row]])
+        batch = cli.datamodule.collate()([cli.datamodule._ready["validation"][0][row]])
         mask = batch["attention_mask"]
         batch = {key: value[:, : mask.sum()] for key, value in batch.items() if key != "labels"}
         with torch.no_grad(), RouterTrace(net) as trace:

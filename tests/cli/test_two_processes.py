@@ -64,3 +64,30 @@ def test_two_processes_equal_one(tiny, lightning, tmp_path):
         assert results[key] == pytest.approx(one.results[key], abs=1e-6), key
     histograms = [found["lte"]["measured"]["hard"]["score_histogram"] for found in (mine, theirs)]
     assert sum(map(sum, histograms[0])) == sum(map(sum, histograms[1]))
+
+
+@pytest.mark.timeout(300)
+def test_two_processes_write_and_score_what_one_does(tiny_lm, lightning, tmp_path):
+    config = tiny_lm.config()
+    (tmp_path / "one").mkdir()
+    one = lightning(tmp_path / "one", config, "test")
+    assert one.code == 0, one.err
+    (tmp_path / "two").mkdir()
+    config["trainer"] |= {"devices": 2, "strategy": "ddp"}
+    (tmp_path / "two" / "fit.yaml").write_text(yaml.safe_dump(config))
+    two = subprocess.run(
+        [sys.executable, "-m", "lte_lightning", "test", "--config", "fit.yaml"],
+        cwd=tmp_path / "two",
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert two.returncode == 0, two.stderr
+    written = Path(two.stdout.splitlines()[-1])
+    found = json.loads(written.read_text())
+    assert found.keys() == one.results.keys()
+    for key, value in one.results.items():
+        assert found[key] == pytest.approx(value), key
+    predictions = written.with_name("predictions.jsonl").read_text()
+    assert predictions == one.written.with_name("predictions.jsonl").read_text()
+    assert len(predictions.splitlines()) == 5

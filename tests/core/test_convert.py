@@ -288,7 +288,7 @@ def spoil_the_last_layer(model, kind):
     ("kwargs", "message"),
     [
         ({"expert_size": 36}, r"expert_size=36 .* 96 .*: 32, 24, 48"),
-        ({"selector": "psychic"}, r"unknown selector 'psychic'; there are router, none"),
+        ({"selector": "psychic"}, r"unknown selector 'psychic'; there are router, cats, "),
         ({"grouping": "kmean"}, r"'kmean'.*kmeans, random, contiguous"),
     ],
 )

@@ -146,14 +146,16 @@ def test_folder_names_are_not_patterns(tmp_path):
 
 
 def test_missing_files_are_named_with_what_is_accepted(tmp_path):
-    with pytest.raises(DataError, match=r"no folder or file .*nowhere.*train\{\.jsonl,\.json,\.csv,\.tsv,\.parquet\}"):
+    with pytest.raises(
+        DataError, match=r"no folder or file .*nowhere.*train\{\.jsonl,\.json,\.csv,\.tsv,\.parquet,\.txt\}"
+    ):
         read_split(tmp_path / "nowhere", "train")
     assert find_split(tmp_path, "train") is None
     with pytest.raises(DataError, match=re.escape(f"{tmp_path} has no split 'train'; expected train{{.jsonl,")):
         read_split(tmp_path, "train")
-    (tmp_path / "train.txt").write_text("good")
-    with pytest.raises(DataError, match=r"cannot read .*train\.txt: accepted are \.jsonl"):
-        read_split(tmp_path / "train.txt", "train")
+    (tmp_path / "train.xml").write_text("good")
+    with pytest.raises(DataError, match=r"cannot read .*train\.xml: accepted are \.jsonl"):
+        read_split(tmp_path / "train.xml", "train")
 
 
 def test_two_files_for_a_split_are_ambiguous(tmp_path):

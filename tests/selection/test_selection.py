@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lte_lightning.selection import SELECTORS, NoExperts, Router
+from lte_lightning.selection import FfnShape, NoExperts, Router
 
 LOGIT = {0.3: -0.8473, 0.5: 0.0, 0.7: 0.8473}
 
@@ -87,11 +87,9 @@ def test_the_generator_decides_the_weights():
 
 
 def test_no_experts():
-    scores = NoExperts(6)(torch.randn(2, 3, 8, dtype=torch.bfloat16))
+    none = NoExperts(FfnShape(8, 24, 6, gated=False), 1.0)
+    scores = none(torch.randn(2, 3, 8, dtype=torch.bfloat16))
     assert scores.equal(torch.zeros(2, 3, 6))
     assert scores.dtype == torch.float32
-    assert not list(NoExperts(6).parameters())
-
-
-def test_selectors_by_name():
-    assert {"router": Router, "none": NoExperts} == SELECTORS
+    assert not list(none.parameters())
+    assert none.flops_per_token() == 0

@@ -1,6 +1,13 @@
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    LlamaConfig,
+)
 
 import lte_lightning
 from lte_lightning.core.convert import expert_ffns
@@ -41,3 +48,43 @@ def test_a_head_of_another_size_is_refused(model, tmp_path):
     model.save_pretrained(tmp_path / "two")
     with pytest.raises(UserError, match="cannot load the model"):
         load_from(tmp_path / "two", labels=3)
+
+
+def load_lm(folder, **changes):
+    return load(AutoModelForCausalLM, str(folder), {}, lte_lightning.LteConfig(expert_size=8), seed=0, **changes)[0]
+
+
+@pytest.fixture(params=["llama", "gpt2"])
+def lm_folder(request, tmp_path):
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 32}
+    config = LlamaConfig(num_hidden_layers=3, **sizes)
+    if request.param == "gpt2":
+        config = GPT2Config(n_embd=16, n_layer=3, n_head=2, n_inner=32, vocab_size=32, n_positions=16)
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path / "lm")
+    return tmp_path / "lm"
+
+
+def test_the_first_layers_of_a_pretrained_model(lm_folder):
+    whole, cut = load_lm(lm_folder), load_lm(lm_folder, layers=2)
+    assert len(expert_ffns(cut)) == cut.config.num_hidden_layers == 2
+    names = dict(whole.named_parameters())
+    for name, parameter in cut.named_parameters():
+        assert torch.equal(parameter, names[name]), name
+
+
+@pytest.mark.parametrize("layers", [0, 4])
+def test_layers_that_a_model_does_not_have(lm_folder, layers):
+    with pytest.raises(UserError, match=f"layers is {layers}, but .* has 3"):
+        load_lm(lm_folder, layers=layers)
+
+
+def test_random_weights_of_a_changed_configuration(lm_folder):
+    first, again = (load_lm(lm_folder, from_scratch={"hidden_size": 24}) for _ in range(2))
+    assert first.get_input_embeddings().weight.shape == (32, 24)
+    assert all(torch.equal(*pair) for pair in zip(first.parameters(), again.parameters(), strict=True))
+    same = load_lm(lm_folder, from_scratch={})
+    assert not torch.equal(same.get_input_embeddings().weight, load_lm(lm_folder).get_input_embeddings().weight)
+    with pytest.raises(UserError, match=r"the configuration of .* has no hidden_sizes"):
+        load_lm(lm_folder, from_scratch={"hidden_sizes": 24})

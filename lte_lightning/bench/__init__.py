@@ -1,0 +1,5 @@
+"""``lte bench``: what skipping experts saves on this machine, against the dense model, in one process."""
+
+from lte_lightning.bench.command import HELP, main
+
+__all__ = ["HELP", "main"]

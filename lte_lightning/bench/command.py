@@ -1,0 +1,189 @@
+"""The command: arguments, table, CSV, picture, MLflow."""
+
+import argparse
+import csv
+import os
+import platform
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lte_lightning.bench.measure import Figure
+
+HELP = "measure what skipping experts saves: latency against the dense model, sparsity by sparsity"
+SPARSITIES = "0,0.25,0.5,0.65,0.8,0.9,0.95"
+
+
+def make_parser(prog: str = "lte bench") -> argparse.ArgumentParser:
+    """Returns the command's parser."""
+    parser = argparse.ArgumentParser(prog, description=f"{HELP}.", allow_abbrev=False)
+    add = parser.add_argument
+    add("--shape", default="llama2-7b", help="named shape with random weights, or a converted model's folder or hub id")
+    add("--scope", default="ffn,model", help="ffn (one FFN block), model (its layers, no head), or both")
+    add("--dtype", default="f32,bf16", help="f32, bf16, f16; several with commas")
+    add(
+        "--tokens", default="1", help="tokens per call: 4 decodes for 4 sequences, 32x128 is 32 sequences of 128 tokens"
+    )
+    add("--sparsity", default=SPARSITIES, help="shares of experts that each token skips")
+    add("--backend", default="auto", help="auto, dense-mask, reference, cpu or triton")
+    add("--threads", type=int, help="torch's threads; default: torch's own choice")
+    add("--layers", type=int, help="layers of a named shape; default: FFN weights of eight times the last cache")
+    add("--repeats", type=int, default=11, help="rounds, after one that is not counted")
+    add("--clock", default="wall", help="wall, or cpu: time of one thread, for machines that are never quiet")
+    add("--rivals", action="store_true", help="measure the obvious alternatives besides, in scope ffn")
+    add("--csv", type=Path, help="write one row per figure here")
+    add("--picture", type=Path, help="draw speed-up against sparsity here; default: beside the CSV")
+    add("--mlflow", metavar="EXPERIMENT", help="log the CSV and the picture there (MLFLOW_TRACKING_URI, or mlflow.db)")
+    return parser
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code; what the user can put right is said in one message."""
+    from lte_lightning.core.errors import UserError
+
+    options = make_parser().parse_args(args)
+    try:
+        run(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def run(options: argparse.Namespace) -> "list[Figure]":
+    """Measures, prints and writes.
+
+    Raises:
+        UserError: If an option's value is not one.
+    """
+    import torch
+
+    from lte_lightning.bench.measure import CLOCKS, measure
+    from lte_lightning.bench.rivals import make_rivals
+    from lte_lightning.bench.subject import DTYPES, make_subject
+    from lte_lightning.core.errors import UserError
+    from lte_lightning.kernels.dispatch import BACKENDS
+
+    scopes = _one_of(options.scope, ("ffn", "model"), "scope")
+    dtypes = _one_of(options.dtype, tuple(DTYPES), "dtype")
+    _one_of(options.backend, BACKENDS, "backend")
+    _one_of(options.clock, tuple(CLOCKS), "clock")
+    sparsities = sorted(_numbers(options.sparsity))
+    calls = [_tokens(text) for text in options.tokens.split(",")]
+    for name in ("threads", "layers", "repeats"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} is {value}; it must be at least 1")
+    for path in (options.csv, options.picture):
+        if path and not path.parent.is_dir():
+            raise UserError(f"there is no folder {path.parent} to write {path.name} to")
+    if options.clock == "cpu" and options.threads != 1:
+        raise UserError("--clock cpu sees one thread only: add --threads 1")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    _say_where()
+    rivals = make_rivals() if options.rivals else None
+    figures: list[Figure] = []
+    for dtype in dtypes:
+        subject = make_subject(options.shape, DTYPES[dtype], options.backend, options.layers)
+        for scope in scopes:
+            for batch, length in calls:
+                tried, timer = rivals if scope == "ffn" else None, CLOCKS[options.clock]
+                found, samples = measure(subject, scope, batch, length, sparsities, options.repeats, tried, timer)
+                _print(found, samples, subject.layers)
+                figures += found
+    _write(figures, options)
+    return figures
+
+
+def _one_of(text: str, known: Sequence[str], what: str) -> list[str]:
+    from lte_lightning.core.errors import UserError
+
+    values = text.split(",")
+    for value in values:
+        if value not in known:
+            raise UserError(f"unknown {what} {value!r}; there are {', '.join(known)}")
+    return values
+
+
+def _numbers(text: str) -> list[float]:
+    from lte_lightning.core.errors import UserError
+
+    try:
+        values = [float(word) for word in text.split(",")]
+    except ValueError:
+        values = [-1.0]
+    if not all(0.0 <= value <= 1.0 for value in values):
+        raise UserError(f"--sparsity is {text!r}; it takes shares between 0 and 1 with commas, like {SPARSITIES}")
+    return values
+
+
+def _tokens(text: str) -> tuple[int, int]:
+    from lte_lightning.core.errors import UserError
+
+    words = text.split("x")
+    if not all(word.isdigit() and int(word) > 0 for word in words) or len(words) > 2:
+        raise UserError(f"--tokens is {text!r}; it takes a number like 4, or sequences x tokens like 32x128")
+    return int(words[0]), int(words[1]) if len(words) == 2 else 1
+
+
+def _say_where() -> None:
+    import torch
+
+    cores, load = os.cpu_count() or 1, os.getloadavg()[0]
+    print(
+        f"{platform.machine()}, {cores} cores, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}, "
+        f"{torch.get_num_threads()} threads, load {load:.2f}"
+    )
+    if load > 0.25 * cores:
+        print(f"warning: this machine is busy (load {load:.2f} on {cores} cores): expect noise", file=sys.stderr)
+
+
+def _print(figures: "list[Figure]", samples: dict[Any, list[float]], layers: int) -> None:
+    first = figures[0]
+    low, high = _quartiles(samples["dense"])
+    print(
+        f"\n{first.shape} {first.scope}, {first.phase}, {first.dtype}, {first.tokens} tokens, {layers} layers: "
+        f"dense {first.dense_ms:.3f} ms [{low:.3f} .. {high:.3f}], router {first.router_ms:.3f} ms"
+    )
+    print(f"{'sparsity':>8}  {'backend':16}{'ms':>10}  {'quartiles':^21}{'ratio':>7}{'bound':>7}{'share':>7}")
+    for f in figures:
+        low, high = _quartiles(samples[f.sparsity, f.backend])
+        print(
+            f"{f.sparsity:8.0%}  {f.backend:16}{f.ms:10.3f}  {f'{low:.3f} .. {high:.3f}':^21}"
+            f"{f.ratio:7.2f}{f.bound:7.2f}{f.share_of_bound:7.0%}"
+        )
+
+
+def _quartiles(times: list[float]) -> tuple[float, float]:
+    low, _, high = statistics.quantiles(times, n=4) if len(times) > 1 else times * 3
+    return low, high
+
+
+def _write(figures: "list[Figure]", options: argparse.Namespace) -> None:
+    from lte_lightning.bench.measure import COLUMNS, as_row
+    from lte_lightning.bench.picture import draw
+
+    picture = options.picture or (options.csv.with_suffix(".png") if options.csv else None)
+    if options.csv:
+        with options.csv.open("w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(map(as_row, figures))
+    if picture:
+        draw(figures, picture)
+    written = [str(path) for path in (options.csv, picture) if path]
+    if options.mlflow:
+        import mlflow
+
+        mlflow.set_tracking_uri(os.environ.get("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db"))
+        mlflow.set_experiment(options.mlflow)
+        with mlflow.start_run(run_name=f"bench {options.shape}"):
+            mlflow.log_params({key: str(value) for key, value in vars(options).items()})
+            for path in written:
+                mlflow.log_artifact(path)
+    if written:
+        print(f"\nwritten: {', '.join(written)}")

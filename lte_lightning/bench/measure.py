@@ -1,0 +1,268 @@
+"""Interleaved timings of one subject, and the figures they make."""
+
+import os
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+from lte_lightning.bench.rivals import Rival
+from lte_lightning.bench.subject import Subject, dense_blocks
+from lte_lightning.core.ffn import Projection
+from lte_lightning.core.sparse import expert_weights
+from lte_lightning.kernels.cpu_ffn import library
+from lte_lightning.kernels.dispatch import choose
+
+CONTEXT = 32  # tokens in the cache of a decoding model
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One row. Times are medians in milliseconds, of one FFN block or of the whole measured model.
+
+    Args:
+        shape: Name of the shape, or the folder.
+        scope: ``ffn`` or ``model`` (all its layers, without embedding and head).
+        phase: ``decode`` (a new token for each of ``tokens`` sequences) or ``prefill``.
+        dtype: Of weights and input.
+        tokens: Tokens per call, each with a mask of its own.
+        sparsity: Share of the experts that a token skips.
+        backend: What computed, a rival's name included.
+        threads: torch's.
+        dense_ms: The dense model's.
+        ms: Ours, router included.
+        ratio: ``dense_ms / ms``.
+        router_ms: The selection alone.
+        bound: The best possible ratio: by bytes of weights read in decode (union of the tokens' experts), by
+            multiply-adds in prefill; the router is paid in both.
+        share_of_bound: ``ratio / bound``. Above 1 where the dense model is slower than memory allows.
+        load: Load average of the last minute.
+    """
+
+    shape: str
+    scope: str
+    phase: str
+    dtype: str
+    tokens: int
+    sparsity: float
+    backend: str
+    threads: int
+    dense_ms: float
+    ms: float
+    ratio: float
+    router_ms: float
+    bound: float
+    share_of_bound: float
+    load: float
+
+
+COLUMNS = [field.name for field in fields(Figure)]
+Samples = dict[Any, list[float]]
+
+
+def interleave(arms: dict[Any, Callable[[], Sequence[float]]], repeats: int, seed: int = 0) -> Samples:
+    """Runs every arm in each round, in an order drawn anew, so that all see the same disturbances.
+
+    Args:
+        arms: Each makes one pass and returns its timings.
+        repeats: Rounds, after one that is not counted.
+        seed: Of the orders.
+    """
+    order, generator = list(arms), random.Random(seed)
+    samples: Samples = {name: [] for name in arms}
+    for i in range(repeats + 1):
+        generator.shuffle(order)
+        for name in order:
+            times = arms[name]()
+            if i:
+                samples[name] += times
+    return samples
+
+
+Timer = Callable[[Sequence[Callable[[], object]]], list[float]]
+
+
+def timed(calls: Sequence[Callable[[], object]], clock: Callable[[], float] = time.perf_counter) -> list[float]:
+    """Returns the milliseconds that each call took."""
+    times = []
+    for call in calls:
+        start = clock()
+        call()
+        times.append(1e3 * (clock() - start))
+    return times
+
+
+# "cpu" is the time of the calling thread alone: what other processes took from it is left out.
+CLOCKS: dict[str, Timer] = {"wall": timed, "cpu": partial(timed, clock=time.thread_time)}
+
+
+@torch.inference_mode()
+def measure(
+    subject: Subject,
+    scope: str,
+    batch: int,
+    length: int,
+    sparsities: Sequence[float],
+    repeats: int,
+    rivals: dict[str, Rival] | None = None,
+    timer: Timer = timed,
+) -> tuple[list[Figure], Samples]:
+    """Measures one subject at some sparsities.
+
+    Args:
+        subject: What to measure.
+        scope: ``ffn`` or ``model``.
+        batch: Sequences.
+        length: Tokens of each; 1 decodes, where the model is a decoder.
+        sparsities: Shares of experts that a token skips.
+        repeats: Rounds.
+        rivals: Measured besides, in scope ``ffn``.
+        timer: One of `CLOCKS`.
+
+    Returns:
+        The figures, and all timings: keys are "dense", "router" and (sparsity, backend).
+    """
+    generator = torch.Generator().manual_seed(0)
+    phase = "decode" if length == 1 and subject.is_decoder else "prefill"
+    if scope == "ffn":
+        arms = _block_arms(subject, batch, length, timer)
+    else:
+        arms = _model_arms(subject, batch, length, phase, timer)
+    backend = backend_name(subject, batch, length)
+    pools: dict[float, list[list[torch.Tensor]]] = {}
+    for sparsity in sparsities:
+        subject.force(batch, length, sparsity, generator)
+        pools[sparsity] = [ffn.selector.pool for ffn in subject.ffns]
+
+    def at(sparsity: float, run: Callable[[], Sequence[float]]) -> Callable[[], Sequence[float]]:
+        def arm() -> Sequence[float]:
+            for ffn, pool in zip(subject.ffns, pools[sparsity], strict=True):
+                ffn.selector.pool = pool
+            return run()
+
+        return arm
+
+    todo: dict[Any, Callable[[], Sequence[float]]] = {
+        "dense": arms["dense"],
+        "router": at(sparsities[0], arms["router"]),
+    }
+    for sparsity in sparsities:
+        todo[sparsity, backend] = at(sparsity, arms["sparse"])
+        for name, rival in (rivals or {}).items():
+            todo[sparsity, name] = at(sparsity, _rival_arm(subject, batch, length, rival, timer))
+    samples = interleave(todo, repeats)
+    dense_ms, router_ms = (statistics.median(samples[key]) for key in ("dense", "router"))
+    figures = []
+    for key, times in samples.items():
+        if not isinstance(key, tuple):
+            continue
+        sparsity, name = key
+        ms, best = statistics.median(times), bound(subject, scope, phase, batch * length, sparsity)
+        ratio = dense_ms / ms
+        figures.append(
+            Figure(
+                subject.name,
+                scope,
+                phase,
+                {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}[subject.dense.dtype],
+                batch * length,
+                sparsity,
+                name,
+                torch.get_num_threads(),
+                dense_ms,
+                ms,
+                ratio,
+                router_ms,
+                best,
+                ratio / best,
+                os.getloadavg()[0],
+            )
+        )
+    return figures, samples
+
+
+def backend_name(subject: Subject, batch: int, length: int) -> str:
+    """Returns what will compute the sparse twin's FFNs; a declared fallback is part of the name."""
+    ffn = subject.ffns[0]
+    x_BTD = torch.empty(batch, length, ffn.width, dtype=subject.dense.dtype)
+    name = choose(ffn.backend, x_BTD, ffn.up.weight).backend
+    return "cpu-views" if name == "cpu" and library() is None else name
+
+
+def _block_arms(subject: Subject, batch: int, length: int, timed: Timer) -> dict[str, Callable[[], list[float]]]:
+    blocks, ffns = list(dense_blocks(subject)), subject.ffns
+    x_BTD = torch.randn(batch, length, ffns[0].width).to(subject.dense.dtype)
+    return {
+        "dense": lambda: timed([lambda b=block: b(x_BTD) for block in blocks]),
+        "sparse": lambda: timed([lambda f=ffn: f(x_BTD) for ffn in ffns]),
+        "router": lambda: timed([lambda f=ffn: f.selector(x_BTD) > f.threshold for ffn in ffns]),
+    }
+
+
+def _rival_arm(subject: Subject, batch: int, length: int, rival: Rival, timed: Timer) -> Callable[[], list[float]]:
+    weights = [expert_weights(ffn) for ffn in subject.ffns]
+    x_BTD = torch.randn(batch, length, subject.ffns[0].width).to(subject.dense.dtype)
+
+    def call(i: int) -> torch.Tensor:
+        ffn = subject.ffns[i]
+        mask_BTE = ffn.selector(x_BTD) > ffn.threshold
+        return rival(x_BTD.flatten(0, 1), mask_BTE.flatten(0, 1), weights[i])
+
+    return lambda: timed([lambda i=i: call(i) for i in range(len(weights))])
+
+
+def _model_arms(
+    subject: Subject, batch: int, length: int, phase: str, timed: Timer
+) -> dict[str, Callable[[], list[float]]]:
+    ids_BT = torch.randint(3, 200, (batch, length))
+    prompt_BT = torch.randint(3, 200, (batch, CONTEXT))
+    routers = _block_arms(subject, batch, length, timed)["router"]
+
+    def arm(model: Any) -> Callable[[], list[float]]:
+        if phase == "prefill":
+            return lambda: timed([lambda: model(ids_BT)])
+        cache = DynamicCache()
+
+        def one_token() -> list[float]:
+            if cache.get_seq_length() == 0:
+                model(prompt_BT, past_key_values=cache, use_cache=True)
+            times = timed([lambda: model(ids_BT, past_key_values=cache, use_cache=True)])
+            cache.crop(-1)  # the token is forgotten: every call sees the same context
+            return times
+
+        return one_token
+
+    # the prompt goes through densely: the prepared masks are for one token each
+    sparse = arm(subject.sparse)
+    if phase == "decode":
+        for ffn in subject.ffns:
+            ffn.mode = "dense"
+        sparse()
+        for ffn in subject.ffns:
+            ffn.mode = "hard"
+    return {"dense": arm(subject.dense), "sparse": sparse, "router": lambda: [sum(routers())]}
+
+
+def bound(subject: Subject, scope: str, phase: str, tokens: int, sparsity: float) -> float:
+    """Returns the best possible ratio, see `Figure`; weights outside of FFNs count in scope ``model``."""
+    ffn = subject.ffns[0]
+    block = ffn.flops_dense() / 2
+    router = sum(p.numel() for p in ffn.selector.parameters() if p.dim() == 2)
+    active = round((1.0 - sparsity) * ffn.experts) / ffn.experts
+    runs = 1.0 - (1.0 - active) ** tokens if phase == "decode" else active
+    rest = 0.0
+    if scope == "model":
+        layers = sum(p.weight.numel() for p in subject.dense.modules() if isinstance(p, Projection))
+        rest = layers / subject.layers - block
+    return (rest + block) / (rest + router + runs * block)
+
+
+def as_row(figure: Figure) -> dict[str, Any]:
+    """Returns a CSV row: `COLUMNS`, floats to four significant digits."""
+    return {key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in asdict(figure).items()}

@@ -1,0 +1,162 @@
+"""What is measured: a dense model and the same with experts, of which a given share runs."""
+
+import copy
+import math
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, LlamaConfig, PreTrainedConfig, PreTrainedModel, RobertaConfig
+
+from lte_lightning.core.checkpoint import from_pretrained, is_lte
+from lte_lightning.core.config import LteConfig
+from lte_lightning.core.convert import convert, expert_ffns, restore, set_mode
+from lte_lightning.core.errors import UserError
+from lte_lightning.core.expert_ffn import ExpertFfn
+from lte_lightning.core.sparse import set_backend
+from lte_lightning.kernels.dispatch import Backend
+from lte_lightning.selection import Selector
+
+# Vocabularies are small: embedding and head take no part in any figure here.
+SHAPES: dict[str, PreTrainedConfig] = {
+    "llama2-7b": LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, vocab_size=256),
+    "smollm2-135m": LlamaConfig(
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        vocab_size=256,
+    ),
+    "roberta-base": RobertaConfig(vocab_size=256, max_position_embeddings=514),
+}
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+POOL = 16  # masks per sparsity; one is drawn for each call
+
+
+class ForcedSelector(Selector):
+    """Pays for the router and then returns prepared scores, others at every call."""
+
+    def __init__(self, router: Selector) -> None:
+        super().__init__()
+        self.router = router
+        self.pool: list[torch.Tensor] = []
+        self.calls = 0
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        """Returns scores [B, T, E] of 0 and 1."""
+        self.router(x_BTD)
+        self.calls += 1
+        return self.pool[self.calls % len(self.pool)]
+
+    def flops_per_token(self) -> int:
+        """Returns the router's."""
+        return self.router.flops_per_token()
+
+
+@dataclass
+class Subject:
+    """A dense model beside its sparse twin, each with weights of its own.
+
+    Args:
+        name: Shape's name or folder.
+        dense: As transformers made it.
+        sparse: Converted, in hard mode, on a backend.
+        layers: How many of the shape's layers there are.
+    """
+
+    name: str
+    dense: PreTrainedModel
+    sparse: PreTrainedModel
+    layers: int
+
+    @property
+    def ffns(self) -> list[ExpertFfn]:
+        """The sparse twin's FFNs."""
+        return list(expert_ffns(self.sparse).values())
+
+    @property
+    def is_decoder(self) -> bool:
+        """Whether it generates token by token."""
+        return self.dense.config.model_type in ("llama", "gpt2") or bool(self.dense.config.is_decoder)
+
+    def force(self, batch: int, length: int, sparsity: float, generator: torch.Generator) -> None:
+        """Prepares masks with which each token skips this share of the experts, independently of the others."""
+        for ffn in self.ffns:
+            active = round((1.0 - sparsity) * ffn.experts)
+            order_PBTE = torch.rand(POOL, batch, length, ffn.experts, generator=generator).argsort(dim=-1)
+            ffn.selector.pool = list((order_PBTE < active).float())
+
+
+def cache_bytes() -> int:
+    """Returns the size of the last cache that Linux knows, or 64 MiB."""
+    sizes = [p.read_text().strip() for p in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    found = [int(size[:-1]) * 1024 for size in sizes if re.fullmatch(r"\d+K", size)]
+    return max(found, default=64 << 20)
+
+
+def make_subject(shape: str, dtype: torch.dtype, backend: Backend, layers: int | None = None) -> Subject:
+    """Builds both models.
+
+    Args:
+        shape: A name in `SHAPES` (random weights), or a folder or hub id of a saved LTE model.
+        dtype: Of weights and input.
+        backend: Of the sparse twin.
+        layers: How many layers; by default as many as keep the FFNs' weights at eight times the cache, at least two and
+            at most all.
+
+    Raises:
+        UserError: If it is neither.
+    """
+    if shape in SHAPES:
+        config = copy.deepcopy(SHAPES[shape])
+    elif os.path.isdir(shape) or "/" in shape:
+        if not is_lte(shape):
+            raise UserError(f"{shape} is not a saved LTE model; make one with fit, or name {', '.join(SHAPES)}")
+        config = AutoConfig.from_pretrained(shape)
+    else:
+        raise UserError(f"unknown shape {shape!r}; there are {', '.join(SHAPES)}, or give a converted model's folder")
+    if shape in SHAPES:
+        per_layer = (3 if config.model_type == "llama" else 2) * config.hidden_size * config.intermediate_size
+        enough = math.ceil(8 * cache_bytes() / (per_layer * dtype.itemsize))
+        config.num_hidden_layers = layers or min(max(enough, 2), config.num_hidden_layers)
+        dense = AutoModel.from_config(config, dtype=dtype)
+        lte = LteConfig(grouping="contiguous")
+    else:
+        loaded = from_pretrained(shape, dtype=dtype, backend="dense-mask")
+        lte = loaded.lte_config
+        dense = restore(loaded)
+    dense = dense.eval().requires_grad_(False)
+    sparse = convert(copy.deepcopy(dense), lte, progress=False, group=False).requires_grad_(False)
+    for ffn in expert_ffns(sparse).values():
+        ffn.selector = ForcedSelector(ffn.selector.to(dtype))
+    set_mode(sparse, "hard")
+    set_backend(sparse, backend)
+    return Subject(shape, dense, sparse, len(expert_ffns(sparse)))
+
+
+def dense_blocks(subject: Subject) -> Iterator[nn.Module]:
+    """Yields each layer's dense FFN, on the dense model's own modules."""
+    from lte_lightning.core.ffn import find_layers, find_parts, find_row
+
+    row = find_row(subject.dense.config.model_type)
+    for layer in find_layers(subject.dense):
+        yield DenseFfn(find_parts(layer, row))
+
+
+class DenseFfn(nn.Module):
+    """An FFN as the model itself computes it."""
+
+    def __init__(self, parts) -> None:  # type: ignore[no-untyped-def]
+        super().__init__()
+        self.up, self.gate, self.down, self.activation = parts.up, parts.gate, parts.down, parts.activation
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        """Returns the FFN's output [B, T, D]."""
+        if self.gate is None:
+            return self.down(self.activation(self.up(x_BTD)))
+        return self.down(self.activation(self.gate(x_BTD)) * self.up(x_BTD))

@@ -1,0 +1,106 @@
+"""What the FFNs of a dense model do: its inputs and activations, for baselines that learn or calibrate from them."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from lte_lightning.core.convert import require_expert_ffns, set_mode
+from lte_lightning.core.errors import UserError
+from lte_lightning.core.expert_ffn import ExpertFfn
+from lte_lightning.core.ffn import weight_rows
+from lte_lightning.selection import Predictor, Ranking
+
+# See an FFN's input x_ND, its activated gate and its hidden activations [N, F], of N real tokens.
+See = Callable[[ExpertFfn, torch.Tensor, torch.Tensor, torch.Tensor], None]
+
+
+@contextmanager
+def observe(model: nn.Module, see: See, token_mask_BT: torch.Tensor) -> Iterator[None]:
+    """Runs the model densely for the time of a ``with`` block and shows what its FFNs do on real tokens.
+
+    Args:
+        model: A converted model; its mode is ``dense`` afterwards.
+        see: Called once for each FFN and forward pass.
+        token_mask_BT: True (or 1) for real tokens.
+
+    Raises:
+        UserError: If the model was not converted; in a forward pass, if the mask has another shape than the tokens.
+    """
+    ffns = require_expert_ffns(model)
+    real_BT = token_mask_BT.bool()
+
+    def show(ffn: ExpertFfn, x_BTD: torch.Tensor, gate_BTF: torch.Tensor, hidden_BTF: torch.Tensor) -> None:
+        if x_BTD.shape[:-1] != real_BT.shape:
+            raise UserError(f"the token mask has shape {tuple(real_BT.shape)}, the tokens {tuple(x_BTD.shape[:-1])}")
+        see(ffn, x_BTD[real_BT], gate_BTF[real_BT], hidden_BTF[real_BT])
+
+    set_mode(model, "dense")
+    for ffn in ffns.values():
+        ffn.observer = show
+    try:
+        yield
+    finally:
+        for ffn in ffns.values():
+            ffn.observer = None
+
+
+def rankings(model: nn.Module) -> list[Ranking]:
+    """Returns the baselines' selectors of a model; empty with LTE's routers."""
+    selectors = [ffn.selector for ffn in require_expert_ffns(model).values()]
+    return [selector for selector in selectors if isinstance(selector, Ranking)]
+
+
+def imitates(model: nn.Module) -> bool:
+    """Says whether the model's selectors are trained on what the dense model does, instead of with the task."""
+    return any(isinstance(selector, Predictor) for selector in rankings(model))
+
+
+def imitation_loss(model: nn.Module, run: Callable[[], object], token_mask_BT: torch.Tensor) -> torch.Tensor:
+    """Returns the mean over the layers of their predictors' loss; nothing but the predictors gets a gradient.
+
+    Args:
+        model: Whose selectors are `Predictor`s.
+        run: Runs the model once.
+        token_mask_BT: True (or 1) for real tokens.
+    """
+    losses = []
+
+    def see(ffn: ExpertFfn, x_ND: torch.Tensor, gate_NF: torch.Tensor, hidden_NF: torch.Tensor) -> None:
+        down_FD = weight_rows(ffn.down).T
+        if isinstance(ffn.selector, Predictor):
+            with torch.enable_grad():
+                losses.append(ffn.selector.imitation_loss(x_ND, hidden_NF, down_FD.detach()))
+
+    with observe(model, see, token_mask_BT), torch.no_grad():
+        run()
+    return torch.stack(losses).mean()
+
+
+def calibrate(model: nn.Module, batches: Iterator[tuple[Callable[[], object], torch.Tensor]], tokens: int) -> None:
+    """Calibrates every ranking that needs it on training rows.
+
+    Args:
+        model: A converted model.
+        batches: For each batch what runs the model on it, and its token mask.
+        tokens: How many to calibrate on; batches are run until there are as many.
+    """
+    wanted = [ranking for ranking in rankings(model) if ranking.calibrates]
+    if not wanted:
+        return
+    seen: dict[int, list[torch.Tensor]] = {id(ranking): [] for ranking in wanted}
+
+    def see(ffn: ExpertFfn, x_ND: torch.Tensor, gate_NF: torch.Tensor, hidden_NF: torch.Tensor) -> None:
+        given = {"input": x_ND, "gate": gate_NF, "hidden": hidden_NF}[ffn.selector.reads]
+        if isinstance(ffn.selector, Ranking):
+            seen[id(ffn.selector)].append(ffn.selector.importance(given).cpu())
+
+    with torch.no_grad():
+        for run, token_mask_BT in batches:
+            with observe(model, see, token_mask_BT):
+                run()
+            if min(sum(map(len, kept)) for kept in seen.values()) >= tokens:
+                break
+    for ranking in wanted:
+        ranking.calibrate(torch.cat(seen[id(ranking)])[:tokens])

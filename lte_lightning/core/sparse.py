@@ -1,0 +1,145 @@
+"""Expert FFNs on sparse backends: their weights by expert, in place, and which backend computes."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import activations
+
+from lte_lightning.core.errors import UserError
+from lte_lightning.core.ffn import Projection, weight_rows
+from lte_lightning.kernels.dispatch import BACKENDS, Backend, Choice, choose, run_experts, say_once
+from lte_lightning.kernels.layout import ExpertWeights
+
+if TYPE_CHECKING:
+    from lte_lightning.core.expert_ffn import ExpertFfn
+
+_FUNCTIONS = {
+    functional.relu: "relu",
+    torch.relu: "relu",
+    functional.gelu: "gelu",
+    functional.silu: "silu",
+    activations.gelu: "gelu",
+}
+_MODULES: dict[type[nn.Module], str] = {
+    nn.ReLU: "relu",
+    nn.SiLU: "silu",
+    activations.SiLUActivation: "silu",
+    activations.GELUActivation: "gelu",
+    activations.NewGELUActivation: "gelu_tanh",
+    activations.FastGELUActivation: "gelu_tanh",
+    activations.AccurateGELUActivation: "gelu_tanh",
+    activations.GELUTanh: "gelu_tanh",
+}
+
+
+def activation_name(activation: Any) -> str | None:
+    """Returns the kernels' name of an activation function or module, None if they do not have it."""
+    if isinstance(activation, nn.GELU):
+        return "gelu_tanh" if activation.approximate == "tanh" else "gelu"
+    if isinstance(activation, nn.Module):
+        return _MODULES.get(type(activation))
+    return _FUNCTIONS.get(activation)
+
+
+def set_backend(model: nn.Module, backend: Backend = "auto") -> None:
+    """Chooses what computes the selected experts in hard mode when no gradient is wanted.
+
+    For every backend but ``dense-mask`` the weights are laid out once, in place, a row per neuron: the down
+    projection's parameter becomes a transposed view of that. Names, shapes and values stay, and with them state_dict,
+    dense mode, training and saving; nothing is stored twice.
+
+    Args:
+        model: A converted model.
+        backend: ``auto`` (by device and type), ``dense-mask`` (every expert is computed, then masked), ``reference``
+            (slow and plain), ``cpu`` or ``triton``. What a backend cannot serve, the dense-mask path does, and the log
+            says so once.
+
+    Raises:
+        UserError: If there is no such backend, or the model was not converted.
+    """
+    from lte_lightning.core.convert import require_expert_ffns
+
+    if backend not in BACKENDS:
+        raise UserError(f"unknown backend {backend!r}; there are {', '.join(BACKENDS)}")
+    for ffn in require_expert_ffns(model).values():
+        ffn.backend = backend
+        if backend != "dense-mask":
+            _lay_out(ffn)
+
+
+@torch.inference_mode(False)  # what is made in it could not be trained afterwards
+@torch.no_grad()
+def _lay_out(ffn: "ExpertFfn") -> None:
+    for projection, rows_are_neurons in ((ffn.up, True), (ffn.gate, True), (ffn.down, False)):
+        if projection is None:
+            continue
+        rows_FD = _by_neuron(projection, rows_are_neurons)
+        if rows_FD.is_contiguous():
+            continue
+        # A Linear's down [D, F], or a Conv1D's up: written back as [F, D] into the memory that holds it (a file mapped
+        # into memory would stay there beside a new tensor), and seen through its transpose.
+        copy_FD = rows_FD.contiguous()
+        weight = projection.weight.data
+        stored_FD = weight.view(copy_FD.shape).copy_(copy_FD) if weight.is_contiguous() else copy_FD
+        projection.weight.data = stored_FD.T
+
+
+def _by_neuron(projection: Projection, rows_are_neurons: bool) -> torch.Tensor:
+    """A projection's weight [F, D], a row per neuron (a view)."""
+    return weight_rows(projection) if rows_are_neurons else weight_rows(projection).T
+
+
+def expert_weights(ffn: "ExpertFfn") -> ExpertWeights:
+    """Returns an FFN's weights by expert, views of its parameters.
+
+    Raises:
+        UserError: If the kernels do not have its activation, or its weights are not laid out as `set_backend` does.
+    """
+    name = activation_name(ffn.activation)
+    if name is None:
+        raise UserError(f"no sparse backend has the activation {_describe(ffn.activation)}")
+    E, S = ffn.experts, ffn.expert_size
+
+    def by_expert(projection: Projection, rows_are_neurons: bool = True) -> torch.Tensor:
+        rows_FD = _by_neuron(projection, rows_are_neurons)
+        if not rows_FD.is_contiguous():
+            raise UserError("the weights were replaced after set_backend(); call it again")
+        return rows_FD.view(E, S, -1)
+
+    return ExpertWeights(
+        by_expert(ffn.up),
+        by_expert(ffn.down, False),
+        name,
+        None if ffn.gate is None else by_expert(ffn.gate),
+        None if ffn.up.bias is None else ffn.up.bias.view(E, S),
+        None if ffn.gate is None or ffn.gate.bias is None else ffn.gate.bias.view(E, S),
+        ffn.down.bias,
+    )
+
+
+def _describe(activation: Any) -> str:
+    return type(activation).__name__ if isinstance(activation, nn.Module) else getattr(activation, "__name__", "?")
+
+
+def run_sparse(ffn: "ExpertFfn", x_BTD: torch.Tensor, mask_BTE: torch.Tensor) -> torch.Tensor | None:
+    """Computes an FFN's hard mode on its backend; None if that is for the dense-mask path to do (the log says why)."""
+    gradient = torch.is_grad_enabled() and (x_BTD.requires_grad or any(p.requires_grad for p in ffn.parameters()))
+    choice = choose(ffn.backend, x_BTD, ffn.up.weight, gradient)
+    if ffn.dropout is not None and ffn.training:
+        choice = Choice("dense-mask", "there is dropout between its projections, and the model is in train mode")
+    elif ffn.down.weight.dtype != ffn.up.weight.dtype:  # T5 in float16
+        choice = Choice("dense-mask", f"the down projection is {ffn.down.weight.dtype}, the up {ffn.up.weight.dtype}")
+    fallback = choice.fallback
+    if choice.backend != "dense-mask":
+        try:
+            weights = expert_weights(ffn)
+        except UserError as error:
+            fallback = str(error)
+        else:
+            flat_ND = run_experts(choice.backend, x_BTD.flatten(0, -2), mask_BTE.flatten(0, -2), weights)
+            return flat_ND.view(x_BTD.shape)
+    if fallback and not ffn.training and not torch.compiler.is_compiling():
+        say_once(f"backend {ffn.backend!r} computes every expert and masks (dense-mask): {fallback}")
+    return None

@@ -1,0 +1,259 @@
+"""What the data modules of all tasks share: reading splits, holding rows out, batches of similar length."""
+
+import functools
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, load_dataset
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
+
+from lte_lightning.data.packaged import DataError
+from lte_lightning.data.text import BucketBatchSampler, find_split, load_tokenizer, meant, read_split
+
+Collate = Callable[[list[dict[str, Any]]], dict[str, Any]]
+
+
+class TextData(LightningDataModule):
+    """Rows of text from the hub or from a folder; a subclass says what a row is and how it is tokenised.
+
+    Args:
+        task: Name of the task, for the results.
+        tokenizer: Folder, hub id or `package://` path of the tokenizer.
+        source: Folder with the task's files, or id of a data set on the hub.
+        subset: Name of the hub data set's configuration.
+        revision: Branch or commit of the hub data set.
+        max_length: Tokens per row at most.
+        batch_size: Rows per training batch and device.
+        eval_batch_size: Rows per evaluation batch and device.
+        holdout: Share of the training rows that becomes the validation set.
+        train_rows: Train on a random subset of this many rows.
+        seed: Decides the holdout, the subset and the order of training batches.
+
+    Attributes:
+        skipped: How many rows of each role were left out because they could not be used.
+    """
+
+    validation_splits: tuple[str, ...] = ("validation",)
+    test_splits: tuple[str, ...] = ("test",)
+    columns: tuple[str, ...] = ()
+    predict_role = "test"  # whose rows are predicted
+
+    def __init__(
+        self,
+        task: str,
+        tokenizer: str,
+        source: str,
+        subset: str | None,
+        revision: str | None,
+        max_length: int,
+        batch_size: int,
+        eval_batch_size: int,
+        holdout: float,
+        train_rows: int | None,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        if not 0 <= holdout <= 0.5:
+            raise DataError(f"holdout is {holdout}, but must be a share of the training rows from 0 to 0.5")
+        require_at_least(
+            max_length=(max_length, 2),
+            batch_size=(batch_size, 1),
+            eval_batch_size=(eval_batch_size, 1),
+            train_rows=(train_rows, 1),
+            seed=(seed, 0),
+        )
+        self.task = task
+        self.source = source
+        self.subset = subset
+        self.revision = revision
+        self.max_length = max_length
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
+        self.holdout = holdout
+        self.train_rows = train_rows
+        self.seed = seed
+        self.skipped: dict[str, int] = {}
+        self._tokenizer_name = tokenizer
+        self._ready: dict[str, list[Dataset]] = {}
+
+    # The task, by the subclass
+
+    def prepare(self, role: str) -> list[Dataset]:
+        """Returns the tokenised rows of `train`, `validation` or `test`, one data set for each loader."""
+        raise TypeError(f"{type(self).__name__} must define prepare")
+
+    def collate(self) -> Collate:
+        """Returns what makes a batch of tokenised rows."""
+        raise TypeError(f"{type(self).__name__} must define collate")
+
+    def check_rows(self, rows: Dataset, name: str) -> None:
+        """Checks the rows of a split, after their number and columns were checked."""
+
+    def has_targets(self, rows: Dataset) -> bool:
+        """Says whether a test split can be scored."""
+        return set(self.columns) <= set(rows.column_names)
+
+    # Rows
+
+    @functools.cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, loaded when first needed."""
+        return load_tokenizer(self._tokenizer_name)
+
+    def load_splits(self) -> dict[str, Dataset]:
+        """Read every split that the source has; a subclass may read its own."""
+        if Path(self.source).is_file():
+            raise DataError(
+                f"{self.source} is a file; name the folder that holds train.* and {self.validation_splits[0]}.*"
+            )
+        if not self.is_local:
+            options = {"revision": self.revision} if self.revision else {}
+            try:
+                return dict(load_dataset(self.source, self.subset, **options))
+            except (OSError, ValueError) as error:
+                raise DataError(
+                    f"no folder {self.source!r}, and cannot load {self.subset or self.task} from the hub's data set of "
+                    f"that name (offline, only what was downloaded before is found): {error}"
+                ) from error
+        names = dict.fromkeys(("train", *self.validation_splits, "test", *self.test_splits))
+        return {name: read_split(self.source, name) for name in names if find_split(self.source, name)}
+
+    @property
+    def is_local(self) -> bool:
+        """Says whether the source is a folder here, and not an id on the hub."""
+        return self.source.startswith((".", "/")) or self.source.endswith("/") or Path(self.source).is_dir()
+
+    def setup(self, stage: str) -> None:
+        """Read, check and tokenise what the stage needs and no earlier one has prepared."""
+        roles = {"fit": ("train", "validation"), "validate": ("validation",), "predict": (self.predict_role,)}
+        for role in roles.get(stage, ("test",)):
+            if role not in self._ready:
+                self._ready[role] = self.prepare(role)
+
+    def rows(self, role: str) -> list[Dataset]:
+        """Returns the checked rows of a role."""
+        if role == "train":
+            return [self._training_rows()[0]]
+        if role == "validation" and self.holdout:
+            return [self.held_out()]
+        if role == "test" and not self.holdout and "test" in self._splits and self.has_targets(self._splits["test"]):
+            return [self.split("test")]
+        return [self.split(name) for name in self.validation_splits]
+
+    def held_out(self) -> Dataset:
+        """Returns the training rows that are not trained on."""
+        return self._training_rows()[1]
+
+    def split(self, name: str, columns: Sequence[str] | None = None) -> Dataset:
+        """Returns a split's columns, checked; by default all that training needs."""
+        if name not in self._splits:
+            raise DataError(
+                f"{self.source} has no split {name!r} for {self.task} (found: {', '.join(self._splits) or 'none'}); "
+                f"a folder needs {name}.jsonl, or .json, .csv, .tsv, .parquet"
+            )
+        rows, where = self._splits[name], self._name(name)
+        if len(rows) == 0:
+            raise DataError(f"{where} has no rows")
+        columns = list(columns or self.columns)
+        require_columns(rows, columns, where)
+        rows = rows.select_columns(columns)
+        self.check_rows(rows, where)
+        return rows
+
+    @functools.cached_property
+    def _splits(self) -> dict[str, Dataset]:
+        return self.load_splits()
+
+    def _training_rows(self) -> tuple[Dataset, Dataset]:
+        rows = self.split("train")
+        held_out = max(1, round(self.holdout * len(rows))) if self.holdout else 0
+        left = len(rows) - held_out
+        if self.train_rows is not None and self.train_rows > left:
+            raise DataError(f"train_rows is {self.train_rows}, but {self._name('train')} has {left} rows for training")
+        order = np.random.default_rng(self.seed).permutation(len(rows))
+        chosen = order[held_out:][: self.train_rows]
+        return rows.select(np.sort(chosen)), rows.select(np.sort(order[:held_out]))
+
+    def _name(self, split: str) -> str:
+        return f"{self.task}/{split} from {self.source}"
+
+    # Batches
+
+    def train_dataloader(self) -> DataLoader:
+        """Shuffled batches, other ones in each epoch."""
+        return self.loader(self._ready["train"][0], self.batch_size, shuffle=True)
+
+    def val_dataloader(self) -> DataLoader | list[DataLoader]:
+        """Every validation row once; a list for a task with several validation sets."""
+        return one_or_all([self.loader(rows, self.eval_batch_size) for rows in self._ready["validation"]])
+
+    def test_dataloader(self) -> DataLoader | list[DataLoader]:
+        """Every test row once."""
+        return one_or_all([self.loader(rows, self.eval_batch_size) for rows in self._ready["test"]])
+
+    def predict_dataloader(self) -> DataLoader | list[DataLoader]:
+        """The rows to predict in the order of their file, because predictions are matched with it."""
+        return one_or_all([self.loader_in_order(rows, self.collate()) for rows in self._ready[self.predict_role]])
+
+    def loader(self, rows: Dataset, batch_size: int, shuffle: bool = False) -> DataLoader:
+        """Returns batches of rows of similar length."""
+        _expect_no_workers()
+        batches = BucketBatchSampler(rows["length"][:], batch_size, shuffle, self.seed, *self.processes())
+        return DataLoader(rows, batch_sampler=batches, collate_fn=self.collate())
+
+    def loader_in_order(self, rows: Dataset, collate: Collate) -> DataLoader:
+        """Returns evaluation batches in the order of the rows."""
+        _expect_no_workers()
+        replicas, rank = self.processes()
+        return DataLoader(
+            rows,
+            # By keyword: Lightning makes a loader for predictions again, from the arguments that it saw.
+            batch_size=self.eval_batch_size,
+            # Lightning leaves a DistributedSampler alone, whatever use_distributed_sampler says.
+            sampler=UnrepeatedDistributedSampler(rows, replicas, rank, shuffle=False),
+            collate_fn=collate,
+        )
+
+    def processes(self) -> tuple[int, int]:
+        """Returns how many processes share the rows, and which of them this is."""
+        return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+
+
+def require_at_least(**limits: tuple[float | None, float]) -> None:
+    """Checks named values against their lower limits; None passes."""
+    for name, (value, least) in limits.items():
+        if value is not None and value < least:
+            raise DataError(f"{name} is {value}, but must be at least {least}")
+
+
+def require_columns(rows: Dataset, columns: Sequence[str], where: str) -> None:
+    """Checks that the columns are there, and names the nearest ones if not."""
+    for column in columns:
+        if column not in rows.column_names:
+            near = meant(column, rows.column_names)
+            raise DataError(f"{where} has no column {column!r}{near}; it has {', '.join(rows.column_names)}")
+
+
+def require_text(rows: Dataset, columns: Sequence[str], where: str) -> None:
+    """Checks that every value of the columns is a string."""
+    for column in columns:
+        for row, text in enumerate(rows[column][:]):
+            if not isinstance(text, str):
+                raise DataError(f"{where}, row {row} (from 0): {column} is {text!r}, not text")
+
+
+def one_or_all(loaders: list[DataLoader]) -> DataLoader | list[DataLoader]:
+    """Returns the only loader, or all."""
+    return loaders[0] if len(loaders) == 1 else loaders
+
+
+def _expect_no_workers() -> None:
+    # No workers: the rows are tokenised and mapped into memory, and handing a batch over between processes would cost
+    # more than making it. Lightning recommends workers to everybody.
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")

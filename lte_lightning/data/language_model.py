@@ -1,0 +1,211 @@
+"""Language modelling: running text, packed into blocks of equal length."""
+
+import re
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+from transformers import PreTrainedTokenizerBase
+
+from lte_lightning.data.base import TextData, require_text
+from lte_lightning.data.packaged import DataError
+from lte_lightning.data.prompts import IGNORED, pad_prompts
+from lte_lightning.data.text import BucketBatchSampler, fingerprint, load_tokenizer
+
+_HEADING = re.compile(
+    r"\s= [^=].*[^=] =\s*"
+)  # WikiText's heading of an article; those of its sections have two or more
+_WORD = re.compile(r"\S+")
+
+
+class LanguageModelData(TextData):
+    """Running text as one stream of tokens, cut into blocks, for training and for perplexity.
+
+    An EOS token stands before, between and after documents. Attention does not stop at it: a block may hold the end of
+    one document and the beginning of the next, as is usual when GPT-2 and LLaMA are fine-tuned. Each block begins with
+    the token that the block before ends with, so that every token of the text, and the EOS behind each document, is
+    predicted exactly once, from at most `block_size` - 1 tokens before it. Perplexity per word divides the same loss by
+    the number of words of the raw text, as split at white space. Tokens stay on disk, mapped into memory.
+
+    Args:
+        tokenizer: Folder, hub id or `package://` path of the tokenizer: that of the model.
+        source: Folder with train.txt and validation.txt, or with files that have a column `text` (json lines, csv, tsv,
+            parquet), or id of a data set on the hub with that column.
+        subset: Name of the hub data set's configuration.
+        revision: Branch or commit of the hub data set.
+        documents: What a document is: `heading`, everything from one WikiText heading of an article to the next (lines
+            keep their line breaks); `row`, a line of text or a row of a table, unless it is blank; `whole`, a file.
+        block_size: Tokens per block.
+        batch_size: Blocks per training batch and device.
+        eval_batch_size: Blocks per evaluation batch and device.
+        seed: Decides the order of training batches.
+    """
+
+    columns = ("text",)
+
+    def __init__(
+        self,
+        tokenizer: str,
+        source: str = "Salesforce/wikitext",
+        subset: str | None = "wikitext-103-raw-v1",
+        revision: str | None = None,
+        documents: Literal["heading", "row", "whole"] = "heading",
+        block_size: int = 1024,
+        batch_size: int = 8,
+        eval_batch_size: int = 8,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            task=subset if subset and "wikitext" in subset else "lm",
+            tokenizer=tokenizer,
+            source=source,
+            subset=subset,
+            revision=revision,
+            max_length=block_size,
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            holdout=0.0,
+            train_rows=None,
+            seed=seed,
+        )
+        self.documents = documents
+        if self.is_local:
+            self.task = "lm"
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, loaded when first needed."""
+        if not hasattr(self, "_tokenizer"):
+            self._tokenizer = load_tokenizer(self._tokenizer_name, generates=True)
+        return self._tokenizer
+
+    def check_rows(self, rows: Dataset, name: str) -> None:
+        """Checks that there is text."""
+        require_text(rows, self.columns, name)
+        if not any(text.strip() for text in rows["text"]):
+            raise DataError(f"{name} has no text")
+
+    def prepare(self, role: str) -> list[Any]:
+        """Tokenises the text and packs it."""
+        (rows,) = self.rows(role)
+        encoded = rows.map(
+            self._encode,
+            batched=True,
+            with_indices=True,
+            remove_columns=rows.column_names,
+            new_fingerprint=fingerprint(rows, self.tokenizer, "packed", self.documents),
+            desc=f"Tokenising {role}",
+        )
+        return [PackedBlocks(encoded, self.max_length, self.tokenizer.eos_token_id)]
+
+    def _encode(self, rows: dict[str, list[str]], indices: list[int]) -> dict[str, list[Any]]:
+        texts = [text.rstrip("\r\n") for text in rows["text"]]
+        if self.documents == "row":
+            starts = [bool(text.strip()) for text in texts]
+            pieces = [text if start else "" for text, start in zip(texts, starts, strict=True)]
+        else:
+            pieces = [f"{text}\n" for text in texts]
+            starts = [index == 0 for index in indices]
+            if self.documents == "heading":
+                starts = [first or bool(_HEADING.fullmatch(text)) for first, text in zip(starts, pieces, strict=True)]
+        encoded = self.tokenizer(pieces, add_special_tokens=False, return_offsets_mapping=True)
+        found: dict[str, list[Any]] = {"ids": [], "words": []}
+        for piece, start, ids, offsets in zip(
+            pieces, starts, encoded["input_ids"], encoded["offset_mapping"], strict=True
+        ):
+            words = count_words(piece, offsets)
+            found["ids"].append(np.array(([self.tokenizer.eos_token_id] if start else []) + ids, dtype=np.int32))
+            found["words"].append(np.concatenate([np.zeros(int(start), dtype=np.int8), words]))
+        return found
+
+    def collate(self) -> "CollateBlocks":
+        """Pads the one block that is shorter."""
+        return CollateBlocks(self.tokenizer.pad_token_id)
+
+    def loader(self, rows: Any, batch_size: int, shuffle: bool = False) -> DataLoader:
+        """Returns batches of blocks."""
+        batches = BucketBatchSampler(rows.lengths, batch_size, shuffle, self.seed, *self.processes())
+        return DataLoader(rows, batch_sampler=batches, collate_fn=self.collate())
+
+
+def count_words(text: str, offsets: list[tuple[int, int]]) -> np.ndarray:
+    """Returns how many words begin in each token, [T] int8.
+
+    Args:
+        text: What was tokenised.
+        offsets: Where each token begins and ends in it; tokens within one character share its place.
+    """
+    starts = np.array([match.start() for match in _WORD.finditer(text)], dtype=np.int64)
+    ends_T = np.array([end for _, end in offsets], dtype=np.int64).reshape(-1)
+    begun_T = np.maximum.accumulate(np.searchsorted(starts, ends_T)) if len(ends_T) else ends_T
+    return np.diff(begun_T, prepend=0).astype(np.int8)
+
+
+class PackedBlocks(TorchDataset):
+    """Blocks of a stream of tokens, each of which begins with the last token of the one before.
+
+    Args:
+        rows: With columns `ids` and `words`, lists of each row's tokens and of the words that begin in them.
+        size: Tokens per block.
+        end: The token behind the last row.
+    """
+
+    def __init__(self, rows: Dataset, size: int, end: int) -> None:
+        self.size = size
+        # Views of the file that `datasets` has mapped into memory: nothing is read before it is needed.
+        self._ids, self._words = (_flat(rows, name) for name in ("ids", "words"))
+        self._ids.append(np.array([end], dtype=np.int32))
+        self._words.append(np.array([0], dtype=np.int8))
+        self._starts = np.cumsum([0, *map(len, self._ids)])
+        self.tokens = int(self._starts[-1])
+
+    def __len__(self) -> int:
+        return -(-(self.tokens - 1) // (self.size - 1))
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of every block."""
+        lengths = np.full(len(self), self.size)
+        lengths[-1] = self.tokens - (len(self) - 1) * (self.size - 1)
+        return lengths
+
+    def __getitem__(self, block: int) -> dict[str, Any]:
+        """Returns a block's tokens, and the number of words that begin in all but the first of them."""
+        first = block * (self.size - 1)
+        last = min(first + self.size, self.tokens)
+        words = self._cut(self._words, first + 1, last).sum(dtype=np.int64)
+        return {"input_ids": self._cut(self._ids, first, last), "words": int(words)}
+
+    def _cut(self, parts: list[np.ndarray], first: int, last: int) -> np.ndarray:
+        index = int(np.searchsorted(self._starts, first, side="right")) - 1
+        found = []
+        while first < last:
+            part = parts[index][first - self._starts[index] : last - self._starts[index]]
+            found.append(part)
+            first, index = first + len(part), index + 1
+        return np.concatenate(found)
+
+
+def _flat(rows: Dataset, name: str) -> list[np.ndarray]:
+    # `flatten`, not `values`: a chunk may be a slice of a longer list
+    return [chunk.flatten().to_numpy(zero_copy_only=True) for chunk in rows.data.column(name).chunks]
+
+
+class CollateBlocks:
+    """Makes a batch of blocks: every token is predicted from those before it.
+
+    Args:
+        pad_id: The pad token.
+    """
+
+    def __init__(self, pad_id: int) -> None:
+        self.pad_id = pad_id
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Returns input_ids, attention_mask and labels [B, T], and words [B]."""
+        batch = pad_prompts([row["input_ids"].tolist() for row in rows], self.pad_id, "right")
+        labels_BT = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED)
+        return batch | {"labels": labels_BT, "words": torch.tensor([row["words"] for row in rows])}

@@ -1,0 +1,312 @@
+"""Prompts and answers as tokens: loss on the answers only, padding right for training and left for generation."""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch.utils.data import DataLoader
+from transformers import AutoConfig, PreTrainedTokenizerBase
+
+from lte_lightning.data.base import TextData, require_at_least
+from lte_lightning.data.packaged import DataError, resolve
+from lte_lightning.data.text import fingerprint, load_tokenizer
+
+IGNORED = -100  # the label of what carries no loss
+_ENCODING = 1  # part of the cache's key: to be raised when the same rows are to give other tokens
+
+
+@dataclass(frozen=True)
+class Example:
+    """A row as text.
+
+    Args:
+        segments: The text in pieces, each with whether it is an answer, which carries the loss.
+        verbatim: The text has its special tokens already (a chat template wrote it).
+        shortened: The input was cut to fit.
+    """
+
+    segments: list[tuple[str, bool]]
+    verbatim: bool = False
+    shortened: bool = False
+
+    @property
+    def prompt(self) -> str:
+        """Everything before the last answer."""
+        return "".join(text for text, _ in self.segments[: self._last])
+
+    @property
+    def answer(self) -> str:
+        """The last answer; empty if there is none."""
+        return self.segments[self._last][0] if self.segments else ""
+
+    @property
+    def _last(self) -> int:
+        return max((i for i, (_, is_answer) in enumerate(self.segments) if is_answer), default=0)
+
+
+class PromptData(TextData):
+    """Rows of a prompt and an answer; a subclass writes them as text.
+
+    Args:
+        max_new_tokens: Tokens that may be generated; room for them is kept behind every prompt.
+        **kwargs: See `TextData`.
+    """
+
+    predict_role = "predict"
+
+    def __init__(self, max_new_tokens: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        require_at_least(max_new_tokens=(max_new_tokens, 1))
+        self.max_new_tokens = max_new_tokens
+
+    # The task, by the subclass
+
+    def examples(self, rows: list[dict[str, Any]]) -> list[Example]:
+        """Returns the rows as text."""
+        raise TypeError(f"{type(self).__name__} must define examples")
+
+    def recipe(self) -> list[Any]:
+        """Returns what the text depends on besides the rows, for the cache's key."""
+        return []
+
+    # Tokens
+
+    @functools.cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, loaded when first needed."""
+        return load_tokenizer(self._tokenizer_name, generates=True)
+
+    @functools.cached_property
+    def encoder_decoder(self) -> bool:
+        """Says whether the model beside the tokenizer reads the prompt with an encoder."""
+        return is_encoder_decoder(self._tokenizer_name)
+
+    @property
+    def prompt_limit(self) -> int:
+        """Tokens that a prompt may have if something is to be generated."""
+        room = self.max_length if self.encoder_decoder else self.max_length - self.max_new_tokens
+        if room < 1:
+            raise DataError(
+                f"max_length is {self.max_length}, which leaves no room for a prompt before {self.max_new_tokens} new "
+                "tokens; raise max_length or lower max_new_tokens"
+            )
+        return room
+
+    def prompt_ids(self, example: Example) -> list[int]:
+        """Returns the tokens that something is generated from."""
+        if self.encoder_decoder:
+            return self.tokenizer(example.prompt)["input_ids"]
+        ids = self.tokenizer(example.prompt, add_special_tokens=False)["input_ids"]
+        return ids if example.verbatim else [*self._opening, *ids]
+
+    @functools.cached_property
+    def _opening(self) -> list[int]:
+        # What the tokenizer puts before a text (LLaMA's BOS), without what it puts behind it.
+        encoded = self.tokenizer("a", return_special_tokens_mask=True)
+        first_text = encoded["special_tokens_mask"].index(0)
+        return encoded["input_ids"][:first_text]
+
+    def _encode(self, rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        columns = list(rows)
+        examples = self.examples([dict(zip(columns, row, strict=True)) for row in zip(*rows.values(), strict=True)])
+        encode = self._encode_pairs if self.encoder_decoder else self._encode_chains
+        encoded = encode(examples)
+        for labels, example in zip(encoded["labels"], examples, strict=True):
+            if not self.plain(example):
+                labels[:] = [IGNORED] * len(labels)
+        # The first label is never asked for in a decoder: nothing stands before it.
+        first = 0 if self.encoder_decoder else 1
+        encoded["answer_tokens"] = [sum(label != IGNORED for label in row[first:]) for row in encoded["labels"]]
+        encoded["length"] = [len(ids) for ids in encoded["input_ids"]]
+        encoded["shortened"] = [example.shortened for example in examples]
+        return encoded
+
+    def _encode_chains(self, examples: list[Example]) -> dict[str, list[Any]]:
+        texts = [text for example in examples for text, _ in example.segments]
+        pieces = iter(self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [])
+        encoded: dict[str, list[Any]] = {"input_ids": [], "labels": []}
+        for example in examples:
+            ids = [] if example.verbatim else list(self._opening)
+            labels = [IGNORED] * len(ids)
+            for _, is_answer in example.segments:
+                piece = next(pieces)
+                if is_answer and not example.verbatim:
+                    piece = [*piece, self.tokenizer.eos_token_id]
+                ids += piece
+                labels += piece if is_answer else [IGNORED] * len(piece)
+            encoded["input_ids"].append(ids[: self.max_length])
+            encoded["labels"].append(labels[: self.max_length])
+        return encoded
+
+    def _encode_pairs(self, examples: list[Example]) -> dict[str, list[Any]]:
+        cut = {"truncation": True, "max_length": self.max_length}
+        prompts = self.tokenizer([example.prompt for example in examples], **cut)["input_ids"]
+        answers = self.tokenizer(text_target=[example.answer for example in examples], **cut)["input_ids"]
+        return {"input_ids": prompts, "labels": answers}
+
+    # Rows
+
+    def prepare(self, role: str) -> list[Dataset]:
+        """Tokenises prompts with their answers; for the test also every distinct prompt, with all its answers.
+
+        For predictions there are the prompts alone.
+        """
+        _ = self.prompt_limit
+        sets, parts = self.rows(role), []
+        if role == "predict":
+            return [self._prompts(sets[0], role)]
+        for rows in sets:
+            key = [self.recipe(), self.max_length, self.encoder_decoder, self.tokenizer.chat_template, _ENCODING]
+            encoded = rows.map(
+                self._encode,
+                batched=True,
+                remove_columns=rows.column_names,
+                new_fingerprint=fingerprint(rows, self.tokenizer, *key),
+                desc=f"Tokenising {role}",
+            )
+            kept = [i for i, count in enumerate(encoded["answer_tokens"][:]) if count]
+            self._report(role, len(rows), len(rows) - len(kept), sum(encoded["shortened"][:]))
+            # Always a selection: `select` of all rows is the table itself.
+            parts.append(encoded.select(kept).select_columns(["input_ids", "labels", "length"]))
+        return [*parts, self._prompts(sets[0], role)] if role == "test" else parts
+
+    def _report(self, role: str, rows: int, skipped: int, shortened: int) -> None:
+        if shortened:
+            rank_zero_info(f"{shortened} of {rows} inputs for {role} were cut to {self.max_length} tokens")
+        if skipped == rows:
+            raise DataError(
+                f"none of the {rows} rows for {role} has an answer within its first {self.max_length} tokens; raise "
+                "max_length"
+            )
+        self._skip(role, rows, skipped, f"no answer is left of them within {self.max_length} tokens; raise max_length")
+
+    def _skip(self, what: str, rows: int, skipped: int, why: str) -> None:
+        if skipped:
+            self.skipped[what] = skipped
+            rank_zero_warn(f"{skipped} of {rows} rows for {what} are left out: {why}")
+
+    def _prompts(self, rows: Dataset, role: str) -> Dataset:
+        found: dict[str, dict[str, Any]] = {}
+        for row, example in enumerate(self.examples(rows.to_list())):
+            reference = self.plain(example)
+            if not reference and role != "predict":
+                continue
+            entry = found.setdefault(example.prompt, {"row": row, "example": example, "references": []})
+            entry["references"] += [reference] if reference else []
+        prompts = []
+        for entry in found.values():
+            ids = self.prompt_ids(entry["example"])
+            if len(ids) <= self.prompt_limit:
+                text = {"prompt": entry["example"].prompt, "references": entry["references"]}
+                prompts.append({"row": entry["row"], "input_ids": ids, "length": len(ids), **text})
+        if not prompts:
+            raise DataError(
+                f"every prompt for {role} is longer than {self.prompt_limit} tokens, which is what max_length "
+                f"{self.max_length} leaves before {self.max_new_tokens} new tokens"
+            )
+        why = f"their prompts are longer than {self.prompt_limit} tokens; raise max_length or lower max_new_tokens"
+        self._skip(f"{role} prompts", len(found), len(found) - len(prompts), why)
+        prompts.sort(key=lambda prompt: -prompt["length"])
+        return Dataset.from_list(prompts)
+
+    def plain(self, example: Example) -> str:
+        """Returns the last answer as text, without what a chat template puts around it."""
+        if not example.verbatim:
+            return example.answer.strip()
+        return self.decode(self.tokenizer(example.answer, add_special_tokens=False)["input_ids"])
+
+    def decode(self, ids: Sequence[int] | torch.Tensor) -> str:
+        """Returns tokens as text, without special ones."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+    # Batches
+
+    def collate(self) -> "CollateAnswers":
+        """Pads on the right, with labels on the answers."""
+        return CollateAnswers(self.tokenizer.pad_token_id)
+
+    def test_dataloader(self) -> list[DataLoader]:
+        """Every answer once, for the loss; then every distinct prompt once, for generation."""
+        answers, prompts = self._ready["test"]
+        return [self.loader(answers, self.eval_batch_size), self.loader_in_order(prompts, self.collate_prompts())]
+
+    def predict_dataloader(self) -> DataLoader:
+        """Every distinct prompt of the rows to predict once, longest first."""
+        return self.loader_in_order(self._ready["predict"][0], self.collate_prompts())
+
+    def sample_prompts(self, count: int) -> dict[str, Any]:
+        """Returns a batch of the first distinct prompts of the validation rows."""
+        rows = self.rows("validation")[0]
+        prompts = self._prompts(rows.select(range(min(len(rows), 4 * count))), "samples").to_list()
+        return self.collate_prompts()(sorted(prompts, key=lambda prompt: prompt["row"])[:count])
+
+    def collate_prompts(self) -> "CollatePrompts":
+        """Pads prompts on the left, where a decoder goes on from them."""
+        return CollatePrompts(self.tokenizer.pad_token_id, "right" if self.encoder_decoder else "left")
+
+
+class CollateAnswers:
+    """Makes a batch for the loss: padded on the right, to a multiple of 8; padding carries no loss.
+
+    Args:
+        pad_id: The pad token.
+    """
+
+    def __init__(self, pad_id: int) -> None:
+        self.pad_id = pad_id
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Returns input_ids, attention_mask and labels, all [B, T] (labels [B, T'] for an encoder-decoder)."""
+        batch = pad_prompts([row["input_ids"] for row in rows], self.pad_id, "right")
+        return batch | {"labels": _pad([row["labels"] for row in rows], IGNORED, "right")}
+
+
+class CollatePrompts:
+    """Makes a batch to generate from.
+
+    Args:
+        pad_id: The pad token.
+        side: Where to pad.
+    """
+
+    def __init__(self, pad_id: int, side: str) -> None:
+        self.pad_id = pad_id
+        self.side = side
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """Returns input_ids and attention_mask [B, T], and lists of rows, prompts and references."""
+        batch = pad_prompts([row["input_ids"] for row in rows], self.pad_id, self.side)
+        return batch | {key: [row[key] for row in rows] for key in ("row", "prompt", "references")}
+
+
+def pad_prompts(ids: Sequence[Sequence[int]], pad_id: int, side: str) -> dict[str, torch.Tensor]:
+    """Returns input_ids and attention_mask, [B, T]; the mask goes by position, so real pad tokens stay real."""
+    mask_BT = _pad([[1] * len(row) for row in ids], 0, side)
+    return {"input_ids": _pad(ids, pad_id, side), "attention_mask": mask_BT}
+
+
+def _pad(rows: Sequence[Sequence[int]], value: int, side: str) -> torch.Tensor:
+    width = -(-max(map(len, rows)) // 8) * 8
+    padded_BT = torch.full((len(rows), width), value)
+    for i, row in enumerate(rows):
+        start = width - len(row) if side == "left" else 0
+        padded_BT[i, start : start + len(row)] = torch.tensor(row, dtype=torch.long)
+    return padded_BT
+
+
+def is_encoder_decoder(name: str) -> bool:
+    """Says whether the configuration in a model's folder is an encoder-decoder's; False where there is none."""
+    folder = resolve(name)
+    if folder.startswith((".", "/")) and not Path(folder).is_dir():
+        raise DataError(f"no model folder {folder}")
+    if Path(folder).is_dir() and not (Path(folder) / "config.json").exists():
+        return False
+    try:
+        return bool(AutoConfig.from_pretrained(folder).is_encoder_decoder)
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read the model configuration beside tokenizer {name!r}: {error}") from error

@@ -1,0 +1,107 @@
+"""Which backend computes the selected experts, and why."""
+
+import importlib
+import logging
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Literal, cast, get_args
+
+import torch
+
+from lte_lightning.kernels.cpu_ffn import DTYPES, run_cpu
+from lte_lightning.kernels.dense_mask import run_dense_mask
+from lte_lightning.kernels.layout import ExpertWeights
+from lte_lightning.kernels.reference import run_reference
+
+Backend = Literal["auto", "dense-mask", "reference", "cpu", "triton"]
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
+TRITON = "lte_lightning.kernels.triton_ffn"
+
+logger = logging.getLogger("lte_lightning")
+_said: set[str] = set()
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A backend that computes, and what kept a faster one, or the one that was asked for, from it; "" if nothing."""
+
+    backend: Backend
+    fallback: str = ""
+
+
+def choose(backend: Backend, x: torch.Tensor, weight: torch.Tensor, gradient: bool = False) -> Choice:
+    """Chooses by device, type and gradient; the number of tokens is each backend's own affair.
+
+    Args:
+        backend: What was asked for.
+        x: The input.
+        weight: Any of the expert weights.
+        gradient: Whether the result must be differentiable.
+
+    Returns:
+        What computes it. What cannot be had is replaced by ``dense-mask``, never by an error.
+    """
+    if backend == "dense-mask":
+        return Choice("dense-mask")
+    if gradient:
+        return Choice("dense-mask", "a gradient may be wanted here (torch.no_grad() says that it is not)")
+    kind = x.device.type
+    if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
+        return Choice("dense-mask", "autocast is on, and the sparse backends compute in the weights' own type")
+    if x.dtype != weight.dtype:
+        return Choice("dense-mask", f"the input is {x.dtype}, the weights are {weight.dtype}")
+    if backend == "reference":
+        return Choice("reference")
+    if x.dtype not in DTYPES:
+        return Choice("dense-mask", f"no sparse backend computes in {x.dtype}")
+    if kind == "cpu" and backend in ("auto", "cpu"):
+        return Choice("cpu")
+    if kind == "cuda" and backend in ("auto", "triton"):
+        missing = why_no_triton()
+        return Choice("dense-mask", missing) if missing else Choice("triton")
+    return Choice("dense-mask", f"backend {backend!r} does not run on {kind!r}")
+
+
+def why_no_triton() -> str:
+    """Says why the triton backend cannot run here, "" if it can."""
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    if find_spec(TRITON) is None:
+        return "this installation has no triton kernels"
+    return "" if torch.cuda.is_available() else "triton sees no device"
+
+
+def run_experts(backend: Backend, x_ND: torch.Tensor, mask_NE: torch.Tensor, weights: ExpertWeights) -> torch.Tensor:
+    """Computes the selected experts' output by the backend that was chosen.
+
+    Args:
+        backend: Any but ``auto``.
+        x_ND: Input of N tokens, of the weights' type.
+        mask_NE: True where a token runs an expert.
+        weights: The FFN.
+
+    Returns:
+        The output [N, D] in the type of ``x_ND``.
+
+    Raises:
+        ValueError: If the mask or the input does not fit the weights.
+    """
+    E, _, D = weights.up_ESD.shape
+    if x_ND.ndim != 2 or x_ND.shape[1] != D:
+        raise ValueError(f"the input has shape {tuple(x_ND.shape)}, and the weights want [N, {D}]")
+    if mask_NE.dtype != torch.bool or mask_NE.shape != (x_ND.shape[0], E):
+        raise ValueError(
+            f"the mask is {mask_NE.dtype} of shape {tuple(mask_NE.shape)}; {x_ND.shape[0]} tokens and {E} experts want "
+            f"torch.bool [{x_ND.shape[0]}, {E}]"
+        )
+    if backend == "triton":
+        return cast(torch.Tensor, importlib.import_module(TRITON).run_triton(x_ND, mask_NE, weights))
+    run = {"cpu": run_cpu, "reference": run_reference, "dense-mask": run_dense_mask}[backend]
+    return run(x_ND, mask_NE, weights)
+
+
+def say_once(message: str) -> None:
+    """Logs a fallback the first time that it happens in this process."""
+    if message not in _said:
+        _said.add(message)
+        logger.warning(message)

@@ -1,0 +1,110 @@
+"""What an FFN must cost on a GPU by its bytes and products alone: predicted figures, to read measured ones against.
+
+A prediction is a floor: it knows neither launches (the triton backend makes five for a decoded token, router included)
+nor the share of the bandwidth that a kernel reaches. Never report one without the word "predicted".
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Peaks of a GPU as its vendor documents them, without structured weight sparsity.
+
+    Args:
+        bandwidth: Of the memory, bytes per second.
+        flops_16: Matrix products in bfloat16 or float16, multiply-adds times two per second.
+        flops_32: The same in float32, not TF32.
+    """
+
+    bandwidth: float
+    flops_16: float
+    flops_32: float
+
+
+GPUS = {
+    "RTX 3090 Ti": Gpu(1.008e12, 80e12, 40e12),
+    "A100 SXM 80 GB": Gpu(2.039e12, 312e12, 19.5e12),
+    "H100 SXM": Gpu(3.35e12, 989e12, 67e12),
+    "H200 SXM": Gpu(4.8e12, 989e12, 67e12),
+    "B200 SXM": Gpu(8.0e12, 2250e12, 80e12),
+    "MI300X": Gpu(5.3e12, 1307e12, 163e12),
+}
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Predicted milliseconds of one FFN; each is the longer of its bytes at full bandwidth and its products at peak.
+
+    Args:
+        dense_ms: The dense FFN.
+        ffn_ms: The experts of the union.
+        router_ms: The router.
+    """
+
+    dense_ms: float
+    ffn_ms: float
+    router_ms: float
+
+    @property
+    def ratio(self) -> float:
+        """Dense time over ours, router included."""
+        return self.dense_ms / (self.ffn_ms + self.router_ms)
+
+    def __str__(self) -> str:
+        return (
+            f"predicted: dense {self.dense_ms:.4f} ms, experts {self.ffn_ms:.4f} ms + router {self.router_ms:.4f} ms, "
+            f"{self.ratio:.2f}x"
+        )
+
+
+def predict(
+    gpu: Gpu,
+    width: int,
+    neurons: int,
+    expert_size: int,
+    gated: bool,
+    bytes_per_weight: int,
+    tokens: int = 1,
+    sparsity: float = 0.0,
+    union_sparsity: float | None = None,
+) -> Prediction:
+    """Predicts the time of one FFN from bytes and products.
+
+    Weights are read once, inputs and outputs once; what kernels hand to each other is taken to stay in the cache.
+
+    Args:
+        gpu: A row of `GPUS`, or figures of your own.
+        width: D.
+        neurons: F.
+        expert_size: S.
+        gated: Whether there is a gate projection.
+        bytes_per_weight: 2 or 4.
+        tokens: N.
+        sparsity: Share of neurons that a token does not run, 0 to 1.
+        union_sparsity: Share that no token runs; as for independent masks where it is not given.
+
+    Raises:
+        ValueError: For a share outside 0 to 1 or an unknown size of weights.
+    """
+    if union_sparsity is None:
+        union_sparsity = sparsity**tokens
+    if not 0 <= union_sparsity <= sparsity <= 1:
+        raise ValueError(
+            f"sparsity {sparsity} and union sparsity {union_sparsity}: 0 <= union <= sparsity <= 1 is wanted"
+        )
+    if bytes_per_weight not in (2, 4):
+        raise ValueError(f"bytes_per_weight is {bytes_per_weight}, and 2 or 4 is wanted")
+
+    def ms(weights_read: float, products: float, outputs: int) -> float:
+        moved = bytes_per_weight * (weights_read + tokens * (width + outputs))
+        peak = gpu.flops_16 if bytes_per_weight == 2 else gpu.flops_32
+        return 1e3 * max(moved / gpu.bandwidth, 2 * products / peak)
+
+    weights = (3 if gated else 2) * width * neurons
+    router = width * neurons // expert_size
+    return Prediction(
+        dense_ms=ms(weights, tokens * weights, width),
+        ffn_ms=ms((1 - union_sparsity) * weights, (1 - sparsity) * tokens * weights, width),
+        router_ms=ms(router, tokens * router, neurons // expert_size),
+    )

@@ -1,0 +1,79 @@
+"""What the Triton kernels share: the activation, products in float32, and the check of what they are given."""
+
+import torch
+import triton
+import triton.language as tl
+from triton import knobs
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+INTERPRETED: bool = knobs.runtime.interpret
+"""Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1 before the first import)."""
+
+# Interpreted tl.dot on bfloat16 multiplies bit patterns, without a word.
+UPCAST = tl.constexpr(INTERPRETED)
+
+
+def check_device(x_ND: torch.Tensor, others: dict[str, torch.Tensor | None]) -> None:
+    """Refuses an input, or weights beside it, that kernels cannot take.
+
+    Args:
+        x_ND: The input.
+        others: Weights by name; these must be contiguous.
+
+    Raises:
+        ValueError: It says which tensor, and what to do.
+    """
+    if x_ND.dtype not in DTYPES:
+        raise ValueError(f"the triton backend takes {', '.join(map(str, DTYPES))}, and x_ND is {x_ND.dtype}")
+    if not (x_ND.is_cuda or (INTERPRETED and x_ND.device.type == "cpu")):
+        raise ValueError(f"the triton backend needs a CUDA or ROCm device, and x_ND is on {x_ND.device}")
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != x_ND.device:
+            raise ValueError(f"{name} is on {tensor.device}, and x_ND on {x_ND.device}")
+        if tensor is not None and not tensor.is_contiguous():
+            raise ValueError(f"{name} has strides {tensor.stride()}: lay it out once, by .contiguous(), not per call")
+
+
+@triton.jit
+def activate(x, ACTIVATION: tl.constexpr):
+    """The activations of `layout.ACTIVATIONS`, in float32; NaN stays NaN."""
+    if ACTIVATION == "relu":
+        x = tl.where(x < 0, 0.0, x)
+    elif ACTIVATION == "silu":
+        x = x * tl.sigmoid(x)
+    elif ACTIVATION == "gelu":
+        x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    else:
+        tl.static_assert(ACTIVATION == "gelu_tanh")
+        # 0.5 * (1 + tanh(u)) = sigmoid(2 * u)
+        x = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    return x
+
+
+@triton.jit
+def dot(a, b, acc):
+    """``acc + a @ b``, products and sums in float32."""
+    if UPCAST:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def accumulate(acc, rows_SD, x, TOKENS: tl.constexpr):
+    """Adds rows times inputs: with several tokens their dot product [S, N]; with one, [S, D], to be summed over D."""
+    # One token: no exchange between threads inside the loop.
+    if TOKENS == 1:
+        acc += rows_SD.to(tl.float32) * x.to(tl.float32)
+    else:
+        acc = dot(rows_SD, x, acc)
+    return acc
+
+
+@triton.jit
+def add_bias(acc, bias_ptr, offsets, mask):
+    """Adds a bias to ``acc``, if there is one; both have the shape of ``offsets``, or broadcast with it."""
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    return acc

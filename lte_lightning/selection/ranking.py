@@ -1,0 +1,73 @@
+"""Selectors that rank experts by an importance and keep the first: by number per token, or above a level per layer."""
+
+from typing import ClassVar, Literal
+
+import torch
+
+from lte_lightning.selection.base import FfnShape, Selector
+
+
+class Ranking(Selector):
+    """Keeps the most important experts; a subclass says how important each is.
+
+    The rule ``top`` keeps the same number for every token. ``level`` keeps those above a level of the layer, which
+    `calibrate` sets to a quantile seen on training rows; before that every expert runs. ``fixed`` keeps for all tokens
+    those that are most important on average over training rows.
+
+    Args:
+        shape: The FFN's sizes.
+        sparsity: Share of the experts that shall not run.
+        generator: Source of initial weights.
+    """
+
+    rule: ClassVar[Literal["top", "level", "fixed"]] = "top"
+    level: torch.Tensor
+    chosen_E: torch.Tensor
+
+    def __init__(self, shape: FfnShape, sparsity: float, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        self.shape = shape
+        self.sparsity = sparsity
+        self.keep = round((1.0 - sparsity) * shape.experts)
+        if self.rule == "level":
+            self.register_buffer("level", torch.tensor(-torch.inf))
+        elif self.rule == "fixed":
+            self.register_buffer("chosen_E", torch.ones(shape.experts))
+
+    def importance(self, given: torch.Tensor) -> torch.Tensor:
+        """Returns how important each expert is for each token, [..., E], float32, from what the selector reads."""
+        raise NotImplementedError(f"{type(self).__name__} must define importance")
+
+    def forward(self, given: torch.Tensor) -> torch.Tensor:
+        """Returns 1 for the experts that are kept and 0 for the others, [B, T, E], float32."""
+        if self.rule == "fixed":
+            return self.chosen_E.float().expand(*given.shape[:-1], -1)
+        importance = self.importance(given)
+        if self.rule == "level":
+            return (importance > self.level).float()
+        best = importance.topk(self.keep, dim=-1).indices
+        return torch.zeros_like(importance).scatter_(-1, best, 1.0)
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether `calibrate` must be called before the first choice."""
+        return self.rule != "top"
+
+    @torch.no_grad()
+    def calibrate(self, importance_NE: torch.Tensor) -> None:
+        """Sets the level, or the fixed choice, from the importance of N tokens of the training rows."""
+        if self.rule == "fixed":
+            best = importance_NE.mean(0).topk(self.keep).indices
+            self.chosen_E.zero_()[best] = 1.0
+        elif self.rule == "level":
+            flat = importance_NE.flatten().sort().values
+            cut = round(self.sparsity * len(flat))
+            self.level.fill_(flat[cut - 1] if cut else -torch.inf)
+
+    def flops_per_token(self) -> int:
+        """Returns 2 FLOPs for every weight of the ranking's own matrices."""
+        return 2 * sum(parameter.numel() for parameter in self.parameters() if parameter.dim() == 2)
+
+    def by_expert(self, neurons: torch.Tensor) -> torch.Tensor:
+        """Sums figures of neurons [..., F] over each expert, [..., E], float32."""
+        return neurons.float().unflatten(-1, (self.shape.experts, -1)).sum(-1)

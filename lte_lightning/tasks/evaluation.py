@@ -1,0 +1,204 @@
+"""How every task is measured: the views of each stage, sparsity, cost per token."""
+
+import math
+from typing import Any, ClassVar, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import nn
+from torchmetrics import Metric
+from transformers import PreTrainedModel
+
+from lte_lightning.core.convert import expert_ffns, selector_parameters, set_mode
+from lte_lightning.core.cost import GFLOP, speedup_bound, token_cost
+from lte_lightning.core.errors import UserError
+from lte_lightning.core.sparse import set_backend
+from lte_lightning.core.trace import RouterTrace
+from lte_lightning.kernels.dispatch import Backend
+from lte_lightning.tasks.sparsity import SparsityMeter
+
+Stage = Literal["dense", "router", "expert"]
+STAGES: tuple[Stage, ...] = ("dense", "router", "expert")
+LOWER_IS_BETTER = frozenset({"perplexity"})
+# What a validation measures in each stage; only "hard" epochs compete for the best checkpoint.
+VIEWS = {"dense": ("dense",), "router": ("soft", "hard_before"), "expert": ("hard",)}
+VIEW_MODES = {"dense": "dense", "soft": "soft", "hard_before": "hard", "hard": "hard"}
+
+
+class NonFiniteLossError(UserError):
+    """A loss became NaN or infinite."""
+
+
+class MeasuredModule(LightningModule):
+    """A model with expert FFNs that is validated, tested and used for predictions; `LteModule` trains it.
+
+    Attributes:
+        net: The model.
+        stage: Where its training stands.
+        measured: What was found so far, by view.
+    """
+
+    metric_name: str
+    tests_dense: ClassVar[bool] = False  # whether a test of a model that was never routed makes sense
+    loader_names: tuple[str, ...] = ("",)
+    net: PreTrainedModel
+    stage: Stage
+    measured: dict[str, dict[str, Any]]
+    backend: Backend
+
+    # The task, by the subclass
+
+    def make_metric(self) -> Metric:
+        """Returns a fresh metric, updated with what `outputs_for_metric` gives."""
+        raise TypeError(f"{type(self).__name__} must define make_metric")
+
+    def outputs_for_metric(self, outputs: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """Returns what the metric is updated with, predictions and targets for most."""
+        raise TypeError(f"{type(self).__name__} must define outputs_for_metric")
+
+    def run_model(self, batch: dict[str, torch.Tensor]) -> Any:
+        """Returns the model's outputs, with their loss."""
+        return self.net(**batch)
+
+    def trace(self, batch: dict[str, torch.Tensor]) -> RouterTrace:
+        """Returns a trace of the batch's real tokens."""
+        return RouterTrace(self.net, batch["attention_mask"])
+
+    def test_figures(self) -> dict[str, Any]:
+        """Returns what a test has found besides the metric."""
+        return {}
+
+    # Measuring
+
+    def apply_stage(self) -> None:
+        """Sets the FFNs' mode and the routers' trainability as the current stage wants them."""
+        set_mode(self.net, {"dense": "dense", "router": "soft", "expert": "hard"}[self.stage])
+        for parameter in selector_parameters(self.net):
+            parameter.requires_grad_(self.stage == "router")
+
+    def _require_finite(self, loss: torch.Tensor, what: str) -> None:
+        if not torch.isfinite(loss):
+            raise NonFiniteLossError(
+                f"the {what} loss is {loss.item()} in stage {self.stage!r} at step {self.global_step}; the weights "
+                "of the epoch before are kept in the last checkpoint. Lower the learning rate, or use "
+                "trainer.precision 32-true"
+            )
+
+    def _make_meters(self) -> None:
+        names = [f"{view}{suffix}" for view in VIEW_MODES for suffix in self.loader_names]
+        self.meters = nn.ModuleDict({name: self.make_metric() for name in names})
+        self.sparsity = SparsityMeter([ffn.experts for ffn in expert_ffns(self.net).values()])
+
+    def validation_step(self, batch: dict[str, torch.Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Measures every view of the current stage."""
+        for view in VIEWS[self.stage]:
+            self.measure(view, batch, dataloader_idx)
+        self.apply_stage()
+
+    def measure(self, view: str, batch: dict[str, torch.Tensor], dataloader_idx: int) -> None:
+        """Runs a batch in a view's mode and adds it to the view's meters."""
+        set_mode(self.net, VIEW_MODES[view])
+        if VIEW_MODES[view] == "hard":
+            with self.trace(batch) as trace:
+                outputs = self.run_model(batch)
+            self.sparsity.update(trace)
+        else:
+            outputs = self.run_model(batch)
+        self._require_finite(outputs.loss, "validation")  # before a checkpoint of such weights is written
+        self.meters[f"{view}{self.loader_names[dataloader_idx]}"].update(*self.outputs_for_metric(outputs, batch))
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs ``val/<view>/<metric>`` and the sparsity, and remembers them for the results."""
+        for view in VIEWS[self.stage]:
+            found = self.read_meters(view)
+            # a sanity check of a few rows is no measurement
+            if not self.trainer.sanity_checking or self.trainer.num_sanity_val_steps == math.inf:
+                self.measured[view] = {key: json_value(value) for key, value in found.items()}
+            scalars = {key: value for key, value in found.items() if isinstance(value, float)}
+            self.log_dict({f"val/{view}/{key}": value for key, value in scalars.items()})
+
+    def read_meters(self, view: str) -> dict[str, Any]:
+        """Returns what a view's meters hold, and empties them."""
+        found: dict[str, Any] = {}
+        for suffix in self.loader_names:
+            meter = self.meters[f"{view}{suffix}"]
+            if not meter.update_called:  # MNLI's second set, if the first is held out of the training rows
+                continue
+            value = meter.compute()
+            figures = value if isinstance(value, dict) else {self.metric_name: value}
+            for name, figure in figures.items():
+                found[f"{name}{suffix}"] = figure if isinstance(figure, dict) else float(figure)
+            meter.reset()
+        if VIEW_MODES[view] == "hard":
+            found |= self.sparsity.compute()
+            self.sparsity.reset()
+        return found
+
+    @property
+    def test_view(self) -> str:
+        """The view that a test measures: hard, or dense where the model was never routed."""
+        return "dense" if self.stage == "dense" else "hard"
+
+    def on_test_start(self) -> None:
+        """Refuses a model without trained selection, unless it can be tested so; skips experts from here on."""
+        if self.stage == "dense" and not self.tests_dense:
+            raise UserError(
+                "this model was never routed, so there is no sparsity to test: train the router and expert stages "
+                "first, or give a routed model by --ckpt_path or --model.init_from"
+            )
+        set_backend(self.net, self.backend)
+
+    def on_test_end(self) -> None:
+        """Leaves the backend to training again."""
+        set_backend(self.net, "dense-mask")
+
+    def test_step(self, batch: dict[str, torch.Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Measures the model in hard mode, or densely if it was never routed."""
+        self.measure(self.test_view, batch, dataloader_idx)
+
+    def on_test_epoch_end(self) -> None:
+        """Logs the metric, the sparsity overall and per layer, and what a token costs."""
+        found = self.read_meters(self.test_view) | self.test_figures()
+        dense = self.test_view == "dense"
+        per_layer = [0.0] * len(self.sparsity.experts) if dense else found["sparsity_per_layer"]
+        cost = self.cost(None if dense else per_layer)
+        if dense:
+            found |= {"sparsity": 0.0, "sparsity_per_layer": per_layer}
+        self.measured["test"] = {key: json_value(value) for key, value in found.items()} | cost
+        self.log_dict({f"test/{key}": value for key, value in found.items() if isinstance(value, float)})
+        self.log("test/gflops_per_token", cost["flops_per_token"] / GFLOP)
+        self.log("test/megabytes_per_token", cost["bytes_per_token"] / 1e6)
+        self.log("test/bound", cost["bound"])
+        self.log_dict({f"test/sparsity_layer_{i:02d}": sparsity for i, sparsity in enumerate(per_layer)})
+
+    def cost(self, sparsity_per_layer: list[float] | None) -> dict[str, float]:
+        """Returns FLOPs per token as the paper counts them, and bytes moved in bfloat16, sparse and dense.
+
+        ``bound`` is the speed-up that the bytes allow at most. Without sparsities both are those of the dense model.
+        """
+        dense = token_cost(self.net)
+        sparse = dense if sparsity_per_layer is None else token_cost(self.net, sparsity_per_layer)
+        return {
+            "flops_per_token": sparse.paper_flops,
+            "dense_flops_per_token": dense.paper_flops,
+            "bytes_per_token": sparse.bytes,
+            "dense_bytes_per_token": dense.bytes,
+            "bound": speedup_bound(dense.bytes, sparse.bytes),
+        }
+
+    def on_predict_start(self) -> None:
+        """Predicts in hard mode, or densely if the model was never routed."""
+        if self.trainer.world_size > 1:
+            raise UserError("predictions are written in the order of the data by one process: set trainer.devices to 1")
+        set_mode(self.net, self.test_view)
+        set_backend(self.net, self.backend)
+
+    def on_predict_end(self) -> None:
+        """Leaves the backend to training again."""
+        set_backend(self.net, "dense-mask")
+
+
+def json_value(value: Any) -> Any:
+    """Returns the value, or None for what JSON cannot say."""
+    # JSON has no NaN, which a correlation of constant predictions is
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,130 @@
+"""Language modelling: the loss on tokens, reported as perplexity."""
+
+import math
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torchmetrics import Metric
+from transformers import AutoModelForCausalLM
+
+from lte_lightning.core.errors import UserError
+from lte_lightning.tasks.base import LteModule
+from lte_lightning.tasks.lora import Lora, add_lora, merge_lora
+
+
+class Perplexity(Metric):
+    """Perplexity over a whole evaluation: every token weighs the same, whatever batch it was in; sums over devices."""
+
+    full_state_update = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("loss_sum", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("tokens", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("words", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, loss_sum: torch.Tensor, tokens: torch.Tensor, words: torch.Tensor | None = None) -> None:
+        """Adds a batch: the sum of its tokens' losses (natural logarithm), how many they are, and words if known."""
+        self.loss_sum += loss_sum.double()
+        self.tokens += tokens
+        if words is not None:
+            self.words += words.sum()
+
+    def compute(self) -> dict[str, float]:
+        """Returns the figures.
+
+        Returns:
+            ``loss``, the mean per token, ``perplexity``, its exponential, and where words are known
+            ``word_perplexity``, the exponential of the whole loss by the number of words.
+        """
+        loss_sum = self.loss_sum.item()
+        found = {"loss": loss_sum / int(self.tokens)}
+        found["perplexity"] = _exp(found["loss"])
+        if int(self.words):
+            found["word_perplexity"] = _exp(loss_sum / int(self.words))
+        return found
+
+
+class LanguageModel(LteModule):
+    """Trains a causal language model and makes it sparse.
+
+    Args:
+        from_scratch: Start from random weights instead of the pretrained ones; the values replace entries of the
+            model's configuration, e.g. ``{hidden_size: 256, num_hidden_layers: 4}``.
+        lora: Train attention by low-rank adapters, and the rest in full: ``{rank: 16}``. A saved model has them merged.
+        **kwargs: See `LteModule`.
+    """
+
+    auto_class = AutoModelForCausalLM
+    metric_name = "perplexity"
+    tests_dense = True
+
+    def __init__(self, from_scratch: dict[str, Any] | None = None, lora: Lora | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.save_hyperparameters({"from_scratch": from_scratch, "lora": asdict(lora) if lora else None})
+        self.lora = lora
+
+    def configure_model(self) -> None:
+        """Loads the model, with adapters if wanted, and checks that the data fit it."""
+        fresh = self.net is None
+        super().configure_model()
+        if fresh and self.lora:
+            add_lora(self.net, self.lora)
+        data = self._trainer.datamodule if self._trainer else None
+        if not fresh or data is None:
+            return
+        context = getattr(self.net.config, "max_position_embeddings", None)
+        if context and data.max_length > context:
+            raise UserError(f"max_length is {data.max_length}, but the model's context is {context} tokens")
+        vocabulary = self.net.get_input_embeddings().num_embeddings
+        if len(data.tokenizer) > vocabulary:
+            raise UserError(
+                f"the tokenizer has {len(data.tokenizer)} tokens, the model {vocabulary}: they do not belong together"
+            )
+
+    def before_export(self) -> None:
+        """Merges the adapters."""
+        merge_lora(self.net)
+
+    def on_test_start(self) -> None:
+        """Tests the model as it would be exported."""
+        self.before_export()
+        super().on_test_start()
+
+    def on_predict_start(self) -> None:
+        """Predicts with the model as it would be exported."""
+        self.before_export()
+        super().on_predict_start()
+
+    def make_metric(self) -> Metric:
+        """Returns loss and perplexity."""
+        return Perplexity()
+
+    def run_model(self, batch: dict[str, torch.Tensor]) -> Any:
+        """Returns the model's outputs; how many words a batch has is not for the model."""
+        return self.net(**{key: value for key, value in batch.items() if key != "words"})
+
+    def outputs_for_metric(self, outputs: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """Returns the sum of the losses, the number of tokens that have one, and that of words if known."""
+        # A decoder's first label is never asked for: nothing stands before it.
+        labels = batch["labels"] if self.net.config.is_encoder_decoder else batch["labels"][:, 1:]
+        tokens = (labels != -100).sum()
+        found = (outputs.loss.detach() * tokens, tokens)
+        return (*found, batch["words"]) if "words" in batch else found
+
+    def gather_predictions(self) -> None:
+        """Makes ``predictions`` those of all processes, in the order of their rows."""
+        if self.trainer.world_size > 1:
+            gathered: list[Any] = [None] * self.trainer.world_size
+            torch.distributed.all_gather_object(gathered, self.predictions)
+            self.predictions = [prediction for part in gathered for prediction in part]
+        self.predictions.sort(key=lambda prediction: prediction["row"])
+
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        """Refuses: there is no answer."""
+        raise UserError("a language model has nothing to predict here; `lightning test` gives its perplexity")
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 700 else math.inf

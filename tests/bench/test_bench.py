@@ -1,0 +1,211 @@
+import copy
+import csv
+import math
+import os
+
+import pytest
+import torch
+from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, RobertaConfig
+
+from lte_lightning import LteConfig, convert, save_pretrained, set_mode
+from lte_lightning.bench import command, main
+from lte_lightning.bench.measure import COLUMNS, bound, interleave, measure
+from lte_lightning.bench.rivals import index_select
+from lte_lightning.bench.subject import SHAPES, ForcedSelector, Subject, dense_blocks, make_subject
+from lte_lightning.core.convert import expert_ffns
+from lte_lightning.kernels.layout import ExpertWeights
+from lte_lightning.kernels.reference import run_reference
+
+ISSUE = (
+    "shape, scope, phase, dtype, tokens, sparsity, backend, threads, dense_ms, ms, ratio, router_ms, bound, "
+    "share_of_bound, load"
+)
+SIZES = {"hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
+
+
+@pytest.fixture(autouse=True)
+def tiny_shapes(monkeypatch):
+    tiny = {
+        "tiny-llama": LlamaConfig(vocab_size=256, **SIZES),
+        "tiny-roberta": RobertaConfig(vocab_size=256, max_position_embeddings=64, **SIZES),
+    }
+    for name, config in tiny.items():
+        monkeypatch.setitem(SHAPES, name, config)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def rows_of(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_one_row_per_figure(tmp_path, capsys):
+    path = tmp_path / "out.csv"
+    arguments = "--shape tiny-llama --dtype bf16,f32 --tokens 1,2x3 --sparsity 0,0.5 --threads 1 --repeats 2"
+    assert main([*arguments.split(), "--csv", str(path)]) == 0
+    rows = rows_of(path)
+    assert list(rows[0]) == COLUMNS == ISSUE.split(", ")
+    keys = {tuple(row[key] for key in ("scope", "phase", "dtype", "tokens", "sparsity", "backend")) for row in rows}
+    assert keys == {
+        (scope, phase, dtype, tokens, sparsity, "cpu")
+        for scope in ("ffn", "model")
+        for phase, tokens in (("decode", "1"), ("prefill", "6"))
+        for dtype in ("bf16", "f32")
+        for sparsity in ("0.0", "0.5")
+    }
+    assert len(rows) == len(keys)
+    for row in rows:
+        number = {key: float(row[key]) for key in COLUMNS[COLUMNS.index("threads") :]}
+        assert number["threads"] == 1
+        assert min(number["dense_ms"], number["ms"], number["router_ms"]) > 0
+        assert number["ratio"] == pytest.approx(number["dense_ms"] / number["ms"], rel=2e-3)
+        assert number["share_of_bound"] == pytest.approx(number["ratio"] / number["bound"], rel=2e-3)
+        assert number["load"] >= 0
+    assert (tmp_path / "out.png").stat().st_size > 1000
+    printed = capsys.readouterr().out
+    assert "tiny-llama ffn, decode, bf16, 1 tokens, 3 layers: dense" in printed
+    assert f"written: {path}, {tmp_path / 'out.png'}" in printed
+
+
+# torch's own compiler, when it is imported
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+def test_an_encoder_and_rivals(tmp_path):
+    path = tmp_path / "out.csv"
+    arguments = "--shape tiny-roberta --tokens 2x5 --sparsity 0.5 --repeats 1 --layers 1 --clock cpu --threads 1"
+    assert main([*arguments.split(), "--rivals", "--dtype", "f32", "--csv", str(path)]) == 0
+    rows = rows_of(path)
+    assert {row["phase"] for row in rows} == {"prefill"}
+    found = {(row["scope"], row["backend"]) for row in rows}
+    rivals = {"index_select", "expert-views", "compiled-mask", "executed-width"}
+    assert found == {("ffn", name) for name in rivals | {"cpu"}} | {("model", "cpu")}
+
+
+def test_a_converted_folder_and_mlflow(tmp_path, monkeypatch):
+    import mlflow
+
+    model = convert(AutoModelForCausalLM.from_config(SHAPES["tiny-llama"]), LteConfig(expert_size=16), progress=False)
+    set_mode(model, "hard")
+    save_pretrained(model, tmp_path / "saved")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    arguments = "--dtype f32 --sparsity 0.5 --repeats 1 --scope ffn --csv out.csv --mlflow speed"
+    assert main(["--shape", str(tmp_path / "saved"), *arguments.split()]) == 0
+    (run,) = mlflow.search_runs(experiment_names=["speed"], output_format="list")
+    artifacts = {file.path for file in mlflow.MlflowClient().list_artifacts(run.info.run_id)}
+    assert artifacts == {"out.csv", "out.png"}
+    assert run.data.params["sparsity"] == "0.5"
+
+
+def test_a_declared_fallback_is_named(capsys):
+    subject = make_subject("tiny-llama", torch.float32, "triton")
+    figures, _ = measure(subject, "ffn", 1, 1, [0.5], 1)
+    assert [figure.backend for figure in figures] == ["dense-mask"]
+
+
+def test_masks_change_on_every_call_and_skip_what_they_should():
+    subject = make_subject("tiny-llama", torch.float32, "auto")
+    subject.force(2, 3, 1 / 3, torch.Generator().manual_seed(0))
+    (selector, *_) = (ffn.selector for ffn in subject.ffns)
+    assert isinstance(selector, ForcedSelector)
+    seen = [selector(torch.randn(2, 3, 32)) > 0.5 for _ in range(4)]
+    assert all(mask.shape == (2, 3, 3) and (mask.sum(dim=-1) == 2).all() for mask in seen)
+    assert not all(mask.equal(seen[0]) for mask in seen[1:])
+
+
+def test_both_twins_compute_the_same_function():
+    subject = make_subject("tiny-llama", torch.float32, "auto")
+    subject.force(1, 4, 0.0, torch.Generator())
+    x_BTD = torch.randn(1, 4, 32)
+    for block, ffn in zip(dense_blocks(subject), subject.ffns, strict=True):
+        torch.testing.assert_close(ffn(x_BTD), block(x_BTD))
+    ids_BT = torch.randint(3, 200, (1, 4))
+    with torch.no_grad():
+        expected = subject.dense(ids_BT).last_hidden_state
+        torch.testing.assert_close(subject.sparse(ids_BT).last_hidden_state, expected, rtol=1e-4, atol=1e-4)
+    shared = {p.data_ptr() for p in subject.dense.parameters()} & {p.data_ptr() for p in subject.sparse.parameters()}
+    assert not shared  # or the cache would serve one from what the other read
+
+
+def test_bounds_are_the_published_ones():
+    """The table of LLaMA-2-7B at batch 1, whose end-to-end column leaves out embedding and head as we do."""
+    config = copy.deepcopy(SHAPES["llama2-7b"])
+    config.num_hidden_layers = 1
+    with torch.device("meta"):
+        dense = AutoModel.from_config(config)
+    sparse = convert(copy.deepcopy(dense), LteConfig(grouping="contiguous"), group=False)
+    subject = Subject("llama2-7b", dense, sparse, len(expert_ffns(sparse)))
+    for sparsity, block in ((0.25, 1.32), (0.5, 1.96), (0.65, 2.77), (0.8, 4.75)):
+        assert bound(subject, "ffn", "decode", 1, sparsity) == pytest.approx(block, rel=0.01)
+    attention, ffn, router = 4 * 4096**2, 3 * 4096 * 11008, 344 * 4096
+    expected = (attention + ffn) / (attention + router + 0.5 * ffn)
+    assert bound(subject, "model", "decode", 1, 0.5) == pytest.approx(expected)
+    # four tokens of independent choice load the union, and in prefill it is the multiply-adds that count
+    union = 1 - (1 - 69 / 344) ** 4
+    assert bound(subject, "ffn", "decode", 4, 0.8) == pytest.approx(ffn / (router + union * ffn))
+    assert bound(subject, "ffn", "prefill", 64, 0.8) == pytest.approx(ffn / (router + 69 / 344 * ffn))
+
+
+def test_arms_are_interleaved_and_the_first_round_is_not_counted():
+    log = []
+    arms = {name: (lambda name=name: log.append(name) or [float(len(log))]) for name in "abc"}
+    samples = interleave(arms, repeats=5)
+    rounds = [log[i : i + 3] for i in range(0, len(log), 3)]
+    assert len(rounds) == 6
+    assert all(sorted(order) == ["a", "b", "c"] for order in rounds)
+    assert len({tuple(order) for order in rounds}) > 1
+    assert {name: len(times) for name, times in samples.items()} == dict.fromkeys("abc", 5)
+    assert min(min(times) for times in samples.values()) > 3
+
+
+def test_index_select_is_right():
+    weights = ExpertWeights(torch.randn(4, 8, 12), torch.randn(4, 8, 12), "silu", torch.randn(4, 8, 12))
+    x_ND, mask_NE = torch.randn(3, 12), torch.tensor([[1, 0, 0, 1], [0, 0, 0, 0], [1, 1, 0, 0]]).bool()
+    torch.testing.assert_close(index_select(x_ND, mask_NE, weights), run_reference(x_ND, mask_NE, weights))
+
+
+def test_a_busy_machine_is_said_to_be(monkeypatch, capsys):
+    for load, warned in ((0.0, False), (100.0, True)):
+        monkeypatch.setattr(os, "getloadavg", lambda load=load: (load, load, load))
+        command._say_where()
+        captured = capsys.readouterr()
+        assert f"load {load:.2f}" in captured.out
+        assert ("this machine is busy" in captured.err) == warned
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--shape llama3", "unknown shape 'llama3'; there are llama2-7b, smollm2-135m, roberta-base"),
+        ("--shape .", "is not a saved LTE model"),
+        ("--dtype fp8", "unknown dtype 'fp8'; there are f32, bf16, f16"),
+        ("--scope layer", "unknown scope 'layer'; there are ffn, model"),
+        ("--backend cuda", "unknown backend 'cuda'; there are auto, dense-mask"),
+        ("--sparsity 50", "--sparsity is '50'; it takes shares between 0 and 1"),
+        ("--sparsity half", "--sparsity is 'half'"),
+        ("--tokens 0", "--tokens is '0'; it takes a number like 4, or sequences x tokens like 32x128"),
+        ("--tokens 2x3x4", "--tokens is '2x3x4'"),
+        ("--clock sun", "unknown clock 'sun'; there are wall, cpu"),
+        ("--clock cpu --threads 2", "--clock cpu sees one thread only"),
+        ("--threads 0", "--threads is 0; it must be at least 1"),
+        ("--csv nowhere/out.csv", "there is no folder nowhere to write out.csv to"),
+    ],
+)
+def test_bad_input(arguments, message, capsys):
+    assert main(["--shape", "tiny-llama", *arguments.split()]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_the_picture_has_the_figures(tmp_path, monkeypatch):
+    from lte_lightning.bench import picture
+
+    figures, _ = measure(make_subject("tiny-llama", torch.float32, "auto"), "ffn", 1, 1, [0.0, 0.5], 1)
+    drawn = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda self, *_, **__: drawn.append(self))
+    picture.draw(figures, tmp_path / "x.png")
+    (axes,) = drawn[0].axes
+    lines = {line.get_label(): line for line in axes.lines}
+    assert list(lines["cpu"].get_ydata()) == [figure.ratio for figure in figures]
+    assert list(lines["bound"].get_ydata()) == [figure.bound for figure in figures]
+    assert math.isclose(lines["cpu"].get_xdata()[1], 0.5)

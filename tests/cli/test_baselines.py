@@ -1,0 +1,69 @@
+"""Baselines as ordinary fits."""
+
+import pytest
+
+from lte_lightning.core.checkpoint import from_pretrained
+from lte_lightning.core.cost import flops_per_token
+
+LEARNED = ("d2dmoe", "dejavu", "moefication")
+
+
+@pytest.fixture(scope="module")
+def dense(tiny, lightning, tmp_path_factory):
+    """A fine-tuned model that the baselines start from."""
+    outcome = lightning(tmp_path_factory.mktemp("dense"), tiny.config(epochs=(2, 0, 0)), "fit")
+    assert outcome.code == 0, outcome.err
+    return outcome
+
+
+@pytest.mark.parametrize("name", ["kla", "cats", "narrow", "random", *LEARNED])
+def test_a_baseline_reaches_the_sparsity_it_is_asked_for(name, dense, tiny, lightning, tmp_path):
+    lte = {"expert_size": 1 if name in ("kla", "dejavu") else 8, "selector": name, "target_sparsity": 0.5}
+    config = tiny.config(
+        epochs=(0, int(name in LEARNED), 1),
+        **{"model.init_args.lte": lte, "model.init_args.init_from": str(dense.run / "model")},
+    )
+    fit = lightning(tmp_path, config, "fit")
+    assert fit.code == 0, fit.err
+    results = fit.results
+    exact = name not in ("cats", "d2dmoe")  # a level is met on average, on rows that adapt to it
+    assert results["sparsity_before"] == pytest.approx(0.5, abs=1e-6 if exact else 0.2)
+    assert results["hard_before"] is not None
+    assert results["hard"] is not None
+    saved = from_pretrained(fit.run / "model")
+    assert results["flops_per_token"] == flops_per_token(saved, results["sparsity_per_layer"])
+    tested = lightning(tmp_path, config, "test", "--ckpt_path", fit.run / "checkpoints" / "best.ckpt")
+    assert tested.code == 0, tested.err
+
+
+def test_training_a_predictor_changes_nothing_else(dense, tiny, lightning, tmp_path):
+    lte = {"expert_size": 8, "selector": "moefication", "target_sparsity": 0.5}
+    config = tiny.config(
+        epochs=(0, 1, 0), **{"model.init_args.lte": lte, "model.init_args.init_from": str(dense.run / "model")}
+    )
+    fit = lightning(tmp_path, config, "fit")
+    assert fit.code == 0, fit.err
+    before, after = from_pretrained(dense.run / "model"), from_pretrained(fit.run / "model")
+    unmoved = {name: value for name, value in before.state_dict().items() if "selector" not in name and "word" in name}
+    assert unmoved
+    assert all(value.equal(after.state_dict()[name]) for name, value in unmoved.items())
+
+
+def test_a_swapped_activation_is_saved(tiny, lightning, tmp_path):
+    fit = lightning(tmp_path, tiny.config(epochs=(1, 0, 0), **{"model.init_args.activation": "relu"}), "fit")
+    assert fit.code == 0, fit.err
+    assert from_pretrained(fit.run / "model").config.hidden_act == "relu"
+
+
+@pytest.mark.parametrize(
+    ("lte", "message"),
+    [
+        ({"selector": "kla"}, "needs the share of the experts that shall not run"),
+        ({"selector": "kla", "target_sparsity": 1.0}, "below 1"),
+        ({"selector": "router", "target_sparsity": 0.5}, "takes no target_sparsity"),
+    ],
+)
+def test_the_sparsity_asked_for(lte, message, tiny, lightning, tmp_path):
+    fit = lightning(tmp_path, tiny.config(**{"model.init_args.lte": lte}), "fit")
+    assert fit.code in (1, 2)
+    assert message in " ".join(fit.err.split())

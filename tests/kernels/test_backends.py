@@ -1,0 +1,127 @@
+"""Every backend that runs on a CPU against the oracle."""
+
+from dataclasses import fields, replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lte_lightning.kernels.cpu_ffn import build, instruction_set, run_compiled, run_cpu
+from lte_lightning.kernels.dense_mask import run_dense_mask
+from lte_lightning.kernels.layout import ACTIVATIONS
+from lte_lightning.kernels.reference import run_reference
+from lte_lightning.kernels.views import run_views
+
+
+def few(x_ND, mask_NE, weights):
+    return run_compiled(build(instruction_set()), x_ND, mask_NE, weights, "few")
+
+
+def many(x_ND, mask_NE, weights):
+    return run_compiled(build(instruction_set()), x_ND, mask_NE, weights, "many")
+
+
+BACKENDS = {"cpu": run_cpu, "few": few, "many": many, "views": run_views, "dense-mask": run_dense_mask}
+SKIPPING = ("cpu", "few", "many", "views")  # those that read only what was selected
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 7, 64, 513])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_matrix(backend, gated, dtype, tokens, make_weights, assert_agrees):
+    E, S, D = 5, 24, 70  # F is no power of two, and no dimension fits a vector
+    for activation in ACTIVATIONS:
+        for biases in (False, True):
+            weights = make_weights(E, S, D, activation, gated, biases, DTYPES[dtype])
+            x_ND = torch.randn(tokens, D).to(DTYPES[dtype])
+            some_NE = torch.rand(tokens, E) > 0.5
+            one_NE = torch.arange(E).expand(tokens, E) == 3
+            for mask_NE in (some_NE, one_NE, torch.ones_like(some_NE), torch.zeros_like(some_NE)):
+                expected = run_reference(x_ND, mask_NE, weights)
+                assert_agrees(BACKENDS[backend](x_ND, mask_NE, weights), expected)
+
+
+@pytest.mark.parametrize("backend", SKIPPING)
+@given(
+    tokens=st.integers(0, 40),
+    E=st.integers(1, 6),
+    S=st.integers(1, 40),
+    D=st.integers(1, 80),
+    activation=st.sampled_from(list(ACTIVATIONS)),
+    gated=st.booleans(),
+    biases=st.booleans(),
+    dtype=st.sampled_from(list(DTYPES.values())),
+    share=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=60)
+def test_any_shape(
+    backend, tokens, E, S, D, activation, gated, biases, dtype, share, seed, make_weights, assert_agrees
+):
+    torch.manual_seed(seed)
+    weights = make_weights(E, S, D, activation, gated, biases, dtype)
+    x_ND = torch.randn(tokens, D).to(dtype)
+    mask_NE = torch.rand(tokens, E) < share
+    expected = run_reference(x_ND, mask_NE, weights)
+    # what no token selected holds nothing but NaN, and nothing of it may be seen
+    unused_E = ~mask_NE.any(dim=0)
+    for field in fields(weights):
+        tensor = getattr(weights, field.name)
+        if field.name != "down_bias_D" and isinstance(tensor, torch.Tensor):
+            tensor[unused_E] = torch.nan
+    assert_agrees(BACKENDS[backend](x_ND, mask_NE, weights), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_row_does_not_depend_on_the_others(backend, dtype, make_weights, assert_agrees):
+    weights = make_weights(6, 8, 48, gated=True, biases=True, dtype=DTYPES[dtype])
+    x_ND = torch.randn(40, 48).to(DTYPES[dtype])
+    mask_NE = torch.rand(40, 6) > 0.5
+    whole_ND = BACKENDS[backend](x_ND, mask_NE, weights)
+    x_ND[20:] = torch.nan  # neither do what others hold
+    assert_agrees(BACKENDS[backend](x_ND, mask_NE, weights)[:20], whole_ND[:20])
+    for i in range(20):
+        alone_1D = BACKENDS[backend](x_ND[i : i + 1], mask_NE[i : i + 1], weights)
+        if backend in ("few", "many"):
+            assert alone_1D.equal(whole_ND[i : i + 1])
+        else:
+            assert_agrees(alone_1D, whole_ND[i : i + 1])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strided_inputs(backend, make_weights, assert_agrees):
+    weights = make_weights(4, 8, 20, gated=True, biases=True)
+    strided = replace(weights, up_ESD=torch.randn(8, 4, 20).transpose(0, 1), down_ESD=torch.randn(4, 20, 8).mT)
+    x_ND = torch.randn(20, 9).T
+    mask_NE = (torch.rand(4, 18) > 0.5).T[::2]
+    assert_agrees(BACKENDS[backend](x_ND, mask_NE, strided), run_reference(x_ND, mask_NE, strided))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_inputs_are_left_alone(backend, make_weights):
+    weights = make_weights(4, 8, 20, gated=True, biases=True)
+    x_ND, mask_NE = torch.randn(5, 20), torch.rand(5, 4) > 0.5
+    before = [t.clone() for t in (x_ND, mask_NE, weights.up_ESD, weights.down_ESD)]
+    BACKENDS[backend](x_ND, mask_NE, weights)
+    assert all(t.equal(b) for t, b in zip((x_ND, mask_NE, weights.up_ESD, weights.down_ESD), before, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("way", ["few", "many"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_large_and_infinite_activations(way, activation, dtype, make_weights):
+    """Saturated arguments, infinities and NaN come out as the oracle's."""
+    weights = make_weights(1, 16, 16, activation, dtype=DTYPES[dtype])
+    weights.up_ESD.copy_(torch.eye(16))
+    weights.down_ESD.copy_(torch.eye(16))
+    values = [0.0, -0.0, 1e-3, -1e-3, 1, -1, 5, -5, 12, -12, 90, -90, 300, -300, 6e4, -6e4]
+    x_ND = torch.tensor([values]).to(DTYPES[dtype])
+    mask_NE = torch.ones(1, 1, dtype=torch.bool)
+    expected = run_reference(x_ND, mask_NE, weights)
+    torch.testing.assert_close(BACKENDS[way](x_ND, mask_NE, weights), expected, rtol=1e-2, atol=1e-6)
+    x_ND[0, 3] = torch.nan
+    assert BACKENDS[way](x_ND, mask_NE, weights).isnan().all()

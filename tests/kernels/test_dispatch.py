@@ -1,0 +1,105 @@
+import pytest
+import torch
+
+from lte_lightning.kernels import cpu_ffn, dispatch
+from lte_lightning.kernels.cpu_ffn import dense_is_faster
+from lte_lightning.kernels.dispatch import BACKENDS, choose, run_experts
+from lte_lightning.kernels.reference import run_reference
+
+X = torch.zeros(1, 4)
+
+
+@pytest.mark.parametrize(
+    ("backend", "expected"),
+    [("auto", "cpu"), ("cpu", "cpu"), ("reference", "reference"), ("dense-mask", "dense-mask")],
+)
+def test_on_a_cpu(backend, expected):
+    assert choose(backend, X, X) == dispatch.Choice(expected)
+
+
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "dense-mask"])
+def test_every_fallback_says_why(backend):
+    for x, weight, gradient, why in (
+        (X, X, True, "a gradient may be wanted"),
+        (X, X.half(), False, "the input is torch.float32, the weights are torch.float16"),
+        (X.double(), X.double(), False, "torch.float64"),
+    ):
+        choice = choose(backend, x, weight, gradient)
+        if choice.backend == "dense-mask":
+            assert why in choice.fallback
+        else:  # the oracle computes in any type
+            assert (backend, choice.backend) == ("reference", "reference")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert "autocast" in choose(backend, X, X).fallback
+
+
+def test_devices_that_a_backend_does_not_serve(monkeypatch):
+    assert choose("triton", X, X).fallback == "backend 'triton' does not run on 'cpu'"
+    meta = torch.zeros(1, 4, device="meta")
+    assert "does not run on 'meta'" in choose("auto", meta, meta).fallback
+
+
+def test_a_triton_that_cannot_be_had(monkeypatch):
+    monkeypatch.setattr(dispatch, "find_spec", lambda name: None)
+    assert dispatch.why_no_triton() == "triton is not installed"
+    monkeypatch.setattr(dispatch, "find_spec", lambda name: None if name == dispatch.TRITON else object())
+    assert dispatch.why_no_triton() == "this installation has no triton kernels"
+    monkeypatch.setattr(dispatch, "find_spec", lambda name: object())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert dispatch.why_no_triton() == "triton sees no device"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert dispatch.why_no_triton() == ""
+
+
+@pytest.mark.parametrize("backend", ["dense-mask", "reference", "cpu"])
+def test_runs_what_was_chosen(backend, make_weights, assert_agrees):
+    weights = make_weights(3, 8, 12, gated=True)
+    x_ND, mask_NE = torch.randn(5, 12), torch.rand(5, 3) > 0.5
+    assert_agrees(run_experts(backend, x_ND, mask_NE, weights), run_reference(x_ND, mask_NE, weights))
+
+
+@pytest.mark.parametrize(
+    ("x", "mask", "message"),
+    [
+        (torch.zeros(2, 12), torch.ones(2, 4, dtype=torch.bool), r"torch.bool of shape \(2, 4\); 2 tokens and 3 exp"),
+        (torch.zeros(2, 12), torch.ones(3, 3, dtype=torch.bool), r"of shape \(3, 3\)"),
+        (torch.zeros(2, 12), torch.ones(2, 3), "the mask is torch.float32"),
+        (torch.zeros(2, 11), torch.ones(2, 3, dtype=torch.bool), r"\(2, 11\), and the weights want \[N, 12\]"),
+        (torch.zeros(1, 2, 12), torch.ones(2, 3, dtype=torch.bool), r"\(1, 2, 12\)"),
+    ],
+)
+@pytest.mark.parametrize("backend", ["dense-mask", "reference", "cpu"])
+def test_refuses_what_does_not_fit(backend, x, mask, message, make_weights):
+    with pytest.raises(ValueError, match=message):
+        run_experts(backend, x, mask, make_weights(3, 8, 12))
+
+
+CHEAP_DENSE = cpu_ffn.Costs(few=(1.0, 1.0), many=(1.0, 1.0), dense=(1.0, 0.5))
+
+
+@pytest.fixture
+def dense_costs_half(monkeypatch):
+    """As if torch's dense product were twice as fast as ours in bfloat16."""
+    monkeypatch.setattr(cpu_ffn, "COSTS", {(torch.bfloat16, "avx2"): CHEAP_DENSE})
+    monkeypatch.setattr(cpu_ffn, "instruction_set", lambda: "avx2")
+    monkeypatch.setattr(cpu_ffn, "has_amx", lambda: False)
+
+
+def test_much_selected_goes_densely_where_that_was_measured_faster(dense_costs_half, make_weights, assert_agrees):
+    mask_NE = torch.ones(40, 3, dtype=torch.bool)
+    assert dense_is_faster(mask_NE, torch.bfloat16)
+    assert not dense_is_faster(mask_NE, torch.float32)
+    assert not dense_is_faster(mask_NE[:1], torch.bfloat16)
+    mask_NE[20:, :2] = False
+    assert dense_is_faster(mask_NE, torch.bfloat16)
+    weights = make_weights(3, 8, 12, gated=True, biases=True, dtype=torch.bfloat16)
+    x_ND = torch.randn(40, 12, dtype=torch.bfloat16)
+    assert_agrees(run_experts("cpu", x_ND, mask_NE, weights), run_reference(x_ND, mask_NE, weights))
+    mask_NE[5:] = False
+    assert not dense_is_faster(mask_NE, torch.bfloat16)
+
+
+def test_what_no_token_selected_is_never_computed_densely(dense_costs_half):
+    mask_NE = torch.ones(40, 3, dtype=torch.bool)
+    mask_NE[:, 1] = False
+    assert not dense_is_faster(mask_NE, torch.bfloat16)

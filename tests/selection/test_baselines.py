@@ -1,0 +1,145 @@
+import pytest
+import torch
+
+from lte_lightning.selection import RANKINGS, FfnShape
+from lte_lightning.selection.predictor import D2dmoe, DejaVu, Moefication
+
+D, F, E, N = 8, 24, 6, 40
+SHAPE = FfnShape(D, F, E, gated=True)
+SPARSITY = 0.5  # keeps 3 of 6
+
+
+def made(name, sparsity=SPARSITY):
+    return RANKINGS[name](SHAPE, sparsity, torch.Generator().manual_seed(0))
+
+
+def given(name):
+    torch.manual_seed(1)
+    return torch.randn(N, D if made(name).reads == "input" else F)
+
+
+def top(importance_NE, count):
+    """The definition, one token after the other."""
+    kept = torch.zeros_like(importance_NE)
+    for row, importance_E in zip(kept, importance_NE, strict=True):
+        for e in sorted(range(E), key=lambda e, row=importance_E: -float(row[e]))[:count]:
+            row[e] = 1.0
+    return kept
+
+
+def mass(hidden_NF):
+    return torch.stack([hidden_NF[:, e * 4 : e * 4 + 4].abs().sum(1) for e in range(E)], 1)
+
+
+def test_kla_keeps_the_largest_activations_of_each_token():
+    hidden_NF = given("kla")
+    assert made("kla")(hidden_NF).equal(top(mass(hidden_NF), 3))
+
+
+def test_cats_keeps_what_lies_above_a_quantile_of_the_training_rows():
+    cats, gate_NF = made("cats"), given("cats")
+    assert bool((cats(gate_NF) == 1).all())  # not calibrated
+    cats.calibrate(cats.importance(gate_NF))
+    level = mass(gate_NF).flatten().sort().values[N * E // 2 - 1]
+    assert cats(gate_NF).equal((mass(gate_NF) > level).float())
+    assert float(cats(gate_NF).mean()) == pytest.approx(SPARSITY)
+    assert cats.whole_projections() == 1
+
+
+def test_narrow_keeps_the_same_experts_for_every_token():
+    narrow, hidden_NF = made("narrow"), given("narrow")
+    narrow.calibrate(narrow.importance(hidden_NF))
+    best = mass(hidden_NF).mean(0).topk(3).indices
+    expected_E = torch.zeros(E).index_fill_(0, best, 1.0)
+    assert narrow(torch.randn(2, 5, F)).equal(expected_E.expand(2, 5, E))
+
+
+def test_random_routers_rank_by_a_map_that_is_not_trained():
+    router, x_ND = made("random"), given("random")
+    assert not list(router.parameters())
+    assert router(x_ND).equal(top(x_ND @ router.weight.T, 3))
+
+
+@pytest.mark.parametrize(("name", "inner"), [("moefication", torch.tanh), ("dejavu", lambda x: x)])
+def test_predictors_that_keep_the_top(name, inner):
+    predictor, x_ND = made(name), given(name)
+    predicted_NE = inner(x_ND @ predictor.first.T) @ predictor.second.T + predictor.bias
+    assert predictor(x_ND).equal(top(predicted_NE.detach(), 3))
+
+
+def test_d2dmoe_keeps_what_comes_near_the_token_s_largest():
+    d2dmoe, x_ND = made("d2dmoe"), given("d2dmoe")
+    norms_NE = (torch.relu(x_ND @ d2dmoe.first.T) @ d2dmoe.second.T + d2dmoe.bias).clamp_min(0).detach()
+    shares_NE = norms_NE / norms_NE.max(1, keepdim=True).values.clamp_min(1e-9)
+    d2dmoe.calibrate(d2dmoe.importance(x_ND).detach())
+    level = shares_NE.flatten().sort().values[N * E // 2 - 1]
+    torch.testing.assert_close(d2dmoe(x_ND), (shares_NE > level).float())
+
+
+def test_losses_are_their_definitions():
+    torch.manual_seed(2)
+    x_ND, hidden_NF, down_FD = torch.randn(N, D), torch.randn(N, F), torch.randn(F, D)
+    mass_NE = mass(hidden_NF)
+
+    moefication = made("moefication")
+    log_NE = moefication.predict(x_ND).log_softmax(-1)
+    expected = -(mass_NE / mass_NE.sum(1, keepdim=True) * log_NE).sum(1).mean()
+    torch.testing.assert_close(moefication.imitation_loss(x_ND, hidden_NF, down_FD), expected)
+
+    dejavu = made("dejavu")
+    expected = (dejavu.predict(x_ND) - mass_NE / mass_NE.mean()).square().mean()
+    torch.testing.assert_close(dejavu.imitation_loss(x_ND, hidden_NF, down_FD), expected)
+
+    d2dmoe = made("d2dmoe")
+    outputs = [hidden_NF[:, e * 4 : e * 4 + 4] @ down_FD[e * 4 : e * 4 + 4] for e in range(E)]
+    norm_NE = torch.stack([output.norm(dim=1) for output in outputs], 1)
+    expected = (d2dmoe.predict(x_ND) - norm_NE / norm_NE.mean()).square().mean()
+    torch.testing.assert_close(d2dmoe.imitation_loss(x_ND, hidden_NF, down_FD), expected)
+
+
+@pytest.mark.parametrize("kind", [Moefication, DejaVu, D2dmoe])
+def test_predictors_learn(kind):
+    """On activations that depend on the input the trained ranking finds more of the mass than the untrained one."""
+    torch.manual_seed(3)
+    x_ND, down_FD = torch.randn(400, D), torch.randn(F, D)
+    hidden_NF = (x_ND @ torch.randn(D, F)).relu() ** 2
+    predictor = kind(SHAPE, SPARSITY, torch.Generator().manual_seed(0))
+
+    def found():
+        if predictor.calibrates:
+            predictor.calibrate(predictor.importance(x_ND))
+        return float((predictor(x_ND) * mass(hidden_NF)).sum() / mass(hidden_NF).sum())
+
+    before = found()
+    optimizer = torch.optim.Adam(predictor.parameters(), lr=0.01)
+    for _ in range(300):
+        optimizer.zero_grad()
+        predictor.imitation_loss(x_ND, hidden_NF, down_FD).backward()
+        optimizer.step()
+    assert found() > max(before, 0.5) + 0.1
+
+
+@pytest.mark.parametrize(
+    ("name", "flops"),
+    [
+        ("kla", 0),
+        ("cats", 0),
+        ("narrow", 0),
+        ("none", 0),
+        ("random", 2 * D * E),
+        ("moefication", 2 * (D * D + D * E)),
+        ("dejavu", 2 * (D * 2 + 2 * E)),
+        ("d2dmoe", 2 * (D * 128 + 128 * E)),
+    ],
+)
+def test_charges(name, flops):
+    assert made(name).flops_per_token() == flops
+
+
+@pytest.mark.parametrize("name", RANKINGS)
+def test_scores_are_zero_or_one_and_half_precision_is_taken(name):
+    selector = made(name)
+    scores = selector(given(name).to(torch.bfloat16).view(4, 10, -1))
+    assert scores.shape == (4, 10, E)
+    assert scores.dtype == torch.float32
+    assert set(scores.unique().tolist()) <= {0.0, 1.0}
