@@ -13,7 +13,6 @@ import yaml
 
 from lte_lightning.core.errors import UserError
 from lte_lightning.report.collect import collect
-from lte_lightning.report.page import write_report
 from lte_lightning.sweep.engine import Engine, Runner, Summary
 from lte_lightning.sweep.folder import SweepFolder
 from lte_lightning.sweep.local import LocalRunner
@@ -50,12 +49,13 @@ def main(args: list[str]) -> None:
         summary = None
         try:
             summary = engine.run(points)
+        except KeyboardInterrupt:
+            sys.exit(128 + signal.SIGINT)
         finally:
             files = write_tables(folder, list(engine.points.values()))
             files += [trials.write_front(folder.path / "front.md")] if trials else []
             if summary and summary.done:
-                page = write_report(collect([folder.path]), folder.path / "report", f"Sweep {sweep.path.stem}")
-                files += sorted(page.parent.iterdir())
+                files += _draw(folder)
             if tracker:
                 tracker.end(files, failed=summary is None or bool(summary.failed))
     _report(summary, files[1], engine)
@@ -168,6 +168,14 @@ def _show(sweep: Sweep, folder: SweepFolder, points: list[Point]) -> None:
         print(f"lightning {shlex.join(point.arguments())} {shlex.join(options(engine.place(point)))}")
     if sweep.search:
         print(f"# and {sweep.search.trials} trials over {', '.join(sweep.search.parameters)}, as Optuna proposes them")
+
+
+def _draw(folder: SweepFolder) -> list[Path]:
+    """Writes the sweep's report, and returns its files."""
+    from lte_lightning.report.page import write_report  # matplotlib, which takes its time
+
+    page = write_report(collect([folder.path]), folder.path / "report", f"Sweep {folder.about['name']}")
+    return sorted(page.parent.iterdir())
 
 
 def _report(summary: Summary, table: Path, engine: Engine) -> None:

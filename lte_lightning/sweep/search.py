@@ -1,6 +1,7 @@
 """Points that Optuna proposes."""
 
 import time
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +44,12 @@ class Trials:
                 storage=self.storage,
                 study_name=self.search.study or sweep.path.stem,
                 directions=list(self.search.objectives.values()),
-                sampler=_sampler(optuna, self.search.seed),
                 load_if_exists=True,
             )
+            # Neither a sweep that goes on nor another that shares the study draws what was drawn before
+            place = zlib.crc32(self._place.encode()) if self.search.storage else 0
+            seed = (self.search.seed + place + len(self.study.get_trials(deepcopy=False))) % 2**32
+            self.study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=5)
             if [d.name.lower() for d in self.study.directions] != list(self.search.objectives.values()):
                 raise UserError(
                     f"study {self.study.study_name!r} in {self.storage} has other objectives; name another study"
@@ -169,7 +173,3 @@ class Trials:
             lines.append(f"| {' | '.join(cells)} |")
         path.write_text("\n".join(lines) + "\n")
         return path
-
-
-def _sampler(optuna: Any, seed: int) -> Any:
-    return optuna.samplers.TPESampler(seed=seed, n_startup_trials=5)

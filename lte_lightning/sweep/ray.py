@@ -1,0 +1,119 @@
+"""Fits as tasks of a Ray cluster."""
+
+import ctypes
+import math
+import os
+import signal
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+from lte_lightning.core.errors import UserError
+from lte_lightning.sweep.local import PROGRAM, environment
+from lte_lightning.sweep.network import reach
+
+
+class RayRunner:
+    """Runs commands as tasks of a Ray cluster, which decides where.
+
+    All machines see the sweep's folder, the data and this package under the same paths, as on a shared file system.
+    When the sweep ends or is killed, Ray ends its tasks.
+
+    Args:
+        address: ``host:port`` of the cluster, ``ray://host:port``, ``auto`` for the one that runs on this machine, or
+            ``local`` to start one here that ends with the sweep.
+        workers: Commands at a time; by default as many as the cluster has room for.
+        cpus: Cores per command, and its threads.
+        gpus: GPUs per command.
+        program: What is put before a command's words.
+
+    Raises:
+        UserError: If Ray is not installed, nobody answers at the address, or the cluster has no room for one command.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        workers: int | None = None,
+        cpus: int = 1,
+        gpus: float = 0,
+        program: tuple[str, ...] = PROGRAM,
+    ) -> None:
+        if cpus < 1 or gpus < 0 or (workers is not None and workers < 1):
+            raise UserError(f"cpus {cpus}, gpus {gpus}, workers {workers}: a fit takes at least one core, and a worker")
+        try:
+            import ray
+        except ImportError as error:
+            raise UserError('--ray-address needs Ray: pip install "lte-lightning[sweep]"') from error
+        if address not in ("local", "auto"):
+            reach(address, "a Ray cluster")  # Ray itself would try for a minute
+        self._ray = ray
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                ray.init(address, log_to_driver=False, logging_level="ERROR")
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(
+                f"cannot join a Ray cluster at {address!r}: {reason}; start one, or leave it out"
+            ) from error
+        room = ray.cluster_resources()
+        slots = math.floor(room.get("CPU", 0) / cpus)
+        if gpus:
+            slots = min(slots, math.floor(room.get("GPU", 0) / gpus))
+        if slots < 1:
+            ray.shutdown()
+            raise UserError(
+                f"the Ray cluster has {room.get('CPU', 0):g} cores and {room.get('GPU', 0):g} GPUs, and a fit takes "
+                f"{cpus} and {gpus:g}: lower --cpus or --gpus"
+            )
+        self.slots = min(slots, workers or slots)
+        self.program, self.threads = program, cpus
+        # By value, so that Ray's workers do not import this package, and torch with it, to start a process
+        ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+        self._task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(_run)
+        self._running: dict[Any, str] = {}
+
+    def start(self, name: str, words: list[str], log: Path) -> None:
+        """Starts a command; what it prints is added to the log."""
+        variables = environment(self.threads)
+        variables.pop("CUDA_VISIBLE_DEVICES", None)  # Ray gives each task its own
+        command = [*self.program, *words]
+        self._running[self._task.remote(command, os.getcwd(), variables, str(log))] = name
+
+    def wait(self) -> tuple[str, int]:
+        """Returns the name and the exit code of the next command that ends."""
+        (ended,), _ = self._ray.wait(list(self._running), num_returns=1)
+        name = self._running.pop(ended)
+        try:
+            return name, self._ray.get(ended)
+        except self._ray.exceptions.RayError as error:  # the machine is gone, or Ray had no memory left for it
+            print(f"{name}: {' '.join(str(error).split())[:300]}", file=sys.stderr)
+            return name, -1
+
+    def stop(self) -> None:
+        """Ends all commands."""
+        for task in self._running:
+            self._ray.cancel(task, force=True)
+        self._running.clear()
+        self._ray.shutdown()
+
+
+def _run(command: list[str], cwd: str, variables: dict[str, str], log: str) -> int:
+    """Runs a command on the machine that Ray chose, with the variables of the sweep and the GPUs of the task."""
+
+    def end_with_parent() -> None:  # PR_SET_PDEATHSIG: Ray kills the worker of a sweep that was killed
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+
+    with open(log, "ab") as output:
+        return subprocess.run(
+            command,
+            cwd=cwd,
+            env=os.environ | variables,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            preexec_fn=end_with_parent if sys.platform == "linux" else None,
+        ).returncode

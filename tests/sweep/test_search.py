@@ -1,0 +1,107 @@
+"""Points that Optuna proposes: asked, told, resumed, shared."""
+
+import sqlite3
+import sys
+
+import pytest
+
+from lte_lightning.core.errors import UserError
+from lte_lightning.sweep.folder import SweepFolder
+from lte_lightning.sweep.search import Trials
+from lte_lightning.sweep.spec import read_sweep
+
+optuna = pytest.importorskip("optuna", reason="Optuna is not installed: pip install optuna")
+
+ETA = "model.efficiency_weight"
+SEARCH = {
+    "trials": 6,
+    "parameters": {
+        ETA: {"low": 0.05, "high": 2.0, "log": True},
+        "model.lte.expert_size": {"choices": [8, 16]},
+        "stages.router.epochs": {"low": 1, "high": 3},
+    },
+    "objectives": {"hard": "maximize", "sparsity": "maximize"},
+}
+
+
+def study_of(swept):
+    return swept.engine.trials.study
+
+
+def test_trials_are_run_told_and_not_repeated(bench, tmp_path):
+    trial = bench(start={}, seeds=[0, 1], search=SEARCH)
+    swept = trial.run(workers=2)
+    assert (len(swept.summary.done), swept.summary.failed) == (2 + 6 * 2, {})
+    trials = study_of(swept).get_trials()
+    assert [one.state.name for one in trials] == ["COMPLETE"] * 6
+    for one in trials:
+        eta = one.params[ETA]
+        assert 0.05 <= eta <= 2.0
+        assert one.params["model.lte.expert_size"] in (8, 16)
+        assert one.params["stages.router.epochs"] in (1, 2, 3)
+        # the stand-in's, over the seeds
+        assert one.values == pytest.approx([0.9 - eta / 10 + 0.005, eta / (1 + eta)])
+    points = [point for point in swept.engine.points.values() if point.role == "point"]
+    assert all(point.start and point.overrides["stages.dense.epochs"] == 0 for point in points)
+    front = swept.engine.trials.write_front(tmp_path / "front.md").read_text().splitlines()
+    assert (
+        front[0]
+        == "| trial | model.efficiency_weight | model.lte.expert_size | stages.router.epochs | hard | sparsity |"
+    )
+    assert len(front) == 2 + 6  # more sparsity is less quality: no trial beats another
+    again = trial.run()
+    assert (len(again.summary.done), again.said) == (2, ["2 of 2 points are done already."])
+    trial.content["search"] = SEARCH | {"trials": 7}
+    assert len(trial.run().summary.done) == 2 + 2
+
+
+def test_a_failed_trial_is_told_and_counts(bench):
+    parameters = {ETA: {"low": 0.1, "high": 1.0}, "data.fail": {"choices": ["true"]}}
+    swept = bench(search=SEARCH | {"trials": 3, "parameters": parameters}).run()
+    assert len(swept.summary.failed) == 3
+    assert [one.state.name for one in study_of(swept).get_trials()] == ["FAIL"] * 3
+
+
+def test_a_trial_left_by_a_killed_sweep_is_taken_up(bench, tmp_path):
+    trial = bench(search=SEARCH, seeds=[0])
+    sweep, folder = read_sweep(trial.file), SweepFolder(tmp_path / "runs" / "trial")
+    with folder.hold(sweep):
+        left = Trials(sweep, folder).ask()
+    swept = trial.run()
+    assert left[0].name in swept.summary.done
+    assert [one.state.name for one in study_of(swept).get_trials()] == ["COMPLETE"] * 6
+
+
+def test_two_sweeps_share_a_study_and_its_number_of_trials(bench, tmp_path):
+    shared = SEARCH | {"storage": f"sqlite:///{tmp_path / 'shared.db'}", "study": "both"}
+    trial = bench(search=shared, seeds=[0])
+    sweep = read_sweep(trial.file)
+    other = SweepFolder(tmp_path / "runs" / "other")
+    with other.hold(sweep):
+        theirs = Trials(sweep, other)
+        (elsewhere,) = theirs.ask()
+        swept = trial.run()
+        assert len(swept.summary.done) == 5
+        assert elsewhere.name not in swept.engine.points
+        assert theirs.ask() == []
+        theirs.tell(elsewhere.name, {"hard": 0.5, "sparsity": 0.5})
+    states = [one.state.name for one in study_of(swept).get_trials()]
+    assert states == ["COMPLETE"] * 6
+
+
+def test_bad_searches(bench, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"no figure 'speed' to search by; it has bound, dense"):
+        bench(search=SEARCH | {"objectives": {"speed": "maximize"}}).run()
+    with pytest.raises(UserError, match=r"study 'trial' in sqlite:.* has other objectives; name another study"):
+        bench(search=SEARCH | {"objectives": {"hard": "minimize"}}).run()
+    with pytest.raises(UserError, match="Optuna's storage nonsense://x cannot be used"):
+        bench(search=SEARCH | {"storage": "nonsense://x"}).run()
+    with sqlite3.connect(tmp_path / "locked.db", isolation_level=None) as database:
+        database.execute("BEGIN EXCLUSIVE")
+        storage = f"sqlite:///{tmp_path / 'locked.db'}?timeout=0"
+        with pytest.raises(UserError, match="database is locked; is it locked by another process"):
+            bench(search=SEARCH | {"storage": storage}).run()
+    database.close()
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(UserError, match="a search needs Optuna: pip install"):
+        bench(search=SEARCH).run()
