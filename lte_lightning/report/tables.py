@@ -101,7 +101,17 @@ def levels(material: Material, task: str) -> Table:
 
 def everything(material: Material, task: str) -> Table:
     """Returns every setting of a task with its figures, means and deviations over the seeds."""
-    heads = ["method", "parameters", "seeds", "sparsity", material.tasks[task], "span kept", "GFLOPs/token", "bound"]
+    heads = [
+        "method",
+        "parameters",
+        "seeds",
+        "sparsity",
+        material.tasks[task],
+        "before adaptation",
+        "span kept",
+        "GFLOPs/token",
+        "bound",
+    ]
     rows = []
     for setting in material.settings(task):
         seeds = ", ".join(str(seed) for seed in sorted({run.results["seed"] for run in setting.runs}))
@@ -110,6 +120,7 @@ def everything(material: Material, task: str) -> Table:
                 *(setting.method, setting.label, seeds),
                 mean_text([run.sparsity for run in setting.runs], 100, " %", 1),
                 mean_text(setting.values("value")),
+                mean_text(setting.values("hard_before")),
                 mean_text(setting.values("span_kept"), 100, " %", 0),
                 mean_text(setting.values("flops_per_token"), 1 / GFLOP),
                 mean_text(setting.values("bound"), digits=2, unit="x"),

@@ -5,7 +5,6 @@ printed. The runs of the fits lie beside them, as any fit leaves them; a finishe
 remembered for people.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -63,6 +62,10 @@ class SweepFolder:
             self.lock = None
 
     def _take(self, lock: int, patience: float) -> None:
+        try:
+            import fcntl  # not where reports are read, for Windows has none
+        except ImportError as error:
+            raise UserError("lte sweep needs file locks as Linux and macOS have them; run it there") from error
         deadline = time.monotonic() + patience
         while True:
             try:
