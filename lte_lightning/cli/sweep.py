@@ -73,6 +73,7 @@ def check(sweep: Sweep, folder: SweepFolder, points: list[Point]) -> dict[str, A
     if sweep.search:
         missing += sweep.trial({key: _example(given) for key, given in sweep.search.parameters.items()})[:1]
     commands = {shlex.join(point.arguments()): point for point in missing or first_seed[:1]}
+    print(f"checking {len(commands)} command lines", flush=True)
     process = subprocess.run(
         [sys.executable, "-m", "lte_lightning.cli.check"],
         input=json.dumps([point.arguments() for point in commands.values()]),

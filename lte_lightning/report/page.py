@@ -131,7 +131,7 @@ def _details(material: Material) -> list[Section]:
         layered = [s for s in settings if all(run.results["sparsity_per_layer"] for run in s.runs)]
         if layered:
             rows = pick(layered, HEAT_ROWS)
-            height = 1.4 + 0.28 * len(rows)
+            height = max(2.6, 1.4 + 0.28 * len(rows))
             draw = pictures.layers(rows)
             picture = _picture(f"layers-{task}", f"sparsity per layer on {task}", draw, height)
             found.append(Section(f"Sparsity per layer: {task}", "Means over the seeds.", [picture]))

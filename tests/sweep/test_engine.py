@@ -138,8 +138,7 @@ def test_no_second_sweep_while_one_or_its_fits_run(bench, tmp_path):
     trial = bench(overrides={"data.step": 60})
     process = trial.begin()
     try:
-        holder = tmp_path / "runs" / "trial" / "lock"
-        until(lambda: (holder.exists() and list(holder.parent.glob("*/checkpoints/last.ckpt"))) or process.poll(), 60)
+        until(lambda: list(tmp_path.glob("runs/trial/*/run.json")), 60)
         with pytest.raises(UserError, match=rf"another sweep \(process {process.pid}\) runs in .*runs/trial"):
             trial.run()
     finally:
