@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from lte_lightning.core.convert import selector_parameters
 from lte_lightning.core.errors import UserError
+from lte_lightning.tasks.baselines import check_baseline
 from lte_lightning.tasks.evaluation import STAGES, Stage
 
 OptimizerFactory = Callable[[Iterable], Optimizer]
@@ -181,6 +182,7 @@ class StageSchedule(Callback):
         if "router" in self.stages and not list(selector_parameters(pl_module.net)):
             selector = pl_module.net.lte_config.selector
             raise UserError(f"selector {selector!r} has nothing to train; set stages.router.epochs to 0")
+        check_baseline(pl_module, self.stages)
         if trainer.ckpt_path is not None:
             trainer.num_sanity_val_steps = 0  # it would measure a stage that is over on a few rows
             return

@@ -132,7 +132,8 @@ def from_pretrained(
     convert(model, config, group=False)
     _load_routers(model, _file(source, ROUTERS_FILE))
     for ffn in expert_ffns(model).values():
-        ffn.selector.to(ffn.up.weight.dtype)
+        for parameter in ffn.selector.parameters():  # not buffers: a calibrated level is not to be rounded
+            parameter.data = parameter.data.to(ffn.up.weight.dtype)
     set_mode(model, mode)
     set_backend(model, backend)
     return model

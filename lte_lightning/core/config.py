@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lte_lightning.core.errors import UserError
+from lte_lightning.selection import RANKINGS
 
 
 @dataclass
@@ -43,7 +44,7 @@ class LteConfig:
             raise UserError(f"expert_size is {self.expert_size}; it must be at least 1 (the paper uses 32)")
         if not 0.0 < self.threshold < 1.0:
             raise UserError(f"threshold is {self.threshold}; it must lie in (0, 1), as scores do (the paper uses 0.5)")
-        wanted = self.selector not in ("router", "none")
+        wanted = self.selector in RANKINGS and self.selector != "none"
         if wanted and (self.target_sparsity is None or not 0.0 <= self.target_sparsity < 1.0):
             raise UserError(
                 f"selector {self.selector!r} has target_sparsity {self.target_sparsity}; it needs the share of the "

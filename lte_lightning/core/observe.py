@@ -17,24 +17,25 @@ See = Callable[[ExpertFfn, torch.Tensor, torch.Tensor, torch.Tensor], None]
 
 
 @contextmanager
-def observe(model: nn.Module, see: See, token_mask_BT: torch.Tensor) -> Iterator[None]:
+def observe(model: nn.Module, see: See, *token_masks_BT: torch.Tensor) -> Iterator[None]:
     """Runs the model densely for the time of a ``with`` block and shows what its FFNs do on real tokens.
 
     Args:
         model: A converted model; its mode is ``dense`` afterwards.
         see: Called once for each FFN and forward pass.
-        token_mask_BT: True (or 1) for real tokens.
+        *token_masks_BT: True (or 1) for real tokens; of an encoder-decoder the encoder's and the decoder's.
 
     Raises:
         UserError: If the model was not converted; in a forward pass, if the mask has another shape than the tokens.
     """
     ffns = require_expert_ffns(model)
-    real_BT = token_mask_BT.bool()
 
     def show(ffn: ExpertFfn, x_BTD: torch.Tensor, gate_BTF: torch.Tensor, hidden_BTF: torch.Tensor) -> None:
-        if x_BTD.shape[:-1] != real_BT.shape:
-            raise UserError(f"the token mask has shape {tuple(real_BT.shape)}, the tokens {tuple(x_BTD.shape[:-1])}")
-        see(ffn, x_BTD[real_BT], gate_BTF[real_BT], hidden_BTF[real_BT])
+        mask_BT = token_masks_BT[ffn.stack]
+        if x_BTD.shape[:-1] not in (mask_BT.shape, (mask_BT.numel(),)):  # OPT hands over its tokens in one row
+            raise UserError(f"the token mask has shape {tuple(mask_BT.shape)}, the tokens {tuple(x_BTD.shape[:-1])}")
+        real_N = mask_BT.flatten().bool()
+        see(ffn, *(tensor.flatten(0, -2)[real_N] for tensor in (x_BTD, gate_BTF, hidden_BTF)))
 
     set_mode(model, "dense")
     for ffn in ffns.values():
@@ -52,18 +53,23 @@ def rankings(model: nn.Module) -> list[Ranking]:
     return [selector for selector in selectors if isinstance(selector, Ranking)]
 
 
+def needs_calibration(model: nn.Module) -> bool:
+    """Says whether the model's selectors must be calibrated on training rows."""
+    return any(ranking.calibrates for ranking in rankings(model))
+
+
 def imitates(model: nn.Module) -> bool:
     """Says whether the model's selectors are trained on what the dense model does, instead of with the task."""
     return any(isinstance(selector, Predictor) for selector in rankings(model))
 
 
-def imitation_loss(model: nn.Module, run: Callable[[], object], token_mask_BT: torch.Tensor) -> torch.Tensor:
+def imitation_loss(model: nn.Module, run: Callable[[], object], *token_masks_BT: torch.Tensor) -> torch.Tensor:
     """Returns the mean over the layers of their predictors' loss; nothing but the predictors gets a gradient.
 
     Args:
         model: Whose selectors are `Predictor`s.
         run: Runs the model once.
-        token_mask_BT: True (or 1) for real tokens.
+        *token_masks_BT: As for `observe`.
     """
     losses = []
 
@@ -73,17 +79,19 @@ def imitation_loss(model: nn.Module, run: Callable[[], object], token_mask_BT: t
             with torch.enable_grad():
                 losses.append(ffn.selector.imitation_loss(x_ND, hidden_NF, down_FD.detach()))
 
-    with observe(model, see, token_mask_BT), torch.no_grad():
+    with observe(model, see, *token_masks_BT), torch.no_grad():
         run()
     return torch.stack(losses).mean()
 
 
-def calibrate(model: nn.Module, batches: Iterator[tuple[Callable[[], object], torch.Tensor]], tokens: int) -> None:
+def calibrate(
+    model: nn.Module, batches: Iterator[tuple[Callable[[], object], tuple[torch.Tensor, ...]]], tokens: int
+) -> None:
     """Calibrates every ranking that needs it on training rows.
 
     Args:
         model: A converted model.
-        batches: For each batch what runs the model on it, and its token mask.
+        batches: For each batch what runs the model on it, and its token masks.
         tokens: How many to calibrate on; batches are run until there are as many.
     """
     wanted = [ranking for ranking in rankings(model) if ranking.calibrates]
@@ -97,8 +105,8 @@ def calibrate(model: nn.Module, batches: Iterator[tuple[Callable[[], object], to
             seen[id(ffn.selector)].append(ffn.selector.importance(given).cpu())
 
     with torch.no_grad():
-        for run, token_mask_BT in batches:
-            with observe(model, see, token_mask_BT):
+        for run, token_masks_BT in batches:
+            with observe(model, see, *token_masks_BT):
                 run()
             if min(sum(map(len, kept)) for kept in seen.values()) >= tokens:
                 break

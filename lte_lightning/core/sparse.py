@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 from transformers import activations
+from transformers.models.bloom.modeling_bloom import BloomGelu
 
 from lte_lightning.core.errors import UserError
 from lte_lightning.core.ffn import Projection, weight_rows
@@ -31,6 +32,7 @@ _MODULES: dict[type[nn.Module], str] = {
     activations.FastGELUActivation: "gelu_tanh",
     activations.AccurateGELUActivation: "gelu_tanh",
     activations.GELUTanh: "gelu_tanh",
+    BloomGelu: "gelu_tanh",
 }
 
 

@@ -142,7 +142,12 @@ class TextData(LightningDataModule):
             return [self._training_rows()[0]]
         if role == "validation" and self.holdout:
             return [self.held_out()]
-        if role == "test" and not self.holdout and "test" in self._splits and self.has_targets(self._splits["test"]):
+        if (
+            role in ("test", "predict")
+            and not self.holdout
+            and "test" in self._splits
+            and self.has_targets(self._splits["test"])
+        ):
             return [self.split("test")]
         return [self.split(name) for name in self.validation_splits]
 

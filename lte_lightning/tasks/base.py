@@ -129,8 +129,8 @@ class LteModule(MeasuredModule):
                 inertia, chance = sum(g.inertia for g in groupings), sum(g.random_inertia for g in groupings)
                 self.measured["grouping"] = {"inertia": inertia, "random_inertia": chance}
                 rank_zero_info(f"experts grouped: inertia {inertia:.1f}, {100 * inertia / chance:.1f} % of chance's")
-        self.stage = stage
-        if stage == "expert":
+        previous, self.stage = self.stage, stage
+        if stage == "expert" and previous != "expert":
             prepare_choice(self)
         self.apply_stage()
 

@@ -1,44 +1,57 @@
 """What the baselines need of a training run: predictors that imitate, levels that are calibrated."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lte_lightning.core.errors import UserError
-from lte_lightning.core.observe import calibrate, imitation_loss, rankings
-from lte_lightning.tasks.evaluation import MeasuredModule, json_value
+from lte_lightning.core.observe import calibrate, imitates, imitation_loss, needs_calibration, rankings
+from lte_lightning.tasks.evaluation import MeasuredModule, Stage, json_value
 
 # Calibrated on so many tokens of the training rows; their neurons' importance is held in memory, a layer's 4 * F bytes
 # each.
 CALIBRATION_TOKENS = 4096
 
 
+def check_baseline(module: MeasuredModule, stages: Sequence[Stage]) -> None:
+    """Checks that a fit through ``stages`` can train and calibrate the model's selectors.
+
+    Raises:
+        UserError: If not.
+    """
+    selector, calibrates = module.net.lte_config.selector, needs_calibration(module.net)
+    if module.trainer.world_size > 1 and (calibrates or imitates(module.net)):
+        raise UserError(f"selector {selector!r} learns and is calibrated in one process; set trainer.devices to 1")
+    if calibrates and module.stage != "expert" and stages[-1] == "router":
+        raise UserError(
+            f"selector {selector!r} is calibrated when the expert stage begins; give stages.expert epochs (with a "
+            "learning_rate of 0 nothing is adapted)"
+        )
+
+
 def imitate(module: MeasuredModule, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Returns the loss of predictors on what the dense model does with a batch; the stage's mode is kept."""
-    loss = imitation_loss(module.net, lambda: module.run_model(batch), batch["attention_mask"])
+    loss = imitation_loss(module.net, lambda: module.run_model(batch), *module.token_masks(batch))
     module.apply_stage()
     return loss
 
 
 def prepare_choice(module: MeasuredModule) -> None:
-    """Calibrates a baseline on training rows, and measures it in hard mode before any adaptation.
-
-    Raises:
-        UserError: If several processes train: each would calibrate on its own rows.
-    """
+    """Calibrates a baseline on training rows, and measures it in hard mode before any adaptation."""
     if not rankings(module.net):
         return
-    if module.trainer.world_size > 1:
-        raise UserError(f"selector {module.net.lte_config.selector!r} is calibrated by one process: set devices to 1")
     was_training = module.training
     module.eval()
     loaders = module.trainer.datamodule.val_dataloader()
     with torch.no_grad(), module.trainer.precision_plugin.val_step_context():
         calibrate(module.net, _runs(module), CALIBRATION_TOKENS)
         for i, loader in enumerate(loaders if isinstance(loaders, list) else [loaders]):
-            for batch in loader:
+            limit = module.trainer.limit_val_batches
+            count = min(len(loader), limit) if isinstance(limit, int) else int(len(loader) * limit)
+            for batch in islice(loader, count):
                 module.measure("hard_before", _moved(module, batch), i)
     found = module.read_meters("hard_before")
     module.measured["hard_before"] = {key: json_value(value) for key, value in found.items()}
@@ -49,10 +62,10 @@ def prepare_choice(module: MeasuredModule) -> None:
     )
 
 
-def _runs(module: MeasuredModule) -> Iterator[tuple[Callable[[], object], torch.Tensor]]:
+def _runs(module: MeasuredModule) -> Iterator[tuple[Callable[[], object], tuple[torch.Tensor, ...]]]:
     for batch in module.trainer.datamodule.train_dataloader():
         here = _moved(module, batch)
-        yield lambda here=here: module.run_model(here), here["attention_mask"]
+        yield lambda here=here: module.run_model(here), module.token_masks(here)
 
 
 def _moved(module: MeasuredModule, batch: dict[str, Any]) -> dict[str, Any]:

@@ -62,7 +62,11 @@ class MeasuredModule(LightningModule):
 
     def trace(self, batch: dict[str, torch.Tensor]) -> RouterTrace:
         """Returns a trace of the batch's real tokens."""
-        return RouterTrace(self.net, batch["attention_mask"])
+        return RouterTrace(self.net, *self.token_masks(batch))
+
+    def token_masks(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """Returns which tokens are real; of an encoder-decoder in the encoder and in the decoder."""
+        return (batch["attention_mask"],)
 
     def test_figures(self) -> dict[str, Any]:
         """Returns what a test has found besides the metric."""

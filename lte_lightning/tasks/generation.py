@@ -10,7 +10,6 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, Generation
 
 from lte_lightning.core.convert import set_mode
 from lte_lightning.core.errors import UserError
-from lte_lightning.core.trace import RouterTrace
 from lte_lightning.data.prompts import IGNORED, is_encoder_decoder
 from lte_lightning.tasks.evaluation import VIEW_MODES, VIEWS
 from lte_lightning.tasks.language_model import LanguageModel
@@ -38,11 +37,11 @@ class Generation(LanguageModel):
         """Chosen by the model's configuration."""
         return AutoModelForSeq2SeqLM if is_encoder_decoder(self.source) else AutoModelForCausalLM
 
-    def trace(self, batch: dict[str, torch.Tensor]) -> RouterTrace:
-        """Returns a trace of the real tokens: prompt and answer, with an encoder each in its own stack."""
+    def token_masks(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """Returns the real tokens: prompt and answer, with an encoder each in its own stack."""
         if not self.net.config.is_encoder_decoder:
-            return super().trace(batch)
-        return RouterTrace(self.net, batch["attention_mask"], decoder_mask_BT=batch["labels"] != IGNORED)
+            return super().token_masks(batch)
+        return batch["attention_mask"], batch["labels"] != IGNORED
 
     @torch.no_grad()
     def answer(self, batch: dict[str, Any]) -> list[dict[str, Any]]:

@@ -50,7 +50,7 @@ def load(
     with _quiet():
         try:
             if activation is not None:
-                arguments |= {_activation_key(source): activation}
+                arguments |= {_activation_key(source, activation): activation}
             if is_lte(source):
                 if layers or from_scratch is not None:
                     _require_as_saved(source, layers, from_scratch)
@@ -101,12 +101,17 @@ def _load_plain(
         return auto_class.from_config(config, dtype=dtype)
 
 
-def _activation_key(source: str) -> str:
+def _activation_key(source: str, wanted: str) -> str:
     config = AutoConfig.from_pretrained(source)
     names = ("hidden_act", "activation_function", "hidden_activation", "activation")
     found = next((name for name in names if isinstance(getattr(config, name, None), str)), None)
     if found is None:
         raise UserError(f"the configuration of {source} names no activation to swap ({', '.join(names)})")
+    if is_lte(source) and getattr(config, found) != wanted:
+        raise UserError(
+            f"{source} was trained with activation {getattr(config, found)!r}, and activation says {wanted!r}; leave "
+            "model.activation out, or start from the plain model"
+        )
     return found
 
 

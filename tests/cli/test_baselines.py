@@ -67,3 +67,34 @@ def test_the_sparsity_asked_for(lte, message, tiny, lightning, tmp_path):
     fit = lightning(tmp_path, tiny.config(**{"model.init_args.lte": lte}), "fit")
     assert fit.code in (1, 2)
     assert message in " ".join(fit.err.split())
+
+
+def test_what_is_calibrated_needs_an_expert_stage(dense, tiny, lightning, tmp_path):
+    lte = {"expert_size": 8, "selector": "d2dmoe", "target_sparsity": 0.5}
+    model = {"model.init_args.lte": lte, "model.init_args.init_from": str(dense.run / "model")}
+    fit = lightning(tmp_path, tiny.config(epochs=(0, 1, 0), **model), "fit")
+    assert fit.code == 1
+    assert "calibrated when the expert stage begins" in fit.err
+
+
+def test_the_activation_of_a_trained_model_stays(dense, tiny, lightning, tmp_path):
+    swap = {"model.init_args.activation": "relu", "model.init_args.init_from": str(dense.run / "model")}
+    fit = lightning(tmp_path, tiny.config(epochs=(0, 1, 1), **swap), "fit")
+    assert fit.code == 1
+    assert "was trained with activation 'gelu', and activation says 'relu'" in fit.err
+
+
+def test_more_adaptation_keeps_the_calibration(dense, tiny, lightning, tmp_path):
+    lte = {"expert_size": 8, "selector": "cats", "target_sparsity": 0.5}
+    model = {"model.init_args.lte": lte, "model.init_args.init_from": str(dense.run / "model")}
+    (tmp_path / "first").mkdir()
+    first = lightning(tmp_path / "first", tiny.config(epochs=(0, 0, 1), **model), "fit")
+    again = {"model.init_args.lte": None, "model.init_args.init_from": str(first.run / "model")}
+    (tmp_path / "second").mkdir()
+    second = lightning(tmp_path / "second", tiny.config(epochs=(0, 0, 1), **again), "fit")
+    assert second.code == 0, second.err
+    assert second.results["hard_before"] == first.results["hard_before"]
+    levels = [from_pretrained(fit.run / "model").state_dict() for fit in (first, second)]
+    names = [name for name in levels[0] if name.endswith("selector.level")]
+    assert names
+    assert all(levels[0][name].equal(levels[1][name]) for name in names)

@@ -100,7 +100,7 @@ def test_moves_and_copies_keep_the_layout(family, hard, batch, said):
     torch.testing.assert_close(logits(copied, batch), logits(model, batch))
     copied.to(torch.bfloat16)
     set_backend(model.to(torch.bfloat16), "dense-mask")
-    x_BTD = torch.randn(2, 5, 32, dtype=torch.bfloat16)
+    x_BTD = torch.randn(2, 5, model.config.hidden_size, dtype=torch.bfloat16)
     with torch.no_grad():
         for mine, theirs in zip(expert_ffns(copied).values(), expert_ffns(model).values(), strict=True):
             expected = theirs(x_BTD)
@@ -111,14 +111,15 @@ def test_moves_and_copies_keep_the_layout(family, hard, batch, said):
 def test_where_a_gradient_is_wanted_nothing_changes(family, hard, batch, said):
     model, other = hard(family), hard(family)
     set_backend(other)
+    labels = batch["input_ids"] if model.config.is_encoder_decoder else torch.tensor([0, 1, 2])
     for net in (model, other):
         net.train()
-        net(**batch, labels=torch.tensor([0, 1, 2])).loss.backward()
+        net(**batch, labels=labels).loss.backward()
     for mine, theirs in zip(other.parameters(), model.parameters(), strict=True):
         if theirs.grad is not None:
             torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=1e-6)
     assert said() == []  # training is the dense-mask path's; only evaluating without no_grad is worth a word
-    other.eval()(**batch)
+    other.eval()(**batch, labels=labels)
     assert len(said()) == 1
     assert "torch.no_grad()" in said()[0]
 
