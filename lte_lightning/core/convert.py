@@ -208,6 +208,6 @@ def _make_selector(config: LteConfig, parts: FfnParts, generator: torch.Generato
         return Router(
             width, experts, config.threshold, config.router_bias, config.router_margin, config.router_scale, generator
         )
-    shape = FfnShape(width, neurons, experts, gated=parts.gate is not None)
+    shape = FfnShape(width, experts)
     sparsity = 1.0 if config.target_sparsity is None else config.target_sparsity
     return RANKINGS[config.selector](shape, sparsity, generator)

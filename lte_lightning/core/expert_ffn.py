@@ -120,10 +120,12 @@ class ExpertFfn(nn.Module):
 
     def flops(self, sparsity: float) -> int:
         """FLOPs per token at a sparsity, with what the selection costs: two per multiply-add."""
-        projections = 2 if self.gate is None else 3
-        whole = min(self.selector.whole_projections(), projections) / projections
-        ran = whole + (1.0 - whole) * (1.0 - sparsity)
-        return round(self.flops_dense() * ran) + self.selector.flops_per_token()
+        return round(self.flops_dense() * self.computed(sparsity)) + self.selector.flops_per_token()
+
+    def computed(self, sparsity: float) -> float:
+        """The share of the weights that is used at a sparsity; some selectors need a projection whole."""
+        whole = self.selector.whole_projections() / (2 if self.gate is None else 3)
+        return whole + (1.0 - whole) * (1.0 - sparsity)
 
     def flops_dense(self) -> int:
         """Multiply-adds of the whole FFN per token, times two."""

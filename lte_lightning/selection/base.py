@@ -15,15 +15,11 @@ class FfnShape:
 
     Args:
         width: D.
-        neurons: F.
         experts: E.
-        gated: Whether it has a gate projection.
     """
 
     width: int
-    neurons: int
     experts: int
-    gated: bool
 
 
 class Selector(nn.Module):

@@ -8,7 +8,15 @@ from lte_lightning.selection.base import FfnShape
 from lte_lightning.selection.ranking import Ranking
 
 
-class KeepLargest(Ranking):
+class Magnitude(Ranking):
+    """Ranks experts by the sum of the magnitudes of what the selector reads."""
+
+    def importance(self, given: torch.Tensor) -> torch.Tensor:
+        """Returns the sum of |activation| over each expert."""
+        return self.magnitude(given)
+
+
+class KeepLargest(Magnitude):
     """KLA of the paper's section 5.1: keeps the neurons with the largest |activation|, per token.
 
     An oracle: it reads the activations that it saves, and is charged nothing for them. With experts of one neuron it is
@@ -18,12 +26,8 @@ class KeepLargest(Ranking):
 
     reads = "hidden"
 
-    def importance(self, given: torch.Tensor) -> torch.Tensor:
-        """Returns the sum of |activation| over each expert."""
-        return self.by_expert(given.abs())
 
-
-class Cats(Ranking):
+class Cats(Magnitude):
     """CATS (Lee et al. 2024): a threshold on the |activated gate|, one per layer, calibrated on training rows.
 
     Charged the gate projection (of a plain FFN: the up projection) whole, since every neuron's is computed.
@@ -32,16 +36,12 @@ class Cats(Ranking):
     rule = "level"
     reads = "gate"
 
-    def importance(self, given: torch.Tensor) -> torch.Tensor:
-        """Returns the sum of |activated gate| over each expert."""
-        return self.by_expert(given.abs())
-
     def whole_projections(self) -> int:
         """Returns 1: the gate, or up, projection."""
         return 1
 
 
-class Narrow(Ranking):
+class Narrow(Magnitude):
     """A narrower dense FFN: for every token the experts whose activations are largest on average on training rows.
 
     The honest alternative to any selection per token, with nothing to be charged for.
@@ -49,10 +49,6 @@ class Narrow(Ranking):
 
     rule = "fixed"
     reads = "hidden"
-
-    def importance(self, given: torch.Tensor) -> torch.Tensor:
-        """Returns the sum of |activation| over each expert."""
-        return self.by_expert(given.abs())
 
 
 class RandomRouter(Ranking):

@@ -72,7 +72,7 @@ class Moefication(Predictor):
 
     def imitation_loss(self, x_ND: torch.Tensor, hidden_NF: torch.Tensor, down_FD: torch.Tensor) -> torch.Tensor:
         """Returns the cross-entropy."""
-        mass_NE = self.by_expert(hidden_NF.abs())
+        mass_NE = self.magnitude(hidden_NF)
         share_NE = mass_NE / mass_NE.sum(-1, keepdim=True).clamp_min(1e-9)
         return functional.cross_entropy(self.predict(x_ND), share_NE)
 
@@ -90,7 +90,7 @@ class DejaVu(Predictor):
 
     def imitation_loss(self, x_ND: torch.Tensor, hidden_NF: torch.Tensor, down_FD: torch.Tensor) -> torch.Tensor:
         """Returns the mean squared error."""
-        mass_NE = self.by_expert(hidden_NF.abs())
+        mass_NE = self.magnitude(hidden_NF)
         return functional.mse_loss(self.predict(x_ND), mass_NE / mass_NE.mean().clamp_min(1e-9))
 
 

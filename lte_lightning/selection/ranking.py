@@ -68,6 +68,6 @@ class Ranking(Selector):
         """Returns 2 FLOPs for every weight of the ranking's own matrices."""
         return 2 * sum(parameter.numel() for parameter in self.parameters() if parameter.dim() == 2)
 
-    def by_expert(self, neurons: torch.Tensor) -> torch.Tensor:
-        """Sums figures of neurons [..., F] over each expert, [..., E], float32."""
-        return neurons.float().unflatten(-1, (self.shape.experts, -1)).sum(-1)
+    def magnitude(self, neurons: torch.Tensor) -> torch.Tensor:
+        """Sums the magnitudes of neurons [..., F] over each expert, [..., E], float32."""
+        return neurons.abs().float().unflatten(-1, (self.shape.experts, -1)).sum(-1)

@@ -5,7 +5,7 @@ from lte_lightning.selection import RANKINGS, FfnShape
 from lte_lightning.selection.predictor import D2dmoe, DejaVu, Moefication
 
 D, F, E, N = 8, 24, 6, 40
-SHAPE = FfnShape(D, F, E, gated=True)
+SHAPE = FfnShape(D, E)
 SPARSITY = 0.5  # keeps 3 of 6
 
 

@@ -87,7 +87,7 @@ def test_the_generator_decides_the_weights():
 
 
 def test_no_experts():
-    none = NoExperts(FfnShape(8, 24, 6, gated=False), 1.0)
+    none = NoExperts(FfnShape(8, 6), 1.0)
     scores = none(torch.randn(2, 3, 8, dtype=torch.bfloat16))
     assert scores.equal(torch.zeros(2, 3, 6))
     assert scores.dtype == torch.float32
