@@ -12,7 +12,7 @@ from lte_lightning.core.observe import calibrate, imitates, imitation_loss, need
 from lte_lightning.tasks.evaluation import MeasuredModule, Stage, json_value
 
 # Calibrated on so many tokens of the training rows; their neurons' importance is held in memory, a layer's 4 * F bytes
-# each.
+# each (of TEAL the input, 4 * D).
 CALIBRATION_TOKENS = 4096
 
 
@@ -22,7 +22,12 @@ def check_baseline(module: MeasuredModule, stages: Sequence[Stage]) -> None:
     Raises:
         UserError: If not.
     """
-    selector, calibrates = module.net.lte_config.selector, needs_calibration(module.net)
+    config, calibrates = module.net.lte_config, needs_calibration(module.net)
+    selector = config.selector
+    if config.wanda_scope == "layers" and module.hparams.get("lora"):
+        raise UserError(
+            "wanda_scope layers prunes what lora freezes and adapts; leave lora out, or prune the ffn alone"
+        )
     if module.trainer.world_size > 1 and (calibrates or imitates(module.net)):
         raise UserError(f"selector {selector!r} learns and is calibrated in one process; set trainer.devices to 1")
     if calibrates and module.stage != "expert" and stages[-1] == "router":
