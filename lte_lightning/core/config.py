@@ -27,7 +27,7 @@ class LteConfig:
         router_scale: Spread of the initial logits for inputs of unit root mean square (weights are drawn with standard
             deviation ``router_scale / sqrt(D)``).
         wanda_pattern: Where ``wanda`` prunes a row of a weight: ``unstructured``, or ``2:4`` or ``4:8``, half of each 4
-            or 8 weights in a row (``target_sparsity`` 0.5).
+            or 8 neighbours (``target_sparsity`` 0.5). YAML wants quotes: ``"2:4"`` without is the number 124.
         wanda_scope: What ``wanda`` prunes: ``ffn``, the FFNs alone as every other method, or ``layers``, attention's
             projections too (the paper's Table 2; not of encoder-decoders).
         seed: Seed of the grouping and of the routers' initial weights; by default that of the run, or 0 outside of one.

@@ -22,12 +22,7 @@ def check_baseline(module: MeasuredModule, stages: Sequence[Stage]) -> None:
     Raises:
         UserError: If not.
     """
-    config, calibrates = module.net.lte_config, needs_calibration(module.net)
-    selector = config.selector
-    if config.wanda_scope == "layers" and module.hparams.get("lora"):
-        raise UserError(
-            "wanda_scope layers prunes what lora freezes and adapts; leave lora out, or prune the ffn alone"
-        )
+    selector, calibrates = module.net.lte_config.selector, needs_calibration(module.net)
     if module.trainer.world_size > 1 and (calibrates or imitates(module.net)):
         raise UserError(f"selector {selector!r} learns and is calibrated in one process; set trainer.devices to 1")
     if calibrates and module.stage != "expert" and stages[-1] == "router":
