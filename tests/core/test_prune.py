@@ -194,3 +194,10 @@ def test_all_layers_of_an_encoder_decoder_are_refused(build, seq2seq_family):
 def test_a_projection_that_reads_no_tokens_is_refused(build, batch):
     with pytest.raises(UserError, match=r"cannot tell real tokens from padding: .* set wanda_scope to ffn"):
         pruned(build("deberta-v2"), batch, wanda(scope="layers"))
+
+
+def test_no_more_batches_are_run_than_are_needed(build, batch):
+    model, runs = convert(build("bert"), wanda(), progress=False), []
+    given = [(lambda i=i: runs.append(i) or model(**batch), (batch["attention_mask"],)) for i in range(5)]
+    calibrate(model, iter(given), int(batch["attention_mask"].sum()) + 1)
+    assert runs == [0, 1, 0, 1]  # both layers by the same two

@@ -146,3 +146,13 @@ def test_half_precision_compares_with_the_level_itself(build):
     for given_BTD in teal.thin(x_BTD):
         assert given_BTD.dtype == torch.bfloat16
         assert given_BTD.tolist() == [[[0.0, 1.0078125, 0.0, -1.0078125]]]
+
+
+def test_every_family_is_thinned_to_the_sparsity_asked_for(family, build, batch, masks):
+    """On the rows of the calibration; the second layer sees what the thinned first one gives it."""
+    model = convert(build(family), LteConfig(1, selector="teal", target_sparsity=0.5), progress=False)
+    calibrate(model, iter([(lambda: model(**batch), masks)]), 1000)
+    set_mode(model, "hard")
+    with torch.no_grad(), RouterTrace(model, *masks) as trace:
+        model(**batch)
+    assert trace.sparsity() == pytest.approx(0.5, abs=0.1)
