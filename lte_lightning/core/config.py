@@ -16,27 +16,35 @@ class LteConfig:
         grouping: How neurons are assigned to experts: balanced k-means on their L2-normalised input weights (the
             paper), a random partition, or the order they already have.
         selector: ``router`` is LTE's; ``none`` never runs an expert, the floor that every method is read against. The
-            baselines are ``cats``, ``d2dmoe``, ``dejavu``, ``kla``, ``moefication``, ``narrow`` and ``random`` (see
-            docs/baselines.md).
-        target_sparsity: Share of the experts that a baseline shall not run. LTE's own router has none: its sparsity
-            follows from ``efficiency_weight``.
+            baselines are ``cats``, ``d2dmoe``, ``dejavu``, ``kla``, ``moefication``, ``narrow``, ``random``, ``teal``
+            and ``wanda`` (see docs/baselines.md).
+        target_sparsity: Share of the experts that a baseline shall not run; for ``teal`` and ``wanda`` share of the
+            weights that shall not be used. LTE's own router has none: its sparsity follows from ``efficiency_weight``.
         threshold: An expert runs when its score exceeds this (tau in the paper).
         router_bias: Give each router a bias, so that scores can start above the threshold (see ``router_margin``).
             ``false`` is the paper's bias-free equation 1, whose scores start around 0.5.
         router_margin: Logits by which the initial scores lie above the threshold, on average; needs the bias.
         router_scale: Spread of the initial logits for inputs of unit root mean square (weights are drawn with standard
             deviation ``router_scale / sqrt(D)``).
+        wanda_pattern: Where ``wanda`` prunes a row of a weight: ``unstructured``, or ``2:4`` or ``4:8``, half of each 4
+            or 8 neighbours (``target_sparsity`` 0.5). YAML wants quotes: ``"2:4"`` without is the number 124.
+        wanda_scope: What ``wanda`` prunes: ``ffn``, the FFNs alone as every other method, or ``layers``, attention's
+            projections too (the paper's Table 2; not of encoder-decoders).
         seed: Seed of the grouping and of the routers' initial weights; by default that of the run, or 0 outside of one.
     """
 
     expert_size: int = 32
     grouping: Literal["kmeans", "random", "contiguous"] = "kmeans"
-    selector: Literal["router", "none", "cats", "d2dmoe", "dejavu", "kla", "moefication", "narrow", "random"] = "router"
+    selector: Literal[
+        "router", "none", "cats", "d2dmoe", "dejavu", "kla", "moefication", "narrow", "random", "teal", "wanda"
+    ] = "router"
     target_sparsity: float | None = None
     threshold: float = 0.5
     router_bias: bool = True
     router_margin: float = 2.0
     router_scale: float = 0.4
+    wanda_pattern: Literal["unstructured", "2:4", "4:8"] = "unstructured"
+    wanda_scope: Literal["ffn", "layers"] = "ffn"
     seed: int | None = None
 
     def __post_init__(self) -> None:
@@ -48,12 +56,26 @@ class LteConfig:
         if wanted and (self.target_sparsity is None or not 0.0 <= self.target_sparsity < 1.0):
             raise UserError(
                 f"selector {self.selector!r} has target_sparsity {self.target_sparsity}; it needs the share of the "
-                "experts that shall not run, at least 0 and below 1"
+                "experts that shall not run (of teal and wanda: of the weights), at least 0 and below 1"
             )
         if not wanted and self.target_sparsity is not None:
             raise UserError(
                 f"selector {self.selector!r} takes no target_sparsity (it is {self.target_sparsity}): the sparsity of "
                 "LTE's router follows from efficiency_weight, and without experts it is 1"
+            )
+        if self.selector == "teal" and self.expert_size != 1:
+            raise UserError(
+                f"selector 'teal' leaves out single neurons; set expert_size to 1 (it is {self.expert_size})"
+            )
+        if self.selector != "wanda" and (self.wanda_pattern, self.wanda_scope) != ("unstructured", "ffn"):
+            raise UserError(
+                f"wanda_pattern {self.wanda_pattern} and wanda_scope {self.wanda_scope} are for 'wanda', not for "
+                f"selector {self.selector!r}; leave them out"
+            )
+        if self.wanda_pattern != "unstructured" and self.target_sparsity != 0.5:
+            raise UserError(
+                f"wanda_pattern {self.wanda_pattern} prunes half of the weights, and target_sparsity is "
+                f"{self.target_sparsity}; set it to 0.5"
             )
         if not self.router_scale > 0.0:
             raise UserError(

@@ -1,6 +1,6 @@
 """Turning FFNs into expert FFNs and back."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import cast
 
@@ -14,6 +14,7 @@ from lte_lightning.core.errors import UserError
 from lte_lightning.core.expert_ffn import MODES, ExpertFfn, Mode
 from lte_lightning.core.ffn import (
     FfnParts,
+    Projection,
     find_layers,
     find_parts,
     find_row,
@@ -56,6 +57,8 @@ def convert(
     for parts in all_parts:
         expert_count(weight_rows(parts.up).shape[0], config.expert_size)
     _check_selector(config)
+    if config.selector == "wanda":
+        _check_pruning(model, config, all_parts)
 
     generator = torch.Generator().manual_seed(config.seed or 0)
     for (layer, stack), parts in zip(sites, all_parts, strict=True):
@@ -84,7 +87,8 @@ def group_experts(model: PreTrainedModel, progress: bool = True) -> list[Groupin
     """
     config = lte_config(model)
     ffns = expert_ffns(model)
-    if config.grouping == "contiguous" or config.expert_size == 1:  # neurons on their own need no order
+    # neurons on their own need no order, and Wanda's patterns count neighbours in the order of the model
+    if config.grouping == "contiguous" or config.expert_size == 1 or config.selector == "wanda":
         return []
     groupings = []
     for i, ffn in enumerate(tqdm(ffns.values(), desc=f"grouping ({config.grouping})", disable=not progress)):
@@ -201,6 +205,27 @@ def _check_selector(config: LteConfig) -> None:
         raise UserError(f"unknown selector {config.selector!r}; there are {', '.join(SELECTORS)}")
 
 
+def _check_pruning(model: PreTrainedModel, config: LteConfig, all_parts: Sequence[FfnParts]) -> None:
+    if config.wanda_scope == "layers" and len(find_stacks(model)) > 1:
+        raise UserError(
+            f"wanda_scope is layers, and {model.config.model_type!r} has an encoder and a decoder, whose "
+            "cross-attention reads both; set wanda_scope to ffn"
+        )
+    if config.wanda_pattern == "unstructured":
+        return
+    projections = {
+        "ffn": [p for parts in all_parts for p in (parts.gate, parts.up, parts.down) if p is not None],
+        "layers": [m for layer in find_layers(model) for m in layer.modules() if isinstance(m, Projection)],
+    }[config.wanda_scope]
+    group = int(config.wanda_pattern[-1])
+    for inputs in (weight_rows(projection).shape[1] for projection in projections):
+        if inputs % group:
+            raise UserError(
+                f"wanda_pattern {config.wanda_pattern} needs rows of a multiple of {group} weights, and this "
+                f"{type(model).__name__} has a projection of {inputs} inputs; set it to unstructured"
+            )
+
+
 def _make_selector(config: LteConfig, parts: FfnParts, generator: torch.Generator) -> Selector:
     neurons, width = weight_rows(parts.up).shape
     experts = neurons // config.expert_size
@@ -208,6 +233,6 @@ def _make_selector(config: LteConfig, parts: FfnParts, generator: torch.Generato
         return Router(
             width, experts, config.threshold, config.router_bias, config.router_margin, config.router_scale, generator
         )
-    shape = FfnShape(width, experts)
+    shape = FfnShape(width, experts, gated=parts.gate is not None)
     sparsity = 1.0 if config.target_sparsity is None else config.target_sparsity
     return RANKINGS[config.selector](shape, sparsity, generator)

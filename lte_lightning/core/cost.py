@@ -17,6 +17,7 @@ from lte_lightning.core.convert import require_expert_ffns
 from lte_lightning.core.errors import UserError
 from lte_lightning.core.expert_ffn import ExpertFfn
 from lte_lightning.core.ffn import Projection, find_layers
+from lte_lightning.core.prune import weights_left
 
 GFLOP = 2**30  # as the paper counts
 CONTEXT = 1024  # tokens attended to, unless said otherwise
@@ -30,7 +31,7 @@ class TokenCost:
         paper_flops: FLOPs as Table 1 of the paper counts them (see `flops_per_token`); its GFLOPs are 2^30.
         flops: FLOPs of all projections, the head's too, and of the attention scores at the context length.
         parameters: Weights read to decode the token at batch 1.
-        bytes: Those weights and the KV cache, in bytes.
+        bytes: Those weights, where pruned ones stood, and the KV cache, in bytes.
         ffn_bytes: Of these, the FFNs and their routers.
     """
 
@@ -53,11 +54,13 @@ def token_cost(
     further back than the window; encoders have none. A router's weights are charged like the model's. In an
     encoder-decoder FLOPs are those of a token of input and one of output, bytes those of decoding alone, with the
     cross-attention's keys and values (projections and cache). A classifier counts as if it ran for each token;
-    what DeBERTa adds for positions is left out.
+    what DeBERTa adds for positions is left out. Of a weight that Wanda has pruned the others are read, and one bit for
+    each that there was, which says where they stand.
 
     Args:
         model: A converted model.
-        sparsity_per_layer: Share of the neurons that do not run, per layer. None: the dense model, without routers.
+        sparsity_per_layer: Share of the neurons that do not run (of TEAL and Wanda: of the FFN's weights that are not
+            used), per layer. None: the dense model, without routers.
         dtype: Of weights and cache.
         context: Tokens that the token attends to, 0 for the weights alone; by default 1024, or the longest that the
             model has positions for.
@@ -80,13 +83,17 @@ def token_cost(
     ffn_parameters = sum(
         _ffn_parameters(ffns[i], sparsities[i], with_selector=sparsity_per_layer is not None) for i in decoding
     )
-    parameters = ffn_parameters + _other_parameters(model, skip=encoder)
+    pruned = {} if sparsity_per_layer is None else weights_left(model)
+    inside = {id(module) for ffn in ffns for module in ffn.modules()}
+    gone = sum(module.weight.numel() - left for module, left in pruned.items() if id(module) not in inside)
+    parameters = ffn_parameters + _other_parameters(model, skip=encoder) - gone
+    places = {id(module): module.weight.numel() for module in pruned if id(module) not in encoder}
     return TokenCost(
         paper_flops=paper_flops,
         flops=paper_flops + head_flops + attention_flops,
         parameters=parameters,
-        bytes=(parameters + cached_values) * dtype.itemsize,
-        ffn_bytes=ffn_parameters * dtype.itemsize,
+        bytes=(parameters + cached_values) * dtype.itemsize + sum(places.values()) // 8,
+        ffn_bytes=ffn_parameters * dtype.itemsize + sum(bits for key, bits in places.items() if key in inside) // 8,
     )
 
 
@@ -99,12 +106,12 @@ def flops_per_token(model: PreTrainedModel, sparsity_per_layer: Sequence[float] 
     """Counts FLOPs per token as in Table 1 of the paper: 2 per multiply-add of the layers' weights.
 
     Attention projections and FFNs count; embeddings, attention scores and the head do not. The paper's GFLOPs are these
-    divided by 2^30.
+    divided by 2^30. What Wanda has pruned does not count.
 
     Args:
         model: A converted model (its weights may be on the meta device).
-        sparsity_per_layer: Share of the neurons that do not run, per layer. The routers' work is then added. None: the
-            dense model.
+        sparsity_per_layer: Share of the neurons that do not run (of TEAL and Wanda: of the FFN's weights that are not
+            used), per layer. The routers' work is then added. None: the dense model.
 
     Raises:
         UserError: If the model was not converted, a sparsity lies outside [0, 1], or their number is not that of the
@@ -112,10 +119,11 @@ def flops_per_token(model: PreTrainedModel, sparsity_per_layer: Sequence[float] 
     """
     ffns = _check_sparsity(model, sparsity_per_layer)
     inside = {id(module) for ffn in ffns for module in ffn.modules()}
+    pruned = {} if sparsity_per_layer is None else weights_left(model)
     total = 0
     for layer in find_layers(model):
-        outside = [module for module in layer.modules() if id(module) not in inside]
-        total += sum(2 * module.weight.numel() for module in outside if isinstance(module, Projection))
+        outside = [m for m in layer.modules() if id(m) not in inside and isinstance(m, Projection)]
+        total += sum(2 * pruned.get(module, module.weight.numel()) for module in outside)
     if sparsity_per_layer is None:
         return total + sum(ffn.flops_dense() for ffn in ffns)
     for ffn, sparsity in zip(ffns, sparsity_per_layer, strict=True):

@@ -43,7 +43,7 @@ class ExpertFfn(nn.Module):
         self.threshold = threshold
         self.mode: Mode = "dense"
         self.backend: Backend = "dense-mask"
-        self.recorder: Callable[[ExpertFfn, torch.Tensor], None] | None = None
+        self.recorder: Callable[[ExpertFfn, torch.Tensor, torch.Tensor | None], None] | None = None
         self.observer: Callable[[ExpertFfn, torch.Tensor, torch.Tensor, torch.Tensor], None] | None = None
         self.shell: tuple[nn.Module, ...] = ()
         self.stack = 0  # 1 in the decoder of a model that has an encoder too
@@ -66,33 +66,34 @@ class ExpertFfn(nn.Module):
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
         """Returns the FFN's output, [B, T, D]; in soft and hard mode the scores go to the recorder, if there is one."""
         if self.mode == "dense":
-            gate_BTF, hidden_BTF = self._activations(x_BTD)
+            gate_BTF, hidden_BTF = self._activations(x_BTD, x_BTD)
             if self.observer is not None:
                 self.observer(self, x_BTD, gate_BTF, hidden_BTF)
             return self.down(self._finished(hidden_BTF))
         if self.selector.reads != "input":  # the selection needs what it is to save
-            gate_BTF, hidden_BTF = self._activations(x_BTD)
+            given = self.selector.thin(x_BTD) if self.mode == "hard" else (x_BTD, x_BTD)
+            gate_BTF, hidden_BTF = self._activations(*given)
             scores_BTE = self.selector(gate_BTF if self.selector.reads == "gate" else hidden_BTF)
         else:
             scores_BTE = self.selector(x_BTD)
         if self.recorder is not None:
-            self.recorder(self, scores_BTE)
+            self.recorder(self, scores_BTE, self.selector.used(x_BTD, scores_BTE))
         factor_BTE = scores_BTE if self.mode == "soft" else scores_BTE > self.threshold
         if self.selector.reads == "input":
             if self.mode == "hard" and self.backend != "dense-mask":
                 out_BTD = run_sparse(self, x_BTD, factor_BTE)
                 if out_BTD is not None:
                     return out_BTD
-            _, hidden_BTF = self._activations(x_BTD)
+            _, hidden_BTF = self._activations(x_BTD, x_BTD)
         return self.down(scale_experts(self._finished(hidden_BTF), factor_BTE))
 
-    def _activations(self, x_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _activations(self, to_gate_BTD: torch.Tensor, to_up_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the activated gate (of a plain FFN: the hidden activations) and the hidden activations, [B, T, F]."""
         if self.gate is None:
-            hidden_BTF = self.activation(self.up(x_BTD))
+            hidden_BTF = self.activation(self.up(to_up_BTD))
             return hidden_BTF, hidden_BTF
-        gate_BTF = self.activation(self.gate(x_BTD))
-        return gate_BTF, gate_BTF * self.up(x_BTD)
+        gate_BTF = self.activation(self.gate(to_gate_BTD))
+        return gate_BTF, gate_BTF * self.up(to_up_BTD)
 
     def _finished(self, hidden_BTF: torch.Tensor) -> torch.Tensor:
         if self.dropout is not None:

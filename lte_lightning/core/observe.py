@@ -2,15 +2,18 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import zip_longest
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from lte_lightning.core.convert import require_expert_ffns, set_mode
 from lte_lightning.core.errors import UserError
 from lte_lightning.core.expert_ffn import ExpertFfn
 from lte_lightning.core.ffn import weight_rows
-from lte_lightning.selection import Predictor, Ranking
+from lte_lightning.core.prune import Batch, prune
+from lte_lightning.selection import Predictor, Ranking, Teal, Wanda
 
 # See an FFN's input x_ND, its activated gate and its hidden activations [N, F], of N real tokens.
 See = Callable[[ExpertFfn, torch.Tensor, torch.Tensor, torch.Tensor], None]
@@ -84,24 +87,27 @@ def imitation_loss(model: nn.Module, run: Callable[[], object], *token_masks_BT:
     return torch.stack(losses).mean()
 
 
-def calibrate(
-    model: nn.Module, batches: Iterator[tuple[Callable[[], object], tuple[torch.Tensor, ...]]], tokens: int
-) -> None:
-    """Calibrates every ranking that needs it on training rows.
+def calibrate(model: PreTrainedModel, batches: Iterator[Batch], tokens: int) -> None:
+    """Calibrates every ranking that needs it on training rows; of Wanda it prunes the model.
 
     Args:
-        model: A converted model.
+        model: A converted model, in eval mode.
         batches: For each batch what runs the model on it, and its token masks.
         tokens: How many to calibrate on; batches are run until there are as many.
     """
     wanted = [ranking for ranking in rankings(model) if ranking.calibrates]
     if not wanted:
         return
+    if isinstance(wanted[0], Wanda):
+        prune(model, list(_enough(batches, tokens)))
+        return
     seen: dict[int, list[torch.Tensor]] = {id(ranking): [] for ranking in wanted}
 
     def see(ffn: ExpertFfn, x_ND: torch.Tensor, gate_NF: torch.Tensor, hidden_NF: torch.Tensor) -> None:
         given = {"input": x_ND, "gate": gate_NF, "hidden": hidden_NF}[ffn.selector.reads]
-        if isinstance(ffn.selector, Ranking):
+        if isinstance(ffn.selector, Teal):
+            seen[id(ffn.selector)].append(x_ND.cpu())
+        elif isinstance(ffn.selector, Ranking):
             seen[id(ffn.selector)].append(ffn.selector.importance(given).cpu())
 
     with torch.no_grad():
@@ -110,5 +116,30 @@ def calibrate(
                 run()
             if min(sum(map(len, kept)) for kept in seen.values()) >= tokens:
                 break
-    for ranking in wanted:
-        ranking.calibrate(torch.cat(seen[id(ranking)])[:tokens])
+    for ffn in require_expert_ffns(model).values():
+        found = torch.cat(seen[id(ffn.selector)])[:tokens]
+        if isinstance(ffn.selector, Teal):
+            _allocate(ffn, ffn.selector, found.to(ffn.up.weight.device))
+        elif isinstance(ffn.selector, Ranking):
+            ffn.selector.calibrate(found)
+
+
+def _allocate(ffn: ExpertFfn, teal: Teal, x_ND: torch.Tensor) -> None:
+    """Runs the FFN on its inputs with the levels that are tried."""
+    hiddens: list[torch.Tensor] = []
+    with torch.no_grad():
+        ffn.observer = lambda *given: hiddens.append(given[-1])
+        dense_ND = ffn(x_ND)
+        ffn.observer, ffn.mode = None, "hard"
+        teal.allocate(x_ND, hiddens[0], dense_ND, lambda: ffn(x_ND))
+    ffn.mode = "dense"
+
+
+def _enough(batches: Iterator[Batch], tokens: int) -> Iterator[Batch]:
+    """The batches until they hold so many tokens in every stack."""
+    counts: list[int] = []
+    for run, token_masks_BT in batches:
+        yield run, token_masks_BT
+        counts = [sum(pair) for pair in zip_longest(counts, (int(mask.sum()) for mask in token_masks_BT), fillvalue=0)]
+        if min(counts) >= tokens:
+            return

@@ -54,6 +54,7 @@ class RouterTrace:
             )
         self._recorded: dict[str, list[torch.Tensor]] = {name: [] for name in self._ffns}
         self._scores: dict[str, list[torch.Tensor]] = {name: [] for name in self._ffns}
+        self._used: dict[str, list[torch.Tensor]] = {name: [] for name in self._ffns}
 
     def __enter__(self) -> Self:
         if any(ffn.recorder is not None for ffn in self._ffns.values()):
@@ -69,7 +70,7 @@ class RouterTrace:
         for ffn in self._ffns.values():
             ffn.recorder = None
 
-    def _record(self, ffn: ExpertFfn, scores_BTE: torch.Tensor) -> None:
+    def _record(self, ffn: ExpertFfn, scores_BTE: torch.Tensor, used_BT1: torch.Tensor | None) -> None:
         if torch._C._current_graph_task_id() != -1:  # a backward pass is recomputing this layer
             return
         if self._grad_enabled and ffn.training and not scores_BTE.requires_grad and _trainable(ffn.selector):
@@ -85,6 +86,8 @@ class RouterTrace:
             raise UserError(f"the {which} mask has shape {tuple(mask_BT.shape)}, the tokens {tuple(tokens)}")
         # The mask is applied later: gradient checkpointing wants the same operations here when it computes again.
         self._recorded[self._names[id(ffn)]].append(scores_BTE)
+        if used_BT1 is not None:
+            self._used[self._names[id(ffn)]].append(used_BT1)
 
     def _real(self, scores_BTE: torch.Tensor, mask_BT: torch.Tensor | None) -> torch.Tensor:
         scores_NE = scores_BTE.flatten(0, -2)
@@ -127,14 +130,21 @@ class RouterTrace:
     def active_counts(self) -> tuple[torch.Tensor, int]:
         """Returns how many (token, expert) pairs run in each layer in hard mode, [L] int64, and the tokens N.
 
-        With an encoder and a decoder, N is the encoder's; the decoder's is the length of its layers' `scores`.
+        With an encoder and a decoder, N is the encoder's; the decoder's is the length of its layers' `scores`. Where a
+        selector says which share of the weights a token uses, that counts as the same share of the experts.
         """
-        scores = self.scores()
-        counts = [(scores_NE > self._ffns[name].threshold).sum() for name, scores_NE in scores.items()]
+        scores, counts = self.scores(), []
+        for name, scores_NE in scores.items():
+            if self._used[name]:
+                mask_BT = self._masks[self._ffns[name].stack]
+                shares = torch.stack([self._real(used_BT1, mask_BT).sum() for used_BT1 in self._used[name]]).sum()
+                counts.append((shares * scores_NE.shape[1]).round().long())
+            else:
+                counts.append((scores_NE > self._ffns[name].threshold).sum())
         return torch.stack(counts), next(iter(scores.values())).shape[0]
 
     def sparsity(self) -> float:
-        """Returns the share of FFN neurons that do not run in hard mode, over real tokens and layers."""
+        """Returns the share of FFN neurons (or weights) that do not run in hard mode, over real tokens and layers."""
         active_L, _ = self.active_counts()
         active = neurons = 0
         for n, (name, scores_NE) in zip(active_L, self.scores().items(), strict=True):

@@ -11,6 +11,8 @@ from lte_lightning.selection.none import NoExperts
 from lte_lightning.selection.predictor import D2dmoe, DejaVu, Moefication, Predictor
 from lte_lightning.selection.ranking import Ranking
 from lte_lightning.selection.router import Router
+from lte_lightning.selection.teal import Teal
+from lte_lightning.selection.wanda import Wanda
 
 RANKINGS: dict[str, type[Ranking]] = {
     "cats": Cats,
@@ -21,7 +23,20 @@ RANKINGS: dict[str, type[Ranking]] = {
     "narrow": Narrow,
     "none": NoExperts,
     "random": RandomRouter,
+    "teal": Teal,
+    "wanda": Wanda,
 }
 SELECTORS = ("router", *RANKINGS)
 
-__all__ = ["RANKINGS", "SELECTORS", "FfnShape", "NoExperts", "Predictor", "Ranking", "Router", "Selector"]
+__all__ = [
+    "RANKINGS",
+    "SELECTORS",
+    "FfnShape",
+    "NoExperts",
+    "Predictor",
+    "Ranking",
+    "Router",
+    "Selector",
+    "Teal",
+    "Wanda",
+]

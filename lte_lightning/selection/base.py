@@ -16,10 +16,12 @@ class FfnShape:
     Args:
         width: D.
         experts: E.
+        gated: Whether it has a gate projection beside the up projection.
     """
 
     width: int
     experts: int
+    gated: bool = False
 
 
 class Selector(nn.Module):
@@ -35,6 +37,17 @@ class Selector(nn.Module):
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
         """Returns the scores [B, T, E]."""
         raise NotImplementedError(f"{type(self).__name__} must define forward")
+
+    def thin(self, x_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns what gate and up projection are given of the input in hard mode: all of it, unless it is thinned."""
+        return x_BTD, x_BTD
+
+    def used(self, x_BTD: torch.Tensor, scores_BTE: torch.Tensor) -> torch.Tensor | None:
+        """Returns the share of the FFN's weights that each token uses, [B, T, 1], float32.
+
+        None if that is the share of the experts that run, as for every selection of experts.
+        """
+        return None
 
     def flops_per_token(self) -> int:
         """Returns what this selector itself is charged per token: two FLOPs per multiply-add."""

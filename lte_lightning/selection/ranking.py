@@ -60,9 +60,7 @@ class Ranking(Selector):
             best = importance_NE.mean(0).topk(self.keep).indices
             self.chosen_E.zero_()[best] = 1.0
         elif self.rule == "level":
-            flat = importance_NE.flatten().sort().values
-            cut = round(self.sparsity * len(flat))
-            self.level.fill_(flat[cut - 1] if cut else -torch.inf)
+            self.level.fill_(level_of(importance_NE.flatten().sort().values, self.sparsity))
 
     def flops_per_token(self) -> int:
         """Returns 2 FLOPs for every weight of the ranking's own matrices."""
@@ -71,3 +69,9 @@ class Ranking(Selector):
     def magnitude(self, neurons: torch.Tensor) -> torch.Tensor:
         """Sums the magnitudes of neurons [..., F] over each expert, [..., E], float32."""
         return neurons.abs().float().unflatten(-1, (self.shape.experts, -1)).sum(-1)
+
+
+def level_of(ascending: torch.Tensor, share: float) -> float:
+    """Returns the level that a share of sorted values does not exceed; minus infinity for none of them."""
+    cut = round(share * len(ascending))
+    return float(ascending[cut - 1]) if cut else -torch.inf

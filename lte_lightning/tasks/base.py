@@ -12,6 +12,7 @@ from lte_lightning.core.convert import group_experts
 from lte_lightning.core.errors import UserError
 from lte_lightning.core.losses import SEPARABILITY_EPSILON
 from lte_lightning.core.observe import imitates
+from lte_lightning.core.prune import hold_zeros
 from lte_lightning.data.packaged import resolve
 from lte_lightning.kernels.dispatch import Backend
 from lte_lightning.tasks.baselines import imitate, prepare_choice
@@ -165,6 +166,11 @@ class LteModule(MeasuredModule):
         return self.schedule.configure_optimizers(self)
 
     # Training
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Keeps pruned weights where they are."""
+        if self.stage == "expert":
+            hold_zeros(self.net)
 
     def separability_weight_now(self) -> float:
         """Returns lambda at this point of the router stage."""

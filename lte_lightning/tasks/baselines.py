@@ -12,7 +12,7 @@ from lte_lightning.core.observe import calibrate, imitates, imitation_loss, need
 from lte_lightning.tasks.evaluation import MeasuredModule, Stage, json_value
 
 # Calibrated on so many tokens of the training rows; their neurons' importance is held in memory, a layer's 4 * F bytes
-# each.
+# each (of TEAL the input, 4 * D).
 CALIBRATION_TOKENS = 4096
 
 

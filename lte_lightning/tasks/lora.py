@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
-from lte_lightning.core.convert import expert_ffns
+from lte_lightning.core.convert import expert_ffns, lte_config
 from lte_lightning.core.errors import UserError
 from lte_lightning.core.ffn import Projection, find_layers
 
@@ -38,8 +38,13 @@ def add_lora(model: PreTrainedModel, lora: Lora) -> list[str]:
         The names of the projections that have one.
 
     Raises:
-        UserError: If peft is not installed.
+        UserError: If peft is not installed, or the projections are to be pruned.
     """
+    if lte_config(model).wanda_scope == "layers":
+        raise UserError(
+            "wanda_scope layers prunes the projections that lora freezes, and merged adapters would fill the zeros; "
+            "leave lora out, or set wanda_scope to ffn"
+        )
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:

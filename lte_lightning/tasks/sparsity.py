@@ -43,7 +43,8 @@ class SparsityMeter(Metric):
 
         Returns:
             ``sparsity`` and ``sparsity_per_layer``, the share of neurons that did not run (all layers have the same
-            expert size), and ``score_histogram``, how many scores of each layer fell in each of 50 bins of [0, 1].
+            expert size; of TEAL and Wanda that of weights), and ``score_histogram``, how many scores of each layer fell
+            in each of 50 bins of [0, 1].
         """
         pairs = [int(n) * experts for n, experts in zip(self.tokens_L, self.experts, strict=True)]
         per_layer = [1.0 - int(n) / max(total, 1) for n, total in zip(self.active_L, pairs, strict=True)]

@@ -1,5 +1,7 @@
 """Baselines as ordinary fits."""
 
+import json
+
 import pytest
 
 from lte_lightning.core.checkpoint import from_pretrained
@@ -16,9 +18,9 @@ def dense(tiny, lightning, tmp_path_factory):
     return outcome
 
 
-@pytest.mark.parametrize("name", ["kla", "cats", "narrow", "random", *LEARNED])
+@pytest.mark.parametrize("name", ["kla", "cats", "narrow", "random", "teal", "wanda", *LEARNED])
 def test_a_baseline_reaches_the_sparsity_it_is_asked_for(name, dense, tiny, lightning, tmp_path):
-    lte = {"expert_size": 1 if name in ("kla", "dejavu") else 8, "selector": name, "target_sparsity": 0.5}
+    lte = {"expert_size": 1 if name in ("kla", "dejavu", "teal") else 8, "selector": name, "target_sparsity": 0.5}
     config = tiny.config(
         epochs=(0, int(name in LEARNED), 1),
         **{"model.init_args.lte": lte, "model.init_args.init_from": str(dense.run / "model")},
@@ -26,7 +28,7 @@ def test_a_baseline_reaches_the_sparsity_it_is_asked_for(name, dense, tiny, ligh
     fit = lightning(tmp_path, config, "fit")
     assert fit.code == 0, fit.err
     results = fit.results
-    exact = name not in ("cats", "d2dmoe")  # a level is met on average, on rows that adapt to it
+    exact = name not in ("cats", "d2dmoe", "teal")  # a level is met on average, on rows that adapt to it
     assert results["sparsity_before"] == pytest.approx(0.5, abs=1e-6 if exact else 0.2)
     assert results["hard_before"] is not None
     assert results["hard"] is not None
@@ -98,3 +100,51 @@ def test_more_adaptation_keeps_the_calibration(dense, tiny, lightning, tmp_path)
     names = [name for name in levels[0] if name.endswith("selector.level")]
     assert names
     assert all(levels[0][name].equal(levels[1][name]) for name in names)
+
+
+def zeros_of(run):
+    """Where the weights of a saved model are 0, those of its layers' projections."""
+    weights = from_pretrained(run / "model").state_dict()
+    return {name: value == 0 for name, value in weights.items() if "encoder.layer" in name and value.dim() == 2}
+
+
+WANDA = {"selector": "wanda", "target_sparsity": 0.5, "wanda_pattern": "2:4", "wanda_scope": "layers"}
+
+
+def test_what_wanda_prunes_stays_pruned(dense, tiny, lightning, tmp_path):
+    model = {"model.init_args.lte": WANDA, "model.init_args.init_from": str(dense.run / "model")}
+    first = lightning(tmp_path, tiny.config(epochs=(0, 0, 1), **model), "fit")
+    assert first.code == 0, first.err
+    assert first.results["sparsity"] == first.results["sparsity_before"] == 0.5
+    assert 2 * first.results["flops_per_token"] == first.results["dense_flops_per_token"]
+    zeros = zeros_of(first.run)
+    assert {int(zero.sum()) * 2 == zero.numel() for zero in zeros.values()} == {True}
+
+    counted = lightning(tmp_path, None, "cost", "--model", first.run / "model", "--json")
+    assert json.loads(counted.out)["bytes_per_token"]["sparse"] == first.results["bytes_per_token"]
+
+    again = {"model.init_args.lte": None, "model.init_args.init_from": str(first.run / "model")}
+    (tmp_path / "more").mkdir()
+    more = lightning(tmp_path / "more", tiny.config(epochs=(0, 0, 1), **again), "fit")
+    assert more.code == 0, more.err
+    assert all(zero.equal(zeros[name]) for name, zero in zeros_of(more.run).items())
+    before, after = (from_pretrained(run / "model").state_dict() for run in (first.run, more.run))
+    assert not any(before[name].equal(after[name]) for name in zeros)
+
+
+@pytest.mark.parametrize("lte", [WANDA, {"selector": "teal", "expert_size": 1, "target_sparsity": 0.5}])
+def test_adaptation_that_was_interrupted_goes_on_as_if_not(lte, dense, tiny, lightning, tmp_path, break_at):
+    model = {"model.init_args.lte": lte, "model.init_args.init_from": str(dense.run / "model")}
+    config = tiny.config(epochs=(0, 0, 2), **model)
+    (tmp_path / "whole").mkdir()
+    whole = lightning(tmp_path / "whole", config, "fit")
+    assert whole.code == 0, whole.err
+    break_at(11, RuntimeError("power cut"))  # of eight steps an epoch
+    with pytest.raises(RuntimeError, match="power cut"):
+        lightning(tmp_path, config, "fit")
+    break_at(-1, RuntimeError())
+    (last,) = tmp_path.glob("runs/*/*/checkpoints/last.ckpt")
+    resumed = lightning(tmp_path, config, "fit", "--ckpt_path", last)
+    assert resumed.code == 0, resumed.err
+    mine, theirs = (from_pretrained(run / "model").state_dict() for run in (resumed.run, whole.run))
+    assert [name for name in mine if not mine[name].equal(theirs[name])] == []

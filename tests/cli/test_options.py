@@ -25,7 +25,8 @@ LANGUAGE_DATA = ("GenerationData", "InstructData", "LanguageModelData", "MmluDat
 OPTIONS = {
     "model": "pretrained init_from lte efficiency_weight separability_weight separability_start separability_end "
     "separability_epsilon activation layers gradient_checkpointing backend",
-    "model.lte": "expert_size grouping selector target_sparsity threshold router_bias router_margin router_scale seed",
+    "model.lte": "expert_size grouping selector target_sparsity threshold router_bias router_margin router_scale "
+    "wanda_pattern wanda_scope seed",
     "data": "task source max_length batch_size eval_batch_size holdout train_rows",
     "stages": "dense router expert",
     **{f"stages.{stage}": " ".join(PLAN) for stage in ("dense", "router", "expert")},

@@ -130,6 +130,8 @@ def test_predictors_learn(kind):
         ("moefication", 2 * (D * D + D * E)),
         ("dejavu", 2 * (D * 2 + 2 * E)),
         ("d2dmoe", 2 * (D * 128 + 128 * E)),
+        ("teal", 0),
+        ("wanda", 0),
     ],
 )
 def test_charges(name, flops):

@@ -80,3 +80,10 @@ def test_without_peft_it_says_what_to_install(model, monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(UserError, match=r"lte-lightning\[peft\]"):
         add_lora(model, Lora())
+
+
+def test_projections_that_are_to_be_pruned_get_no_adapters():
+    config = lte_lightning.LteConfig(8, selector="wanda", target_sparsity=0.5, wanda_scope="layers")
+    model = lte_lightning.convert(AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS["llama"])), config)
+    with pytest.raises(UserError, match=r"lora freezes.*leave lora out, or set wanda_scope to ffn"):
+        add_lora(model, Lora(rank=2))

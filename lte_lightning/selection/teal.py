@@ -1,0 +1,86 @@
+"""TEAL: thresholds on what each matrix is given, its sparsity allocated greedily between the matrices of a block."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from lte_lightning.selection.base import FfnShape
+from lte_lightning.selection.magnitude import Magnitude
+from lte_lightning.selection.ranking import level_of
+
+STEP = 0.025  # by which the sparsity of a block grows at a time
+
+
+class Teal(Magnitude):
+    """TEAL (Liu et al. 2024): each matrix is given only those of its inputs whose magnitude exceeds its threshold.
+
+    Gate and up projection leave out channels of the input x, the down projection leaves out neurons by their
+    activation, |hidden|; a weight is used where its input is given. ``target_sparsity``, and the sparsity that is
+    reported, are the share of the FFN's weights that a token does not use, the mean over its matrices: the same share
+    of weights as that of an expert which does not run. Charged the weights that are used, and nothing else; no oracle,
+    since a matrix's inputs are known before it is needed. Thresholds come from training rows.
+
+    The authors threshold attention's matrices, too, and allocate a block's sparsity between all seven of them by the
+    error at the end of the block; here attention stays dense, as for every method, and it is between the FFN's two or
+    three by the error of the FFN's output. Theirs is the norm over the last quarter of each text, here over all
+    calibration tokens. They step by 0.05 in units of a D x D matrix and may overshoot, here by 0.025 of the FFN down
+    to the sparsity asked for; all blocks have the same, there and here. They train nothing: that is ``hard_before``.
+    """
+
+    rule = "level"
+    reads = "hidden"
+    input_levels: torch.Tensor
+
+    def __init__(self, shape: FfnShape, sparsity: float, generator: torch.Generator | None = None) -> None:
+        super().__init__(shape, sparsity, generator)
+        self.matrices = 3 if shape.gated else 2  # gate if there is one, up, down
+        self.register_buffer("input_levels", torch.full((self.matrices - 1,), -torch.inf))
+
+    def thin(self, x_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the input of gate and up projection, with 0 for the channels that are left out."""
+        size_BTD = x_BTD.abs().float()
+        given = [x_BTD.masked_fill(size_BTD <= level, 0.0) for level in self.input_levels]
+        return given[0], given[-1]
+
+    def used(self, x_BTD: torch.Tensor, scores_BTE: torch.Tensor) -> torch.Tensor:
+        """Returns the mean over the matrices of the share of inputs that each is given, [B, T, 1]."""
+        size_BTD = x_BTD.abs().float()
+        shares = [(size_BTD > level).float().mean(-1, keepdim=True) for level in self.input_levels]
+        return torch.stack([*shares, scores_BTE.mean(-1, keepdim=True)]).mean(0)
+
+    @torch.no_grad()
+    def allocate(
+        self, x_ND: torch.Tensor, hidden_NF: torch.Tensor, dense_ND: torch.Tensor, thinned: Callable[[], torch.Tensor]
+    ) -> list[float]:
+        """Sets the levels of all matrices by the authors' greedy algorithm.
+
+        From nothing left out, the matrix is thinned further whose thinning leaves the smallest error of the FFN's
+        output, until the mean sparsity is reached. A level is the quantile of what the dense model gave the matrix.
+
+        Args:
+            x_ND: The FFN's input.
+            hidden_NF: Its activations in the dense model.
+            dense_ND: The dense FFN's output.
+            thinned: Returns the output [N, D] with the levels as they are.
+
+        Returns:
+            The sparsity of each matrix: gate if there is one, up, down.
+        """
+        channels = x_ND.abs().float().flatten().sort().values
+        tables = [channels] * (self.matrices - 1) + [hidden_NF.abs().float().flatten().sort().values]
+        shares = [0.0] * self.matrices
+        while (left := self.sparsity - sum(shares) / self.matrices) > 1e-9:
+            step = self.matrices * min(STEP, left)
+            trials = []
+            for i in (i for i, share in enumerate(shares) if share < 1.0):
+                trial = [min(1.0, share + step) if i == j else share for j, share in enumerate(shares)]
+                self._set_levels(tables, trial)
+                trials.append((float((thinned() - dense_ND).float().norm()), trial))
+            shares = min(trials)[1]
+        self._set_levels(tables, shares)
+        return shares
+
+    def _set_levels(self, tables: Sequence[torch.Tensor], shares: Sequence[float]) -> None:
+        *inputs, last = [level_of(table, share) for table, share in zip(tables, shares, strict=True)]
+        self.input_levels.copy_(torch.tensor(inputs))
+        self.level.fill_(last)
