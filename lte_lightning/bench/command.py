@@ -23,7 +23,7 @@ def make_parser(prog: str = "lte bench") -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--shape", default="llama2-7b", help="named shape with random weights, or a converted model's folder or hub id")
     add("--scope", default="ffn,model", help="ffn (one FFN block), model (its layers, no head), or both")
-    add("--dtype", default="f32,bf16", help="f32, bf16, f16; several with commas")
+    add("--dtype", default="f32,bf16", help="f32, bf16, f16, mixed (f32 weights, bf16 autocast); several with commas")
     add(
         "--tokens", default="1", help="tokens per call: 4 decodes for 4 sequences, 32x128 is 32 sequences of 128 tokens"
     )
@@ -92,7 +92,8 @@ def run(options: argparse.Namespace) -> "list[Figure]":
         for scope in scopes:
             for batch, length in calls:
                 tried, timer = rivals if scope == "ffn" else None, CLOCKS[options.clock]
-                found, samples = measure(subject, scope, batch, length, sparsities, options.repeats, tried, timer)
+                with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "mixed"):
+                    found, samples = measure(subject, scope, batch, length, sparsities, options.repeats, tried, timer)
                 _print(found, samples, subject.layers)
                 figures += found
     _write(figures, options)

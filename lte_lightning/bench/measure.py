@@ -19,6 +19,7 @@ from lte_lightning.core.sparse import expert_weights
 from lte_lightning.kernels.cpu_ffn import library
 from lte_lightning.kernels.dispatch import choose
 
+NAMES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 CONTEXT = 32  # tokens in the cache of a decoding model
 
 
@@ -30,7 +31,7 @@ class Figure:
         shape: Name of the shape, or the folder.
         scope: ``ffn`` or ``model`` (all its layers, without embedding and head).
         phase: ``decode`` (a new token for each of ``tokens`` sequences) or ``prefill``.
-        dtype: Of weights and input.
+        dtype: Of weights and input; ``mixed`` is float32 under bfloat16 autocast.
         tokens: Tokens per call, each with a mask of its own.
         sparsity: Share of the experts that a token skips.
         backend: What computed, a rival's name included.
@@ -170,7 +171,7 @@ def measure(
                 subject.name,
                 scope,
                 phase,
-                {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}[subject.dense.dtype],
+                "mixed" if torch.is_autocast_enabled("cpu") else NAMES[subject.dense.dtype],
                 batch * length,
                 sparsity,
                 name,

@@ -34,7 +34,8 @@ SHAPES: dict[str, PreTrainedConfig] = {
     ),
     "roberta-base": RobertaConfig(vocab_size=256, max_position_embeddings=514),
 }
-DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+# "mixed" is trainer.precision bf16-mixed: float32 weights under autocast.
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16, "mixed": torch.float32}
 POOL = 16  # masks per sparsity; one is drawn for each call
 
 

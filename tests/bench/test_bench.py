@@ -43,7 +43,7 @@ def rows_of(path):
 
 def test_one_row_per_figure(tmp_path, capsys):
     path = tmp_path / "out.csv"
-    arguments = "--shape tiny-llama --dtype bf16,f32 --tokens 1,2x3 --sparsity 0,0.5 --threads 1 --repeats 2"
+    arguments = "--shape tiny-llama --dtype bf16,f32,mixed --tokens 1,2x3 --sparsity 0,0.5 --threads 1 --repeats 2"
     assert main([*arguments.split(), "--csv", str(path)]) == 0
     rows = rows_of(path)
     assert list(rows[0]) == COLUMNS == ISSUE.split(", ")
@@ -52,7 +52,7 @@ def test_one_row_per_figure(tmp_path, capsys):
         (scope, phase, dtype, tokens, sparsity, "cpu")
         for scope in ("ffn", "model")
         for phase, tokens in (("decode", "1"), ("prefill", "6"))
-        for dtype in ("bf16", "f32")
+        for dtype in ("bf16", "f32", "mixed")
         for sparsity in ("0.0", "0.5")
     }
     assert len(rows) == len(keys)
@@ -179,7 +179,7 @@ def test_a_busy_machine_is_said_to_be(monkeypatch, capsys):
     [
         ("--shape llama3", "unknown shape 'llama3'; there are llama2-7b, smollm2-135m, roberta-base"),
         ("--shape .", "is not a saved LTE model"),
-        ("--dtype fp8", "unknown dtype 'fp8'; there are f32, bf16, f16"),
+        ("--dtype fp8", "unknown dtype 'fp8'; there are f32, bf16, f16, mixed"),
         ("--scope layer", "unknown scope 'layer'; there are ffn, model"),
         ("--backend cuda", "unknown backend 'cuda'; there are auto, dense-mask"),
         ("--sparsity 50", "--sparsity is '50'; it takes shares between 0 and 1"),
