@@ -115,7 +115,7 @@ def make_subject(shape: str, dtype: torch.dtype, backend: Backend, layers: int |
     """
     if shape in SHAPES:
         config = copy.deepcopy(SHAPES[shape])
-    elif os.path.isdir(shape) or "/" in shape:
+    elif os.path.isdir(shape) or (shape.count("/") == 1 and not shape.startswith((".", "/", "~"))):
         if not is_lte(shape):
             raise UserError(f"{shape} is not a saved LTE model; make one with fit, or name {', '.join(SHAPES)}")
         config = AutoConfig.from_pretrained(shape)
