@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -59,5 +60,5 @@ class ExpertWeights:
         """Returns a copy in another type; itself if it has that already."""
         if dtype == self.up_ESD.dtype:
             return self
-        tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        tensors: dict[str, Any] = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
         return replace(self, **{name: tensor.to(dtype) for name, tensor in tensors.items()})
