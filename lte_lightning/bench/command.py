@@ -6,6 +6,7 @@ import os
 import platform
 import statistics
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from lte_lightning.bench.measure import Figure
 
 HELP = "measure what skipping experts saves: latency against the dense model, sparsity by sparsity"
+PICTURES = (".png", ".svg", ".pdf")
 SPARSITIES = "0,0.25,0.5,0.65,0.8,0.9,0.95"
 
 
@@ -21,18 +23,20 @@ def make_parser(prog: str = "lte bench") -> argparse.ArgumentParser:
     """Returns the command's parser."""
     parser = argparse.ArgumentParser(prog, description=f"{HELP}.", allow_abbrev=False)
     add = parser.add_argument
-    add("--shape", default="llama2-7b", help="named shape with random weights, or a converted model's folder or hub id")
-    add("--scope", default="ffn,model", help="ffn (one FFN block), model (its layers, no head), or both")
-    add("--dtype", default="f32,bf16", help="f32, bf16, f16; several with commas")
-    add(
-        "--tokens", default="1", help="tokens per call: 4 decodes for 4 sequences, 32x128 is 32 sequences of 128 tokens"
-    )
-    add("--sparsity", default=SPARSITIES, help="shares of experts that each token skips")
-    add("--backend", default="auto", help="auto, dense-mask, reference, cpu or triton")
+    shapes = "llama2-7b, smollm2-135m or roberta-base with random weights, or a converted model's folder or hub id"
+    tokens = "tokens per call, several with commas: 4 decodes for 4 sequences, 32x128 is 32 sequences of 128 tokens"
+    dtypes = "f32, bf16, f16, mixed (f32 weights, bf16 autocast), several with commas"
+    default = " (default: %(default)s)"
+    add("--shape", default="llama2-7b", help=shapes + default)
+    add("--scope", default="ffn,model", help="ffn (one FFN block), model (its layers, no head)" + default)
+    add("--dtype", default="f32,bf16", help=dtypes + default)
+    add("--tokens", default="1", help=tokens + default)
+    add("--sparsity", default=SPARSITIES, help="shares of experts that each token skips" + default)
+    add("--backend", default="auto", help="auto, dense-mask, reference, cpu or triton" + default)
     add("--threads", type=int, help="torch's threads; default: torch's own choice")
     add("--layers", type=int, help="layers of a named shape; default: FFN weights of eight times the last cache")
-    add("--repeats", type=int, default=11, help="rounds, after one that is not counted")
-    add("--clock", default="wall", help="wall, or cpu: time of one thread, for machines that are never quiet")
+    add("--repeats", type=int, default=11, help="rounds, after one that is not counted" + default)
+    add("--clock", default="wall", help="wall, or cpu: time of one thread, for machines that are never quiet" + default)
     add("--rivals", action="store_true", help="measure the obvious alternatives besides, in scope ffn")
     add("--csv", type=Path, help="write one row per figure here")
     add("--picture", type=Path, help="draw speed-up against sparsity here; default: beside the CSV")
@@ -80,6 +84,10 @@ def run(options: argparse.Namespace) -> "list[Figure]":
     for path in (options.csv, options.picture):
         if path and not path.parent.is_dir():
             raise UserError(f"there is no folder {path.parent} to write {path.name} to")
+        if path and path.is_dir():
+            raise UserError(f"{path} is a folder; name the file to write")
+    if options.picture and options.picture.suffix not in PICTURES:
+        raise UserError(f"--picture is {options.picture}; its name must end in {', '.join(PICTURES)}")
     if options.clock == "cpu" and options.threads != 1:
         raise UserError("--clock cpu sees one thread only: add --threads 1")
     if options.threads:
@@ -92,7 +100,8 @@ def run(options: argparse.Namespace) -> "list[Figure]":
         for scope in scopes:
             for batch, length in calls:
                 tried, timer = rivals if scope == "ffn" else None, CLOCKS[options.clock]
-                found, samples = measure(subject, scope, batch, length, sparsities, options.repeats, tried, timer)
+                with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "mixed"):
+                    found, samples = measure(subject, scope, batch, length, sparsities, options.repeats, tried, timer)
                 _print(found, samples, subject.layers)
                 figures += found
     _write(figures, options)
@@ -102,11 +111,11 @@ def run(options: argparse.Namespace) -> "list[Figure]":
 def _one_of(text: str, known: Sequence[str], what: str) -> list[str]:
     from lte_lightning.core.errors import UserError
 
-    values = text.split(",")
+    values = dict.fromkeys(text.split(","))
     for value in values:
         if value not in known:
             raise UserError(f"unknown {what} {value!r}; there are {', '.join(known)}")
-    return values
+    return list(values)
 
 
 def _numbers(text: str) -> list[float]:
@@ -159,7 +168,7 @@ def _print(figures: "list[Figure]", samples: dict[Any, list[float]], layers: int
 
 
 def _quartiles(times: list[float]) -> tuple[float, float]:
-    low, _, high = statistics.quantiles(times, n=4) if len(times) > 1 else times * 3
+    low, _, high = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else times * 3
     return low, high
 
 
@@ -167,23 +176,26 @@ def _write(figures: "list[Figure]", options: argparse.Namespace) -> None:
     from lte_lightning.bench.measure import COLUMNS, as_row
     from lte_lightning.bench.picture import draw
 
-    picture = options.picture or (options.csv.with_suffix(".png") if options.csv else None)
-    if options.csv:
-        with options.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(map(as_row, figures))
-    if picture:
-        draw(figures, picture)
-    written = [str(path) for path in (options.csv, picture) if path]
-    if options.mlflow:
-        import mlflow
+    with tempfile.TemporaryDirectory() as passing:  # for what only MLflow keeps
+        table: Path | None = options.csv or (Path(passing) / "bench.csv" if options.mlflow else None)
+        picture: Path | None = options.picture or (table.with_suffix(".png") if table else None)
+        if table:
+            with table.open("w", newline="") as file:
+                writer = csv.DictWriter(file, COLUMNS)
+                writer.writeheader()
+                writer.writerows(map(as_row, figures))
+        if picture:
+            draw(figures, picture)
+        written = [path for path in (table, picture) if path]
+        if options.mlflow:
+            import mlflow
 
-        mlflow.set_tracking_uri(os.environ.get("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db"))
-        mlflow.set_experiment(options.mlflow)
-        with mlflow.start_run(run_name=f"bench {options.shape}"):
-            mlflow.log_params({key: str(value) for key, value in vars(options).items()})
-            for path in written:
-                mlflow.log_artifact(path)
-    if written:
-        print(f"\nwritten: {', '.join(written)}")
+            mlflow.set_tracking_uri(os.environ.get("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db"))
+            mlflow.set_experiment(options.mlflow)
+            with mlflow.start_run(run_name=f"bench {options.shape}"):
+                mlflow.log_params({key: str(value) for key, value in vars(options).items()})
+                for path in written:
+                    mlflow.log_artifact(str(path))
+        named = [str(path) for path in written if path.parent != Path(passing)]
+    if named:
+        print(f"\nwritten: {', '.join(named)}")

@@ -15,10 +15,10 @@ from transformers import DynamicCache
 from lte_lightning.bench.rivals import Rival
 from lte_lightning.bench.subject import Subject, dense_blocks
 from lte_lightning.core.ffn import Projection
-from lte_lightning.core.sparse import expert_weights
+from lte_lightning.core.sparse import choose_for, expert_weights
 from lte_lightning.kernels.cpu_ffn import library
-from lte_lightning.kernels.dispatch import choose
 
+NAMES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 CONTEXT = 32  # tokens in the cache of a decoding model
 
 
@@ -30,7 +30,7 @@ class Figure:
         shape: Name of the shape, or the folder.
         scope: ``ffn`` or ``model`` (all its layers, without embedding and head).
         phase: ``decode`` (a new token for each of ``tokens`` sequences) or ``prefill``.
-        dtype: Of weights and input.
+        dtype: Of weights and input; ``mixed`` is float32 under bfloat16 autocast.
         tokens: Tokens per call, each with a mask of its own.
         sparsity: Share of the experts that a token skips.
         backend: What computed, a rival's name included.
@@ -170,7 +170,7 @@ def measure(
                 subject.name,
                 scope,
                 phase,
-                {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}[subject.dense.dtype],
+                "mixed" if torch.is_autocast_enabled("cpu") else NAMES[subject.dense.dtype],
                 batch * length,
                 sparsity,
                 name,
@@ -191,7 +191,7 @@ def backend_name(subject: Subject, batch: int, length: int) -> str:
     """Returns what will compute the sparse twin's FFNs; a declared fallback is part of the name."""
     ffn = subject.ffns[0]
     x_BTD = torch.empty(batch, length, ffn.width, dtype=subject.dense.dtype)
-    name = choose(ffn.backend, x_BTD, ffn.up.weight).backend
+    name = choose_for(ffn, x_BTD)[0].backend
     return "cpu-views" if name == "cpu" and library() is None else name
 
 

@@ -34,7 +34,8 @@ SHAPES: dict[str, PreTrainedConfig] = {
     ),
     "roberta-base": RobertaConfig(vocab_size=256, max_position_embeddings=514),
 }
-DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+# "mixed" is trainer.precision bf16-mixed: float32 weights under autocast.
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16, "mixed": torch.float32}
 POOL = 16  # masks per sparsity; one is drawn for each call
 
 
@@ -114,7 +115,7 @@ def make_subject(shape: str, dtype: torch.dtype, backend: Backend, layers: int |
     """
     if shape in SHAPES:
         config = copy.deepcopy(SHAPES[shape])
-    elif os.path.isdir(shape) or "/" in shape:
+    elif os.path.isdir(shape) or (shape.count("/") == 1 and not shape.startswith((".", "/", "~"))):
         if not is_lte(shape):
             raise UserError(f"{shape} is not a saved LTE model; make one with fit, or name {', '.join(SHAPES)}")
         config = AutoConfig.from_pretrained(shape)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from lte_lightning.core.ffn import FfnParts, Projection, weight_rows
+from lte_lightning.core.idle import without_idle_experts
 from lte_lightning.core.sparse import run_sparse
 from lte_lightning.kernels import scale_experts
 from lte_lightning.kernels.dispatch import Backend
@@ -69,7 +70,7 @@ class ExpertFfn(nn.Module):
             gate_BTF, hidden_BTF = self._activations(x_BTD, x_BTD)
             if self.observer is not None:
                 self.observer(self, x_BTD, gate_BTF, hidden_BTF)
-            return self.down(self._finished(hidden_BTF))
+            return self.down(self.finished(hidden_BTF))
         if self.selector.reads != "input":  # the selection needs what it is to save
             given = self.selector.thin(x_BTD) if self.mode == "hard" else (x_BTD, x_BTD)
             gate_BTF, hidden_BTF = self._activations(*given)
@@ -85,7 +86,11 @@ class ExpertFfn(nn.Module):
                 if out_BTD is not None:
                     return out_BTD
             _, hidden_BTF = self._activations(x_BTD, x_BTD)
-        return self.down(scale_experts(self._finished(hidden_BTF), factor_BTE))
+        out_BTD = self.down(scale_experts(self.finished(hidden_BTF), factor_BTE))
+        # where weights are trained they are finite, and the host waits for no device
+        if self.mode == "hard" and self.selector.reads == "input" and not (self.training and torch.is_grad_enabled()):
+            return without_idle_experts(self, x_BTD, factor_BTE, out_BTD)
+        return out_BTD
 
     def _activations(self, to_gate_BTD: torch.Tensor, to_up_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the activated gate (of a plain FFN: the hidden activations) and the hidden activations, [B, T, F]."""
@@ -95,7 +100,8 @@ class ExpertFfn(nn.Module):
         gate_BTF = self.activation(self.gate(to_gate_BTD))
         return gate_BTF, gate_BTF * self.up(to_up_BTD)
 
-    def _finished(self, hidden_BTF: torch.Tensor) -> torch.Tensor:
+    def finished(self, hidden_BTF: torch.Tensor) -> torch.Tensor:
+        """Returns the hidden activations as the down projection takes them: after dropout, and in its type."""
         if self.dropout is not None:
             hidden_BTF = self.dropout(hidden_BTF)
         if hidden_BTF.dtype != self.down.weight.dtype and not torch.is_autocast_enabled(hidden_BTF.device.type):

@@ -125,23 +125,30 @@ def _describe(activation: Any) -> str:
     return type(activation).__name__ if isinstance(activation, nn.Module) else getattr(activation, "__name__", "?")
 
 
-def run_sparse(ffn: "ExpertFfn", x_BTD: torch.Tensor, mask_BTE: torch.Tensor) -> torch.Tensor | None:
-    """Computes an FFN's hard mode on its backend; None if that is for the dense-mask path to do (the log says why)."""
+def choose_for(ffn: "ExpertFfn", x_BTD: torch.Tensor) -> tuple[Choice, ExpertWeights | None]:
+    """Returns what computes an FFN's hard mode on this input, and its weights unless that is the dense-mask path."""
     gradient = torch.is_grad_enabled() and (x_BTD.requires_grad or any(p.requires_grad for p in ffn.parameters()))
     choice = choose(ffn.backend, x_BTD, ffn.up.weight, gradient)
+    if choice.backend == "dense-mask":
+        return choice, None
     if ffn.dropout is not None and ffn.training:
-        choice = Choice("dense-mask", "there is dropout between its projections, and the model is in train mode")
+        fallback = "there is dropout between its projections, and the model is in train mode"
     elif ffn.down.weight.dtype != ffn.up.weight.dtype:  # T5 in float16
-        choice = Choice("dense-mask", f"the down projection is {ffn.down.weight.dtype}, the up {ffn.up.weight.dtype}")
-    fallback = choice.fallback
-    if choice.backend != "dense-mask":
+        fallback = f"the down projection is {ffn.down.weight.dtype}, the up {ffn.up.weight.dtype}"
+    else:
         try:
-            weights = expert_weights(ffn)
+            return choice, expert_weights(ffn)
         except UserError as error:
             fallback = str(error)
-        else:
-            flat_ND = run_experts(choice.backend, x_BTD.flatten(0, -2), mask_BTE.flatten(0, -2), weights)
-            return flat_ND.view(x_BTD.shape)
-    if fallback and not ffn.training and not torch.compiler.is_compiling():
-        say_once(f"backend {ffn.backend!r} computes every expert and masks (dense-mask): {fallback}")
+    return Choice("dense-mask", fallback), None
+
+
+def run_sparse(ffn: "ExpertFfn", x_BTD: torch.Tensor, mask_BTE: torch.Tensor) -> torch.Tensor | None:
+    """Computes an FFN's hard mode on its backend; None if that is for the dense-mask path to do (the log says why)."""
+    choice, weights = choose_for(ffn, x_BTD)
+    if weights is not None:
+        flat_ND = run_experts(choice.backend, x_BTD.flatten(0, -2), mask_BTE.flatten(0, -2), weights)
+        return flat_ND.view(x_BTD.shape)
+    if choice.fallback and not ffn.training and not torch.compiler.is_compiling():
+        say_once(f"backend {ffn.backend!r} computes every expert and masks (dense-mask): {choice.fallback}")
     return None

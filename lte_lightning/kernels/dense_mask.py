@@ -4,6 +4,7 @@ import torch
 from torch.nn import functional
 
 from lte_lightning.kernels.layout import ACTIVATIONS, ExpertWeights
+from lte_lightning.kernels.views import run_views
 
 
 def scale_experts(hidden_BTF: torch.Tensor, factor_BTE: torch.Tensor) -> torch.Tensor:
@@ -23,8 +24,8 @@ def scale_experts(hidden_BTF: torch.Tensor, factor_BTE: torch.Tensor) -> torch.T
 def run_dense_mask(x_ND: torch.Tensor, mask_NE: torch.Tensor, weights: ExpertWeights) -> torch.Tensor:
     """Computes every expert in matrix products of the weights' own type, and clears what was not selected.
 
-    Cleared, not multiplied by 0: what is not finite in an expert that no token selected does not reach a result,
-    except by the down projection, whose every row is read.
+    A row of weights that is not finite would spoil all tokens, by the product with a cleared activation: then only what
+    a token selected is computed, expert by expert (`run_views`).
 
     Args:
         x_ND: Input of N tokens, of the weights' type.
@@ -42,7 +43,8 @@ def run_dense_mask(x_ND: torch.Tensor, mask_NE: torch.Tensor, weights: ExpertWei
     hidden_NES = hidden_NF.unflatten(-1, weights.up_ESD.shape[:2])
     if not mask_NE.all():
         hidden_NES = hidden_NES.masked_fill(~mask_NE.unsqueeze(-1), 0.0)
-    return functional.linear(hidden_NES.flatten(-2), weights.down_ESD.flatten(0, 1).T, weights.down_bias_D)
+    out_ND = functional.linear(hidden_NES.flatten(-2), weights.down_ESD.flatten(0, 1).T, weights.down_bias_D)
+    return out_ND if out_ND.sum(dtype=torch.float32).isfinite() else run_views(x_ND, mask_NE, weights)
 
 
 def _project(x_ND: torch.Tensor, weight_ESD: torch.Tensor, bias_ES: torch.Tensor | None) -> torch.Tensor:

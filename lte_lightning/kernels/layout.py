@@ -1,7 +1,8 @@
 """How the kernels see an FFN's weights: one contiguous block of rows per expert."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -54,3 +55,10 @@ class ExpertWeights:
             tensor = getattr(self, name)
             if tensor is not None and tuple(tensor.shape) != shape:
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}, and up_ESD wants {shape}")
+
+    def to(self, dtype: torch.dtype) -> "ExpertWeights":
+        """Returns a copy in another type; itself if it has that already."""
+        if dtype == self.up_ESD.dtype:
+            return self
+        tensors: dict[str, Any] = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return replace(self, **{name: tensor.to(dtype) for name, tensor in tensors.items()})

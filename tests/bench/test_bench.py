@@ -10,9 +10,10 @@ from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, RobertaCo
 from lte_lightning import LteConfig, convert, save_pretrained, set_mode
 from lte_lightning.bench import command, main
 from lte_lightning.bench.measure import COLUMNS, bound, interleave, measure
-from lte_lightning.bench.rivals import index_select
+from lte_lightning.bench.rivals import index_select, make_rivals
 from lte_lightning.bench.subject import SHAPES, ForcedSelector, Subject, dense_blocks, make_subject
 from lte_lightning.core.convert import expert_ffns
+from lte_lightning.kernels import cpu_ffn
 from lte_lightning.kernels.layout import ExpertWeights
 from lte_lightning.kernels.reference import run_reference
 
@@ -43,7 +44,7 @@ def rows_of(path):
 
 def test_one_row_per_figure(tmp_path, capsys):
     path = tmp_path / "out.csv"
-    arguments = "--shape tiny-llama --dtype bf16,f32 --tokens 1,2x3 --sparsity 0,0.5 --threads 1 --repeats 2"
+    arguments = "--shape tiny-llama --dtype bf16,f32,mixed --tokens 1,2x3 --sparsity 0,0.5 --threads 1 --repeats 2"
     assert main([*arguments.split(), "--csv", str(path)]) == 0
     rows = rows_of(path)
     assert list(rows[0]) == COLUMNS == ISSUE.split(", ")
@@ -52,7 +53,7 @@ def test_one_row_per_figure(tmp_path, capsys):
         (scope, phase, dtype, tokens, sparsity, "cpu")
         for scope in ("ffn", "model")
         for phase, tokens in (("decode", "1"), ("prefill", "6"))
-        for dtype in ("bf16", "f32")
+        for dtype in ("bf16", "f32", "mixed")
         for sparsity in ("0.0", "0.5")
     }
     assert len(rows) == len(keys)
@@ -90,18 +91,54 @@ def test_a_converted_folder_and_mlflow(tmp_path, monkeypatch):
     save_pretrained(model, tmp_path / "saved")
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    arguments = "--dtype f32 --sparsity 0.5 --repeats 1 --scope ffn --csv out.csv --mlflow speed"
-    assert main(["--shape", str(tmp_path / "saved"), *arguments.split()]) == 0
-    (run,) = mlflow.search_runs(experiment_names=["speed"], output_format="list")
-    artifacts = {file.path for file in mlflow.MlflowClient().list_artifacts(run.info.run_id)}
-    assert artifacts == {"out.csv", "out.png"}
-    assert run.data.params["sparsity"] == "0.5"
+    arguments = f"--shape {tmp_path / 'saved'} --dtype f32 --sparsity 0.5 --repeats 1 --scope ffn"
+    assert main(f"{arguments} --csv out.csv --mlflow speed".split()) == 0
+    assert main(f"{arguments} --mlflow unnamed".split()) == 0
+    for experiment, files in (("speed", {"out.csv", "out.png"}), ("unnamed", {"bench.csv", "bench.png"})):
+        (run,) = mlflow.search_runs(experiment_names=[experiment], output_format="list")
+        assert {file.path for file in mlflow.MlflowClient().list_artifacts(run.info.run_id)} == files
+        assert run.data.params["sparsity"] == "0.5"
+    assert {path.name for path in tmp_path.glob("*.csv")} == {"out.csv"}
+
+
+def test_the_help_names_the_shapes(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for name in ("llama2-7b", "smollm2-135m", "roberta-base"):
+        assert name in SHAPES
+        assert name in text
+
+
+def test_quartiles_lie_within_the_timings():
+    assert command._quartiles([1.0, 9.0]) == (3.0, 7.0)
+    assert command._quartiles([4.0]) == (4.0, 4.0)
 
 
 def test_a_declared_fallback_is_named(capsys):
     subject = make_subject("tiny-llama", torch.float32, "triton")
     figures, _ = measure(subject, "ffn", 1, 1, [0.5], 1)
     assert [figure.backend for figure in figures] == ["dense-mask"]
+
+
+def test_an_activation_without_kernel_is_a_fallback_too(tmp_path, monkeypatch):
+    monkeypatch.setitem(SHAPES, "odd", LlamaConfig(vocab_size=256, hidden_act="quick_gelu", **SIZES))
+    figures, _ = measure(make_subject("odd", torch.float32, "auto"), "ffn", 1, 1, [0.5], 1)
+    assert [figure.backend for figure in figures] == ["dense-mask"]
+
+
+def test_a_missing_compiler_is_a_fallback_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    cpu_ffn.library.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match=r"no C\+\+ compiler found"):
+            figures, _ = measure(make_subject("tiny-llama", torch.float32, "auto"), "ffn", 1, 1, [0.5], 1)
+        assert set(make_rivals()) == {"index_select", "expert-views", "executed-width"}
+    finally:
+        cpu_ffn.library.cache_clear()
+    assert [figure.backend for figure in figures] == ["cpu-views"]
 
 
 def test_masks_change_on_every_call_and_skip_what_they_should():
@@ -179,7 +216,7 @@ def test_a_busy_machine_is_said_to_be(monkeypatch, capsys):
     [
         ("--shape llama3", "unknown shape 'llama3'; there are llama2-7b, smollm2-135m, roberta-base"),
         ("--shape .", "is not a saved LTE model"),
-        ("--dtype fp8", "unknown dtype 'fp8'; there are f32, bf16, f16"),
+        ("--dtype fp8", "unknown dtype 'fp8'; there are f32, bf16, f16, mixed"),
         ("--scope layer", "unknown scope 'layer'; there are ffn, model"),
         ("--backend cuda", "unknown backend 'cuda'; there are auto, dense-mask"),
         ("--sparsity 50", "--sparsity is '50'; it takes shares between 0 and 1"),
@@ -190,9 +227,14 @@ def test_a_busy_machine_is_said_to_be(monkeypatch, capsys):
         ("--clock cpu --threads 2", "--clock cpu sees one thread only"),
         ("--threads 0", "--threads is 0; it must be at least 1"),
         ("--csv nowhere/out.csv", "there is no folder nowhere to write out.csv to"),
+        ("--csv tests", "tests is a folder; name the file to write"),
+        ("--picture speed.foo", "--picture is speed.foo; its name must end in .png, .svg, .pdf"),
+        ("--shape /no/such/folder", "unknown shape '/no/such/folder'; there are llama2-7b"),
+        ("--shape some/model", "some/model is not a saved LTE model"),
     ],
 )
-def test_bad_input(arguments, message, capsys):
+def test_bad_input(arguments, message, capsys, request, monkeypatch):
+    monkeypatch.chdir(request.config.rootpath)
     assert main(["--shape", "tiny-llama", *arguments.split()]) == 1
     assert message in capsys.readouterr().err
 

@@ -45,7 +45,12 @@ def test_test_reports_what_the_fit_logged(weights, fitted, tiny, lightning, tmp_
 @pytest.mark.parametrize("command", ["test", "predict"])
 @pytest.mark.parametrize(
     ("options", "expected"),
-    [((), {"cpu"}), (("--model.backend", "reference"), {"reference"}), (("--model.backend", "dense-mask"), set())],
+    [
+        ((), {"cpu"}),
+        (("--trainer.precision", "bf16-mixed"), {"cpu"}),
+        (("--model.backend", "reference"), {"reference"}),
+        (("--model.backend", "dense-mask"), set()),
+    ],
 )
 def test_backends(command, options, expected, fitted, tiny, lightning, tmp_path, monkeypatch):
     ran = set()

@@ -30,7 +30,46 @@ def test_every_fallback_says_why(backend):
         else:  # the oracle computes in any type
             assert (backend, choice.backend) == ("reference", "reference")
     with torch.autocast("cpu", torch.bfloat16):
-        assert "autocast" in choose(backend, X, X).fallback
+        why = "autocast computes in torch.bfloat16, the weights are torch.float16"
+        assert choose(backend, X, X.half()) == dispatch.Choice("dense-mask", why)
+
+
+@pytest.mark.parametrize("weight", [X, X.bfloat16()])
+@pytest.mark.parametrize("x", [X, X.bfloat16()])
+def test_autocast_keeps_nothing_from_being_sparse(x, weight):
+    with torch.autocast("cpu", torch.bfloat16):
+        assert choose("auto", x, weight) == dispatch.Choice("cpu")
+        assert choose("reference", x, weight) == dispatch.Choice("reference")
+        assert choose("auto", x, weight, gradient=True).backend == "dense-mask"
+
+
+@pytest.mark.parametrize("tokens", [1, 128, 129, 513])
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", ["dense-mask", "reference", "cpu"])
+def test_agrees_with_the_oracle_under_autocast(backend, dtype, x_dtype, tokens, make_weights, assert_agrees):
+    weights = make_weights(5, 24, 70, gated=True, biases=True)
+    x_ND, mask_NE = torch.randn(tokens, 70).to(x_dtype), torch.rand(tokens, 5) > 0.5
+    mask_NE[:, 2] = False
+    expected = run_reference(x_ND.to(dtype), mask_NE, weights.to(dtype))
+    weights.down_ESD[2] = torch.nan
+    with torch.autocast("cpu", dtype):
+        actual = run_experts(backend, x_ND, mask_NE, weights)
+        assert torch.is_autocast_enabled("cpu")
+    assert actual.dtype == dtype
+    assert_agrees(actual, expected)
+
+
+@pytest.mark.parametrize("tokens", [128, 129])
+def test_few_tokens_under_autocast_read_the_weights_in_place(tokens, make_weights, monkeypatch):
+    given = []
+    monkeypatch.setattr(dispatch, "run_cpu", lambda x, mask, weights: given.append((x, weights)) or x)
+    weights = make_weights(3, 8, 12)
+    with torch.autocast("cpu", torch.bfloat16):
+        run_experts("cpu", torch.randn(tokens, 12), torch.ones(tokens, 3, dtype=torch.bool), weights)
+    ((x_ND, used),) = given
+    assert (used is weights) == (tokens == 128)
+    assert x_ND.dtype == used.down_ESD.dtype == (torch.float32 if tokens == 128 else torch.bfloat16)
 
 
 def test_devices_that_a_backend_does_not_serve(monkeypatch):
