@@ -26,7 +26,9 @@ class ExpertFfn(nn.Module):
         parts: The original modules.
         expert_size: S.
         selector: Maps the input [B, T, D] to scores [B, T, E].
-        threshold: tau; in hard mode the experts whose score exceeds it run, unscaled.
+        threshold: tau; in hard mode the experts whose score exceeds it run, unscaled (unless the selector ``scales``).
+
+    With ``straight_through`` hard mode has the gradient of soft mode's factors for the scores, so that routers learn.
     """
 
     up: Projection
@@ -43,7 +45,8 @@ class ExpertFfn(nn.Module):
         self.threshold = threshold
         self.mode: Mode = "dense"
         self.backend: Backend = "dense-mask"
-        self.recorder: Callable[[ExpertFfn, torch.Tensor], None] | None = None
+        self.straight_through = False
+        self.recorder: Callable[[ExpertFfn, torch.Tensor, torch.Tensor], None] | None = None
         self.observer: Callable[[ExpertFfn, torch.Tensor, torch.Tensor, torch.Tensor], None] | None = None
         self.shell: tuple[nn.Module, ...] = ()
         self.stack = 0  # 1 in the decoder of a model that has an encoder too
@@ -76,15 +79,20 @@ class ExpertFfn(nn.Module):
         else:
             scores_BTE = self.selector(x_BTD)
         if self.recorder is not None:
-            self.recorder(self, scores_BTE)
-        factor_BTE = scores_BTE if self.mode == "soft" else scores_BTE > self.threshold
+            self.recorder(self, scores_BTE, x_BTD)
         if self.selector.reads == "input":
             if self.mode == "hard" and self.backend != "dense-mask":
-                out_BTD = run_sparse(self, x_BTD, factor_BTE)
+                out_BTD = run_sparse(self, x_BTD, scores_BTE > self.threshold)
                 if out_BTD is not None:
                     return out_BTD
             _, hidden_BTF = self._activations(x_BTD)
-        return self.down(scale_experts(self._finished(hidden_BTF), factor_BTE))
+        return self.down(scale_experts(self._finished(hidden_BTF), self._factor(scores_BTE)))
+
+    def _factor(self, scores_BTE: torch.Tensor) -> torch.Tensor:
+        if self.mode == "soft" or self.selector.scales:
+            return scores_BTE
+        mask_BTE = scores_BTE > self.threshold
+        return mask_BTE + (scores_BTE - scores_BTE.detach()) if self.straight_through else mask_BTE
 
     def _activations(self, x_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the activated gate (of a plain FFN: the hidden activations) and the hidden activations, [B, T, F]."""

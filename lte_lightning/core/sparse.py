@@ -131,6 +131,8 @@ def run_sparse(ffn: "ExpertFfn", x_BTD: torch.Tensor, mask_BTE: torch.Tensor) ->
     choice = choose(ffn.backend, x_BTD, ffn.up.weight, gradient)
     if ffn.dropout is not None and ffn.training:
         choice = Choice("dense-mask", "there is dropout between its projections, and the model is in train mode")
+    elif ffn.selector.scales:
+        choice = Choice("dense-mask", f"{type(ffn.selector).__name__} scales experts, which no sparse backend does")
     elif ffn.down.weight.dtype != ffn.up.weight.dtype:  # T5 in float16
         choice = Choice("dense-mask", f"the down projection is {ffn.down.weight.dtype}, the up {ffn.up.weight.dtype}")
     fallback = choice.fallback
