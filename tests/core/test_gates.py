@@ -179,3 +179,22 @@ def test_straight_through_is_off_at_first(build, batch, scatter):
     set_mode(model, "hard")
     model(**batch).logits.sum().backward()
     assert all(parameter.grad is None for parameter in selector_parameters(model))
+
+
+@pytest.mark.parametrize("selector", KINDS)
+def test_gradient_checkpointing_repeats_noise_and_dropout(selector, gated, batch, masks, labels):
+    gradients = []
+    for checkpointing in (False, True):
+        model = gated(selector).train()
+        if checkpointing:
+            name = "activation_checkpointing_enable"  # transformers 5.23 renamed it
+            getattr(model, name, model.gradient_checkpointing_enable)({"use_reentrant": False})
+        set_mode(model, "soft")
+        torch.manual_seed(5)
+        with RouterTrace(model, *masks) as trace:
+            loss = model(**batch, labels=labels).loss
+        (loss + trace.balance_loss()).backward()
+        gradients.append([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
+    assert len(gradients[0]) == len(gradients[1])
+    for whole, again in zip(*gradients, strict=True):
+        torch.testing.assert_close(again, whole)
