@@ -32,7 +32,7 @@ class StagePlan:
             pass.
         learning_rate: Peak rate of the model's weights.
         weight_decay: Weight decay of the model's weights.
-        router_learning_rate: Peak rate of the routers, a group of their own (router stage only).
+        router_learning_rate: Peak rate of the routers, a group of their own, where they are trained.
         router_weight_decay: Weight decay of the routers.
         warmup: Share of the stage in which the rates rise linearly from 0.
         schedule: ``linear`` decay to 0 at the stage's end, or ``constant``.
@@ -83,7 +83,7 @@ class StageSchedule(Callback):
     Args:
         dense: Fine-tuning of the plain model; skip it when starting from a fine-tuned one.
         router: Routers and model train together, all experts run, weighted by their scores (stage 1 of the paper).
-        expert: Routers are frozen and only selected experts run (stage 2 of the paper).
+        expert: Only selected experts run; routers are frozen unless the model says otherwise (stage 2 of the paper).
         seed: Seed of data order and dropout; the command line sets it to ``seed_everything``.
     """
 
@@ -253,13 +253,13 @@ class StageSchedule(Callback):
     # Optimisation
 
     def configure_optimizers(self, module: LightningModule) -> dict[str, Any]:
-        """Builds the current stage's optimizer: the model's weights, and in the router stage the routers' own group."""
+        """Builds the current stage's optimizer: the model's weights, and the routers' own group while they learn."""
         plan = self.plans[module.stage]
         routers = list(selector_parameters(module.net))
         inside = {id(parameter) for parameter in routers}
         body = [p for p in module.net.parameters() if id(p) not in inside and p.requires_grad]
         groups = [{"params": body, "lr": plan.learning_rate, "weight_decay": plan.weight_decay, "name": "model"}]
-        if module.stage == "router" and routers:
+        if module.routers_learn and routers:
             rates = {"lr": plan.router_learning_rate, "weight_decay": plan.router_weight_decay}
             groups.append({"params": routers, **rates, "name": "routers"})
         optimizer = plan.optimizer(groups)

@@ -14,10 +14,11 @@ class LteConfig:
     Args:
         expert_size: Neurons per expert; must divide the FFN width (paper: 32).
         grouping: How neurons are assigned to experts: balanced k-means on their L2-normalised input weights (the
-            paper), a random partition, or the order they already have.
+            paper) or on what they do together on training rows (``coactivation``), a random partition, or the order
+            they already have.
         selector: ``router`` is LTE's; ``none`` never runs an expert, the floor that every method is read against. The
-            baselines are ``cats``, ``d2dmoe``, ``dejavu``, ``kla``, ``moefication``, ``narrow``, ``random``, ``teal``
-            and ``wanda`` (see docs/baselines.md).
+            baselines are ``cats``, ``d2dmoe``, ``dejavu``, ``kla``, ``moefication``, ``narrow``, ``random``,
+            ``sigmamoe``, ``softmax``, ``teal`` and ``wanda`` (see docs/baselines.md).
         target_sparsity: Share of the experts that a baseline shall not run; for ``teal`` and ``wanda`` share of the
             weights that shall not be used. LTE's own router has none: its sparsity follows from ``efficiency_weight``.
         threshold: An expert runs when its score exceeds this (tau in the paper).
@@ -34,9 +35,21 @@ class LteConfig:
     """
 
     expert_size: int = 32
-    grouping: Literal["kmeans", "random", "contiguous"] = "kmeans"
+    grouping: Literal["kmeans", "coactivation", "random", "contiguous"] = "kmeans"
     selector: Literal[
-        "router", "none", "cats", "d2dmoe", "dejavu", "kla", "moefication", "narrow", "random", "teal", "wanda"
+        "router",
+        "none",
+        "cats",
+        "d2dmoe",
+        "dejavu",
+        "kla",
+        "moefication",
+        "narrow",
+        "random",
+        "sigmamoe",
+        "softmax",
+        "teal",
+        "wanda",
     ] = "router"
     target_sparsity: float | None = None
     threshold: float = 0.5

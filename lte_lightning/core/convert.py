@@ -25,7 +25,7 @@ from lte_lightning.core.ffn import (
 )
 from lte_lightning.core.fused import put_together, take_apart
 from lte_lightning.core.grouping import Grouping, expert_count, group_neurons
-from lte_lightning.selection import RANKINGS, SELECTORS, FfnShape, Router, Selector
+from lte_lightning.selection import RANKINGS, SELECTORS, FfnShape, Gates, Router, Selector
 
 
 def convert(
@@ -59,11 +59,16 @@ def convert(
     _check_selector(config)
     if config.selector == "wanda":
         _check_pruning(model, config, all_parts)
+    if group and groups_by_activation(config):
+        _require_activations(None)
 
     generator = torch.Generator().manual_seed(config.seed or 0)
-    for (layer, stack), parts in zip(sites, all_parts, strict=True):
-        selector = _make_selector(config, parts, generator)
-        ffn = ExpertFfn(parts, config.expert_size, selector.to(parts.up.weight.device), config.threshold)
+    selectors = [_make_selector(config, parts, generator) for parts in all_parts]
+    for selector in selectors:
+        _check_gates(config, selector)
+    for (layer, stack), parts, selector in zip(sites, all_parts, selectors, strict=True):
+        threshold = 0.0 if selector.scales else config.threshold
+        ffn = ExpertFfn(parts, config.expert_size, selector.to(parts.up.weight.device), threshold)
         ffn.stack = stack
         if parts.row.module:
             ffn.shell = (get_child(layer, parts.row.module),)  # in a tuple: its weights are not registered twice
@@ -79,21 +84,41 @@ def convert(
     return model
 
 
-def group_experts(model: PreTrainedModel, progress: bool = True) -> list[Grouping]:
+def groups_by_activation(config: LteConfig) -> bool:
+    """Says whether `group_experts` needs to know what the neurons do."""
+    return config.grouping == "coactivation" and config.expert_size > 1
+
+
+def group_experts(
+    model: PreTrainedModel, progress: bool = True, activations: Sequence[torch.Tensor] | None = None
+) -> list[Grouping]:
     """Groups the neurons of a converted model by its configuration's method, in place, without changing its function.
+
+    Args:
+        model: A converted model.
+        progress: Show a progress bar.
+        activations: Of each FFN what its neurons do on training rows, [F, N] (see `core.observe.neuron_activations`);
+            for grouping ``coactivation``.
 
     Returns:
         The grouping of each layer, with what clustering gained over chance.
+
+    Raises:
+        UserError: If the method needs activations and there are none, or a neuron's weights or activations are not
+            finite.
     """
     config = lte_config(model)
     ffns = expert_ffns(model)
     # neurons on their own need no order, and Wanda's patterns count neighbours in the order of the model
     if config.grouping == "contiguous" or config.expert_size == 1 or config.selector == "wanda":
         return []
+    if groups_by_activation(config):
+        rows = _require_activations(activations)
+    else:
+        rows = [weight_rows(ffn.up if ffn.gate is None else ffn.gate) for ffn in ffns.values()]
     groupings = []
-    for i, ffn in enumerate(tqdm(ffns.values(), desc=f"grouping ({config.grouping})", disable=not progress)):
-        weight_FD = weight_rows(ffn.up if ffn.gate is None else ffn.gate).detach()
-        groupings.append(group_neurons(weight_FD, config.expert_size, config.grouping, (config.seed or 0) + i))
+    for i, rows_FX in enumerate(tqdm(rows, desc=f"grouping ({config.grouping})", disable=not progress)):
+        groupings.append(group_neurons(rows_FX, config.expert_size, config.grouping, (config.seed or 0) + i))
     for ffn, grouping in zip(ffns.values(), groupings, strict=True):
         ffn.permute(grouping.permutation_F.to(ffn.up.weight.device))
     return groupings
@@ -224,6 +249,23 @@ def _check_pruning(model: PreTrainedModel, config: LteConfig, all_parts: Sequenc
                 f"wanda_pattern {config.wanda_pattern} needs rows of a multiple of {group} weights, and this "
                 f"{type(model).__name__} has a projection of {inputs} inputs; set it to unstructured"
             )
+
+
+def _check_gates(config: LteConfig, selector: Selector) -> None:
+    if isinstance(selector, Gates) and selector.keep < 1:
+        raise UserError(
+            f"target_sparsity {config.target_sparsity} keeps none of {selector.shape.experts} experts, and selector "
+            f"{config.selector!r} would have nothing to learn; lower it, or make experts smaller"
+        )
+
+
+def _require_activations(activations: Sequence[torch.Tensor] | None) -> Sequence[torch.Tensor]:
+    if activations is None:
+        raise UserError(
+            "grouping 'coactivation' needs what the neurons do on training rows: convert(..., group=False), and then "
+            "group_experts(model, activations=neuron_activations(model, batches, tokens))"
+        )
+    return activations
 
 
 def _make_selector(config: LteConfig, parts: FfnParts, generator: torch.Generator) -> Selector:

@@ -168,8 +168,7 @@ def _ffn_parameters(ffn: ExpertFfn, sparsity: float, with_selector: bool) -> int
     selector = sum(parameter.numel() for parameter in ffn.selector.parameters())
     output_bias = 0 if ffn.down.bias is None else ffn.down.bias.numel()
     neurons = sum(parameter.numel() for parameter in ffn.parameters()) - selector - output_bias
-    selector = max(selector, ffn.selector.flops_per_token() // 2)  # random routers have no parameters, but weights
-    return round(neurons * ffn.computed(sparsity)) + output_bias + selector * with_selector
+    return round(neurons * ffn.computed(sparsity)) + output_bias + ffn.selector.weights_read() * with_selector
 
 
 def _other_parameters(model: PreTrainedModel, skip: set[int]) -> int:

@@ -27,7 +27,9 @@ class ExpertFfn(nn.Module):
         parts: The original modules.
         expert_size: S.
         selector: Maps the input [B, T, D] to scores [B, T, E].
-        threshold: tau; in hard mode the experts whose score exceeds it run, unscaled.
+        threshold: tau; in hard mode the experts whose score exceeds it run, unscaled (unless the selector ``scales``).
+
+    With ``straight_through`` hard mode has the gradient of soft mode's factors for the scores, so that routers learn.
     """
 
     up: Projection
@@ -44,7 +46,8 @@ class ExpertFfn(nn.Module):
         self.threshold = threshold
         self.mode: Mode = "dense"
         self.backend: Backend = "dense-mask"
-        self.recorder: Callable[[ExpertFfn, torch.Tensor, torch.Tensor | None], None] | None = None
+        self.straight_through = False
+        self.recorder: Callable[[ExpertFfn, torch.Tensor, torch.Tensor], None] | None = None
         self.observer: Callable[[ExpertFfn, torch.Tensor, torch.Tensor, torch.Tensor], None] | None = None
         self.shell: tuple[nn.Module, ...] = ()
         self.stack = 0  # 1 in the decoder of a model that has an encoder too
@@ -78,19 +81,25 @@ class ExpertFfn(nn.Module):
         else:
             scores_BTE = self.selector(x_BTD)
         if self.recorder is not None:
-            self.recorder(self, scores_BTE, self.selector.used(x_BTD, scores_BTE))
-        factor_BTE = scores_BTE if self.mode == "soft" else scores_BTE > self.threshold
+            self.recorder(self, scores_BTE, x_BTD)
         if self.selector.reads == "input":
             if self.mode == "hard" and self.backend != "dense-mask":
-                out_BTD = run_sparse(self, x_BTD, factor_BTE)
+                out_BTD = run_sparse(self, x_BTD, scores_BTE > self.threshold)
                 if out_BTD is not None:
                     return out_BTD
             _, hidden_BTF = self._activations(x_BTD, x_BTD)
+        factor_BTE = self._factor(scores_BTE)
         out_BTD = self.down(scale_experts(self.finished(hidden_BTF), factor_BTE))
         # where weights are trained they are finite, and the host waits for no device
         if self.mode == "hard" and self.selector.reads == "input" and not (self.training and torch.is_grad_enabled()):
             return without_idle_experts(self, x_BTD, factor_BTE, out_BTD)
         return out_BTD
+
+    def _factor(self, scores_BTE: torch.Tensor) -> torch.Tensor:
+        if self.mode == "soft" or self.selector.scales:
+            return scores_BTE
+        mask_BTE = scores_BTE > self.threshold
+        return mask_BTE + (scores_BTE - scores_BTE.detach()) if self.straight_through else mask_BTE
 
     def _activations(self, to_gate_BTD: torch.Tensor, to_up_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the activated gate (of a plain FFN: the hidden activations) and the hidden activations, [B, T, F]."""

@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 
 from lte_lightning.core.errors import UserError
 
-Method = Literal["kmeans", "random", "contiguous"]
+Method = Literal["kmeans", "coactivation", "random", "contiguous"]
 
 _SEED_TRIALS = 8
 _LLOYD_STEPS = 10
@@ -56,14 +56,18 @@ def expert_count(neurons: int, expert_size: int) -> int:
 
 
 def group_neurons(weight_FD: torch.Tensor, expert_size: int, method: Method = "kmeans", seed: int = 0) -> Grouping:
-    """Groups neurons with similar input weights into experts of exactly ``expert_size``.
+    """Groups neurons with similar input weights, or that act together, into experts of exactly ``expert_size``.
 
     Works on the CPU in float32. ``kmeans`` holds the F x F Gram matrix of the rows: 0.5 GB for a layer of LLaMA-2-7B.
 
     Args:
-        weight_FD: Input weights, a row per neuron: the up projection, or the gate of a gated FFN.
+        weight_FD: Input weights, a row per neuron: the up projection, or the gate of a gated FFN. For ``coactivation``
+            what each neuron does on D training tokens: its |activations|.
         expert_size: Neurons per expert, a divisor of F.
-        method: ``kmeans`` (balanced, on L2-normalised rows), ``random``, or ``contiguous`` (the checkpoint's order).
+        method: ``kmeans`` (balanced, on L2-normalised rows), ``coactivation``, ``random``, or ``contiguous`` (the
+            checkpoint's order). ``coactivation`` is MoEfication's co-activation graph split (Zhang et al. 2022) and
+            runs the same clustering on |activations|: the Gram matrix of their normalised rows is the graph's edges,
+            and the least inertia puts the most weight of edges within experts.
         seed: Equal seeds give equal groupings; torch's global generator is neither read nor moved.
     """
     if method not in get_args(Method):
@@ -75,8 +79,9 @@ def group_neurons(weight_FD: torch.Tensor, expert_size: int, method: Method = "k
     rows_FD = weight_FD.detach().to("cpu", torch.float32)
     bad_rows = (~rows_FD.isfinite()).any(1).nonzero()[:, 0]
     if len(bad_rows):
+        what = "activations" if method == "coactivation" else "weights"
         raise UserError(
-            f"{len(bad_rows)} of {neurons} neurons have NaN or infinite weights, the first is row {int(bad_rows[0])}. "
+            f"{len(bad_rows)} of {neurons} neurons have NaN or infinite {what}, the first is row {int(bad_rows[0])}. "
             "Group a checkpoint that trained without overflow."
         )
     rows_FD = normalize(rows_FD, dim=1)

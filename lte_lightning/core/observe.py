@@ -13,7 +13,7 @@ from lte_lightning.core.errors import UserError
 from lte_lightning.core.expert_ffn import ExpertFfn
 from lte_lightning.core.ffn import weight_rows
 from lte_lightning.core.prune import Batch, prune
-from lte_lightning.selection import Predictor, Ranking, Teal, Wanda
+from lte_lightning.selection import Gates, Predictor, Ranking, Router, Teal, Wanda
 
 # See an FFN's input x_ND, its activated gate and its hidden activations [N, F], of N real tokens.
 See = Callable[[ExpertFfn, torch.Tensor, torch.Tensor, torch.Tensor], None]
@@ -66,6 +66,16 @@ def imitates(model: nn.Module) -> bool:
     return any(isinstance(selector, Predictor) for selector in rankings(model))
 
 
+def balances(model: nn.Module) -> bool:
+    """Says whether the model's selectors have a balance loss, instead of equation 6's two terms."""
+    return any(isinstance(selector, Gates) for selector in rankings(model))
+
+
+def learns_with_task(model: nn.Module) -> bool:
+    """Says whether the model's selectors are trained with the task: LTE's routers, and gates."""
+    return all(isinstance(ffn.selector, Router | Gates) for ffn in require_expert_ffns(model).values())
+
+
 def imitation_loss(model: nn.Module, run: Callable[[], object], *token_masks_BT: torch.Tensor) -> torch.Tensor:
     """Returns the mean over the layers of their predictors' loss; nothing but the predictors gets a gradient.
 
@@ -111,17 +121,40 @@ def calibrate(model: PreTrainedModel, batches: Iterator[Batch], tokens: int) -> 
             seen[id(ffn.selector)].append(ffn.selector.importance(given).cpu())
 
     with torch.no_grad():
-        for run, token_masks_BT in batches:
+        for run, token_masks_BT in _enough(batches, tokens):
             with observe(model, see, *token_masks_BT):
                 run()
-            if min(sum(map(len, kept)) for kept in seen.values()) >= tokens:
-                break
     for ffn in require_expert_ffns(model).values():
         found = torch.cat(seen[id(ffn.selector)])[:tokens]
         if isinstance(ffn.selector, Teal):
             _allocate(ffn, ffn.selector, found.to(ffn.up.weight.device))
         elif isinstance(ffn.selector, Ranking):
             ffn.selector.calibrate(found)
+
+
+def neuron_activations(model: nn.Module, batches: Iterator[Batch], tokens: int) -> list[torch.Tensor]:
+    """Returns the |activations| of each FFN's neurons on training rows, [F, tokens], in bfloat16 on the CPU.
+
+    Args:
+        model: A converted model.
+        batches: As for `calibrate`.
+        tokens: How many to look at, or fewer if there are no more.
+
+    Raises:
+        UserError: If there is no token.
+    """
+    seen: dict[int, list[torch.Tensor]] = {id(ffn): [] for ffn in require_expert_ffns(model).values()}
+
+    def see(ffn: ExpertFfn, x_ND: torch.Tensor, gate_NF: torch.Tensor, hidden_NF: torch.Tensor) -> None:
+        seen[id(ffn)].append(hidden_NF.abs().to("cpu", torch.bfloat16))
+
+    with torch.no_grad():
+        for run, token_masks_BT in _enough(batches, tokens):
+            with observe(model, see, *token_masks_BT):
+                run()
+    if not all(any(map(len, kept)) for kept in seen.values()):
+        raise UserError("the training rows gave no token to see the neurons' activations on")
+    return [torch.cat(kept)[:tokens].T for kept in seen.values()]
 
 
 def _allocate(ffn: ExpertFfn, teal: Teal, x_ND: torch.Tensor) -> None:

@@ -133,6 +133,8 @@ def choose_for(ffn: "ExpertFfn", x_BTD: torch.Tensor) -> tuple[Choice, ExpertWei
         return choice, None
     if ffn.dropout is not None and ffn.training:
         fallback = "there is dropout between its projections, and the model is in train mode"
+    elif ffn.selector.scales:
+        fallback = f"{type(ffn.selector).__name__} scales experts, which no sparse backend does"
     elif ffn.down.weight.dtype != ffn.up.weight.dtype:  # T5 in float16
         fallback = f"the down projection is {ffn.down.weight.dtype}, the up {ffn.up.weight.dtype}"
     else:

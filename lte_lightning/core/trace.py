@@ -10,6 +10,7 @@ from lte_lightning.core.convert import require_expert_ffns
 from lte_lightning.core.errors import UserError
 from lte_lightning.core.expert_ffn import ExpertFfn
 from lte_lightning.core.losses import SEPARABILITY_EPSILON, efficiency_loss, separability_loss
+from lte_lightning.selection import Gates
 
 
 class RouterTrace:
@@ -55,6 +56,7 @@ class RouterTrace:
         self._recorded: dict[str, list[torch.Tensor]] = {name: [] for name in self._ffns}
         self._scores: dict[str, list[torch.Tensor]] = {name: [] for name in self._ffns}
         self._used: dict[str, list[torch.Tensor]] = {name: [] for name in self._ffns}
+        self._inputs: dict[str, list[torch.Tensor]] = {name: [] for name in self._ffns}  # of selectors to be balanced
 
     def __enter__(self) -> Self:
         if any(ffn.recorder is not None for ffn in self._ffns.values()):
@@ -70,7 +72,7 @@ class RouterTrace:
         for ffn in self._ffns.values():
             ffn.recorder = None
 
-    def _record(self, ffn: ExpertFfn, scores_BTE: torch.Tensor, used_BT1: torch.Tensor | None) -> None:
+    def _record(self, ffn: ExpertFfn, scores_BTE: torch.Tensor, x_BTD: torch.Tensor) -> None:
         if torch._C._current_graph_task_id() != -1:  # a backward pass is recomputing this layer
             return
         if self._grad_enabled and ffn.training and not scores_BTE.requires_grad and _trainable(ffn.selector):
@@ -86,8 +88,11 @@ class RouterTrace:
             raise UserError(f"the {which} mask has shape {tuple(mask_BT.shape)}, the tokens {tuple(tokens)}")
         # The mask is applied later: gradient checkpointing wants the same operations here when it computes again.
         self._recorded[self._names[id(ffn)]].append(scores_BTE)
+        used_BT1 = ffn.selector.used(x_BTD, scores_BTE)
         if used_BT1 is not None:
             self._used[self._names[id(ffn)]].append(used_BT1)
+        if self._grad_enabled and isinstance(ffn.selector, Gates):
+            self._inputs[self._names[id(ffn)]].append(x_BTD)
 
     def _real(self, scores_BTE: torch.Tensor, mask_BT: torch.Tensor | None) -> torch.Tensor:
         scores_NE = scores_BTE.flatten(0, -2)
@@ -125,6 +130,19 @@ class RouterTrace:
         """Returns equation 5 over the real tokens, at the model's threshold."""
         threshold = next(iter(self._ffns.values())).threshold
         return separability_loss(list(self.scores().values()), threshold, epsilon)
+
+    def balance_loss(self) -> torch.Tensor:
+        """Returns the balance losses of `Gates` over the real tokens, each at its method's weight, summed over layers.
+
+        For a model whose selectors are `Gates`, traced while gradients are enabled.
+        """
+        losses = []
+        for name, gates_NE in self.scores().items():
+            selector, mask_BT = self._ffns[name].selector, self._masks[self._ffns[name].stack]
+            if isinstance(selector, Gates):
+                x_ND = torch.cat([self._real(x_BTD, mask_BT) for x_BTD in self._inputs[name]])
+                losses.append(selector.balance_weight * selector.balance_loss(x_ND, gates_NE))
+        return torch.stack(losses).sum()
 
     @torch.no_grad()
     def active_counts(self) -> tuple[torch.Tensor, int]:

@@ -6,6 +6,7 @@ router reach a sparsity that is asked for, and share a constructor: sizes, spars
 """
 
 from lte_lightning.selection.base import FfnShape, Selector
+from lte_lightning.selection.gates import Gates, NoisySoftmax, SigmaMoe
 from lte_lightning.selection.magnitude import Cats, KeepLargest, Narrow, RandomRouter
 from lte_lightning.selection.none import NoExperts
 from lte_lightning.selection.predictor import D2dmoe, DejaVu, Moefication, Predictor
@@ -23,6 +24,8 @@ RANKINGS: dict[str, type[Ranking]] = {
     "narrow": Narrow,
     "none": NoExperts,
     "random": RandomRouter,
+    "sigmamoe": SigmaMoe,
+    "softmax": NoisySoftmax,
     "teal": Teal,
     "wanda": Wanda,
 }
@@ -32,6 +35,7 @@ __all__ = [
     "RANKINGS",
     "SELECTORS",
     "FfnShape",
+    "Gates",
     "NoExperts",
     "Predictor",
     "Ranking",

@@ -30,9 +30,12 @@ class Selector(nn.Module):
     ``reads`` is what `forward` is given: the FFN's ``input`` x_BTD; its ``gate`` activations, activation(gate(x)), or
     of a plain FFN activation(up(x)), [B, T, F]; or its ``hidden`` activations, what the down projection is given,
     [B, T, F]. Whoever reads the last knows what it is to predict: an oracle.
+
+    ``scales`` says that an expert's output is multiplied by its score in hard mode, too; those that do not run score 0.
     """
 
     reads: ClassVar[Reads] = "input"
+    scales: ClassVar[bool] = False
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
         """Returns the scores [B, T, E]."""
@@ -52,6 +55,11 @@ class Selector(nn.Module):
     def flops_per_token(self) -> int:
         """Returns what this selector itself is charged per token: two FLOPs per multiply-add."""
         raise NotImplementedError(f"{type(self).__name__} must say its flops_per_token")
+
+    def weights_read(self) -> int:
+        """Returns how many weights of its own it reads for a token."""
+        # random routers have no parameters, but weights
+        return max(sum(parameter.numel() for parameter in self.parameters()), self.flops_per_token() // 2)
 
     def whole_projections(self) -> int:
         """Returns how many of the FFN's projections are computed whole, for every neuron, before the choice."""

@@ -11,11 +11,12 @@ from lte_lightning.core.config import LteConfig
 from lte_lightning.core.convert import group_experts
 from lte_lightning.core.errors import UserError
 from lte_lightning.core.losses import SEPARABILITY_EPSILON
-from lte_lightning.core.observe import imitates
+from lte_lightning.core.observe import balances, imitates
 from lte_lightning.core.prune import hold_zeros
+from lte_lightning.core.trace import RouterTrace
 from lte_lightning.data.packaged import resolve
 from lte_lightning.kernels.dispatch import Backend
-from lte_lightning.tasks.baselines import imitate, prepare_choice
+from lte_lightning.tasks.baselines import activations_to_group_by, imitate, prepare_choice
 from lte_lightning.tasks.evaluation import MeasuredModule, Stage
 from lte_lightning.tasks.loading import give_experts, load
 
@@ -35,6 +36,9 @@ class LteModule(MeasuredModule):
             ``separability_end``, lambda is constant, as the paper's text reads.
         separability_end: Share of the router stage at which lambda is reached; it grows linearly in between.
         separability_epsilon: Keeps the separability loss finite (see ``core/losses.py``).
+        balance_weight: Factor of the balance loss of selectors ``softmax`` and ``sigmamoe``, in their authors' weights.
+        freeze_routers: Leave the routers as they are in the expert stage (the paper). ``false`` trains them on, with
+            the router stage's loss at its full weights and a straight-through gradient (Bengio et al. 2013).
         activation: Swap a plain model's activation for this one before fine-tuning (``relu`` for MoEfication).
         layers: Keep only this many layers, the first ones, of a plain model (of encoder and decoder alike).
         gradient_checkpointing: Keep fewer activations for the backward pass, and compute them again: slower, in less
@@ -58,6 +62,8 @@ class LteModule(MeasuredModule):
         separability_start: float = 0.5,
         separability_end: float = 1.0,
         separability_epsilon: float = SEPARABILITY_EPSILON,
+        balance_weight: float = 1.0,
+        freeze_routers: bool = True,
         activation: str | None = None,
         layers: int | None = None,
         gradient_checkpointing: bool = False,
@@ -70,7 +76,11 @@ class LteModule(MeasuredModule):
                 f"separability_start {separability_start} and separability_end {separability_end} are shares of the "
                 "router stage: 0 <= start <= end <= 1"
             )
-        weights = {"efficiency_weight": efficiency_weight, "separability_weight": separability_weight}
+        weights = {
+            "efficiency_weight": efficiency_weight,
+            "separability_weight": separability_weight,
+            "balance_weight": balance_weight,
+        }
         for name, weight in (weights | {"separability_epsilon": separability_epsilon}).items():
             if not 0.0 <= weight < math.inf:
                 raise UserError(f"{name} is {weight}; it must be a finite number, and not negative")
@@ -78,6 +88,7 @@ class LteModule(MeasuredModule):
         self.save_hyperparameters({"lte": asdict(lte) if lte else None})
         self.lte = replace(lte, seed=seed) if lte and lte.seed is None else lte
         self.backend = backend
+        self.freeze_routers = freeze_routers
         self.stage: Stage = "dense"
         self.stage_progress = 0.0
         self.measured: dict[str, dict[str, Any]] = {}
@@ -125,7 +136,7 @@ class LteModule(MeasuredModule):
     def enter_stage(self, stage: Stage) -> None:
         """Moves to a stage: groups the neurons on leaving ``dense``, sets the mode and what is trainable."""
         if self.stage == "dense" and stage != "dense":
-            groupings = group_experts(self.net, progress=self.trainer.is_global_zero)
+            groupings = group_experts(self.net, self.trainer.is_global_zero, activations_to_group_by(self))
             if groupings:
                 inertia, chance = sum(g.inertia for g in groupings), sum(g.random_inertia for g in groupings)
                 self.measured["grouping"] = {"inertia": inertia, "random_inertia": chance}
@@ -173,7 +184,9 @@ class LteModule(MeasuredModule):
             hold_zeros(self.net)
 
     def separability_weight_now(self) -> float:
-        """Returns lambda at this point of the router stage."""
+        """Returns lambda at this point of the router stage; in the expert stage it has its full weight."""
+        if self.stage == "expert":
+            return self.hparams["separability_weight"]
         start, end = self.hparams["separability_start"], self.hparams["separability_end"]
         if self.stage_progress >= end:
             return self.hparams["separability_weight"]
@@ -182,30 +195,37 @@ class LteModule(MeasuredModule):
         return self.hparams["separability_weight"] * (self.stage_progress - start) / (end - start)
 
     def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
-        """Returns the stage's loss: the task's, in the router stage with equation 6's two terms.
+        """Returns the stage's loss: the task's, with equation 6's two terms or a balance loss where routers learn.
 
         A baseline's predictors learn by themselves in the router stage.
         """
         if self.stage == "router" and imitates(self.net):
             loss = imitate(self, batch)
-        elif self.stage != "router":
+        elif not self.routers_learn:
             loss = self.run_model(batch).loss
             self.log("train/task_loss", loss)
         else:
             with self.trace(batch) as trace:
                 task_loss = self.run_model(batch).loss
-            efficiency = trace.efficiency_loss()
-            weight = self.separability_weight_now()
-            separability = trace.separability_loss(self.hparams["separability_epsilon"])
-            loss = task_loss + self.hparams["efficiency_weight"] * efficiency + weight * separability
-            self.log_dict(
-                {
-                    "train/task_loss": task_loss,
-                    "train/efficiency_loss": efficiency,
-                    "train/separability_loss": separability,
-                    "train/separability_weight": weight,
-                }
-            )
+            self.log("train/task_loss", task_loss)
+            loss = task_loss + self._router_loss(trace)
         self.log("train/loss", loss, prog_bar=True)
         self._require_finite(loss, "training")
         return loss
+
+    def _router_loss(self, trace: RouterTrace) -> torch.Tensor:
+        if balances(self.net):
+            balance = trace.balance_loss()
+            self.log("train/balance_loss", balance)
+            return self.hparams["balance_weight"] * balance
+        efficiency = trace.efficiency_loss()
+        weight = self.separability_weight_now()
+        separability = trace.separability_loss(self.hparams["separability_epsilon"])
+        self.log_dict(
+            {
+                "train/efficiency_loss": efficiency,
+                "train/separability_loss": separability,
+                "train/separability_weight": weight,
+            }
+        )
+        return self.hparams["efficiency_weight"] * efficiency + weight * separability

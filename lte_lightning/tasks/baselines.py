@@ -7,12 +7,21 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from lte_lightning.core.convert import groups_by_activation
 from lte_lightning.core.errors import UserError
-from lte_lightning.core.observe import calibrate, imitates, imitation_loss, needs_calibration, rankings
+from lte_lightning.core.observe import (
+    calibrate,
+    imitates,
+    imitation_loss,
+    learns_with_task,
+    needs_calibration,
+    neuron_activations,
+    rankings,
+)
 from lte_lightning.tasks.evaluation import MeasuredModule, Stage, json_value
 
-# Calibrated on so many tokens of the training rows; their neurons' importance is held in memory, a layer's 4 * F bytes
-# each (of TEAL the input, 4 * D).
+# Calibrated on, or grouped by, so many tokens of the training rows; their neurons' importance is held in memory, a
+# layer's 4 * F bytes each (of TEAL the input, 4 * D; to group by, 2 * F).
 CALIBRATION_TOKENS = 4096
 
 
@@ -25,6 +34,13 @@ def check_baseline(module: MeasuredModule, stages: Sequence[Stage]) -> None:
     selector, calibrates = module.net.lte_config.selector, needs_calibration(module.net)
     if module.trainer.world_size > 1 and (calibrates or imitates(module.net)):
         raise UserError(f"selector {selector!r} learns and is calibrated in one process; set trainer.devices to 1")
+    if module.trainer.world_size > 1 and module.stage == "dense" and groups_by_activation(module.net.lte_config):
+        raise UserError("grouping 'coactivation' looks at activations in one process; set trainer.devices to 1")
+    if not module.freeze_routers and not learns_with_task(module.net):
+        raise UserError(
+            f"freeze_routers is false, but selector {selector!r} does not learn with the task; only router, sigmamoe "
+            "and softmax do"
+        )
     if calibrates and module.stage != "expert" and stages[-1] == "router":
         raise UserError(
             f"selector {selector!r} is calibrated when the expert stage begins; give stages.expert epochs (with a "
@@ -37,6 +53,18 @@ def imitate(module: MeasuredModule, batch: dict[str, torch.Tensor]) -> torch.Ten
     loss = imitation_loss(module.net, lambda: module.run_model(batch), *module.token_masks(batch))
     module.apply_stage()
     return loss
+
+
+def activations_to_group_by(module: MeasuredModule) -> list[torch.Tensor] | None:
+    """Returns what the dense model's neurons do on training rows, if the experts are to be grouped by that."""
+    if not groups_by_activation(module.net.lte_config):
+        return None
+    was_training = module.training
+    module.eval()
+    with module.trainer.precision_plugin.val_step_context():
+        activations = neuron_activations(module.net, _runs(module), CALIBRATION_TOKENS)
+    module.train(was_training)
+    return activations
 
 
 def prepare_choice(module: MeasuredModule) -> None:

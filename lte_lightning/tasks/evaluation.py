@@ -36,6 +36,7 @@ class MeasuredModule(LightningModule):
         net: The model.
         stage: Where its training stands.
         measured: What was found so far, by view.
+        freeze_routers: Whether the expert stage leaves the routers as they are.
     """
 
     metric_name: str
@@ -45,6 +46,7 @@ class MeasuredModule(LightningModule):
     stage: Stage
     measured: dict[str, dict[str, Any]]
     backend: Backend
+    freeze_routers: bool = True
 
     # The task, by the subclass
 
@@ -78,7 +80,14 @@ class MeasuredModule(LightningModule):
         """Sets the FFNs' mode and the routers' trainability as the current stage wants them."""
         set_mode(self.net, {"dense": "dense", "router": "soft", "expert": "hard"}[self.stage])
         for parameter in selector_parameters(self.net):
-            parameter.requires_grad_(self.stage == "router")
+            parameter.requires_grad_(self.routers_learn)
+        for ffn in expert_ffns(self.net).values():
+            ffn.straight_through = self.stage == "expert" and self.routers_learn
+
+    @property
+    def routers_learn(self) -> bool:
+        """Whether the routers are trained in the current stage."""
+        return self.stage == "router" or (self.stage == "expert" and not self.freeze_routers)
 
     def _require_finite(self, loss: torch.Tensor, what: str) -> None:
         if not torch.isfinite(loss):

@@ -50,6 +50,13 @@ def refused(lightning, tmp_path):
         ("model.init_args.lte.threshold", 0.0, r"threshold is 0.0; it must lie in \(0, 1\)", 1),
         ("model.init_args.lte.threshold", 1.0, r"threshold is 1.0; it must lie in \(0, 1\)", 1),
         ("model.init_args.efficiency_weight", -1.0, "efficiency_weight is -1.0", 1),
+        ("model.init_args.balance_weight", -1.0, "balance_weight is -1.0", 1),
+        (
+            "model.init_args.lte",
+            {"expert_size": 8, "selector": "softmax", "target_sparsity": 0.95},
+            "target_sparsity 0.95 keeps none of 8 experts, and selector 'softmax' would have nothing to learn",
+            1,
+        ),
         ("model.init_args.separability_start", 2.0, "0 <= start <= end <= 1", 1),
         ("model.init_args.pretrained", "./nowhere", "no tokenizer folder ./nowhere", 1),
         ("model.init_args.init_from", "./nowhere", "cannot load the model './nowhere'", 1),

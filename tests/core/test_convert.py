@@ -289,7 +289,8 @@ def spoil_the_last_layer(model, kind):
     [
         ({"expert_size": 36}, r"expert_size=36 .* 96 .*: 32, 24, 48"),
         ({"selector": "psychic"}, r"unknown selector 'psychic'; there are router, cats, "),
-        ({"grouping": "kmean"}, r"'kmean'.*kmeans, random, contiguous"),
+        ({"grouping": "kmean"}, r"'kmean'.*kmeans, coactivation, random, contiguous"),
+        ({"grouping": "coactivation"}, r"needs what the neurons do on training rows: convert\(\.\.\., group=False\)"),
     ],
 )
 def test_bad_settings_change_nothing(build, row_family, kwargs, message):

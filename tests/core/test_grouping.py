@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from lte_lightning.core.grouping import _assign, _swap, _tournament, expert_count, group_neurons
 
-METHODS = ["kmeans", "random", "contiguous"]
+METHODS = ["kmeans", "coactivation", "random", "contiguous"]
 
 
 def randn(*shape, seed=0):
@@ -81,6 +81,29 @@ def test_planted_clusters_are_found(seed):
     assert found[:, 0].sort().values.equal(torch.arange(8))
 
 
+def test_neurons_that_act_together_are_found():
+    """Planted by what neurons do, not by how strongly, and found again."""
+    label = torch.arange(8).repeat_interleave(8)[torch.randperm(64)]
+    fires = (torch.rand(8, 300) < 0.2).float()
+    activations = fires[label] * torch.rand(64, 300) * (0.1 + torch.rand(64, 1)) + 0.02 * torch.rand(64, 300)
+    found = label[group_neurons(activations, 8, "coactivation").permutation_F].view(8, 8)
+    assert (found == found[:, :1]).all()
+    assert found[:, 0].sort().values.equal(torch.arange(8))
+
+
+def test_coactivation_puts_the_edges_of_its_graph_within_experts():
+    activations = randn(48, 100).abs() * (randn(6, 100, seed=1) > 0.5).repeat(8, 1)
+    rows = torch.nn.functional.normalize(activations, dim=1)
+    edges = rows @ rows.T
+
+    def within(permutation):
+        return sum(float(edges[m][:, m].sum()) for m in permutation.split(8))
+
+    grouping = group_neurons(activations, 8, "coactivation")
+    assert grouping.inertia == pytest.approx(48 - within(grouping.permutation_F) / 8, rel=1e-4)
+    assert within(grouping.permutation_F) > 1.5 * within(group_neurons(activations, 8, "random").permutation_F)
+
+
 def test_kmeans_beats_random_even_on_noise():
     grouping = group_neurons(randn(512, 64), 32)
     assert grouping.inertia < 0.92 * grouping.random_inertia
@@ -141,7 +164,7 @@ def test_zero_and_equal_rows(method, weight):
     grouping = group_neurons(weight, 8, method)
     assert grouping.permutation_F.sort().values.equal(torch.arange(64))
     assert grouping.inertia >= 0
-    if method == "kmeans":
+    if method in ("kmeans", "coactivation"):
         assert grouping.inertia == pytest.approx(0, abs=1e-4)
 
 
@@ -167,6 +190,13 @@ def test_weights_that_are_not_finite(value):
         group_neurons(weight, 8)
 
 
+def test_activations_that_are_not_finite():
+    activations = randn(64, 8).abs()
+    activations[5, 3] = torch.inf
+    with pytest.raises(ValueError, match=r"1 of 64 neurons have NaN or infinite activations, .* row 5"):
+        group_neurons(activations, 8, "coactivation")
+
+
 def test_expert_count():
     assert expert_count(3072, 32) == 96
     assert expert_count(11008, 32) == 344
@@ -189,7 +219,7 @@ def test_sizes_that_do_not_come_out_even(neurons, size, message):
 
 
 def test_bad_arguments():
-    with pytest.raises(ValueError, match=r"'kmean'.*kmeans, random, contiguous"):
+    with pytest.raises(ValueError, match=r"'kmean'.*kmeans, coactivation, random, contiguous"):
         group_neurons(randn(64, 8), 8, "kmean")
     with pytest.raises(ValueError, match="expert_size=7"):
         group_neurons(randn(64, 8), 7)

@@ -2,9 +2,10 @@ import pytest
 import torch
 
 from lte_lightning.core.config import LteConfig
-from lte_lightning.core.convert import convert, expert_ffns
+from lte_lightning.core.convert import convert, expert_ffns, group_experts
 from lte_lightning.core.errors import UserError
-from lte_lightning.core.observe import calibrate, imitation_loss, observe
+from lte_lightning.core.grouping import group_neurons
+from lte_lightning.core.observe import calibrate, imitation_loss, neuron_activations, observe
 
 
 def inputs_of(model):
@@ -61,3 +62,45 @@ def test_a_mask_of_another_shape_is_refused(build):
         observe(model, print, torch.ones(2, 5)),
     ):
         model(**batch)
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "opt", "t5"])
+def test_activations_of_every_neuron_on_real_tokens(family, build):
+    model = convert(build(family), LteConfig(8, "coactivation"), progress=False, group=False).eval()
+    batch, masks = inputs_of(model)
+    seen = []
+    with torch.no_grad(), observe(model, lambda ffn, x, gate, hidden: seen.append(hidden.abs()), *masks):
+        model(**batch)
+    found = neuron_activations(model, iter([(lambda: model(**batch), masks)] * 2), 100)
+    assert len(found) == len(seen) == 2
+    for activations_FN, once_NF in zip(found, seen, strict=True):
+        torch.testing.assert_close(activations_FN.float().T, torch.cat([once_NF, once_NF]), rtol=0.01, atol=0)
+    cut = neuron_activations(model, iter([(lambda: model(**batch), masks)] * 2), 3)
+    assert all(few_FN.equal(all_FN[:, :3]) for few_FN, all_FN in zip(cut, found, strict=True))
+
+
+def test_grouping_by_activations_keeps_the_function(build):
+    model = convert(build("bert"), LteConfig(8, "coactivation", seed=3), progress=False, group=False).eval()
+    batch, masks = inputs_of(model)
+    batches = [(lambda: model(**batch), masks)]
+    activations = neuron_activations(model, iter(batches), 100)
+    with torch.no_grad():
+        expected = model(**batch).logits
+    first_up = next(iter(expert_ffns(model).values())).up.weight.detach().clone()
+    groupings = group_experts(model, progress=False, activations=activations)
+    with torch.no_grad():
+        torch.testing.assert_close(model(**batch).logits, expected)
+    first = group_neurons(activations[0], 8, "coactivation", 3).permutation_F
+    assert groupings[0].permutation_F.equal(first)
+    assert next(iter(expert_ffns(model).values())).up.weight.equal(first_up[first])
+    assert all(grouping.inertia < grouping.random_inertia for grouping in groupings)
+
+
+def test_no_token_to_group_by(build):
+    model = convert(build("bert"), LteConfig(8, "coactivation"), progress=False, group=False).eval()
+    with pytest.raises(UserError, match="gave no token"):
+        neuron_activations(model, iter([]), 100)
+
+
+def test_single_neurons_need_no_activations(build):
+    assert expert_ffns(convert(build("bert"), LteConfig(1, "coactivation"), progress=False))
