@@ -10,6 +10,7 @@ EXAMPLES: dict[str, tuple[str, str]] = {
     "deberta-v2": ("encoder", "microsoft/deberta-v3-base"),
     "distilbert": ("encoder", "distilbert/distilbert-base-uncased"),
     "electra": ("encoder", "google/electra-base-discriminator"),
+    "falcon": ("decoder", "tiiuae/falcon-rw-1b, tiiuae/falcon-7b"),
     "gemma": ("decoder", "google/gemma-2b"),
     "gemma2": ("decoder", "google/gemma-2-2b"),
     "gemma3_text": ("decoder", "google/gemma-3-270m, google/gemma-3-1b-pt"),

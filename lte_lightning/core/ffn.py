@@ -59,6 +59,7 @@ class FfnRow:
 
 _BERT = FfnRow(("encoder.layer",), "intermediate.dense", "output.dense", "intermediate.intermediate_act_fn")
 _LLAMA = FfnRow(("layers",), "mlp.up_proj", "mlp.down_proj", "mlp.act_fn", gate="mlp.gate_proj", module="mlp")
+_FALCON = FfnRow(("h",), "mlp.dense_h_to_4h", "mlp.dense_4h_to_h", "mlp.act", module="mlp")
 _T5 = FfnRow(
     ("encoder.block", "decoder.block"),
     "layer.-1.DenseReluDense.wi",
@@ -76,11 +77,12 @@ FFN_TABLE: dict[str, FfnRow] = {
     "deberta-v2": _BERT,
     "distilbert": FfnRow(("transformer.layer",), "ffn.lin1", "ffn.lin2", "ffn.activation"),
     "electra": _BERT,
+    "falcon": _FALCON,
     "gemma": _LLAMA,
     "gemma2": _LLAMA,
     "gemma3_text": _LLAMA,
     "gpt2": FfnRow(("h",), "mlp.c_fc", "mlp.c_proj", "mlp.act"),
-    "gpt_neox": FfnRow(("layers",), "mlp.dense_h_to_4h", "mlp.dense_4h_to_h", "mlp.act", module="mlp"),
+    "gpt_neox": replace(_FALCON, layers=("layers",)),
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "modernbert": FfnRow(("layers",), "mlp.Wi", "mlp.Wo", "mlp.act", gate="mlp.Wi", module="mlp", dropout="mlp.drop"),
@@ -186,7 +188,8 @@ def find_parts(layer: nn.Module, row: FfnRow) -> FfnParts:
 
     def projection(path: str) -> Projection:
         module: Projection = get_child(layer, path)
-        if type(module) not in (nn.Linear, Conv1D):
+        # Falcon's own Linear differs in rounding alone: it adds the bias after the product is rounded
+        if type(module) not in (nn.Linear, Conv1D) and type(module).__name__ != "FalconLinear":
             raise UnsupportedModelError(
                 f"{type(layer).__name__}.{path} is a {type(module).__name__}; only torch.nn.Linear and transformers' "
                 "Conv1D can be cut into experts. Convert the model before quantising it or adding adapters."
