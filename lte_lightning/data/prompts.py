@@ -197,8 +197,8 @@ class PromptData(StreamingData):
         if skipped := len(usable[fresh:]) - sum(usable[fresh:]):
             if "train" not in self.skipped:
                 rank_zero_warn(
-                    f"rows for train are left out, the first one is row {first + usable.index(False)} (from 0): no answer "
-                    f"is left of them within {self.max_length} tokens; the results count them as skipped_rows"
+                    f"rows for train are left out, the first one is row {first + usable.index(False)} (from 0): no "
+                    f"answer is left of them within {self.max_length} tokens; the results count them as skipped_rows"
                 )
             self.skipped["train"] = self.skipped.get("train", 0) + skipped
         self._counted = max(self._counted, first + len(usable))

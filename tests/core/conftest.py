@@ -61,10 +61,10 @@ DECODERS: dict[str, Config] = {
     "gpt_neox": decoder("gpt_neox", {"hidden_dropout", "attention_dropout"}),
     # Its FFN is four times as wide as the model.
     "bloom": decoder("bloom", {"hidden_dropout", "attention_dropout"}, hidden_size=NEURONS // 4),
-    # As its 7B is, with one key for all heads; and as its 1B is.
+    # As its 7B is, with one key for all heads; and nearly as its 1B is.
     "falcon": decoder("falcon", FALCON, ffn_hidden_size=NEURONS, num_key_value_heads=1),
-    "falcon-biases-alibi": decoder(
-        "falcon", FALCON, ffn_hidden_size=NEURONS, bias=True, alibi=True, parallel_attn=False, multi_query=False
+    "falcon-biases": decoder(
+        "falcon", FALCON, ffn_hidden_size=NEURONS, bias=True, parallel_attn=False, multi_query=False
     ),
     "opt": decoder("opt", {"dropout", "attention_dropout"}, ffn_dim=NEURONS, word_embed_proj_dim=WIDTH),
     "llama": decoder("llama", LLAMA),
@@ -103,19 +103,8 @@ HEADS = {
     "seq2seq": AutoModelForSeq2SeqLM,
 }
 # One family of each row of the table, for what depends on nothing else.
-ROWS = [
-    "bert",
-    "distilbert",
-    "modernbert",
-    "gpt2",
-    "gpt_neox",
-    "falcon",
-    "bloom",
-    "opt",
-    "llama-biases-gqa-tied",
-    "phi3",
-]
-ROWS += list(ENCODER_DECODERS)
+ROWS = ["bert", "distilbert", "modernbert", "gpt2", "gpt_neox", "falcon-biases", "bloom", "opt"]
+ROWS += ["llama-biases-gqa-tied", "phi3", *ENCODER_DECODERS]
 MODELS = [
     *[(family, "classification") for family in [*ENCODERS, "gpt2", "llama"]],
     *[(family, "lm") for family in DECODERS],
