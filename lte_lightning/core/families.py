@@ -58,8 +58,17 @@ examples:
 
 - Mixtures of experts (Mixtral, Qwen-MoE, OLMoE, DeepSeek, Switch, gpt-oss, ...): their FFNs are routed already.
 - Quantised models and models with adapters: convert first.
-- The multimodal `gemma3` (load its text model), and every other family: describe its FFN in a row of `FFN_TABLE`
-  (`lte_lightning/core/ffn.py`), and add its tiny configuration to `tests/core/conftest.py`: that runs all of the above.
+- Multimodal models, `gemma3` for one: take the text model out, as below. (`Gemma3ForCausalLM.from_pretrained` on such a
+  folder does not: transformers 5.23 warns, and draws random weights.)
+- Every other family: describe its FFN in a row of `FFN_TABLE` (`lte_lightning/core/ffn.py`), and add its tiny
+  configuration to `tests/core/conftest.py`: that runs all of the above.
+
+```python
+whole = Gemma3ForConditionalGeneration.from_pretrained("google/gemma-3-4b-pt")
+text = Gemma3ForCausalLM(whole.config.text_config)
+text.model, text.lm_head = whole.model.language_model, whole.lm_head
+text.save_pretrained("gemma-3-4b-text")  # and the tokenizer beside it
+```
 """
 
 

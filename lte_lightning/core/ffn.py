@@ -148,6 +148,12 @@ def find_stacks(model: PreTrainedModel) -> list[list[nn.Module]]:
             f"model type {model.config.model_type!r} is a mixture of experts already ({experts}): its FFNs are routed "
             "by what it was trained with. Start from a dense model of the same family"
         )
+    text = getattr(model.config, "text_config", None)
+    if text is not None and model.config.model_type not in FFN_TABLE:
+        raise UnsupportedModelError(
+            f"model type {model.config.model_type!r} is multimodal; take its text model ({text.model_type!r}) out and "
+            "convert that (docs/families.md says how)"
+        )
     row, stacks, missing = find_row(model.config.model_type), [], None
     for path in row.layers:
         try:
