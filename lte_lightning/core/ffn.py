@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lte_lightning.core.errors import UserError
@@ -135,6 +135,27 @@ def find_row(model_type: str) -> FfnRow:
     return FFN_TABLE[model_type]
 
 
+def row_of(config: PreTrainedConfig) -> FfnRow:
+    """Returns the table's row of a model.
+
+    Raises:
+        UnsupportedModelError: If its family is not in the table, or routes its FFNs already.
+    """
+    experts = next(_expert_counts(config.to_dict()), None)
+    if experts:
+        raise UnsupportedModelError(
+            f"model type {config.model_type!r} is a mixture of experts already ({experts}): its FFNs are routed "
+            "by what it was trained with. Start from a dense model of the same family"
+        )
+    text = getattr(config, "text_config", None)
+    if text is not None and config.model_type not in FFN_TABLE:
+        raise UnsupportedModelError(
+            f"model type {config.model_type!r} is multimodal; take its text model ({text.model_type!r}) out and "
+            "convert that (docs/families.md says how)"
+        )
+    return find_row(config.model_type)
+
+
 def find_stacks(model: PreTrainedModel) -> list[list[nn.Module]]:
     """Returns the transformer layers of each stack of ``model``: one, or the encoder's and the decoder's.
 
@@ -142,19 +163,7 @@ def find_stacks(model: PreTrainedModel) -> list[list[nn.Module]]:
         UnsupportedModelError: If the family is not in the table, routes its FFNs already, or has other layers than the
             table says.
     """
-    experts = next(_expert_counts(model.config.to_dict()), None)
-    if experts:
-        raise UnsupportedModelError(
-            f"model type {model.config.model_type!r} is a mixture of experts already ({experts}): its FFNs are routed "
-            "by what it was trained with. Start from a dense model of the same family"
-        )
-    text = getattr(model.config, "text_config", None)
-    if text is not None and model.config.model_type not in FFN_TABLE:
-        raise UnsupportedModelError(
-            f"model type {model.config.model_type!r} is multimodal; take its text model ({text.model_type!r}) out and "
-            "convert that (docs/families.md says how)"
-        )
-    row, stacks, missing = find_row(model.config.model_type), [], None
+    row, stacks, missing = row_of(model.config), [], None
     for path in row.layers:
         try:
             stacks.append(list(model.base_model.get_submodule(path).children()))

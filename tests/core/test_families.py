@@ -20,6 +20,7 @@ from lte_lightning import LteConfig, convert, from_pretrained, save_pretrained, 
 from lte_lightning.core import families
 from lte_lightning.core.convert import expert_ffns
 from lte_lightning.core.ffn import FFN_TABLE, UnsupportedModelError, find_layers, find_parts, find_row
+from lte_lightning.core.skeleton import skeleton
 
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 
@@ -145,6 +146,9 @@ def test_the_text_model_of_a_multimodal_one(tmp_path):
     whole = Gemma3ForConditionalGeneration(config).eval()
     with pytest.raises(UnsupportedModelError, match=r"'gemma3' is multimodal; take its text model .'gemma3_text'. out"):
         convert(whole)
+    whole.save_pretrained(tmp_path / "whole")
+    with pytest.raises(UnsupportedModelError, match="'gemma3' is multimodal"):
+        skeleton(tmp_path / "whole")
     found = {"whole": whole, "Gemma3ForCausalLM": Gemma3ForCausalLM}
     (recipe,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     # All but the lines that load and save
