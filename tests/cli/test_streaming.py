@@ -51,6 +51,16 @@ def test_steps_and_passes(whole):
     assert last["GenerationData"]["stream"]["marks"] == {0: [0, 0], 1: [0, 24], 2: [0, 48]}
 
 
+def test_a_test_reads_no_training_rows(whole, tiny_lm, lightning, tmp_path):
+    source = tmp_path / "e2e"
+    source.mkdir()
+    (source / "validation.jsonl").write_text((tiny_lm.task("e2e") / "validation.jsonl").read_text())
+    config = tiny_lm.config(**{**STREAM, "data.init_args.source": str(source)})
+    tested = lightning(tmp_path, config, "test", "--model.init_from", whole.run / "model")
+    assert tested.code == 0, tested.err
+    assert tested.results["perplexity"] == pytest.approx(whole.results["hard"], rel=1e-5)
+
+
 @pytest.mark.parametrize(("step", "row"), [(4, 0), (8, 0), (12, 24), (16, 24)])
 def test_killed_in_the_middle_of_a_stage(step, row, whole, tiny_lm, lightning, tmp_path, break_at, monkeypatch):
     """The pass that was cut short is done again, from the batch it began with.
