@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy
@@ -19,6 +20,8 @@ from lte_lightning.core.errors import UserError
 from lte_lightning.tasks.baselines import check_baseline
 from lte_lightning.tasks.evaluation import STAGES, Stage
 
+_STREAM_EPOCH = 1000  # batches of a stream, after which it is validated and saved
+
 OptimizerFactory = Callable[[Iterable], Optimizer]
 
 
@@ -29,7 +32,7 @@ class StagePlan:
     Args:
         epochs: Passes over the training data; 0 skips the stage.
         steps: Optimizer steps, instead of ``epochs`` passes; the data is repeated as needed, and validated after each
-            pass.
+            pass. Of a stream, ``trainer.limit_train_batches`` batches are a pass, 1000 by default.
         learning_rate: Peak rate of the model's weights.
         weight_decay: Weight decay of the model's weights.
         router_learning_rate: Peak rate of the routers, a group of their own, where they are trained.
@@ -127,13 +130,30 @@ class StageSchedule(Callback):
                 f"stages cannot be switched under {type(trainer.strategy).__name__}; use trainer.strategy ddp"
             )
         self._accumulate = trainer.accumulate_grad_batches
-        self._spans = self._lay_out(_batches_per_epoch(trainer))
+        self._spans = self._lay_out(self._batches_per_epoch(trainer))
         last = self._spans[-1]
         total = last.first + last.epochs
         # -1, the command line's default, leaves the length to the stages; any other value is an upper limit
         trainer.fit_loop.max_epochs = total if trainer.max_epochs == -1 else min(total, trainer.max_epochs)
         if any(plan.steps for plan in self.plans.values()):
             trainer.reload_dataloaders_every_n_epochs = 1  # so that a stage's last epoch can be cut short
+
+    def _batches_per_epoch(self, trainer: Trainer) -> int:
+        length, limit = sized_len(trainer.datamodule.train_dataloader()), trainer.limit_train_batches
+        if length is None and not isinstance(limit, int):
+            if limit != 1.0:
+                raise UserError(f"limit_train_batches is {limit}, a share of an endless stream; give a whole number")
+            for stage in self.stages:
+                if self.plans[stage].steps is None:
+                    raise UserError(
+                        f"the {stage} stage is to last epochs, but a stream of rows never ends; give "
+                        f"stages.{stage}.steps, or say by trainer.limit_train_batches how many batches an epoch has"
+                    )
+            return _STREAM_EPOCH
+        batches = min(length or limit, limit) if isinstance(limit, int) else int(length * limit)
+        if batches < 1:
+            raise UserError(f"limit_train_batches {limit} leaves none of the {length} training batches; raise it")
+        return batches
 
     def _lay_out(self, per_epoch: int) -> list[_Span]:
         spans, first = [], 0
@@ -165,6 +185,9 @@ class StageSchedule(Callback):
         span = self._span(epoch)
         is_last = epoch == span.first + span.epochs - 1
         trainer.limit_train_batches = span.last_epoch_batches if is_last else span.batches
+        # Before the epoch begins: of a loader without length, Lightning takes the first batch even earlier
+        if hasattr(trainer.datamodule, "begin"):
+            trainer.datamodule.begin(STAGES.index(span.stage), (epoch - span.first) * span.batches)
 
     def steps(self, stage: Stage) -> int:
         """Returns the number of optimizer steps of a stage."""
@@ -280,15 +303,6 @@ class StageSchedule(Callback):
             return max(0.0, (steps - step) / max(steps - warmup, 1))
 
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
-
-
-def _batches_per_epoch(trainer: Trainer) -> int:
-    length = len(trainer.datamodule.train_dataloader())
-    limit = trainer.limit_train_batches
-    batches = min(length, limit) if isinstance(limit, int) else int(length * limit)
-    if batches < 1:
-        raise UserError(f"limit_train_batches {limit} leaves none of the {length} training batches; raise it")
-    return batches
 
 
 def _rewrap(trainer: Trainer) -> None:

@@ -10,6 +10,7 @@ EXAMPLES: dict[str, tuple[str, str]] = {
     "deberta-v2": ("encoder", "microsoft/deberta-v3-base"),
     "distilbert": ("encoder", "distilbert/distilbert-base-uncased"),
     "electra": ("encoder", "google/electra-base-discriminator"),
+    "falcon": ("decoder", "tiiuae/falcon-rw-1b, tiiuae/falcon-7b"),
     "gemma": ("decoder", "google/gemma-2b"),
     "gemma2": ("decoder", "google/gemma-2-2b"),
     "gemma3_text": ("decoder", "google/gemma-3-270m, google/gemma-3-1b-pt"),
@@ -57,8 +58,17 @@ examples:
 
 - Mixtures of experts (Mixtral, Qwen-MoE, OLMoE, DeepSeek, Switch, gpt-oss, ...): their FFNs are routed already.
 - Quantised models and models with adapters: convert first.
-- The multimodal `gemma3` (load its text model), and every other family: describe its FFN in a row of `FFN_TABLE`
-  (`lte_lightning/core/ffn.py`), and add its tiny configuration to `tests/core/conftest.py`: that runs all of the above.
+- Multimodal models, `gemma3` for one: take the text model out, as below. (`Gemma3ForCausalLM.from_pretrained` on such a
+  folder does not: transformers 5.23 warns, and draws random weights.)
+- Every other family: describe its FFN in a row of `FFN_TABLE` (`lte_lightning/core/ffn.py`), and add its tiny
+  configuration to `tests/core/conftest.py`: that runs all of the above.
+
+```python
+whole = Gemma3ForConditionalGeneration.from_pretrained("google/gemma-3-4b-pt")
+text = Gemma3ForCausalLM(whole.config.text_config)
+text.model, text.lm_head = whole.model.language_model, whole.lm_head
+text.save_pretrained("gemma-3-4b-text")  # and the tokenizer beside it
+```
 """
 
 

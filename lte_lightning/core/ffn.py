@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lte_lightning.core.errors import UserError
@@ -59,6 +59,7 @@ class FfnRow:
 
 _BERT = FfnRow(("encoder.layer",), "intermediate.dense", "output.dense", "intermediate.intermediate_act_fn")
 _LLAMA = FfnRow(("layers",), "mlp.up_proj", "mlp.down_proj", "mlp.act_fn", gate="mlp.gate_proj", module="mlp")
+_FALCON = FfnRow(("h",), "mlp.dense_h_to_4h", "mlp.dense_4h_to_h", "mlp.act", module="mlp")
 _T5 = FfnRow(
     ("encoder.block", "decoder.block"),
     "layer.-1.DenseReluDense.wi",
@@ -76,11 +77,12 @@ FFN_TABLE: dict[str, FfnRow] = {
     "deberta-v2": _BERT,
     "distilbert": FfnRow(("transformer.layer",), "ffn.lin1", "ffn.lin2", "ffn.activation"),
     "electra": _BERT,
+    "falcon": _FALCON,
     "gemma": _LLAMA,
     "gemma2": _LLAMA,
     "gemma3_text": _LLAMA,
     "gpt2": FfnRow(("h",), "mlp.c_fc", "mlp.c_proj", "mlp.act"),
-    "gpt_neox": FfnRow(("layers",), "mlp.dense_h_to_4h", "mlp.dense_4h_to_h", "mlp.act", module="mlp"),
+    "gpt_neox": replace(_FALCON, layers=("layers",)),
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "modernbert": FfnRow(("layers",), "mlp.Wi", "mlp.Wo", "mlp.act", gate="mlp.Wi", module="mlp", dropout="mlp.drop"),
@@ -133,6 +135,27 @@ def find_row(model_type: str) -> FfnRow:
     return FFN_TABLE[model_type]
 
 
+def row_of(config: PreTrainedConfig) -> FfnRow:
+    """Returns the table's row of a model.
+
+    Raises:
+        UnsupportedModelError: If its family is not in the table, or routes its FFNs already.
+    """
+    experts = next(_expert_counts(config.to_dict()), None)
+    if experts:
+        raise UnsupportedModelError(
+            f"model type {config.model_type!r} is a mixture of experts already ({experts}): its FFNs are routed "
+            "by what it was trained with. Start from a dense model of the same family"
+        )
+    text = getattr(config, "text_config", None)
+    if text is not None and config.model_type not in FFN_TABLE:
+        raise UnsupportedModelError(
+            f"model type {config.model_type!r} is multimodal; take its text model ({text.model_type!r}) out and "
+            "convert that (docs/families.md says how)"
+        )
+    return find_row(config.model_type)
+
+
 def find_stacks(model: PreTrainedModel) -> list[list[nn.Module]]:
     """Returns the transformer layers of each stack of ``model``: one, or the encoder's and the decoder's.
 
@@ -140,13 +163,7 @@ def find_stacks(model: PreTrainedModel) -> list[list[nn.Module]]:
         UnsupportedModelError: If the family is not in the table, routes its FFNs already, or has other layers than the
             table says.
     """
-    experts = next(_expert_counts(model.config.to_dict()), None)
-    if experts:
-        raise UnsupportedModelError(
-            f"model type {model.config.model_type!r} is a mixture of experts already ({experts}): its FFNs are routed "
-            "by what it was trained with. Start from a dense model of the same family"
-        )
-    row, stacks, missing = find_row(model.config.model_type), [], None
+    row, stacks, missing = row_of(model.config), [], None
     for path in row.layers:
         try:
             stacks.append(list(model.base_model.get_submodule(path).children()))
@@ -186,7 +203,8 @@ def find_parts(layer: nn.Module, row: FfnRow) -> FfnParts:
 
     def projection(path: str) -> Projection:
         module: Projection = get_child(layer, path)
-        if type(module) not in (nn.Linear, Conv1D):
+        # Falcon's own Linear differs in rounding alone: it adds the bias after the product is rounded
+        if type(module) not in (nn.Linear, Conv1D) and type(module).__name__ != "FalconLinear":
             raise UnsupportedModelError(
                 f"{type(layer).__name__}.{path} is a {type(module).__name__}; only torch.nn.Linear and transformers' "
                 "Conv1D can be cut into experts. Convert the model before quantising it or adding adapters."

@@ -24,7 +24,7 @@ from lte_lightning.core.checkpoint import is_lte, read_lte_config
 from lte_lightning.core.config import LteConfig
 from lte_lightning.core.convert import convert
 from lte_lightning.core.errors import UserError
-from lte_lightning.core.ffn import find_row
+from lte_lightning.core.ffn import row_of
 
 
 def skeleton(source: str | os.PathLike[str], expert_size: int | None = None) -> PreTrainedModel:
@@ -49,7 +49,7 @@ def skeleton(source: str | os.PathLike[str], expert_size: int | None = None) -> 
         raise UserError(
             f"no folder or file {source}, and no model of that name in the cache or on the hub ({_first_line(error)})"
         ) from error
-    find_row(config.model_type)  # before anything of an unknown family is built
+    row_of(config)  # before anything of an unknown family is built
     lte = LteConfig(expert_size=32 if expert_size is None else expert_size)
     if not path.is_file() and is_lte(source):
         lte = read_lte_config(source)

@@ -13,8 +13,9 @@ from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
+from lte_lightning.data.files import find_split, meant, read_split
 from lte_lightning.data.packaged import DataError
-from lte_lightning.data.text import BucketBatchSampler, find_split, load_tokenizer, meant, read_split
+from lte_lightning.data.text import BucketBatchSampler, load_tokenizer
 
 Collate = Callable[[list[dict[str, Any]]], dict[str, Any]]
 
@@ -113,16 +114,20 @@ class TextData(LightningDataModule):
                 f"{self.source} is a file; name the folder that holds train.* and {self.validation_splits[0]}.*"
             )
         if not self.is_local:
-            options = {"revision": self.revision} if self.revision else {}
-            try:
-                return dict(load_dataset(self.source, self.subset, **options))
-            except (OSError, ValueError) as error:
-                raise DataError(
-                    f"no folder {self.source!r}, and cannot load {self.subset or self.task} from the hub's data set of "
-                    f"that name (offline, only what was downloaded before is found): {error}"
-                ) from error
+            return self.load_from_hub()
         names = dict.fromkeys(("train", *self.validation_splits, "test", *self.test_splits))
         return {name: read_split(self.source, name) for name in names if find_split(self.source, name)}
+
+    def load_from_hub(self, **how: bool) -> dict[str, Any]:
+        """Returns every split of the hub's data set."""
+        options = {"revision": self.revision} if self.revision else {}
+        try:
+            return dict(load_dataset(self.source, self.subset, **options, **how))
+        except (OSError, ValueError) as error:
+            raise DataError(
+                f"no folder {self.source!r}, and cannot load {self.subset or self.task} from the hub's data set of "
+                f"that name (offline, only what was downloaded before is found): {error}"
+            ) from error
 
     @property
     def is_local(self) -> bool:
@@ -208,13 +213,13 @@ class TextData(LightningDataModule):
 
     def loader(self, rows: Dataset, batch_size: int, shuffle: bool = False) -> DataLoader:
         """Returns batches of rows of similar length."""
-        _expect_no_workers()
+        expect_no_workers()
         batches = BucketBatchSampler(rows["length"][:], batch_size, shuffle, self.seed, *self.processes())
         return DataLoader(rows, batch_sampler=batches, collate_fn=self.collate())
 
     def loader_in_order(self, rows: Dataset, collate: Collate) -> DataLoader:
         """Returns evaluation batches in the order of the rows."""
-        _expect_no_workers()
+        expect_no_workers()
         replicas, rank = self.processes()
         return DataLoader(
             rows,
@@ -258,7 +263,8 @@ def one_or_all(loaders: list[DataLoader]) -> DataLoader | list[DataLoader]:
     return loaders[0] if len(loaders) == 1 else loaders
 
 
-def _expect_no_workers() -> None:
+def expect_no_workers() -> None:
+    """Silences Lightning's advice to use worker processes."""
     # No workers: the rows are tokenised and mapped into memory, and handing a batch over between processes would cost
     # more than making it. Lightning recommends workers to everybody.
     warnings.filterwarnings("ignore", ".*does not have many workers.*")

@@ -6,9 +6,9 @@ from typing import Any
 from datasets import Dataset
 
 from lte_lightning.data.base import require_text
+from lte_lightning.data.files import meant
 from lte_lightning.data.packaged import DataError
 from lte_lightning.data.prompts import Example, PromptData
-from lte_lightning.data.text import meant
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,9 @@ class GenerationData(PromptData):
             are then the test set. With 0 they are both, unless the source has a test split with answers.
         train_rows: Train on a random subset of this many rows; all of them by default.
         seed: Decides the holdout, the subset and the order of training batches.
+        streaming: Read and tokenise the training rows on the way, again and again, instead of all of them before: for
+            sets that do not fit on the disk. Stages are then given in steps.
+        shuffle_buffer: Rows of a stream to shuffle at a time; they are in memory, tokenised.
     """
 
     def __init__(
@@ -75,6 +78,8 @@ class GenerationData(PromptData):
         holdout: float = 0.0,
         train_rows: int | None = None,
         seed: int = 0,
+        streaming: bool = False,
+        shuffle_buffer: int = 10_000,
     ) -> None:
         if task not in GENERATION_TASKS:
             near = meant(task, GENERATION_TASKS)
@@ -95,6 +100,8 @@ class GenerationData(PromptData):
             holdout=holdout,
             train_rows=train_rows,
             seed=seed,
+            streaming=streaming,
+            shuffle_buffer=shuffle_buffer,
         )
 
     def rows(self, role: str) -> list[Dataset]:

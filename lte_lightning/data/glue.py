@@ -8,8 +8,9 @@ import torch
 from datasets import Dataset
 
 from lte_lightning.data.base import TextData, require_text
+from lte_lightning.data.files import meant
 from lte_lightning.data.packaged import DataError
-from lte_lightning.data.text import Collate, meant, tokenize
+from lte_lightning.data.text import Collate, tokenize
 
 
 @dataclass(frozen=True)

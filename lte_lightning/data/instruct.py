@@ -40,6 +40,9 @@ class InstructData(PromptData):
             that has no other rows.
         train_rows: Train on a random subset of this many rows; all of them by default.
         seed: Decides the holdout, the subset and the order of training batches.
+        streaming: Read and tokenise the training rows on the way, again and again, instead of all of them before: for
+            sets that do not fit on the disk. Stages are then given in steps.
+        shuffle_buffer: Rows of a stream to shuffle at a time; they are in memory, tokenised.
     """
 
     columns = _ALPACA
@@ -57,6 +60,8 @@ class InstructData(PromptData):
         holdout: float = 0.0,
         train_rows: int | None = None,
         seed: int = 0,
+        streaming: bool = False,
+        shuffle_buffer: int = 10_000,
     ) -> None:
         super().__init__(
             task="instruct",
@@ -71,13 +76,18 @@ class InstructData(PromptData):
             holdout=holdout,
             train_rows=train_rows,
             seed=seed,
+            streaming=streaming,
+            shuffle_buffer=shuffle_buffer,
         )
         self.prompt = prompt
 
     def load_splits(self) -> dict[str, Dataset]:
         """Read every split, and see whether rows are conversations."""
         splits = super().load_splits()
-        if any("messages" in rows.column_names for rows in splits.values()):
+        names = [rows.column_names for rows in splits.values()]
+        if self.streaming:
+            names.append(list(next(iter(self.open_stream()), {})))
+        if any("messages" in columns for columns in names):
             self.columns = ("messages",)
         return splits
 

@@ -1,6 +1,7 @@
 """Language modelling: running text, packed into blocks of equal length."""
 
 import re
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import numpy as np
@@ -10,9 +11,10 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 from transformers import PreTrainedTokenizerBase
 
-from lte_lightning.data.base import TextData, require_text
+from lte_lightning.data.base import require_text
 from lte_lightning.data.packaged import DataError
-from lte_lightning.data.prompts import IGNORED, pad_prompts
+from lte_lightning.data.padding import IGNORED, pad_prompts
+from lte_lightning.data.streaming import Mark, StreamingData
 from lte_lightning.data.text import BucketBatchSampler, fingerprint, load_tokenizer
 
 _HEADING = re.compile(
@@ -21,7 +23,7 @@ _HEADING = re.compile(
 _WORD = re.compile(r"\S+")
 
 
-class LanguageModelData(TextData):
+class LanguageModelData(StreamingData):
     """Running text as one stream of tokens, cut into blocks, for training and for perplexity.
 
     An EOS token stands before, between and after documents. Attention does not stop at it: a block may hold the end of
@@ -42,9 +44,13 @@ class LanguageModelData(TextData):
         batch_size: Blocks per training batch and device.
         eval_batch_size: Blocks per evaluation batch and device.
         seed: Decides the order of training batches.
+        streaming: Read and tokenise the training rows on the way, again and again, instead of all of them before: for
+            sets that do not fit on the disk. Stages are then given in steps.
+        shuffle_buffer: Blocks of a stream to shuffle at a time; they are in memory, tokenised.
     """
 
     columns = ("text",)
+    first = (0, 0)
 
     def __init__(
         self,
@@ -57,6 +63,8 @@ class LanguageModelData(TextData):
         batch_size: int = 8,
         eval_batch_size: int = 8,
         seed: int = 0,
+        streaming: bool = False,
+        shuffle_buffer: int = 1_000,
     ) -> None:
         super().__init__(
             task=subset if subset and "wikitext" in subset else "lm",
@@ -70,6 +78,8 @@ class LanguageModelData(TextData):
             holdout=0.0,
             train_rows=None,
             seed=seed,
+            streaming=streaming,
+            shuffle_buffer=shuffle_buffer,
         )
         self.documents = documents
         if self.is_local:
@@ -101,6 +111,28 @@ class LanguageModelData(TextData):
         )
         return [PackedBlocks(encoded, self.max_length, self.tokenizer.eos_token_id)]
 
+    def encode_pass(self, mark: Mark) -> Iterator[tuple[Mark, dict[str, Any]]]:
+        """Yields the blocks of the text, from one that begins with a token of a row."""
+        beginning, done = mark
+        # Tokens that are not in a block yet: the token, the words that begin in it, its row, its place in the row.
+        rest_4T = np.zeros((4, 0), dtype=np.int32)
+        for first, rows in self.chunks(beginning):
+            found = self._encode(rows[:], list(range(first, first + len(rows))))
+            parts = enumerate(zip(found["ids"], found["words"], strict=True), first)
+            read_4T = [
+                np.stack([ids, words, np.full(len(ids), row), np.arange(len(ids))], dtype=np.int32)
+                for row, (ids, words) in parts
+            ]
+            rest_4T = np.concatenate([rest_4T, *read_4T], axis=1)[:, done if first == beginning else 0 :]
+            while rest_4T.shape[1] > self.max_length:
+                yield _block(rest_4T[:, : self.max_length])
+                rest_4T = rest_4T[:, self.max_length - 1 :]
+        rest_4T = np.pad(rest_4T, ((0, 0), (0, 1)))
+        rest_4T[0, -1] = self.tokenizer.eos_token_id
+        while rest_4T.shape[1] > 1:
+            yield _block(rest_4T[:, : self.max_length])
+            rest_4T = rest_4T[:, self.max_length - 1 :]
+
     def _encode(self, rows: dict[str, list[str]], indices: list[int]) -> dict[str, list[Any]]:
         texts = [text.rstrip("\r\n") for text in rows["text"]]
         if self.documents == "row":
@@ -129,6 +161,12 @@ class LanguageModelData(TextData):
         """Returns batches of blocks."""
         batches = BucketBatchSampler(rows.lengths, batch_size, shuffle, self.seed, *self.processes())
         return DataLoader(rows, batch_sampler=batches, collate_fn=self.collate())
+
+
+def _block(tokens_4T: np.ndarray) -> tuple[Mark, dict[str, Any]]:
+    ids, words, rows, places = tokens_4T
+    row = {"input_ids": ids.copy(), "words": int(words[1:].sum()), "length": len(ids)}
+    return (int(rows[0]), int(places[0])), row
 
 
 def count_words(text: str, offsets: list[tuple[int, int]]) -> np.ndarray:

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lte_lightning.data.base import TextData, require_at_least, require_text
 from lte_lightning.data.packaged import DataError
-from lte_lightning.data.prompts import IGNORED, pad_prompts
+from lte_lightning.data.padding import IGNORED, pad_prompts
 from lte_lightning.data.text import load_tokenizer
 
 LETTERS = ("A", "B", "C", "D")

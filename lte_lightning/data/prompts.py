@@ -1,22 +1,24 @@
-"""Prompts and answers as tokens: loss on the answers only, padding right for training and left for generation."""
+"""Prompts and answers as tokens: what carries the loss, what is cut or left out."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from lte_lightning.data.base import TextData, require_at_least
+from lte_lightning.data.base import require_at_least
 from lte_lightning.data.packaged import DataError, resolve
+from lte_lightning.data.padding import IGNORED, CollateAnswers, CollatePrompts
+from lte_lightning.data.streaming import Mark, StreamingData
 from lte_lightning.data.text import fingerprint, load_tokenizer
 
-IGNORED = -100  # the label of what carries no loss
 _ENCODING = 1  # part of the cache's key: to be raised when the same rows are to give other tokens
 
 
@@ -49,12 +51,12 @@ class Example:
         return max((i for i, (_, is_answer) in enumerate(self.segments) if is_answer), default=0)
 
 
-class PromptData(TextData):
+class PromptData(StreamingData):
     """Rows of a prompt and an answer; a subclass writes them as text.
 
     Args:
         max_new_tokens: Tokens that may be generated; room for them is kept behind every prompt.
-        **kwargs: See `TextData`.
+        **kwargs: See `StreamingData`.
     """
 
     predict_role = "predict"
@@ -63,6 +65,7 @@ class PromptData(TextData):
         super().__init__(**kwargs)
         require_at_least(max_new_tokens=(max_new_tokens, 1))
         self.max_new_tokens = max_new_tokens
+        self._counted = 0  # rows of a stream that were looked at
 
     # The task, by the subclass
 
@@ -175,6 +178,41 @@ class PromptData(TextData):
             parts.append(encoded.select(kept).select_columns(["input_ids", "labels", "length"]))
         return [*parts, self._prompts(sets[0], role)] if role == "test" else parts
 
+    def encode_pass(self, mark: Mark) -> Iterator[tuple[Mark, dict[str, Any]]]:
+        """Yields rows with their answers, and counts those that are left out."""
+        for first, rows in self.chunks(*mark):
+            encoded = self._encode(rows[:])
+            usable = [count > 0 for count in encoded["answer_tokens"]]
+            self._count(first, usable, sum(encoded["shortened"]))
+            for i in (i for i, use in enumerate(usable) if use):
+                ids, labels = (np.array(encoded[name][i], dtype=np.int32) for name in ("input_ids", "labels"))
+                yield (first + i,), {"input_ids": ids, "labels": labels, "length": len(ids)}
+
+    def _count(self, first: int, usable: list[bool], shortened: int) -> None:
+        if first == self._counted == 0 and shortened:
+            rank_zero_info(
+                f"{shortened} of the first {len(usable)} inputs for train were cut to {self.max_length} tokens"
+            )
+        fresh = max(self._counted - first, 0)
+        if skipped := len(usable[fresh:]) - sum(usable[fresh:]):
+            if "train" not in self.skipped:
+                rank_zero_warn(
+                    f"rows for train are left out, the first one is row {first + usable.index(False)} (from 0): no "
+                    f"answer is left of them within {self.max_length} tokens; the results count them as skipped_rows"
+                )
+            self.skipped["train"] = self.skipped.get("train", 0) + skipped
+        self._counted = max(self._counted, first + len(usable))
+
+    def state_dict(self) -> dict[str, Any]:
+        state = super().state_dict()
+        return state and {**state, "counted": self._counted, "skipped": self.skipped.get("train", 0)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        if self._stream and state_dict["counted"] > self._counted:
+            self._counted = state_dict["counted"]
+            self.skipped |= {"train": state_dict["skipped"]} if state_dict["skipped"] else {}
+
     def _report(self, role: str, rows: int, skipped: int, shortened: int) -> None:
         if shortened:
             rank_zero_info(f"{shortened} of {rows} inputs for {role} were cut to {self.max_length} tokens")
@@ -226,7 +264,7 @@ class PromptData(TextData):
 
     # Batches
 
-    def collate(self) -> "CollateAnswers":
+    def collate(self) -> CollateAnswers:
         """Pads on the right, with labels on the answers."""
         return CollateAnswers(self.tokenizer.pad_token_id)
 
@@ -245,58 +283,9 @@ class PromptData(TextData):
         prompts = self._prompts(rows.select(range(min(len(rows), 4 * count))), "samples").to_list()
         return self.collate_prompts()(sorted(prompts, key=lambda prompt: prompt["row"])[:count])
 
-    def collate_prompts(self) -> "CollatePrompts":
+    def collate_prompts(self) -> CollatePrompts:
         """Pads prompts on the left, where a decoder goes on from them."""
         return CollatePrompts(self.tokenizer.pad_token_id, "right" if self.encoder_decoder else "left")
-
-
-class CollateAnswers:
-    """Makes a batch for the loss: padded on the right, to a multiple of 8; padding carries no loss.
-
-    Args:
-        pad_id: The pad token.
-    """
-
-    def __init__(self, pad_id: int) -> None:
-        self.pad_id = pad_id
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Returns input_ids, attention_mask and labels, all [B, T] (labels [B, T'] for an encoder-decoder)."""
-        batch = pad_prompts([row["input_ids"] for row in rows], self.pad_id, "right")
-        return batch | {"labels": _pad([row["labels"] for row in rows], IGNORED, "right")}
-
-
-class CollatePrompts:
-    """Makes a batch to generate from.
-
-    Args:
-        pad_id: The pad token.
-        side: Where to pad.
-    """
-
-    def __init__(self, pad_id: int, side: str) -> None:
-        self.pad_id = pad_id
-        self.side = side
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """Returns input_ids and attention_mask [B, T], and lists of rows, prompts and references."""
-        batch = pad_prompts([row["input_ids"] for row in rows], self.pad_id, self.side)
-        return batch | {key: [row[key] for row in rows] for key in ("row", "prompt", "references")}
-
-
-def pad_prompts(ids: Sequence[Sequence[int]], pad_id: int, side: str) -> dict[str, torch.Tensor]:
-    """Returns input_ids and attention_mask, [B, T]; the mask goes by position, so real pad tokens stay real."""
-    mask_BT = _pad([[1] * len(row) for row in ids], 0, side)
-    return {"input_ids": _pad(ids, pad_id, side), "attention_mask": mask_BT}
-
-
-def _pad(rows: Sequence[Sequence[int]], value: int, side: str) -> torch.Tensor:
-    width = -(-max(map(len, rows)) // 8) * 8
-    padded_BT = torch.full((len(rows), width), value)
-    for i, row in enumerate(rows):
-        start = width - len(row) if side == "left" else 0
-        padded_BT[i, start : start + len(row)] = torch.tensor(row, dtype=torch.long)
-    return padded_BT
 
 
 def is_encoder_decoder(name: str) -> bool:

@@ -3,9 +3,9 @@
 import numpy as np
 from datasets import Dataset
 
+from lte_lightning.data.files import read_split
 from lte_lightning.data.glue import GlueData
 from lte_lightning.data.packaged import MODEL, REVIEWS, resolve
-from lte_lightning.data.text import read_split
 
 _SPLIT_SEED = 0
 

@@ -29,6 +29,7 @@ SIZES = {
 IDS = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 2}
 DROPOUT = {"hidden_dropout_prob", "attention_probs_dropout_prob"}
 LLAMA = {"attention_dropout"}
+FALCON = {"hidden_dropout", "attention_dropout"}
 
 Config = Callable[[float], PreTrainedConfig]
 
@@ -60,6 +61,11 @@ DECODERS: dict[str, Config] = {
     "gpt_neox": decoder("gpt_neox", {"hidden_dropout", "attention_dropout"}),
     # Its FFN is four times as wide as the model.
     "bloom": decoder("bloom", {"hidden_dropout", "attention_dropout"}, hidden_size=NEURONS // 4),
+    # As its 7B is, with one key for all heads; and nearly as its 1B is.
+    "falcon": decoder("falcon", FALCON, ffn_hidden_size=NEURONS, num_key_value_heads=1),
+    "falcon-biases": decoder(
+        "falcon", FALCON, ffn_hidden_size=NEURONS, bias=True, parallel_attn=False, multi_query=False
+    ),
     "opt": decoder("opt", {"dropout", "attention_dropout"}, ffn_dim=NEURONS, word_embed_proj_dim=WIDTH),
     "llama": decoder("llama", LLAMA),
     "llama-biases-gqa-tied": decoder(
@@ -97,8 +103,8 @@ HEADS = {
     "seq2seq": AutoModelForSeq2SeqLM,
 }
 # One family of each row of the table, for what depends on nothing else.
-ROWS = ["bert", "distilbert", "modernbert", "gpt2", "gpt_neox", "bloom", "opt", "llama-biases-gqa-tied", "phi3"]
-ROWS += list(ENCODER_DECODERS)
+ROWS = ["bert", "distilbert", "modernbert", "gpt2", "gpt_neox", "falcon-biases", "bloom", "opt"]
+ROWS += ["llama-biases-gqa-tied", "phi3", *ENCODER_DECODERS]
 MODELS = [
     *[(family, "classification") for family in [*ENCODERS, "gpt2", "llama"]],
     *[(family, "lm") for family in DECODERS],

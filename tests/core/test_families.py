@@ -5,12 +5,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AlbertConfig, AlbertModel, AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import (
+    AlbertConfig,
+    AlbertModel,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    Gemma3Config,
+    Gemma3ForCausalLM,
+    Gemma3ForConditionalGeneration,
+)
 
-from lte_lightning import LteConfig, convert, set_mode
+from lte_lightning import LteConfig, convert, from_pretrained, save_pretrained, set_mode
 from lte_lightning.core import families
 from lte_lightning.core.convert import expert_ffns
 from lte_lightning.core.ffn import FFN_TABLE, UnsupportedModelError, find_layers, find_parts, find_row
+from lte_lightning.core.skeleton import skeleton
 
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 
@@ -126,3 +136,26 @@ def test_t5_keeps_its_down_projections_in_float32(build, batch, family, tmp_path
     for mode in ("soft", "hard"):
         set_mode(model, mode)
         assert torch.isfinite(logits(model, batch)).all()
+
+
+def test_the_text_model_of_a_multimodal_one(tmp_path):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
+    text = {**sizes, "vocab_size": 64, "head_dim": 8, "num_key_value_heads": 2}
+    vision = {**sizes, "image_size": 28, "patch_size": 14}
+    config = Gemma3Config(text_config=text, vision_config=vision, image_token_index=5, mm_tokens_per_image=4)
+    whole = Gemma3ForConditionalGeneration(config).eval()
+    with pytest.raises(UnsupportedModelError, match=r"'gemma3' is multimodal; take its text model .'gemma3_text'. out"):
+        convert(whole)
+    whole.save_pretrained(tmp_path / "whole")
+    with pytest.raises(UnsupportedModelError, match="'gemma3' is multimodal"):
+        skeleton(tmp_path / "whole")
+    found = {"whole": whole, "Gemma3ForCausalLM": Gemma3ForCausalLM}
+    (recipe,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    # All but the lines that load and save
+    exec("\n".join(line for line in recipe.splitlines() if "_pretrained(" not in line), found)
+    ids = torch.arange(8, 20)[None]
+    before = whole(ids).logits
+    model = convert(found["text"].eval(), LteConfig(16, "contiguous"), progress=False)
+    assert torch.equal(model(ids).logits, before)
+    save_pretrained(model, tmp_path / "text")
+    torch.testing.assert_close(from_pretrained(tmp_path / "text")(ids).logits, before, rtol=1e-5, atol=1e-5)

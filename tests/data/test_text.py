@@ -10,15 +10,9 @@ from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from lte_lightning.data.text import (
-    BucketBatchSampler,
-    Collate,
-    DataError,
-    find_split,
-    load_tokenizer,
-    read_split,
-    tokenize,
-)
+from lte_lightning.data.files import find_split, read_split
+from lte_lightning.data.packaged import DataError
+from lte_lightning.data.text import BucketBatchSampler, Collate, load_tokenizer, tokenize
 
 LENGTHS = [int(length) for length in torch.randint(3, 60, (1003,), generator=torch.Generator().manual_seed(0))]
 

@@ -1,0 +1,206 @@
+"""Training rows that are read and tokenised on the way, for sets that do not fit in memory or on the disk."""
+
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+from torch.utils.data import DataLoader
+from torch.utils.data import IterableDataset as TorchStream
+
+from lte_lightning.data.base import TextData, expect_no_workers, require_at_least, require_columns
+from lte_lightning.data.files import find_split, read_split, stream_split
+from lte_lightning.data.packaged import DataError
+from lte_lightning.data.text import BucketBatchSampler
+
+Mark = tuple[int, ...]  # where a tokenised row begins: the pass over the data, the row, perhaps the token in it
+_CHUNK = 256  # rows tokenised at a time
+_MOST_BUFFERS = 100_000_000  # more than any stage has
+
+
+class StreamedBatches(TorchStream):
+    """Batches of an endless stream of tokenised rows.
+
+    The stream is cut into buffers. A buffer is shuffled and cut into batches of similar length, as `BucketBatchSampler`
+    does it with a whole data set. What a batch holds depends on the seed, the stage and the batch's number alone, so
+    that any batch can be gone to. Every process reads the whole stream and takes its own batches.
+
+    Args:
+        rows: `rows(mark)` tokenises from a mark on: it yields each row, a dictionary with its `length`, behind its own
+            mark.
+        first: The mark of the first row.
+        buffer: Rows to shuffle at a time at least; it is rounded up to whole batches of all processes.
+        batch_size: Rows per batch and process.
+        seed: With the stage and the number of the buffer, decides the shuffling.
+        replicas: Number of processes.
+        rank: Which of them this is.
+    """
+
+    def __init__(
+        self,
+        rows: Callable[[Mark], Iterator[tuple[Mark, dict[str, Any]]]],
+        first: Mark,
+        buffer: int,
+        batch_size: int,
+        seed: int,
+        replicas: int = 1,
+        rank: int = 0,
+    ) -> None:
+        self._batches = -(-buffer // (batch_size * replicas))  # of each process
+        self._size = self._batches * batch_size * replicas
+        self._order = (batch_size, True, seed, replicas, rank)
+        self._rows = rows
+        self._marks: dict[int, Mark] = {0: first}
+        self._held: tuple[int, list[dict[str, Any]]] = (-1, [])
+        self._next: Iterator[tuple[Mark, dict[str, Any]]] = iter(())
+        self._place = (0, 0)
+
+    def begin(self, stage: int, batch: int) -> None:
+        """Go to a batch of a stage, counted from 0 in this process; the next iteration begins there."""
+        self._place = (stage, batch)
+
+    def __iter__(self) -> Iterator[list[dict[str, Any]]]:
+        """Yields batches, as lists of rows, without end."""
+        stage, batch = self._place
+        buffer, done = divmod(batch, self._batches)
+        while True:
+            rows = self._buffer(buffer)
+            sampler = BucketBatchSampler([row["length"] for row in rows], *self._order)
+            sampler.set_epoch(stage * _MOST_BUFFERS + buffer)
+            for indices in islice(sampler, done, None):
+                yield [rows[i] for i in indices]
+            buffer, done = buffer + 1, 0
+
+    def _buffer(self, number: int) -> list[dict[str, Any]]:
+        if self._held[0] == number:
+            return self._held[1]
+        at = self._held[0] + 1
+        nearest = max(known for known in self._marks if known <= number)
+        if at == 0 or not nearest <= at <= number:
+            at = nearest
+            self._next = self._rows(self._marks[at])
+        while at <= number:
+            marked = list(islice(self._next, self._size))
+            self._held = (at, [row for _, row in marked])
+            self._marks[at] = marked[0][0]
+            at += 1
+        return self._held[1]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the buffers begin that were read, so that a resumed fit need not tokenise what lies before."""
+        return {"size": self._size, "marks": {number: list(mark) for number, mark in self._marks.items()}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over where buffers begin, unless they are of another size."""
+        if state["size"] == self._size:
+            self._marks |= {number: tuple(mark) for number, mark in state["marks"].items()}
+
+
+class StreamingData(TextData):
+    """Rows of text whose training split may be streamed; a subclass says how a pass over it is tokenised.
+
+    Args:
+        streaming: Read and tokenise training rows on the way.
+        shuffle_buffer: Rows of a stream to shuffle at a time.
+        **kwargs: See `TextData`.
+    """
+
+    first: Mark = (0,)  # the mark of a pass's first tokenised row
+
+    def __init__(self, streaming: bool, shuffle_buffer: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        require_at_least(shuffle_buffer=(shuffle_buffer, 1))
+        if streaming and self.holdout:
+            raise DataError(
+                f"holdout is {self.holdout}, but nobody knows how many rows a stream has; leave it at 0, and give the "
+                "source a validation split"
+            )
+        if streaming and self.train_rows:
+            raise DataError(f"train_rows is {self.train_rows}, but a stream is trained on from its first row; leave it")
+        self.streaming = streaming
+        self.shuffle_buffer = shuffle_buffer
+        self._stream: StreamedBatches | None = None
+
+    def encode_pass(self, mark: Mark) -> Iterator[tuple[Mark, dict[str, Any]]]:
+        """Yields the tokenised rows of one pass, from a mark (without the pass) on, each behind its mark."""
+        raise TypeError(f"{type(self).__name__} must define encode_pass")
+
+    def encode(self, mark: Mark) -> Iterator[tuple[Mark, dict[str, Any]]]:
+        """Yields tokenised rows, pass after pass, from a mark on, each behind its mark."""
+        number, rest = mark[0], mark[1:]
+        while True:
+            found = 0
+            for place, row in self.encode_pass(rest):
+                found += 1
+                yield (number, *place), row
+            if not found and rest == self.first:
+                raise DataError(f"no row of {self._name('train')} can be trained on (max_length {self.max_length})")
+            number, rest = number + 1, self.first
+
+    def load_splits(self) -> dict[str, Dataset]:
+        """Read every split that the source has, but not the training rows of a stream."""
+        if not self.streaming:
+            return super().load_splits()
+        names = dict.fromkeys((*self.validation_splits, "test", *self.test_splits))
+        if self.is_local:
+            return {name: read_split(self.source, name) for name in names if find_split(self.source, name)}
+        found = self.load_from_hub(streaming=True)
+        return {name: Dataset.from_list(list(found[name])) for name in names if name in found}
+
+    def open_stream(self) -> IterableDataset:
+        """Returns the training rows, unread."""
+        if self.is_local:
+            return stream_split(self.source, "train")
+        found = self.load_from_hub(streaming=True)
+        if "train" not in found:
+            raise DataError(f"{self.source} has no split 'train' for {self.task} (found: {', '.join(found)})")
+        return found["train"]
+
+    def chunks(self, row: int) -> Iterator[tuple[int, Dataset]]:
+        """Yields the training rows from one on, checked, some at a time, behind the number of the first."""
+        name = self._name("train")
+        stream = iter(self.open_stream().skip(row).iter(batch_size=_CHUNK))
+        while True:
+            where = f"{name}, after {row} rows" if row else name
+            try:
+                rows = Dataset.from_dict(next(stream))
+            except StopIteration:
+                if row == 0:
+                    raise DataError(f"{name} has no rows") from None
+                return
+            except (OSError, ValueError) as error:
+                raise DataError(f"cannot read {where}: {error.__cause__ or error}") from error
+            require_columns(rows, self.columns, where)
+            rows = rows.select_columns(list(self.columns))
+            self.check_rows(rows, where)
+            yield row, rows
+            row += len(rows)
+
+    def setup(self, stage: str) -> None:
+        """Read, check and tokenise what the stage needs; of a stream only its beginning."""
+        if self.streaming and stage == "fit" and self._stream is None:
+            _ = self._splits
+            next(self.encode((0, *self.first)))  # what is wrong with the first rows is said now
+            order = (self.shuffle_buffer, self.batch_size, self.seed, *self.processes())
+            self._stream = StreamedBatches(self.encode, (0, *self.first), *order)
+            self._ready["train"] = []
+        super().setup(stage)
+
+    def train_dataloader(self) -> DataLoader:
+        """Shuffled batches; of a stream without end, from the place that the fit has reached."""
+        if self._stream is None:
+            return super().train_dataloader()
+        expect_no_workers()
+        return DataLoader(self._stream, batch_size=None, collate_fn=self.collate())
+
+    def begin(self, stage: int, batch: int) -> None:
+        """Go to a batch of a stage, both counted from 0, if there is a stream."""
+        if self._stream is not None:
+            self._stream.begin(stage, batch)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"stream": self._stream.state_dict()} if self._stream else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self._stream:
+            self._stream.load_state_dict(state_dict["stream"])
