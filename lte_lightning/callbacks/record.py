@@ -199,6 +199,8 @@ class Recorder(Callback):
             for path in files:
                 logger.experiment.log_artifact(logger.run_id, str(path))
             scalars = {k: v for k, v in self.results.items() if type(v) in (int, float) and k != "seed"}
+            union = self.results["union_sparsity"] or {}
+            scalars |= {f"union_sparsity_{size}": share for size, share in union.items()}
             logger.log_metrics({f"results/{key}": float(value) for key, value in scalars.items()})
 
     @rank_zero_only

@@ -28,7 +28,7 @@ def make_results(trainer: Trainer, module: LightningModule, floor: float | None 
     Returns:
         ``dense``, ``soft``, ``hard_before`` and ``hard`` are values of ``metric`` on the validation rows, None where
         the stage was not run; ``sparsity``, FLOPs and bytes are those of the last of them, ``sparsity_before`` is that
-        of ``hard_before``; ``floor`` is there if known.
+        of ``hard_before``, ``union_sparsity`` is by batch size; ``floor`` is there if known.
     """
     metric, measured = module.metric_name, module.measured
     schedule = next(callback for callback in trainer.callbacks if isinstance(callback, StageSchedule))
@@ -42,6 +42,7 @@ def make_results(trainer: Trainer, module: LightningModule, floor: float | None 
         "sparsity": hardest.get("sparsity"),
         "sparsity_before": measured.get("hard_before", {}).get("sparsity"),
         "sparsity_per_layer": per_layer,
+        "union_sparsity": hardest.get("union_sparsity"),
         **module.cost(per_layer),
         "grouping": measured.get("grouping"),
         "seconds_per_stage": {stage: round(seconds, 1) for stage, seconds in schedule.seconds.items()},
