@@ -179,9 +179,7 @@ class RouterTrace:
         return 1.0 - active / neurons
 
 
-def _union_counts(
-    active_NE: torch.Tensor, real_BT: torch.Tensor, sizes: int, decodes: bool
-) -> torch.Tensor:
+def _union_counts(active_NE: torch.Tensor, real_BT: torch.Tensor, sizes: int, decodes: bool) -> torch.Tensor:
     """Returns one layer's idle (batch, expert) pairs and its batches of 1, 2, 4, ... rows, [2, K]."""
     position_BT = real_BT.cumsum(1) - 1
     steps = int(position_BT.max()) + 1

@@ -39,7 +39,8 @@ def test_test_reports_what_the_fit_logged(weights, fitted, tiny, lightning, tmp_
         "bound",
     ):
         assert found[key] == results[key], key
-    for words in ("test/accuracy", "test/sparsity", "test/sparsity_layer_01", "test/gflops_per_token", "test/bound", "test/union_sparsity_8"):
+    logged = ("accuracy", "sparsity", "sparsity_layer_01", "union_sparsity_8", "gflops_per_token", "bound")
+    for words in (f"test/{name}" for name in logged):
         assert words in outcome.out
 
 
