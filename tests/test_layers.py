@@ -20,9 +20,9 @@ RANKS = {
     "data": 4,
     "tasks": 4,
     "callbacks": 4,
+    "bench": 4,
     "sweep": 5,
     "report": 5,
-    "bench": 5,
     "cli": 6,
     "__main__": 7,
 }

@@ -136,6 +136,12 @@ def results_table(results: dict[str, Any]) -> Table:
         notes.append(f"FLOPs saved: {100 * (1 - sparse / dense):.1f} % (GFLOPs are 2^30, as in the paper).")
     if (kept := span_kept(results)) is not None:
         notes.append(f"Of the span from floor to dense {100 * kept:.0f} % is kept.")
+    if "speedup" in results:
+        of = results["latency_of"]
+        notes.append(
+            f"Measured: {results['speedup']:.2f}x as fast as dense, {results['latency_ms']:.2f} ms per {of['call']} of "
+            f"{of['rows']} rows ({of['dtype']}, {of['device']}, {of['threads']} threads, load {of['load']})."
+        )
     times = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in results["seconds_per_stage"].items())
     table.caption = "\n".join([*notes, f"Time: {times}."])
     table.caption_justify = "left"

@@ -12,10 +12,10 @@ import yaml
 
 from lte_lightning.core.errors import UserError
 from lte_lightning.sweep.folder import SWEEP_FILE, SweepFolder, read_sweep_file
-from lte_lightning.sweep.table import read_results
+from lte_lightning.sweep.table import better, read_results
 
 RUN_LAYOUT = 1  # of run.json; a run that names none was written before there were any
-SELECTORS = {"router": "LTE", "none": "floor"}
+SELECTORS = {"router": "LTE", "none": "floor", "kla": "KLA (oracle)", "dejavu": "Deja Vu"}
 BENCH = {"shape", "scope", "phase", "tokens", "sparsity", "backend", "ms", "dense_ms", "ratio", "bound"}
 # What tells runs apart without being a choice of theirs
 NO_PARAMETER = ("run.", "seed_everything", "ckpt_path", "model.init_args.init_from", "trainer.logger")
@@ -107,9 +107,13 @@ class Material:
         return {run.results["task"]: run.results["metric"] for run in self.runs}
 
     def reference(self, task: str, key: str) -> list[float]:
-        """Returns the dense figure, or the floor, of a task: one per seed and dense start."""
-        rows = [run.results for run in self.runs if run.results["task"] == task and run.results.get(key) is not None]
-        return list({(row["seed"], round(row[key], 9)): row[key] for row in rows}.values())
+        """Returns the dense figure, or the floor, of a task for each seed: the best, where methods start differently."""
+        found: dict[int, float] = {}
+        for row in (run.results for run in self.runs if run.results["task"] == task):
+            value, known = row.get(key), found.get(row["seed"])
+            if value is not None and (known is None or better(row["metric"], value, known)):
+                found[row["seed"]] = value
+        return list(found.values())
 
 
 def collect(sources: Iterable[str | Path], bench: Iterable[str | Path] = ()) -> Material:
@@ -170,10 +174,12 @@ def _run(folder: Path, points: dict[str, dict[str, Any]]) -> Run:
     point = points.get(about.get("name") or "", {})
     plain = results["hard"] is None and results["hard_before"] is None and not point
     role = point.get("role") or ("floor" if selector == "none" else "start" if plain else "point")
-    variant = point.get("variant")  # one that is named like the task says no more than that
+    # A variant may be named like its task, alone (its methods are told by their selectors) or before the method
+    task, variant = results["task"], point.get("variant")
+    variant = None if variant == task else variant and variant.removeprefix(f"{task}: ")
     return Run(
         folder=folder,
-        method=variant if variant and variant != results["task"] else SELECTORS.get(selector, selector),
+        method=variant or SELECTORS.get(selector, selector),
         role=role,
         parameters=point.get("parameters", {}),
         results=results,

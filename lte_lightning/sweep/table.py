@@ -12,7 +12,18 @@ from lte_lightning.sweep.folder import SweepFolder
 from lte_lightning.sweep.spec import Point
 
 LOWER_IS_BETTER = ("perplexity", "loss")
-FIGURES = ("dense", "soft", "hard_before", "hard", "floor", "span_kept", "sparsity", "flops_per_token", "bound")
+FIGURES = (
+    "dense",
+    "soft",
+    "hard_before",
+    "hard",
+    "floor",
+    "span_kept",
+    "sparsity",
+    "flops_per_token",
+    "bound",
+    "speedup",
+)
 
 
 def read_results(run: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lte_lightning.core.errors import UserError
+from lte_lightning.core.locks import hold_folder
 from lte_lightning.sweep.folder import SweepFolder
 from lte_lightning.sweep.network import reach
 from lte_lightning.sweep.spec import Point
@@ -41,8 +42,9 @@ class Tracker:
 
         self._errors = (MlflowException, SQLAlchemyError, OSError)
         try:
-            self.client = MlflowClient(uri)
-            self.parent = self._parent(known.get("parent"))
+            with hold_folder(Path(uri.removeprefix("sqlite:///")).parent):
+                self.client = MlflowClient(uri)
+                self.parent = self._parent(known.get("parent"))
         except self._errors as error:
             reason = " ".join(str(error).split())[:300]
             raise UserError(

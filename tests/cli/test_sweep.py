@@ -160,6 +160,32 @@ def test_a_killed_sweep_goes_on_as_if_nothing_had_been(sweep_file, sweep, lightn
     assert "dense" not in point["seconds_per_stage"]
 
 
+@pytest.mark.timeout(600)
+def test_a_search_by_measured_latency(sweep_file, sweep, tmp_path):
+    """Two objectives, one of which the fit measures on the clock."""
+    search = {
+        "trials": 1,
+        "parameters": {ETA: {"low": 0.5, "high": 0.6}},
+        "objectives": {"hard": "maximize", "speedup": "maximize"},
+    }
+    words = (sweep_file(epochs=(0, 1, 1), search=search), "--folder", "runs/fast")
+    outcome = sweep(*words)
+    assert outcome.code == 1
+    assert "objective speedup needs run.latency_rows in overrides: how many rows it is measured on" in outcome.err
+    assert not (tmp_path / "runs").exists()
+    outcome = sweep(*words, "--run.latency_rows", 2)
+    assert outcome.code == 0, outcome.err
+    (found,) = results_of(tmp_path / "runs" / "fast").values()
+    assert found["speedup"] == found["dense_latency_ms"] / found["latency_ms"] > 0
+    assert found["latency_of"]["call"] == "forward pass"
+    assert f"| {found['hard']:.4f} | {found['speedup']:.4f} |" in (tmp_path / "runs" / "fast" / "front.md").read_text()
+    (log,) = (tmp_path / "runs" / "fast" / "points").glob("*.log")
+    assert f"Measured: {found['speedup']:.2f}x as fast as dense" in log.read_text()
+    page = (tmp_path / "runs" / "fast" / "report" / "index.html").read_text()
+    assert "<th>measured</th>" in page
+    assert "No latency was measured" not in page
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     """A real MLflow server over HTTP; its address."""
