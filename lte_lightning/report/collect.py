@@ -107,7 +107,7 @@ class Material:
         return {run.results["task"]: run.results["metric"] for run in self.runs}
 
     def reference(self, task: str, key: str) -> list[float]:
-        """Returns the dense figure, or the floor, of a task for each seed: the best, where methods start differently."""
+        """Returns the dense figure, or the floor, of a task for each seed, the best of several starts."""
         found: dict[int, float] = {}
         for row in (run.results for run in self.runs if run.results["task"] == task):
             value, known = row.get(key), found.get(row["seed"])

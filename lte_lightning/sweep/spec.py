@@ -191,9 +191,9 @@ def read_sweep(path: str | Path, extra: dict[str, Any] | None = None, seeds: lis
     search = _search(content["search"], path) if "search" in content else None
     if search and (len(variants) > 1 or any(block.points != ({},) for block in variants.values())):
         raise UserError(f"{path}: a search proposes its points itself; leave out grid and list, and name one variant")
-    if search and "speedup" in search.objectives and LATENCY not in (extra or {}):
-        if not any(LATENCY in block.overrides for block in variants.values()):
-            raise UserError(f"{path}: objective speedup needs {LATENCY} in overrides: how many rows it is measured on")
+    measured = LATENCY in (extra or {}) or any(LATENCY in block.overrides for block in variants.values())
+    if search and "speedup" in search.objectives and not measured:
+        raise UserError(f"{path}: objective speedup needs {LATENCY} in overrides: how many rows it is measured on")
     found = seeds if seeds is not None else content.get("seeds", [0])
     if not isinstance(found, list) or not found or not all(type(s) is int and s >= 0 for s in found):
         raise UserError(f"{path}: seeds is {found!r}; give a list of whole numbers, such as [0, 1, 2]")
