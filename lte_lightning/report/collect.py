@@ -12,9 +12,8 @@ import yaml
 
 from lte_lightning.core.errors import UserError
 from lte_lightning.sweep.folder import SWEEP_FILE, SweepFolder, read_sweep_file
-from lte_lightning.sweep.table import better, read_results
+from lte_lightning.sweep.table import better, read_results, read_run_file
 
-RUN_LAYOUT = 1  # of run.json; a run that names none was written before there were any
 SELECTORS = {"router": "LTE", "none": "floor", "kla": "KLA (oracle)", "dejavu": "Deja Vu"}
 BENCH = {"shape", "scope", "phase", "tokens", "sparsity", "backend", "ms", "dense_ms", "ratio", "bound"}
 # What tells runs apart without being a choice of theirs
@@ -156,16 +155,7 @@ def _sweep(path: Path, material: Material) -> dict[str, dict[str, Any]]:
 
 
 def _run(folder: Path, points: dict[str, dict[str, Any]]) -> Run:
-    try:
-        about = json.loads((folder / "run.json").read_text())
-        layout = about.get("layout", RUN_LAYOUT)
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{folder / 'run.json'} is damaged: {error!r}; leave this run out") from error
-    if layout != RUN_LAYOUT:
-        raise UserError(
-            f"run folder {folder} has layout {layout!r}, this lte-lightning reads {RUN_LAYOUT}; use the version that "
-            "wrote it, or leave this run out"
-        )
+    about = read_run_file(folder)
     results = read_results(folder)
     model = _json(folder / "model" / "lte_config.json")
     measured = model.get("about", {}).get("measured", {})

@@ -18,6 +18,7 @@ def begin(name, ready, folder):
 
 
 # a child only talks to the database; Python 3.12 cannot know
+@pytest.mark.timeout(400)  # MLflow makes its tables in dozens of steps
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning")
 def test_fits_that_begin_together_share_a_new_database(tmp_path):
     context = multiprocessing.get_context("fork")

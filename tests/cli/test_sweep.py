@@ -98,6 +98,26 @@ def test_a_wrong_command_line(words, message, sweep_file, sweep):
     assert message in outcome.err
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("run.json", {"layout": 7}, "has layout 7, this lte-lightning reads 1; use the version that wrote it"),
+        ("results.json", {}, "results.json is damaged, or was written by another version of lte-lightning"),
+    ],
+)
+def test_a_run_of_another_version_is_refused_before_any_is_run(file, content, message, sweep_file, sweep, tmp_path):
+    (point,) = read_sweep(sweep_file()).points()
+    run = tmp_path / "runs" / "sweep-trial" / "0123"
+    (run / "model").mkdir(parents=True)
+    for name, known in (("run.json", {"layout": 1}), ("results.json", {})):
+        (run / name).write_text(json.dumps(known | {"name": point.name} | (content if name == file else {})))
+    before = sorted(tmp_path.rglob("*"))
+    outcome = sweep(sweep_file())
+    assert outcome.code == 1
+    assert message in outcome.err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_a_dry_run_prints_the_commands_and_leaves_nothing(sweep_file, sweep, tmp_path):
     file = sweep_file(start={}, grid={ETA: [0.2, 0.5]}, seeds=[0, 1])
     before = sorted(tmp_path.iterdir())
