@@ -17,6 +17,7 @@ RANKS = {
     "selection": 1,
     "core": 2,
     "": 3,
+    "store": 3,
     "data": 4,
     "tasks": 4,
     "callbacks": 4,

@@ -24,7 +24,7 @@ from lte_lightning.callbacks.pictures import draw_scores, draw_sparsity
 from lte_lightning.callbacks.results import make_results, read_floor, results_table, show
 from lte_lightning.core.checkpoint import save_pretrained
 from lte_lightning.core.errors import UserError
-from lte_lightning.core.locks import hold_folder
+from lte_lightning.store import first_contact
 
 RUN_FILE = "run.json"
 LAYOUT = 1  # of a run folder: what reads runs refuses another
@@ -93,8 +93,7 @@ class Recorder(Callback):
         self._check_root()
         embedded = self.tracking_uri.startswith("sqlite:")  # a server decides where its artifacts are
         location = (self.root / self.experiment).as_uri() if embedded else None
-        # MLflow makes tables and experiments as if it were alone: of fits that begin together all but one would fail
-        with hold_folder(Path(self.tracking_uri.removeprefix("sqlite:///")).parent):
+        with first_contact(self.tracking_uri):
             logger = MLFlowLogger(
                 experiment_name=self.experiment,
                 # of MLflow's own making it would be the same for all: it is drawn after the seed was set

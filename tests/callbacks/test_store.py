@@ -21,6 +21,7 @@ def begin(name, ready, folder):
 @pytest.mark.timeout(400)  # MLflow makes its tables in dozens of steps
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning")
 def test_fits_that_begin_together_share_a_new_database(tmp_path):
+    (tmp_path / "mlflow.db.new").write_text("a fit was killed while it made the tables")
     context = multiprocessing.get_context("fork")
     ready = context.Barrier(FITS)
     processes = [context.Process(target=begin, args=(f"fit {i}", ready, tmp_path)) for i in range(FITS)]

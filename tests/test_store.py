@@ -1,7 +1,7 @@
 import threading
 import time
 
-from lte_lightning.core.locks import hold_folder
+from lte_lightning.store import hold_folder
 
 
 def test_one_at_a_time(tmp_path):
