@@ -32,6 +32,7 @@ def test_there_are_sweeps():
     assert {"smoke.yaml", "minilm-sst2.yaml"} <= {path.name for path in SWEEPS.glob("*.yaml")}
 
 
+@pytest.mark.timeout(600)  # some have hundreds of points
 @pytest.mark.parametrize("path", sorted(SWEEPS.glob("*.yaml")), ids=lambda path: path.name)
 def test_every_sweep_s_points_are_instantiated(path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["lte"])
