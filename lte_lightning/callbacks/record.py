@@ -18,11 +18,13 @@ from lightning.pytorch.loggers import Logger, MLFlowLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
 from lte_lightning.callbacks.checkpoints import BestCheckpoint
+from lte_lightning.callbacks.latency import measure_latency
 from lte_lightning.callbacks.memory import expected_memory
 from lte_lightning.callbacks.pictures import draw_scores, draw_sparsity
 from lte_lightning.callbacks.results import make_results, read_floor, results_table, show
 from lte_lightning.core.checkpoint import save_pretrained
 from lte_lightning.core.errors import UserError
+from lte_lightning.store import first_contact
 
 RUN_FILE = "run.json"
 LAYOUT = 1  # of a run folder: what reads runs refuses another
@@ -41,6 +43,8 @@ class Recorder(Callback):
         tracking_uri: MLflow's store; by default ``MLFLOW_TRACKING_URI`` or an embedded ``sqlite:///mlflow.db``.
         floor_from: A ``results.json`` whose ``floor`` (every expert off, adapted alike) is reported with this run's.
         parent: Id of the MLflow run that this one belongs to, a sweep's.
+        latency_rows: After a fit, measure how many times as fast as its dense twin the saved model is on so many
+            validation rows at a time, on this device: ``speedup`` in the results. Holds two more copies of the model.
     """
 
     def __init__(
@@ -51,7 +55,11 @@ class Recorder(Callback):
         tracking_uri: str | None = None,
         floor_from: str | None = None,
         parent: str | None = None,
+        latency_rows: int | None = None,
     ) -> None:
+        if latency_rows is not None and latency_rows < 1:
+            raise UserError(f"latency_rows is {latency_rows}; it is a number of rows, at least 1")
+        self.latency_rows = latency_rows
         self.root = Path(root).absolute()
         self.experiment = experiment
         self.name = name
@@ -85,23 +93,24 @@ class Recorder(Callback):
         self._check_root()
         embedded = self.tracking_uri.startswith("sqlite:")  # a server decides where its artifacts are
         location = (self.root / self.experiment).as_uri() if embedded else None
-        logger = MLFlowLogger(
-            experiment_name=self.experiment,
-            # of MLflow's own making it would be the same for all: it is drawn after the seed was set
-            run_name=self.name or time.strftime("%Y-%m-%d %H:%M:%S"),
-            tracking_uri=self.tracking_uri,
-            artifact_location=location,
-            run_id=self.run_id,
-            tags={"mlflow.parentRunId": self.parent} if self.parent else None,
-        )
-        if embedded and rank_zero_only.rank == 0:
-            known = logger.experiment.get_experiment(logger.experiment_id).artifact_location
-            if known != location and self.run_id is None:
-                logger.experiment.delete_run(logger.run_id)
-                raise UserError(
-                    f"experiment {self.experiment!r} in {self.tracking_uri} keeps its runs in {known}, not in "
-                    f"{location}; choose another run.experiment, run.root or run.tracking_uri"
-                )
+        with first_contact(self.tracking_uri):
+            logger = MLFlowLogger(
+                experiment_name=self.experiment,
+                # of MLflow's own making it would be the same for all: it is drawn after the seed was set
+                run_name=self.name or time.strftime("%Y-%m-%d %H:%M:%S"),
+                tracking_uri=self.tracking_uri,
+                artifact_location=location,
+                run_id=self.run_id,
+                tags={"mlflow.parentRunId": self.parent} if self.parent else None,
+            )
+            first = embedded and rank_zero_only.rank == 0
+            known = logger.experiment.get_experiment(logger.experiment_id).artifact_location if first else location
+        if known != location and self.run_id is None:
+            logger.experiment.delete_run(logger.run_id)
+            raise UserError(
+                f"experiment {self.experiment!r} in {self.tracking_uri} keeps its runs in {known}, not in "
+                f"{location}; choose another run.experiment, run.root or run.tracking_uri"
+            )
         return logger
 
     def _check_root(self) -> None:
@@ -187,6 +196,8 @@ class Recorder(Callback):
         tokenizer = getattr(trainer.datamodule, "tokenizer", None)
         if hasattr(tokenizer, "save_pretrained"):
             tokenizer.save_pretrained(self.folder / "model")
+        if self.latency_rows and module.stage != "dense":
+            self.results |= measure_latency(self.folder / "model", trainer, self.latency_rows, module.backend)
         self.written = self.folder / "results.json"
         write_json(self.written, self.results)
         files = [self.written]
@@ -199,6 +210,8 @@ class Recorder(Callback):
             for path in files:
                 logger.experiment.log_artifact(logger.run_id, str(path))
             scalars = {k: v for k, v in self.results.items() if type(v) in (int, float) and k != "seed"}
+            union = self.results["union_sparsity"] or {}
+            scalars |= {f"union_sparsity_{size}": share for size, share in union.items()}
             logger.log_metrics({f"results/{key}": float(value) for key, value in scalars.items()})
 
     @rank_zero_only

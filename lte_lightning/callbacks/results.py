@@ -28,7 +28,7 @@ def make_results(trainer: Trainer, module: LightningModule, floor: float | None 
     Returns:
         ``dense``, ``soft``, ``hard_before`` and ``hard`` are values of ``metric`` on the validation rows, None where
         the stage was not run; ``sparsity``, FLOPs and bytes are those of the last of them, ``sparsity_before`` is that
-        of ``hard_before``; ``floor`` is there if known.
+        of ``hard_before``, ``union_sparsity`` is by batch size; ``floor`` is there if known.
     """
     metric, measured = module.metric_name, module.measured
     schedule = next(callback for callback in trainer.callbacks if isinstance(callback, StageSchedule))
@@ -42,6 +42,7 @@ def make_results(trainer: Trainer, module: LightningModule, floor: float | None 
         "sparsity": hardest.get("sparsity"),
         "sparsity_before": measured.get("hard_before", {}).get("sparsity"),
         "sparsity_per_layer": per_layer,
+        "union_sparsity": hardest.get("union_sparsity"),
         **module.cost(per_layer),
         "grouping": measured.get("grouping"),
         "seconds_per_stage": {stage: round(seconds, 1) for stage, seconds in schedule.seconds.items()},
@@ -135,6 +136,12 @@ def results_table(results: dict[str, Any]) -> Table:
         notes.append(f"FLOPs saved: {100 * (1 - sparse / dense):.1f} % (GFLOPs are 2^30, as in the paper).")
     if (kept := span_kept(results)) is not None:
         notes.append(f"Of the span from floor to dense {100 * kept:.0f} % is kept.")
+    if "speedup" in results:
+        of = results["latency_of"]
+        notes.append(
+            f"Measured: {results['speedup']:.2f}x as fast as dense, {results['latency_ms']:.2f} ms per {of['call']} of "
+            f"{of['rows']} rows ({of['dtype']}, {of['device']}, {of['threads']} threads, load {of['load']})."
+        )
     times = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in results["seconds_per_stage"].items())
     table.caption = "\n".join([*notes, f"Time: {times}."])
     table.caption_justify = "left"

@@ -18,7 +18,7 @@ from lte_lightning.sweep.folder import SweepFolder
 from lte_lightning.sweep.local import LocalRunner
 from lte_lightning.sweep.search import Trials
 from lte_lightning.sweep.spec import Point, Sweep, options, read_sweep
-from lte_lightning.sweep.table import write_tables
+from lte_lightning.sweep.table import read_results, read_run_file, write_tables
 from lte_lightning.sweep.tracking import Tracker
 
 
@@ -65,9 +65,13 @@ def check(sweep: Sweep, folder: SweepFolder, points: list[Point]) -> dict[str, A
     """Reads the command lines of all points that are not done, in another process, before any is run.
 
     Raises:
-        UserError: If one names an option that there is not, or a value that it does not take.
+        UserError: If one names an option that there is not, or a value that it does not take, or one that is done was
+            written by another version.
     """
     attempts = folder.attempts()
+    for run in filter(None, (folder.finished(point.name, attempts) for point in points)):
+        read_run_file(run)
+        read_results(run)
     first_seed = [point for point in points if point.seed == sweep.seeds[0]]
     missing = [point for point in first_seed if folder.finished(point.name, attempts) is None]
     if sweep.search:

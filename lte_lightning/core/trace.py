@@ -44,6 +44,9 @@ class RouterTrace:
         self._names = {id(ffn): name for name, ffn in self._ffns.items()}
         self._masks = [None if mask is None else mask.bool() for mask in (token_mask_BT, decoder_mask_BT)]
         has_decoder = any(ffn.stack for ffn in self._ffns.values())
+        # Of an encoder-decoder only the decoder sees one token of a row at a time
+        can_generate = getattr(model, "can_generate", None)
+        self._decodes = int(has_decoder) if can_generate and can_generate() else None
         if not has_decoder and decoder_mask_BT is not None:
             raise UserError(
                 f"decoder_mask_BT is for models with encoder and decoder; {type(model).__name__} has one stack"
@@ -57,6 +60,7 @@ class RouterTrace:
         self._scores: dict[str, list[torch.Tensor]] = {name: [] for name in self._ffns}
         self._used: dict[str, list[torch.Tensor]] = {name: [] for name in self._ffns}
         self._inputs: dict[str, list[torch.Tensor]] = {name: [] for name in self._ffns}  # of selectors to be balanced
+        self._shapes: dict[str, list[torch.Size]] = {name: [] for name in self._ffns}
 
     def __enter__(self) -> Self:
         if any(ffn.recorder is not None for ffn in self._ffns.values()):
@@ -108,6 +112,7 @@ class RouterTrace:
         for name, recorded in self._recorded.items():
             mask_BT = self._masks[self._ffns[name].stack]
             self._scores[name] += [self._real(scores_BTE, mask_BT) for scores_BTE in recorded]
+            self._shapes[name] += [scores_BTE.shape[:-1] for scores_BTE in recorded]
             recorded.clear()
         silent = [name for name, records in self._scores.items() if not records]
         if silent:
@@ -161,6 +166,37 @@ class RouterTrace:
                 counts.append((scores_NE > self._ffns[name].threshold).sum())
         return torch.stack(counts), next(iter(scores.values())).shape[0]
 
+    @torch.no_grad()
+    def idle_experts(self, sizes: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Counts the experts that no token of a batch needs in hard mode (the paper's figure 15), by batch size.
+
+        Batches are of 1, 2, 4, ... neighbouring rows. Where the model generates, a batch is what one decoding step
+        sees: of each row the token at one position (counted from the row's first real token), as long as no row has
+        ended. Encoders, and models that do not generate, see all real tokens of the rows at once.
+
+        Args:
+            sizes: Number K of batch sizes, the largest is 2^(K-1).
+
+        Returns:
+            The idle (batch, expert) pairs of each layer and size, [L, K] int64, and the batches that were counted,
+            [L, K] int64; 0 where there are fewer rows than that.
+
+        Raises:
+            UserError: If the model hands over its tokens in one row (OPT), and no mask says where the rows end.
+        """
+        self.scores()  # takes in what was recorded since
+        counts_L = []
+        for name, ffn in self._ffns.items():
+            mask_BT, counts = self._masks[ffn.stack], []
+            for scores_NE, shape in zip(self._scores[name], self._shapes[name], strict=True):
+                if mask_BT is None and len(shape) != 2:
+                    raise UserError(f"{name} gives no rows: tell RouterTrace which tokens are real (token_mask_BT)")
+                real_BT = scores_NE.new_ones(shape, dtype=torch.bool) if mask_BT is None else mask_BT
+                counts.append(_union_counts(scores_NE > ffn.threshold, real_BT, sizes, ffn.stack == self._decodes))
+            counts_L.append(torch.stack(counts).sum(0))
+        idle_LK, batches_LK = torch.stack(counts_L).unbind(1)
+        return idle_LK, batches_LK
+
     def sparsity(self) -> float:
         """Returns the share of FFN neurons (or weights) that do not run in hard mode, over real tokens and layers."""
         active_L, _ = self.active_counts()
@@ -169,6 +205,25 @@ class RouterTrace:
             active += int(n) * self._ffns[name].expert_size
             neurons += scores_NE.shape[0] * self._ffns[name].neurons
         return 1.0 - active / neurons
+
+
+def _union_counts(active_NE: torch.Tensor, real_BT: torch.Tensor, sizes: int, decodes: bool) -> torch.Tensor:
+    """Returns one layer's idle (batch, expert) pairs and its batches of 1, 2, 4, ... rows, [2, K]."""
+    position_BT = real_BT.cumsum(1) - 1
+    steps = int(position_BT.max()) + 1
+    rows, columns = real_BT.nonzero(as_tuple=True)
+    active_BTE = active_NE.new_zeros(real_BT.shape[0], steps, active_NE.shape[1])
+    active_BTE[rows, position_BT[rows, columns]] = active_NE
+    there_BT = torch.arange(steps, device=real_BT.device) < real_BT.sum(1, keepdim=True)
+    if not decodes:
+        active_BTE, there_BT = active_BTE.any(1, keepdim=True), there_BT.any(1, keepdim=True)
+    counts = []
+    for _ in range(sizes):
+        counts.append(torch.stack([(~active_BTE & there_BT.unsqueeze(-1)).sum(), there_BT.sum()]))
+        even = len(there_BT) // 2 * 2  # a row without a neighbour is in no larger batch
+        active_BTE = active_BTE[:even:2] | active_BTE[1:even:2]
+        there_BT = there_BT[:even:2] & there_BT[1:even:2]
+    return torch.stack(counts, dim=1)
 
 
 def _trainable(selector: nn.Module) -> bool:

@@ -12,10 +12,9 @@ import yaml
 
 from lte_lightning.core.errors import UserError
 from lte_lightning.sweep.folder import SWEEP_FILE, SweepFolder, read_sweep_file
-from lte_lightning.sweep.table import read_results
+from lte_lightning.sweep.table import better, read_results, read_run_file
 
-RUN_LAYOUT = 1  # of run.json; a run that names none was written before there were any
-SELECTORS = {"router": "LTE", "none": "floor"}
+SELECTORS = {"router": "LTE", "none": "floor", "kla": "KLA (oracle)", "dejavu": "Deja Vu"}
 BENCH = {"shape", "scope", "phase", "tokens", "sparsity", "backend", "ms", "dense_ms", "ratio", "bound"}
 # What tells runs apart without being a choice of theirs
 NO_PARAMETER = ("run.", "seed_everything", "ckpt_path", "model.init_args.init_from", "trainer.logger")
@@ -107,9 +106,13 @@ class Material:
         return {run.results["task"]: run.results["metric"] for run in self.runs}
 
     def reference(self, task: str, key: str) -> list[float]:
-        """Returns the dense figure, or the floor, of a task: one per seed and dense start."""
-        rows = [run.results for run in self.runs if run.results["task"] == task and run.results.get(key) is not None]
-        return list({(row["seed"], round(row[key], 9)): row[key] for row in rows}.values())
+        """Returns the dense figure, or the floor, of a task for each seed, the best of several starts."""
+        found: dict[int, float] = {}
+        for row in (run.results for run in self.runs if run.results["task"] == task):
+            value, known = row.get(key), found.get(row["seed"])
+            if value is not None and (known is None or better(row["metric"], value, known)):
+                found[row["seed"]] = value
+        return list(found.values())
 
 
 def collect(sources: Iterable[str | Path], bench: Iterable[str | Path] = ()) -> Material:
@@ -152,16 +155,7 @@ def _sweep(path: Path, material: Material) -> dict[str, dict[str, Any]]:
 
 
 def _run(folder: Path, points: dict[str, dict[str, Any]]) -> Run:
-    try:
-        about = json.loads((folder / "run.json").read_text())
-        layout = about.get("layout", RUN_LAYOUT)
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{folder / 'run.json'} is damaged: {error!r}; leave this run out") from error
-    if layout != RUN_LAYOUT:
-        raise UserError(
-            f"run folder {folder} has layout {layout!r}, this lte-lightning reads {RUN_LAYOUT}; use the version that "
-            "wrote it, or leave this run out"
-        )
+    about = read_run_file(folder)
     results = read_results(folder)
     model = _json(folder / "model" / "lte_config.json")
     measured = model.get("about", {}).get("measured", {})
@@ -170,10 +164,12 @@ def _run(folder: Path, points: dict[str, dict[str, Any]]) -> Run:
     point = points.get(about.get("name") or "", {})
     plain = results["hard"] is None and results["hard_before"] is None and not point
     role = point.get("role") or ("floor" if selector == "none" else "start" if plain else "point")
-    variant = point.get("variant")  # one that is named like the task says no more than that
+    # A variant may be named like its task, alone (its methods are told by their selectors) or before the method
+    task, variant = results["task"], point.get("variant")
+    variant = None if variant == task else variant and variant.removeprefix(f"{task}: ")
     return Run(
         folder=folder,
-        method=variant if variant and variant != results["task"] else SELECTORS.get(selector, selector),
+        method=variant or SELECTORS.get(selector, selector),
         role=role,
         parameters=point.get("parameters", {}),
         results=results,

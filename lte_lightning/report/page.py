@@ -143,7 +143,11 @@ def _details(material: Material) -> list[Section]:
         united = [s for s in settings if any(run.results.get("union_sparsity") for run in s.runs)]
         if united:
             picture = _picture(f"union-{task}", f"union sparsity on {task}", pictures.union(pick(united, 5)))
-            text = "A batch must load every expert that any of its sequences needs."
+            text = (
+                "A batch must load every expert that any of its tokens needs: all tokens of its rows in an encoder and "
+                "in classification, one token of each row where a model generates. Means over layers and seeds, on "
+                "validation rows."
+            )
             found.append(Section(f"Union sparsity: {task}", text, [picture]))
     return found
 

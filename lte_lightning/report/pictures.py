@@ -115,7 +115,7 @@ def scores(settings: Sequence[Setting], threshold: float = 0.5) -> Callable[[Fig
 
 
 def union(settings: Sequence[Setting]) -> Callable[[Figure], None]:
-    """Draws the share of experts that no sequence of a batch needs, against the batch size (the paper's figure 15)."""
+    """Draws the share of experts that no token of a batch needs, against its rows (the paper's figure 15)."""
 
     def draw(figure: Figure) -> None:
         axes = figure.add_subplot()
@@ -125,7 +125,7 @@ def union(settings: Sequence[Setting]) -> Callable[[Figure], None]:
             means = [100 * np.mean([one[str(size)] for one in found if str(size) in one]) for size in sizes]
             style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
             axes.plot(sizes, means, label=f"{setting.method}, {100 * setting.sparsity:.0f} %", **style)
-        axes.set(xlabel="batch size", ylabel="experts that nobody needs (%)", xscale="log", ylim=(0, 100))
+        axes.set(xlabel="rows of a batch", ylabel="experts that no token needs (%)", xscale="log", ylim=(0, 100))
         axes.set_xticks(sizes, [str(size) for size in sizes])
         axes.minorticks_off()
         axes.grid(visible=True)

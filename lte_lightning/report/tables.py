@@ -112,6 +112,8 @@ def everything(material: Material, task: str) -> Table:
         "GFLOPs/token",
         "bound",
     ]
+    timed = any(setting.values("speedup") for setting in material.settings(task))
+    heads += ["measured"] if timed else []
     rows = []
     for setting in material.settings(task):
         seeds = ", ".join(str(seed) for seed in sorted({run.results["seed"] for run in setting.runs}))
@@ -124,6 +126,7 @@ def everything(material: Material, task: str) -> Table:
                 mean_text(setting.values("span_kept"), 100, " %", 0),
                 mean_text(setting.values("flops_per_token"), 1 / GFLOP),
                 mean_text(setting.values("bound"), digits=2, unit="x"),
+                *([mean_text(setting.values("speedup"), digits=2, unit="x")] if timed else []),
             ]
         )
     return Table(heads, rows)
@@ -184,9 +187,10 @@ def not_run(material: Material) -> list[str]:
                 lines.append(f"The {name} of {task} was not measured.")
     if not any(run.results.get("union_sparsity") for run in material.runs):
         lines.append("Union sparsity against batch size was not measured.")
-    if not material.bench:
+    if not material.bench and not any(run.results.get("speedup") for run in material.runs):
         lines.append(
-            "No latency was measured: FLOPs saved are not time saved (lte bench, and --bench of this command)."
+            "No latency was measured: FLOPs saved are not time saved (run.latency_rows of a fit, or lte bench and "
+            "--bench of this command)."
         )
     return lines
 

@@ -26,6 +26,7 @@ DENSE_ONLY = {"stages.router.epochs": 0, "stages.expert.epochs": 0}
 FROM_START = {"stages.dense.epochs": 0}
 FLOOR = {"model.lte.selector": "none", "stages.router.epochs": 0}
 OWN = ("run.", "config", "seed_everything", "ckpt_path")  # what the sweep decides itself
+LATENCY = "run.latency_rows"  # but for this
 
 
 @dataclass(frozen=True)
@@ -190,6 +191,9 @@ def read_sweep(path: str | Path, extra: dict[str, Any] | None = None, seeds: lis
     search = _search(content["search"], path) if "search" in content else None
     if search and (len(variants) > 1 or any(block.points != ({},) for block in variants.values())):
         raise UserError(f"{path}: a search proposes its points itself; leave out grid and list, and name one variant")
+    measured = LATENCY in (extra or {}) or any(LATENCY in block.overrides for block in variants.values())
+    if search and "speedup" in search.objectives and not measured:
+        raise UserError(f"{path}: objective speedup needs {LATENCY} in overrides: how many rows it is measured on")
     found = seeds if seeds is not None else content.get("seeds", [0])
     if not isinstance(found, list) or not found or not all(type(s) is int and s >= 0 for s in found):
         raise UserError(f"{path}: seeds is {found!r}; give a list of whole numbers, such as [0, 1, 2]")
@@ -276,7 +280,7 @@ def _search(entry: Any, path: Path) -> Search:
 
 def _check_options(values: dict[str, Any], path: Path, where: str) -> None:
     for key in values:
-        if str(key).startswith(OWN):
+        if str(key).startswith(OWN) and key != LATENCY:
             hint = "give seeds" if key == "seed_everything" else "the sweep sets it itself"
             raise UserError(f"{path}: {where} sets {key}; {hint}")
 

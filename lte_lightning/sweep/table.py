@@ -11,8 +11,39 @@ from lte_lightning.core.errors import UserError
 from lte_lightning.sweep.folder import SweepFolder
 from lte_lightning.sweep.spec import Point
 
+RUN_LAYOUT = 1  # of run.json; a run that names none was written before there were any
 LOWER_IS_BETTER = ("perplexity", "loss")
-FIGURES = ("dense", "soft", "hard_before", "hard", "floor", "span_kept", "sparsity", "flops_per_token", "bound")
+FIGURES = (
+    "dense",
+    "soft",
+    "hard_before",
+    "hard",
+    "floor",
+    "span_kept",
+    "sparsity",
+    "flops_per_token",
+    "bound",
+    "speedup",
+)
+
+
+def read_run_file(run: Path) -> dict[str, Any]:
+    """Returns a run's ``run.json``.
+
+    Raises:
+        UserError: If it is damaged, or the run folder is of another version.
+    """
+    try:
+        about = json.loads((run / "run.json").read_text())
+        layout = about.get("layout", RUN_LAYOUT)
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{run / 'run.json'} is damaged: {error!r}; leave this run out") from error
+    if layout != RUN_LAYOUT:
+        raise UserError(
+            f"run folder {run} has layout {layout!r}, this lte-lightning reads {RUN_LAYOUT}; use the version that "
+            "wrote it, or leave this run out"
+        )
+    return about
 
 
 def read_results(run: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lte_lightning.core.errors import UserError
+from lte_lightning.store import first_contact
 from lte_lightning.sweep.folder import SweepFolder
 from lte_lightning.sweep.network import reach
 from lte_lightning.sweep.spec import Point
@@ -41,13 +42,15 @@ class Tracker:
 
         self._errors = (MlflowException, SQLAlchemyError, OSError)
         try:
-            self.client = MlflowClient(uri)
-            self.parent = self._parent(known.get("parent"))
+            with first_contact(uri):
+                self.client = MlflowClient(uri)
+                self.parent = self._parent(known.get("parent"))
         except self._errors as error:
             reason = " ".join(str(error).split())[:300]
             raise UserError(
-                f"MLflow's store {uri} cannot be used: {reason}; is it locked by another process? Name another by "
-                "MLFLOW_TRACKING_URI, or record nothing with --trainer.logger false"
+                f"MLflow's store {uri} cannot be used: {reason}; is it locked by another process, "
+                "or from another version of MLflow? Name another by MLFLOW_TRACKING_URI, or record nothing with "
+                "--trainer.logger false"
             ) from error
         folder.about["mlflow"] = {"uri": uri, "parent": self.parent}
         folder.save()

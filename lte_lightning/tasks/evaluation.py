@@ -182,6 +182,8 @@ class MeasuredModule(LightningModule):
         self.log("test/gflops_per_token", cost["flops_per_token"] / GFLOP)
         self.log("test/megabytes_per_token", cost["bytes_per_token"] / 1e6)
         self.log("test/bound", cost["bound"])
+        unions = found.get("union_sparsity", {})
+        self.log_dict({f"test/union_sparsity_{size}": share for size, share in unions.items()})
         self.log_dict({f"test/sparsity_layer_{i:02d}": sparsity for i, sparsity in enumerate(per_layer)})
 
     def cost(self, sparsity_per_layer: list[float] | None) -> dict[str, float]:

@@ -32,13 +32,15 @@ def test_test_reports_what_the_fit_logged(weights, fitted, tiny, lightning, tmp_
     for key in (
         "sparsity",
         "sparsity_per_layer",
+        "union_sparsity",
         "flops_per_token",
         "dense_flops_per_token",
         "bytes_per_token",
         "bound",
     ):
         assert found[key] == results[key], key
-    for words in ("test/accuracy", "test/sparsity", "test/sparsity_layer_01", "test/gflops_per_token", "test/bound"):
+    logged = ("accuracy", "sparsity", "sparsity_layer_01", "union_sparsity_8", "gflops_per_token", "bound")
+    for words in (f"test/{name}" for name in logged):
         assert words in outcome.out
 
 

@@ -12,7 +12,7 @@ import lte_lightning
 KEYS = {
     "task", "metric", "dense", "soft", "hard_before", "hard", "sparsity", "sparsity_per_layer", "flops_per_token",
     "dense_flops_per_token", "bytes_per_token", "dense_bytes_per_token", "bound", "data", "sparsity_before",
-    "seconds_per_stage", "grouping", "seed", "versions",
+    "seconds_per_stage", "grouping", "seed", "versions", "union_sparsity",
 }  # fmt: skip
 
 
@@ -24,6 +24,11 @@ def test_results(fitted):
     assert results["hard"] >= 0.8
     assert 0 < results["sparsity"] < 1
     assert results["sparsity"] == pytest.approx(sum(results["sparsity_per_layer"]) / 2)
+    union = list(results["union_sparsity"].values())
+    assert list(results["union_sparsity"]) == ["1", "2", "4", "8", "16"]  # its evaluation has batches of sixteen rows
+    # a row needs what any of its tokens does, and more rows need more
+    assert results["sparsity"] > union[0] > 0
+    assert union == sorted(union, reverse=True)
     # Two layers: attention 4 x 32 x 32, FFN 2 x 32 x 64, router 32 x 8; a multiply-add counts as two.
     attention, ffn, router = (2 * 2 * weights for weights in (4 * 32 * 32, 2 * 32 * 64, 32 * 8))
     assert results["dense_flops_per_token"] == attention + ffn

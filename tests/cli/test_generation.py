@@ -88,6 +88,8 @@ def test_a_test_scores_what_the_model_writes(tested_e2e, fitted_e2e, tiny_lm):
     assert found["perplexity"] == pytest.approx(results["hard"], rel=1e-6)
     assert found["sparsity_per_layer"] == results["sparsity_per_layer"]
     assert found["flops_per_token"] == results["flops_per_token"]
+    assert found["union_sparsity"] == results["union_sparsity"]
+    assert found["union_sparsity"]["1"] == pytest.approx(found["sparsity"])  # a row decodes one token at a time
     predictions = lines(tested_e2e.written.parent / "predictions.jsonl")
     assert found["examples"] == len(predictions) == 5
     assert [row["row"] for row in predictions] == list(range(5))

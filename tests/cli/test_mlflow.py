@@ -26,6 +26,7 @@ def test_a_fit_is_a_run_with_parameters_metrics_and_artifacts(fitted):
         assert f"val/{view}/accuracy" in run.data.metrics
     assert run.data.metrics["results/hard"] == pytest.approx(results["hard"])
     assert run.data.metrics["results/sparsity"] == pytest.approx(results["sparsity"])
+    assert run.data.metrics["results/union_sparsity_8"] == pytest.approx(results["union_sparsity"]["8"])
     assert len(client.get_metric_history(about["run_id"], "train/loss")) == 7 * 8
     assert len(client.get_metric_history(about["run_id"], "val/hard/sparsity")) == 2
     artifacts = {file.path for file in client.list_artifacts(about["run_id"])}

@@ -32,6 +32,7 @@ def test_there_are_sweeps():
     assert {"smoke.yaml", "minilm-sst2.yaml"} <= {path.name for path in SWEEPS.glob("*.yaml")}
 
 
+@pytest.mark.timeout(600)  # some have hundreds of points
 @pytest.mark.parametrize("path", sorted(SWEEPS.glob("*.yaml")), ids=lambda path: path.name)
 def test_every_sweep_s_points_are_instantiated(path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["lte"])
@@ -98,6 +99,26 @@ def test_a_wrong_command_line(words, message, sweep_file, sweep):
     assert message in outcome.err
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("run.json", {"layout": 7}, "has layout 7, this lte-lightning reads 1; use the version that wrote it"),
+        ("results.json", {}, "results.json is damaged, or was written by another version of lte-lightning"),
+    ],
+)
+def test_a_run_of_another_version_is_refused_before_any_is_run(file, content, message, sweep_file, sweep, tmp_path):
+    (point,) = read_sweep(sweep_file()).points()
+    run = tmp_path / "runs" / "sweep-trial" / "0123"
+    (run / "model").mkdir(parents=True)
+    for name, known in (("run.json", {"layout": 1}), ("results.json", {})):
+        (run / name).write_text(json.dumps(known | {"name": point.name} | (content if name == file else {})))
+    before = sorted(tmp_path.rglob("*"))
+    outcome = sweep(sweep_file())
+    assert outcome.code == 1
+    assert message in outcome.err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_a_dry_run_prints_the_commands_and_leaves_nothing(sweep_file, sweep, tmp_path):
     file = sweep_file(start={}, grid={ETA: [0.2, 0.5]}, seeds=[0, 1])
     before = sorted(tmp_path.iterdir())
@@ -158,6 +179,32 @@ def test_a_killed_sweep_goes_on_as_if_nothing_had_been(sweep_file, sweep, lightn
     start, point = (found[name] for name in sorted(found, reverse=True))
     assert point["dense"] == start["dense"]
     assert "dense" not in point["seconds_per_stage"]
+
+
+@pytest.mark.timeout(600)
+def test_a_search_by_measured_latency(sweep_file, sweep, tmp_path):
+    """Two objectives, one of which the fit measures on the clock."""
+    search = {
+        "trials": 1,
+        "parameters": {ETA: {"low": 0.5, "high": 0.6}},
+        "objectives": {"hard": "maximize", "speedup": "maximize"},
+    }
+    words = (sweep_file(epochs=(0, 1, 1), search=search), "--folder", "runs/fast")
+    outcome = sweep(*words)
+    assert outcome.code == 1
+    assert "objective speedup needs run.latency_rows in overrides: how many rows it is measured on" in outcome.err
+    assert not (tmp_path / "runs").exists()
+    outcome = sweep(*words, "--run.latency_rows", 2)
+    assert outcome.code == 0, outcome.err
+    (found,) = results_of(tmp_path / "runs" / "fast").values()
+    assert found["speedup"] == found["dense_latency_ms"] / found["latency_ms"] > 0
+    assert found["latency_of"]["call"] == "forward pass"
+    assert f"| {found['hard']:.4f} | {found['speedup']:.4f} |" in (tmp_path / "runs" / "fast" / "front.md").read_text()
+    (log,) = (tmp_path / "runs" / "fast" / "points").glob("*.log")
+    assert f"Measured: {found['speedup']:.2f}x as fast as dense" in log.read_text()
+    page = (tmp_path / "runs" / "fast" / "report" / "index.html").read_text()
+    assert "<th>measured</th>" in page
+    assert "No latency was measured" not in page
 
 
 @pytest.fixture(scope="module")

@@ -169,6 +169,38 @@ def test_runs_without_a_sweep_are_told_apart_by_their_configuration(swept, tmp_p
     assert len(alone.runs) == 5  # none twice
 
 
+def test_the_dense_figure_is_the_best_of_a_seed_s_starts(swept, tmp_path):
+    """What a method with an activation of its own starts from must not lower what all are read against."""
+    folder = shutil.copytree(swept, tmp_path / "trial")
+    for name, dense in (("0-0-0", 0.5), ("1-0-0", 0.95)):
+        file = folder / name / "results.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"dense": dense}))
+    material = collect([folder])
+    assert sorted(material.reference("sst2", "dense")) == pytest.approx([0.91, 0.92, 0.95])
+    assert sorted(material.reference("sst2", "floor")) == pytest.approx([0.6, 0.61, 0.62])
+
+
+@pytest.mark.parametrize(
+    ("variant", "method"), [("sst2", "LTE"), ("sst2: MoEfication", "MoEfication"), ("sst2x", "sst2x"), (None, "LTE")]
+)
+def test_a_variant_named_like_its_task_is_called_by_its_method(variant, method, swept, tmp_path):
+    folder = shutil.copytree(swept, tmp_path / "trial")
+    for file in (folder / "points").glob("0-*.json"):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"variant": variant}))
+    methods = [setting.method for setting in collect([folder]).settings()]
+    assert set(methods) == {method, "TEAL", "<b>KLA & Co.</b>"}
+
+
+def test_measured_latency_is_a_column(swept, tmp_path):
+    material = collect([swept])
+    assert "measured" not in tables.everything(material, "sst2").heads
+    next(run for run in material.runs if run.role == "point").results["speedup"] = 1.5
+    table = tables.everything(material, "sst2")
+    assert table.heads[-1] == "measured"
+    assert [row[-1] for row in table.rows].count("1.50x") == 1
+    assert not any("No latency" in line for line in tables.not_run(material))
+
+
 def test_union_sparsity_is_drawn_where_it_was_measured(swept, tmp_path):
     folder = shutil.copytree(swept, tmp_path / "trial")
     for name in ("0-0-0", "0-3-0"):

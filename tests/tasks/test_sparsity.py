@@ -17,6 +17,12 @@ class Trace:
         counts = [(scores_NE > 0.5).sum() for scores_NE in self.layers.values()]
         return torch.stack(counts), len(self.layers["0"])
 
+    def idle_experts(self, sizes):
+        """As if every token were a row of its own, and there were no larger batches."""
+        idle = [[int((scores_NE <= 0.5).sum()), *[0] * (sizes - 1)] for scores_NE in self.layers.values()]
+        batches = [[len(scores_NE), *[0] * (sizes - 1)] for scores_NE in self.layers.values()]
+        return torch.tensor(idle), torch.tensor(batches)
+
 
 def test_counts_add_up_over_batches_of_different_lengths():
     meter = SparsityMeter([2, 4])
@@ -33,6 +39,13 @@ def test_an_encoder_and_its_decoder_see_different_tokens():
     found = meter.compute()
     assert found["sparsity_per_layer"] == pytest.approx([1 - 1 / 6, 0.0])
     assert found["sparsity"] == pytest.approx(1 - 3 / 8)  # what did not run, of all tokens' neurons
+
+
+def test_union_sparsity_is_the_mean_over_layers_of_the_sizes_that_were_there():
+    meter = SparsityMeter([2, 4])
+    meter.update(Trace([[0.9, 0.1]], [[0.1, 0.2, 0.3, 0.4]]))
+    meter.update(Trace([[0.9, 0.6], [0.9, 0.1]], [[0.9, 0.2, 0.3, 0.4], [0.9, 0.9, 0.3, 0.4]]))
+    assert meter.compute()["union_sparsity"] == {"1": pytest.approx((2 / 6 + 9 / 12) / 2)}
 
 
 def test_histogram_has_every_score_once_the_ends_included():

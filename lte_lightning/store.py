@@ -1,0 +1,57 @@
+"""MLflow's embedded database, which MLflow itself makes as if nobody else did, and as if it were never interrupted."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def first_contact(uri: str) -> Iterator[None]:
+    """Lets one process at a time begin a run in an embedded database, which is there whole or not at all.
+
+    Of fits that begin together all but one would fail, and one that is killed while the tables are made would leave a
+    database that nobody can use. Other stores see to that themselves.
+
+    Args:
+        uri: ``sqlite:///PATH``, or any other of MLflow's stores.
+    """
+    if not uri.startswith("sqlite:///"):
+        yield
+        return
+    file = Path(uri.removeprefix("sqlite:///").partition("?")[0])
+    with hold_folder(file.parent):
+        if file.parent.is_dir() and not file.exists():
+            _make(file)
+        yield
+
+
+def _make(file: Path) -> None:
+    from mlflow.tracking import MlflowClient
+
+    staging = file.with_name(f"{file.name}.new")
+    for left in (staging, staging.with_name(f"{staging.name}-journal")):
+        left.unlink(missing_ok=True)
+    MlflowClient(f"sqlite:///{staging}")
+    staging.rename(file)
+
+
+@contextmanager
+def hold_folder(folder: Path) -> Iterator[None]:
+    """Waits until no other process of this machine is in such a block of the same folder; nothing is left behind.
+
+    A folder that is not there, or a system without such locks (Windows), is let pass: what is done in the block says
+    what is wrong.
+    """
+    try:
+        import fcntl
+
+        descriptor = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):
+        yield
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
