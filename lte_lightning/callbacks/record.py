@@ -94,7 +94,7 @@ class Recorder(Callback):
         embedded = self.tracking_uri.startswith("sqlite:")  # a server decides where its artifacts are
         location = (self.root / self.experiment).as_uri() if embedded else None
         with first_contact(self.tracking_uri):
-            logger = MLFlowLogger(
+            logger = RunLogger(
                 experiment_name=self.experiment,
                 # of MLflow's own making it would be the same for all: it is drawn after the seed was set
                 run_name=self.name or time.strftime("%Y-%m-%d %H:%M:%S"),
@@ -268,6 +268,19 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     staging = path.with_suffix(".tmp")
     staging.write_text(json.dumps(content, indent=2) + "\n")
     staging.replace(path)
+
+
+class RunLogger(MLFlowLogger):
+    """MLflow's logger, for which a run's parameters are those that it began with, as MLflow allows no others.
+
+    An evaluation may well have other options than the fit whose run it continues: another batch, type or folder.
+    """
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any) -> None:
+        """Logs the parameters of a run that has none yet."""
+        if not self.experiment.get_run(self.run_id).data.params:
+            super().log_hyperparams(params)
 
 
 def mlflow_of(trainer: Trainer) -> MLFlowLogger | None:

@@ -63,6 +63,19 @@ def test_a_resumed_fit_continues_its_run(migrated, tiny, lightning, break_at):
     assert steps == set(range(24))
 
 
+def test_a_test_with_other_options_continues_the_run_of_the_fit(migrated, tiny, lightning):
+    config = tiny.config(epochs=(0, 1, 1), **{"trainer.logger": True, "run.experiment": "tested"})
+    fit = lightning(migrated, config, "fit")
+    client, about = client_of(fit.run)
+    before = client.get_run(about["run_id"]).data.params
+    other = ("--model.init_from", fit.run / "model", "--data.batch_size", "4", "--data.max_length", "16")
+    outcome = lightning(migrated, config, "test", *other)
+    assert outcome.code == 0, outcome.err
+    run = client.get_run(about["run_id"])
+    assert run.data.params == before
+    assert run.data.metrics["test/sparsity"] == pytest.approx(json.loads(outcome.written.read_text())["sparsity"])
+
+
 def test_the_environment_names_the_store(migrated, tiny, lightning, monkeypatch):
     (migrated / "mlflow.db").rename(migrated / "mine.db")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{migrated / 'mine.db'}")
