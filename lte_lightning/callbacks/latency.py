@@ -73,7 +73,7 @@ def measure_latency(folder: Path, trainer: Trainer, rows: int, backend: Backend)
 
 
 def _dtype(precision: str) -> torch.dtype:
-    # autocast computes every expert and masks, so what was trained in it is timed in its type
+    # who trains in mixed precision mostly runs the model in its low type
     if "bf16" in precision:
         return torch.bfloat16
     return torch.float16 if precision.startswith("16") else torch.float32

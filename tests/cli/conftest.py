@@ -5,6 +5,7 @@ import io
 import json
 import os
 import random
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -262,6 +263,21 @@ def lightning() -> Callable[..., Outcome]:
             except SystemExit as stop:
                 code = stop.code
         return Outcome(code, out.getvalue(), err.getvalue(), cwd)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def two_processes() -> Callable[..., Outcome]:
+    """`two_processes(cwd, config, "fit")` runs the command under DDP in a process of its own, which starts another."""
+
+    def run(cwd: Path, config: dict[str, Any], command: str) -> Outcome:
+        trainer = config["trainer"] | {"devices": 2, "strategy": "ddp"}
+        (cwd / "fit.yaml").write_text(yaml.safe_dump(config | {"trainer": trainer}))
+        words = [sys.executable, "-m", "lte_lightning", command, "--config", "fit.yaml"]
+        one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(words, cwd=cwd, env=one_thread, capture_output=True, text=True)
+        return Outcome(done.returncode, done.stdout, done.stderr, cwd)
 
     return run
 

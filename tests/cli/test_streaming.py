@@ -1,14 +1,7 @@
 """A fit on a stream of rows: its length, what a resumed one goes on with, and that processes share it."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-import yaml
 
 from lte_lightning.data import GenerationData
 
@@ -99,7 +92,7 @@ def test_one_fit_per_stage(whole, tiny_lm, lightning, tmp_path):
 
 
 @pytest.mark.timeout(300)
-def test_two_processes_equal_one(tiny_lm, lightning, tmp_path):
+def test_two_processes_equal_one(tiny_lm, lightning, two_processes, tmp_path):
     options = {"optimizer": "torch.optim.SGD", "learning_rate": 0.05, "router_learning_rate": 2.0}
     sgd = {f"stages.{stage}.{key}": v for stage in ("dense", "router", "expert") for key, v in options.items()}
     config = tiny_lm.config(**{**STREAM, **sgd, "data.init_args.batch_size": 4, "trainer.limit_train_batches": 6})
@@ -107,19 +100,10 @@ def test_two_processes_equal_one(tiny_lm, lightning, tmp_path):
         (tmp_path / name).mkdir()
     one = lightning(tmp_path / "one", config, "fit", "--trainer.accumulate_grad_batches", 2)
     assert one.code == 0, one.err
-    config["trainer"] |= {"devices": 2, "strategy": "ddp", "limit_train_batches": 3}
-    (tmp_path / "two" / "fit.yaml").write_text(yaml.safe_dump(config))
-    two = subprocess.run(
-        [sys.executable, "-m", "lte_lightning", "fit", "--config", "fit.yaml"],
-        cwd=tmp_path / "two",
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert two.returncode == 0, two.stderr
-    results = json.loads(Path(two.stdout.splitlines()[-1]).read_text())
-    (run,) = (tmp_path / "two").glob("runs/*/*/run.json")
-    mine, theirs = weights(one.run), weights(run.parent)
+    config["trainer"]["limit_train_batches"] = 3
+    two = two_processes(tmp_path / "two", config, "fit")
+    assert two.code == 0, two.err
+    mine, theirs = weights(one.run), weights(two.run)
     assert mine["global_step"] == theirs["global_step"] == 17
     far = {
         name: float((value - theirs["state_dict"][name]).abs().max())
@@ -127,7 +111,7 @@ def test_two_processes_equal_one(tiny_lm, lightning, tmp_path):
         if not torch.allclose(value, theirs["state_dict"][name], atol=1e-4)
     }
     assert far == {}
-    assert results["hard"] == pytest.approx(one.results["hard"], rel=1e-4)
+    assert two.results["hard"] == pytest.approx(one.results["hard"], rel=1e-4)
 
 
 @pytest.mark.parametrize("data", ["InstructData", "LanguageModelData"])

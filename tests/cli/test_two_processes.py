@@ -1,19 +1,12 @@
 """Two processes do what one does."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-import yaml
 from transformers import BertConfig
 
 
 @pytest.mark.timeout(300)
-def test_two_processes_equal_one(tiny, lightning, tmp_path):
+def test_two_processes_equal_one(tiny, lightning, two_processes, tmp_path):
     """Each process takes every other batch, so two of them are one that accumulates two batches to a step.
 
     SGD, because Adam would blow the rounding of gradients that are zero (an attention's key bias) up to whole steps.
@@ -36,17 +29,9 @@ def test_two_processes_equal_one(tiny, lightning, tmp_path):
     one = lightning(tmp_path / "one", config, "fit", "--trainer.accumulate_grad_batches", 2)
     assert one.code == 0, one.err
 
-    config["trainer"] |= {"devices": 2, "strategy": "ddp"}
-    (tmp_path / "two" / "fit.yaml").write_text(yaml.safe_dump(config))
-    two = subprocess.run(
-        [sys.executable, "-m", "lte_lightning", "fit", "--config", "fit.yaml"],
-        cwd=tmp_path / "two",
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert two.returncode == 0, two.stderr
-    results = json.loads(Path(two.stdout.splitlines()[-1]).read_text())
+    two = two_processes(tmp_path / "two", config, "fit")
+    assert two.code == 0, two.err
+    results = two.results
     assert results["versions"]["devices"] == 2
 
     (other,) = (tmp_path / "two").glob("runs/*/*/checkpoints/last.ckpt")
@@ -67,27 +52,18 @@ def test_two_processes_equal_one(tiny, lightning, tmp_path):
 
 
 @pytest.mark.timeout(300)
-def test_two_processes_write_and_score_what_one_does(tiny_lm, lightning, tmp_path):
+def test_two_processes_write_and_score_what_one_does(tiny_lm, lightning, two_processes, tmp_path):
     config = tiny_lm.config()
     (tmp_path / "one").mkdir()
     one = lightning(tmp_path / "one", config, "test")
     assert one.code == 0, one.err
     (tmp_path / "two").mkdir()
-    config["trainer"] |= {"devices": 2, "strategy": "ddp"}
-    (tmp_path / "two" / "fit.yaml").write_text(yaml.safe_dump(config))
-    two = subprocess.run(
-        [sys.executable, "-m", "lte_lightning", "test", "--config", "fit.yaml"],
-        cwd=tmp_path / "two",
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert two.returncode == 0, two.stderr
-    written = Path(two.stdout.splitlines()[-1])
-    found = json.loads(written.read_text())
+    two = two_processes(tmp_path / "two", config, "test")
+    assert two.code == 0, two.err
+    found = two.results
     assert found.keys() == one.results.keys()
     for key, value in one.results.items():
         assert found[key] == pytest.approx(value), key
-    predictions = written.with_name("predictions.jsonl").read_text()
+    predictions = two.written.with_name("predictions.jsonl").read_text()
     assert predictions == one.written.with_name("predictions.jsonl").read_text()
     assert len(predictions.splitlines()) == 5

@@ -242,8 +242,11 @@ def test_autocast_skips_too(family, hard, said):
                 expected = ffn(x_BTD)
                 ffn.backend = "auto"
                 actual = ffn(x_BTD)
-            assert actual.dtype == expected.dtype == torch.bfloat16
-            torch.testing.assert_close(actual, expected, rtol=0.02, atol=0.02 * expected.abs().max().item())
+            # Falcon's own linear layer adds its bias in the bias's type
+            assert actual.dtype == (torch.bfloat16 if family == "falcon-biases" else expected.dtype) == torch.bfloat16
+            torch.testing.assert_close(
+                actual.float(), expected.float(), rtol=0.02, atol=0.02 * float(expected.abs().max())
+            )
     assert said() == []
 
 
