@@ -11,6 +11,10 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, LlamaConfig, PreTrainedConfig, PreTrainedModel, RobertaConfig
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 
 from lte_lightning.core.checkpoint import from_pretrained, is_lte
 from lte_lightning.core.config import LteConfig
@@ -83,7 +87,9 @@ class Subject:
     @property
     def is_decoder(self) -> bool:
         """Whether it generates token by token."""
-        return self.dense.config.model_type in ("llama", "gpt2") or bool(self.dense.config.is_decoder)
+        kind = self.dense.config.model_type
+        only_decodes = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+        return only_decodes or bool(getattr(self.dense.config, "is_decoder", False))
 
     def force(self, batch: int, length: int, sparsity: float, generator: torch.Generator) -> None:
         """Prepares masks with which each token skips this share of the experts, independently of the others."""

@@ -13,6 +13,11 @@ class LastCheckpoint(ModelCheckpoint):
     def __init__(self) -> None:
         super().__init__(filename="last", enable_version_counter=False, save_on_train_epoch_end=True)
 
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Saves, but not an epoch that was cut short (trainer.max_steps): its rest could not be resumed."""
+        if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            super().on_train_epoch_end(trainer, pl_module)
+
 
 class BestCheckpoint(ModelCheckpoint):
     """Keeps the weights of the best epoch of the expert stage in ``best.ckpt``.

@@ -155,6 +155,8 @@ class Recorder(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Says how to go on from the last checkpoint; a run that was refused leaves nothing."""
         if self.folder is None:
+            if isinstance(exception, UserError):
+                self.forget(mlflow_of(trainer))
             return
         config, last = self.folder / "config.yaml", self.folder / "checkpoints" / "last.ckpt"
         if trainer.state.fn == "fit" and last.exists():
@@ -164,11 +166,16 @@ class Recorder(Callback):
                 file=sys.stderr,
             )
         elif self._fresh and isinstance(exception, UserError):
-            shutil.rmtree(self.folder, ignore_errors=True)
-            if logger := mlflow_of(trainer):
-                logger.experiment.delete_run(logger.run_id)
+            self.forget(mlflow_of(trainer))
         elif trainer.state.fn == "fit":
             print("\nStopped before the first epoch was finished: there is nothing to resume.", file=sys.stderr)
+
+    def forget(self, logger: MLFlowLogger | None) -> None:
+        """Removes what a run left that was refused; nothing of a run that it continues."""
+        if self._fresh:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        if logger is not None and self.run_id is None:
+            logger.experiment.delete_run(logger.run_id)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Says how much memory the fit is expected to take."""

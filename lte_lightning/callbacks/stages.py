@@ -55,6 +55,9 @@ class StagePlan:
     def __post_init__(self) -> None:
         if self.epochs < 0 or (self.steps is not None and self.steps < 0):
             raise UserError(f"a stage cannot last epochs={self.epochs}, steps={self.steps}; use 0 to skip it")
+        for name in ("learning_rate", "weight_decay", "router_learning_rate", "router_weight_decay"):
+            if not 0.0 <= getattr(self, name) < math.inf:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be 0 or more, and finite")
         if self.schedule not in ("linear", "constant"):
             raise UserError(f"unknown schedule {self.schedule!r}; there are linear and constant")
         if not 0.0 <= self.warmup < 1.0:

@@ -67,10 +67,9 @@ class LteCLI(LightningCLI):
         super().parse_arguments(parser, args)
         config = self.config[self.config.subcommand] if "subcommand" in self.config else self.config
         path = config.get("ckpt_path")
-        if path and not Path(path).is_dir() and not is_zipfile(path):
-            raise UserError(
-                f"{path} is {'damaged' if Path(path).exists() else 'missing'}; --ckpt_path needs a checkpoint"
-            )
+        if path and not is_zipfile(path):
+            what = "a folder" if Path(path).is_dir() else "damaged" if Path(path).exists() else "missing"
+            raise UserError(f"{path} is {what}; --ckpt_path needs a checkpoint, such as RUN/checkpoints/last.ckpt")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Finds the run's place, and makes its MLflow logger unless the configuration names a logger or none."""
@@ -87,7 +86,11 @@ class LteCLI(LightningCLI):
         if config.trainer.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             own.append(StageProgressBar())  # before the recorder: it stops the bar before that one has its last word
         kwargs["callbacks"] = [*own, *callbacks]
-        return super().instantiate_trainer(**kwargs)
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except Exception:  # a device that is not there, for example
+            config.run.forget(kwargs.get("logger"))
+            raise
 
     def after_run(self) -> None:
         """Shows the results, after every progress bar is gone."""
@@ -98,7 +101,10 @@ class LteCLI(LightningCLI):
 
 def _tokenizer(init_from: str | None, pretrained: str) -> str:
     # weights from elsewhere come with their own tokenizer, unless the folder has none
-    if not init_from or (init_from.startswith((".", "/")) and not any(Path(init_from).glob("tokenizer*"))):
+    if not init_from:
+        return pretrained
+    is_local = init_from.startswith((".", "/")) or Path(init_from).is_dir()
+    if is_local and not any(Path(init_from).glob("tokenizer*")):
         return pretrained
     return init_from
 

@@ -27,6 +27,8 @@ def without_idle_experts(
         mask_BTE: True where a token runs an expert.
         out_BTD: What all experts and the mask gave.
     """
+    if out_BTD.is_meta or (out_BTD.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return out_BTD  # nothing to look at, or nobody who may
     finite = out_BTD.sum(dtype=torch.float32).isfinite()
     if not torch.compiler.is_compiling():
         return out_BTD if finite else _compute(ffn, x_BTD, mask_BTE)

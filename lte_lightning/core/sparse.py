@@ -135,14 +135,19 @@ def choose_for(ffn: "ExpertFfn", x_BTD: torch.Tensor) -> tuple[Choice, ExpertWei
         fallback = "there is dropout between its projections, and the model is in train mode"
     elif ffn.selector.scales:
         fallback = f"{type(ffn.selector).__name__} scales experts, which no sparse backend does"
-    elif ffn.down.weight.dtype != ffn.up.weight.dtype:  # T5 in float16
-        fallback = f"the down projection is {ffn.down.weight.dtype}, the up {ffn.up.weight.dtype}"
+    elif len(types := _types(ffn)) > 1:  # T5 in float16
+        fallback = f"its projections' weights and biases are of several types: {', '.join(types)}"
     else:
         try:
             return choice, expert_weights(ffn)
         except UserError as error:
             fallback = str(error)
     return Choice("dense-mask", fallback), None
+
+
+def _types(ffn: "ExpertFfn") -> list[str]:
+    tensors = [t for p in (ffn.up, ffn.gate, ffn.down) if p is not None for t in (p.weight, p.bias) if t is not None]
+    return sorted({str(tensor.dtype) for tensor in tensors})
 
 
 def run_sparse(ffn: "ExpertFfn", x_BTD: torch.Tensor, mask_BTE: torch.Tensor) -> torch.Tensor | None:

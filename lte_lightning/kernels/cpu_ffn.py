@@ -118,6 +118,11 @@ def run_compiled(
     lib: ctypes.CDLL, x_ND: torch.Tensor, mask_NE: torch.Tensor, weights: ExpertWeights, way: str = "any"
 ) -> torch.Tensor:
     """Calls the kernels: those for few or for many tokens per expert, or whatever suits."""
+    if x_ND.dtype not in DTYPES or x_ND.dtype != weights.up_ESD.dtype:
+        raise ValueError(
+            f"the input is {x_ND.dtype} and the weights are {weights.up_ESD.dtype}; the cpu kernels want both of one "
+            f"type, of {', '.join(map(str, DTYPES))}"
+        )
     w = weights
     tensors = (x_ND, w.up_ESD, w.gate_ESD, w.down_ESD, w.up_bias_ES, w.gate_bias_ES, w.down_bias_D)
     kept = [None if tensor is None else tensor.contiguous() for tensor in (*tensors, mask_NE)]  # no copy if it is

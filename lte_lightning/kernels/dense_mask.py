@@ -12,13 +12,16 @@ def scale_experts(hidden_BTF: torch.Tensor, factor_BTE: torch.Tensor) -> torch.T
 
     Args:
         hidden_BTF: Activations whose neurons are ordered by expert, F = E * S.
-        factor_BTE: What to scale each expert by: scores (equation 3) or a 0/1 mask (equation 2); any type.
+        factor_BTE: What to scale each expert by, scores (equation 3); or which to keep, a mask of type bool (equation
+            2), which clears what is not finite, too.
 
     Returns:
         The scaled activations, [B, T, F], in their own type.
     """
-    factor_BTE1 = factor_BTE.to(hidden_BTF.dtype).unsqueeze(-1)
-    return (hidden_BTF.unflatten(-1, (factor_BTE.shape[-1], -1)) * factor_BTE1).flatten(-2)
+    hidden_BTES = hidden_BTF.unflatten(-1, (factor_BTE.shape[-1], -1))
+    if factor_BTE.dtype == torch.bool:
+        return hidden_BTES.masked_fill(~factor_BTE.unsqueeze(-1), 0.0).flatten(-2)
+    return (hidden_BTES * factor_BTE.to(hidden_BTF.dtype).unsqueeze(-1)).flatten(-2)
 
 
 def run_dense_mask(x_ND: torch.Tensor, mask_NE: torch.Tensor, weights: ExpertWeights) -> torch.Tensor:

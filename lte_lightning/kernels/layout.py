@@ -55,6 +55,8 @@ class ExpertWeights:
             tensor = getattr(self, name)
             if tensor is not None and tuple(tensor.shape) != shape:
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}, and up_ESD wants {shape}")
+            if tensor is not None and tensor.dtype != self.up_ESD.dtype:
+                raise ValueError(f"{name} is {tensor.dtype}, and up_ESD is {self.up_ESD.dtype}")
 
     def to(self, dtype: torch.dtype) -> "ExpertWeights":
         """Returns a copy in another type; itself if it has that already."""

@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
@@ -62,7 +63,8 @@ def load(
                 model = _load_plain(auto_class, source, arguments, layers, from_scratch, seed)
         except UserError:
             raise
-        except (OSError, RuntimeError, TypeError, ValueError) as error:  # RuntimeError: a head of another size
+        # RuntimeError: a head of another size; SafetensorError: a file that was cut short
+        except (OSError, RuntimeError, TypeError, ValueError, SafetensorError) as error:
             raise UserError(f"cannot load the model {source!r}: {error}") from error
     if not expert_ffns(model):
         give_experts(model, config or LteConfig(seed=seed))

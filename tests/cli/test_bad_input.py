@@ -9,6 +9,7 @@ import signal
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from mlflow.tracking import MlflowClient
 from safetensors.torch import load_file, save_file
 from transformers import AlbertConfig, AlbertModel
 
@@ -61,6 +62,7 @@ def refused(lightning, tmp_path):
         ("model.init_args.pretrained", "./nowhere", "no tokenizer folder ./nowhere", 1),
         ("model.init_args.init_from", "./nowhere", "cannot load the model './nowhere'", 1),
         ("stages.dense.epochs", -1, "cannot last epochs=-1", 1),
+        ("stages.dense.learning_rate", -0.01, "learning_rate is -0.01; it must be 0 or more, and finite", 1),
         ("stages.dense.schedule", "cosine", "unknown schedule 'cosine'; there are linear and constant", 1),
         ("run.floor_from", "none.json", "none.json gives no floor", 1),
     ],
@@ -150,6 +152,22 @@ def test_a_run_folder_that_cannot_be_written(logger, tiny, refused, tmp_path):
     assert not (tmp_path / "mlflow.db").exists()
 
 
+@pytest.mark.parametrize(
+    "why", ["data", pytest.param("device", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU"))]
+)
+def test_a_run_that_was_refused_is_no_run_of_mlflow(why, fitted, tiny, refused, tmp_path):
+    shutil.copy(fitted.cwd / "mlflow.db", tmp_path)
+    config = tiny.config(**{"trainer.logger": True, "run.experiment": "refused"})
+    if why == "data":
+        (tmp_path / "empty").mkdir()
+        refused(config, "empty", "--data.source", "empty")
+    else:
+        refused(config, "gpu|GPU|CUDA", "--trainer.accelerator", "gpu", code=None)
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    experiment = client.get_experiment_by_name("refused")
+    assert not client.search_runs([experiment.experiment_id])
+
+
 def test_a_checkpoint_that_is_not_there(tiny, refused):
     refused(tiny.config(), "none.ckpt is missing", "--ckpt_path", "none.ckpt")
 
@@ -157,9 +175,17 @@ def test_a_checkpoint_that_is_not_there(tiny, refused):
 def test_a_checkpoint_that_is_none(tiny, refused, tmp_path):
     (tmp_path / "empty.ckpt").touch()
     refused(tiny.config(), "empty.ckpt is damaged", "--ckpt_path", "empty.ckpt")
+    refused(tiny.config(), "is a folder; --ckpt_path needs a checkpoint", "--ckpt_path", tmp_path)
     foreign = {"state_dict": {}, "pytorch-lightning_version": "2.6.0", "epoch": 0, "global_step": 0, "loops": {}}
     torch.save(foreign, tmp_path / "foreign.ckpt")
     refused(tiny.config(), "not written by lte-lightning", "--ckpt_path", "foreign.ckpt")
+
+
+def test_weights_that_were_cut_short(fitted, tiny, refused, tmp_path):
+    cut = shutil.copytree(fitted.run / "model", tmp_path / "cut")
+    weights = (cut / "model.safetensors").read_bytes()
+    (cut / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    refused(tiny.config(), "cannot load the model .*cut", "--model.init_from", cut)
 
 
 def test_a_model_that_has_passed_the_first_stage(fitted, tiny, refused):

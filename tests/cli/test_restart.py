@@ -50,6 +50,17 @@ def test_stopped_at_the_end_of_a_stage(whole, tiny, lightning, tmp_path):
     assert figures(resumed) == figures(whole)
 
 
+def test_stopped_in_the_middle_of_an_epoch(whole, tiny, lightning, tmp_path):
+    """By a limit of Lightning's: the epoch that it cut short is done again."""
+    stopped = lightning(tmp_path, tiny.config(epochs=EPOCHS, **{"trainer.max_steps": 8 * 2 + 3}), "fit")
+    assert stopped.code == 0, stopped.err
+    last = stopped.run / "checkpoints" / "last.ckpt"
+    resumed = lightning(tmp_path, tiny.config(epochs=EPOCHS), "fit", "--ckpt_path", last)
+    assert resumed.code == 0, resumed.err
+    assert_same(weights(resumed), weights(whole))
+    assert figures(resumed) == figures(whole)
+
+
 def test_one_fit_per_stage(whole, tiny, lightning, tmp_path):
     source, outcomes = (), []
     for i in range(3):

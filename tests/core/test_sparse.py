@@ -214,6 +214,20 @@ def test_an_unknown_activation_falls_back_and_says_so_once(hard, batch, said):
     ]
 
 
+def test_weights_of_several_types(hard, said):
+    """The kernels read all of an FFN's tensors as one type; autocast does not mind."""
+    model = hard("bert").bfloat16()
+    set_backend(model)
+    for ffn in expert_ffns(model).values():
+        ffn.up.bias.data = ffn.up.bias.data.float()
+        x_BTD = torch.randn(1, 2, ffn.width).bfloat16()
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            actual = ffn(x_BTD)
+            ffn.backend = "dense-mask"
+            torch.testing.assert_close(actual, ffn(x_BTD))
+    assert "weights and biases are of several types: torch.bfloat16, torch.float32" in said()[-1]
+
+
 def test_other_declared_fallbacks(hard, batch, said):
     model = hard()
     expected = logits(model, batch)

@@ -1,6 +1,7 @@
 import stat
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -140,3 +141,12 @@ def test_the_team_of_threads_is_torchs():
 def test_empty(make_weights):
     weights: ExpertWeights = make_weights(3, 8, 16)
     assert run_cpu(torch.zeros(0, 16), torch.zeros(0, 3, dtype=torch.bool), weights).shape == (0, 16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_types_that_do_not_fit(dtype, make_weights):
+    weights: ExpertWeights = make_weights(3, 8, 16)
+    with pytest.raises(ValueError, match=f"the input is {dtype} and the weights are torch.float32"):
+        run_cpu(torch.zeros(2, 16, dtype=dtype), torch.ones(2, 3, dtype=torch.bool), weights)
+    with pytest.raises(ValueError, match=f"gate_ESD is {dtype}, and up_ESD is torch.float32"):
+        replace(weights, gate_ESD=weights.up_ESD.to(dtype))

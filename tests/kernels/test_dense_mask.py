@@ -22,6 +22,15 @@ def test_a_mask_keeps_or_clears_and_the_type_stays(dtype):
     assert result.equal(torch.where(mask.repeat_interleave(2, dim=-1), hidden, torch.zeros((), dtype=dtype)))
 
 
+def test_a_mask_clears_what_is_not_finite():
+    """An expert that overflows for a token which did not select it is no harm."""
+    hidden = torch.tensor([[1.0, torch.inf, torch.nan, 2.0]], requires_grad=True)
+    result = scale_experts(hidden, torch.tensor([[True, False, False, True]]))
+    assert result.tolist() == [[1.0, 0.0, 0.0, 2.0]]
+    result.sum().backward()
+    assert hidden.grad.tolist() == [[1.0, 0.0, 0.0, 1.0]]
+
+
 def test_gradients():
     hidden = torch.randn(2, 3, 8, dtype=torch.float64, requires_grad=True)
     factor = torch.rand(2, 3, 4, dtype=torch.float64, requires_grad=True)
