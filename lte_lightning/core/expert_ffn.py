@@ -82,13 +82,13 @@ class ExpertFfn(nn.Module):
             scores_BTE = self.selector(x_BTD)
         if self.recorder is not None:
             self.recorder(self, scores_BTE, x_BTD)
+        factor_BTE = self._factor(scores_BTE)
         if self.selector.reads == "input":
             if self.mode == "hard" and self.backend != "dense-mask":
-                out_BTD = run_sparse(self, x_BTD, scores_BTE > self.threshold)
+                out_BTD = run_sparse(self, x_BTD, factor_BTE)
                 if out_BTD is not None:
                     return out_BTD
             _, hidden_BTF = self._activations(x_BTD, x_BTD)
-        factor_BTE = self._factor(scores_BTE)
         out_BTD = self.down(scale_experts(self.finished(hidden_BTF), factor_BTE))
         # where weights are trained they are finite, and the host waits for no device
         if self.mode == "hard" and self.selector.reads == "input" and not (self.training and torch.is_grad_enabled()):
@@ -99,7 +99,9 @@ class ExpertFfn(nn.Module):
         if self.mode == "soft" or self.selector.scales:
             return scores_BTE
         mask_BTE = scores_BTE > self.threshold
-        return mask_BTE + (scores_BTE - scores_BTE.detach()) if self.straight_through else mask_BTE
+        if self.straight_through and scores_BTE.requires_grad:  # else a mask, as the sparse backends want it
+            return mask_BTE + (scores_BTE - scores_BTE.detach())
+        return mask_BTE
 
     def _activations(self, to_gate_BTD: torch.Tensor, to_up_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the activated gate (of a plain FFN: the hidden activations) and the hidden activations, [B, T, F]."""

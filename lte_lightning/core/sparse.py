@@ -136,7 +136,7 @@ def choose_for(ffn: "ExpertFfn", x_BTD: torch.Tensor) -> tuple[Choice, ExpertWei
     elif ffn.selector.scales:
         fallback = f"{type(ffn.selector).__name__} scales experts, which no sparse backend does"
     elif len(types := _types(ffn)) > 1:  # T5 in float16
-        fallback = f"its projections' weights and biases are of several types: {', '.join(types)}"
+        fallback = f"its projections' weights and biases are of several types: {', '.join(sorted(map(str, types)))}"
     else:
         try:
             return choice, expert_weights(ffn)
@@ -145,9 +145,9 @@ def choose_for(ffn: "ExpertFfn", x_BTD: torch.Tensor) -> tuple[Choice, ExpertWei
     return Choice("dense-mask", fallback), None
 
 
-def _types(ffn: "ExpertFfn") -> list[str]:
+def _types(ffn: "ExpertFfn") -> set[torch.dtype]:
     tensors = [t for p in (ffn.up, ffn.gate, ffn.down) if p is not None for t in (p.weight, p.bias) if t is not None]
-    return sorted({str(tensor.dtype) for tensor in tensors})
+    return {tensor.dtype for tensor in tensors}
 
 
 def run_sparse(ffn: "ExpertFfn", x_BTD: torch.Tensor, mask_BTE: torch.Tensor) -> torch.Tensor | None:

@@ -43,10 +43,9 @@ def run_dense_mask(x_ND: torch.Tensor, mask_NE: torch.Tensor, weights: ExpertWei
         hidden_NF = ACTIVATIONS[weights.activation](hidden_NF)
     else:
         hidden_NF = ACTIVATIONS[weights.activation](_project(x_ND, weights.gate_ESD, weights.gate_bias_ES)) * hidden_NF
-    hidden_NES = hidden_NF.unflatten(-1, weights.up_ESD.shape[:2])
     if not mask_NE.all():
-        hidden_NES = hidden_NES.masked_fill(~mask_NE.unsqueeze(-1), 0.0)
-    out_ND = functional.linear(hidden_NES.flatten(-2), weights.down_ESD.flatten(0, 1).T, weights.down_bias_D)
+        hidden_NF = scale_experts(hidden_NF, mask_NE)
+    out_ND = functional.linear(hidden_NF, weights.down_ESD.flatten(0, 1).T, weights.down_bias_D)
     return out_ND if out_ND.sum(dtype=torch.float32).isfinite() else run_views(x_ND, mask_NE, weights)
 
 
