@@ -38,7 +38,8 @@ def explain(message: str, options: Iterable[str] = ()) -> str:
     if found := re.search(r"unrecognized arguments: (\S+)", message):
         return f"unknown option {found[1].split('=')[0]}{_meant(found[1].split('=')[0], options)}"
     if found := re.search(r"(?:Option|Key|[Kk]ey|Group key) '([^']+)' is not (?:accepted|expected)", message):
-        return f"{_where(message)}unknown name {found[1]!r}{_meant(found[1].split('.')[-1], _names())}"
+        name = found[1].split(".")[-1]
+        return f"{_where(message)}unknown name {found[1]!r}{_elsewhere(name) or _meant(name, _names())}"
     if found := re.search(r"Expected a dot import path string: (\S+)", message):
         return f"{_where(message)}there is no class {found[1]}{_meant(found[1], _classes())}"
     lines = [line.strip() for line in message.splitlines()]
@@ -68,6 +69,20 @@ def _classes() -> list[str]:
     return [cls.__name__ for cls in _subclasses(LteModule) + _subclasses(LightningDataModule)]
 
 
+def _elsewhere(name: str) -> str:
+    """Says whose name it is, if it is right but in the wrong place: another part's, or another class's."""
+    for part, base in (("data", LightningDataModule), ("model", LteModule)):
+        if classes := sorted(cls.__name__ for cls in _subclasses(base) if name in _parameters(cls)):
+            return f"; it is --{part}.{name} of {', '.join(classes)}"
+    return ""
+
+
+def _parameters(cls: type) -> set[str]:
+    """Names that a class takes, those that it hands on to its bases included."""
+    ours = [base for base in cls.__mro__ if base.__module__.startswith("lte_lightning.")]
+    return {name for base in ours for name in inspect.signature(base.__init__).parameters} - {"self", "kwargs"}
+
+
 def _names() -> set[str]:
-    classes = [LteModule, LteConfig, *_subclasses(LteModule), *_subclasses(LightningDataModule)]
-    return {name for cls in classes for name in inspect.signature(cls.__init__).parameters} - {"self", "kwargs"}
+    classes = [LteConfig, *_subclasses(LteModule), *_subclasses(LightningDataModule)]
+    return {name for cls in classes for name in _parameters(cls)}
