@@ -1,5 +1,8 @@
 """Which checkpoints are kept: the last one to resume from, and the best hard-mode one."""
 
+from pathlib import Path
+from typing import Any
+
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -7,7 +10,25 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lte_lightning.tasks.evaluation import LOWER_IS_BETTER
 
 
-class LastCheckpoint(ModelCheckpoint):
+class _Movable(ModelCheckpoint):
+    """Knows its files again where a run folder was moved or copied to."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes the paths of the folder that is resumed for those that the checkpoint was written with."""
+        old, new = state_dict.get("dirpath"), self.dirpath
+        if old and new and old != new:
+
+            def moved(path: str) -> str:
+                return str(Path(new, Path(path).name)) if path else ""
+
+            state_dict = state_dict | {"dirpath": new}
+            for name in ("best_model_path", "kth_best_model_path", "last_model_path"):
+                state_dict[name] = moved(state_dict[name])
+            state_dict["best_k_models"] = {moved(path): score for path, score in state_dict["best_k_models"].items()}
+        super().load_state_dict(state_dict)
+
+
+class LastCheckpoint(_Movable):
     """Keeps the state after every epoch in ``last.ckpt``, to resume from."""
 
     def __init__(self) -> None:
@@ -19,7 +40,7 @@ class LastCheckpoint(ModelCheckpoint):
             super().on_train_epoch_end(trainer, pl_module)
 
 
-class BestCheckpoint(ModelCheckpoint):
+class BestCheckpoint(_Movable):
     """Keeps the weights of the best epoch of the expert stage in ``best.ckpt``.
 
     Soft and dense epochs never compete: they are better by construction, and not what is run.

@@ -1,5 +1,7 @@
 """A fit that was cut short and resumed, or cut in three, ends in the same weights as one that ran through."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -46,6 +48,24 @@ def test_stopped_at_the_end_of_a_stage(whole, tiny, lightning, tmp_path):
     resumed = lightning(tmp_path, tiny.config(epochs=EPOCHS), "fit", "--ckpt_path", last)
     assert resumed.code == 0, resumed.err
     assert resumed.run == stopped.run
+    assert_same(weights(resumed), weights(whole))
+    assert figures(resumed) == figures(whole)
+
+
+@pytest.mark.parametrize("after", [5, 6])
+def test_resumed_where_its_folder_was_moved(after, whole, tiny, lightning, tmp_path):
+    """In the expert stage, and finished: the best checkpoint moved along."""
+    old = tmp_path / "old"
+    old.mkdir()
+    stopped = lightning(old, tiny.config(epochs=EPOCHS, **{"trainer.max_epochs": after}), "fit")
+    moved = tmp_path / "runs" / "lte" / stopped.run.name
+    shutil.copytree(stopped.run, moved)
+    shutil.rmtree(old)
+    last = moved / "checkpoints" / "last.ckpt"
+    resumed = lightning(tmp_path, tiny.config(epochs=EPOCHS), "fit", "--ckpt_path", last)
+    assert resumed.code == 0, resumed.err
+    assert resumed.run == moved
+    assert not old.exists()
     assert_same(weights(resumed), weights(whole))
     assert figures(resumed) == figures(whole)
 
