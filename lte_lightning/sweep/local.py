@@ -16,7 +16,8 @@ PROGRAM = (sys.executable, "-m", "lte_lightning")
 class LocalRunner:
     """Runs commands on this machine, several at a time.
 
-    Each gets ``cores // workers`` threads, so that all together use no more than the machine has.
+    Each gets ``cores // workers`` threads, so that all together use no more than the machine has, or as many as
+    OMP_NUM_THREADS says.
 
     Args:
         workers: Commands at a time.
@@ -33,7 +34,8 @@ class LocalRunner:
         self.slots = workers
         self.program = program
         self.inherited = inherited
-        self.threads = max(1, cores() // workers)
+        wanted = os.environ.get("OMP_NUM_THREADS", "")
+        self.threads = int(wanted) if wanted.isdecimal() and int(wanted) else max(1, cores() // workers)
         self._running: dict[str, subprocess.Popen] = {}
 
     def start(self, name: str, words: list[str], log: Path) -> None:

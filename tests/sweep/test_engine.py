@@ -35,7 +35,13 @@ def statuses(folder):
     return {file.name.split("-s")[0]: json.loads(file.read_text())["status"] for file in folder.points.glob("*.json")}
 
 
-def test_every_point_is_run_once_after_what_it_needs(bench):
+def test_a_wanted_number_of_threads_is_kept(bench, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert "threads 3\n" in bench(seeds=[0]).run(workers=2).log("*")
+
+
+def test_every_point_is_run_once_after_what_it_needs(bench, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     trial = bench(seeds=[0, 1], start={}, floor={}, grid={ETA: [0.1, 0.5]})
     swept = trial.run(workers=2)
     assert len(swept.summary.done) == 2 + 2 + 4
