@@ -56,8 +56,9 @@ def make_results(trainer: Trainer, module: LightningModule, floor: float | None 
     for key in further_figures(module):
         if values := {view: found[key] for view, found in measured.items() if key in found}:
             results[key] = values
-    if skipped := getattr(trainer.datamodule, "skipped", None):
-        results["skipped_rows"] = dict(skipped)
+    for key, name in (("skipped_rows", "skipped"), ("cut_answers", "cut_answers")):
+        if counts := getattr(trainer.datamodule, name, None):
+            results[key] = dict(counts)
     return results
 
 
