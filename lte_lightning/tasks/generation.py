@@ -27,6 +27,8 @@ class Generation(LanguageModel):
         **kwargs: See `LanguageModel`.
     """
 
+    takes_encoder_decoders = True
+
     def __init__(self, samples: int = 0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.save_hyperparameters({"samples": samples})
