@@ -61,6 +61,7 @@ def test_mmlu(routed, tiny_lm, sparse, lightning, tmp_path):
     assert found["accuracy_per_subject"] == {name: sum(values) / len(values) for name, values in per_subject.items()}
     assert found["macro_accuracy"] == pytest.approx(sum(found["accuracy_per_subject"].values()) / 2)
     assert found["accuracy"] == sum(right) / 10
+    assert (found["questions"], found["fewer_shots"]) == (10, 0)
     assert (found["sparsity"] > 0) == routed
     assert "accuracy_per_subject" not in outcome.out.replace(str(outcome.written), "")
 

@@ -390,3 +390,20 @@ def test_rows_to_predict_need_no_answer(e2e, tmp_path):
     assert sorted(zip(batch["row"], batch["references"], strict=True)) == [(0, []), (1, [])]
     data.setup("test")  # which needs them, and so reads the validation rows
     assert len(data._ready["test"][1]) == 5
+
+
+@pytest.mark.parametrize("chat", [True, False])
+@pytest.mark.parametrize("messages", [True, False])
+def test_instructions_to_predict_need_no_answer(instruct, chat, messages):
+    def row(*turns):
+        if messages:
+            return {"messages": [{"role": role, "content": text} for role, text in turns]}
+        return {"instruction": turns[0][1], "input": ""} | ({"output": turns[1][1]} if turns[1:] else {})
+
+    data = instruct([row(("user", "eat"), ("assistant", "a cat"))], tokens={"chat": chat})
+    (Path(data.source) / "test.jsonl").write_text("".join(json.dumps(row(("user", a))) + "\n" for a in ("cow", "owl")))
+    data.setup("predict")
+    batch = only_batch(data.predict_dataloader())
+    asked = "<|user|>{}\n<|assistant|>" if chat else alpaca_prompt("{}")
+    assert dict(zip(batch["row"], batch["prompt"], strict=True)) == {0: asked.format("cow"), 1: asked.format("owl")}
+    assert batch["references"] == [[], []]
