@@ -16,12 +16,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger, MLFlowLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
+from rich.table import Table
 
 from lte_lightning.callbacks.checkpoints import BestCheckpoint
 from lte_lightning.callbacks.latency import measure_latency
 from lte_lightning.callbacks.memory import expected_memory
 from lte_lightning.callbacks.pictures import draw_scores, draw_sparsity
-from lte_lightning.callbacks.results import make_results, read_floor, results_table, show
+from lte_lightning.callbacks.results import make_results, read_floor, results_table, show, test_table
 from lte_lightning.core.checkpoint import save_pretrained
 from lte_lightning.core.errors import UserError
 from lte_lightning.store import first_contact
@@ -72,6 +73,7 @@ class Recorder(Callback):
         self.run_id: str | None = None
         self._fresh = False
         self.results: dict[str, Any] | None = None
+        self.table: Table | None = None
         self.written: Path | None = None
 
     # The run's place
@@ -205,6 +207,7 @@ class Recorder(Callback):
             tokenizer.save_pretrained(self.folder / "model")
         if self.latency_rows and module.stage != "dense":
             self.results |= measure_latency(self.folder / "model", trainer, self.latency_rows, module.backend)
+        self.table = results_table(self.results)
         self.written = self.folder / "results.json"
         write_json(self.written, self.results)
         files = [self.written]
@@ -223,11 +226,23 @@ class Recorder(Callback):
 
     @rank_zero_only
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes ``test.json``: metric, sparsity overall and per layer, cost per token."""
+        """Writes ``test.json``: metric, sparsity overall and per layer, cost per token.
+
+        A test on another task than the fit's writes ``test-<task>.json``, and leaves what the fit's own has found.
+        """
         if self.folder is not None:
-            self.written = self.folder / "test.json"
+            suffix = self._task_suffix(trainer)
+            self.written = self.folder / f"test{suffix}.json"
             write_json(self.written, pl_module.measured["test"])
-            self._write_rows(trainer, "predictions.jsonl", pl_module.predictions)
+            if logger := mlflow_of(trainer):
+                logger.experiment.log_artifact(logger.run_id, str(self.written))
+            self._write_rows(trainer, f"predictions{suffix}.jsonl", pl_module.predictions)
+        self.table = test_table(getattr(trainer.datamodule, "task", ""), pl_module.measured["test"])
+
+    def _task_suffix(self, trainer: Trainer) -> str:
+        task, results = getattr(trainer.datamodule, "task", None), self.folder / "results.json"
+        fitted = json.loads(results.read_text()).get("task") if results.exists() else task
+        return "" if task == fitted else f"-{task}"
 
     @rank_zero_only
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -248,20 +263,20 @@ class Recorder(Callback):
         """Writes ``predictions.jsonl``, one row per example in the order of the data; a file for each set of a task."""
         if self.folder is None:
             return
-        found = trainer.predict_loop.predictions
+        name, found = f"predictions{self._task_suffix(trainer)}", trainer.predict_loop.predictions
         batches_of = found if trainer.predict_loop.num_dataloaders > 1 else [found]
         for suffix, batches in zip(pl_module.loader_names, batches_of, strict=False):
             rows = [row for batch in batches for row in (batch if isinstance(batch, list) else _as_rows(batch))]
             rows.sort(key=lambda row: row.get("row", 0))  # stable: only what names its row moves
             rows = [{"row": i} | row for i, row in enumerate(rows)]
-            self._write_rows(trainer, f"predictions{suffix}.jsonl", rows)
-        self.written = self.folder / "predictions.jsonl"
+            self._write_rows(trainer, f"{name}{suffix}.jsonl", rows)
+        self.written = self.folder / f"{name}.jsonl"
 
     @rank_zero_only
     def report(self) -> None:
-        """Prints the table of a fit, and last the path of what was written."""
-        if self.results is not None:
-            show(results_table(self.results))
+        """Prints the table of a fit or a test, and last the path of what was written."""
+        if self.table is not None:
+            show(self.table)
         if self.written is not None:
             print(self.written, flush=True)
 

@@ -56,8 +56,9 @@ def make_results(trainer: Trainer, module: LightningModule, floor: float | None 
     for key in further_figures(module):
         if values := {view: found[key] for view, found in measured.items() if key in found}:
             results[key] = values
-    if skipped := getattr(trainer.datamodule, "skipped", None):
-        results["skipped_rows"] = dict(skipped)
+    for key, name in (("skipped_rows", "skipped"), ("cut_answers", "cut_answers")):
+        if counts := getattr(trainer.datamodule, name, None):
+            results[key] = dict(counts)
     return results
 
 
@@ -145,6 +146,31 @@ def results_table(results: dict[str, Any]) -> Table:
     times = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in results["seconds_per_stage"].items())
     table.caption = "\n".join([*notes, f"Time: {times}."])
     table.caption_justify = "left"
+    return table
+
+
+def test_table(task: str, found: dict[str, Any]) -> Table:
+    """Lays a test's figures out for reading; those of each layer, subject and score are in its file."""
+    table = Table(title=f"{task}: test", title_justify="left")
+    table.add_column("")
+    table.add_column("", justify="right")
+    forms = {
+        "sparsity": ("FFN sparsity", "{:.1%}", 1.0),
+        "flops_per_token": ("GFLOPs/token (2^30)", "{:.4f}", GFLOP),
+        "bytes_per_token": ("MB/token", "{:.3f}", 1e6),
+        "bound": ("speed-up bound", "{:.2f}x", 1.0),
+    }
+    for key, value in found.items():
+        if key.startswith("dense_"):
+            continue
+        if key in forms:
+            label, form, unit = forms[key]
+            table.add_row(label, form.format(value / unit))
+        elif isinstance(value, int | float | None):
+            table.add_row(key, f"{value:.4f}" if isinstance(value, float) else str(value))
+        elif key in ("skipped_rows", "cut_answers"):
+            for what, count in value.items():
+                table.add_row(f"{key}: {what}", str(count))
     return table
 
 

@@ -43,7 +43,7 @@ class SaveConfig(SaveConfigCallback):
         if recorder.folder is None:
             return
         name = "config.yaml" if stage == "fit" else f"config-{TrainerFn(stage).value}.yaml"
-        if not (recorder.folder / name).exists():
+        if stage != "fit" or not (recorder.folder / name).exists():
             (recorder.folder / name).write_text(text)
         if logger := mlflow_of(trainer):
             logger.experiment.log_text(logger.run_id, text, name)
@@ -91,6 +91,10 @@ class LteCLI(LightningCLI):
         except Exception:  # a device that is not there, for example
             config.run.forget(kwargs.get("logger"))
             raise
+
+    def before_test(self) -> None:
+        """Leaves the figures to our table: Lightning's has a column for each loader, and every layer's sparsity."""
+        self.config_init["test"]["verbose"] = False
 
     def after_run(self) -> None:
         """Shows the results, after every progress bar is gone."""

@@ -92,7 +92,16 @@ class InstructData(PromptData):
         return splits
 
     def rows(self, role: str) -> list[Dataset]:
-        """Returns the checked rows; held-out ones also for the test, if the source has nothing but training rows."""
+        """Returns the checked rows; held-out ones also for the test, if the source has nothing but training rows.
+
+        For predictions those of ``test.*``, if there are; they need no ``output``, and may end with what is asked.
+        """
+        if role == "predict" and "test" in self._splits:
+            test = self._splits["test"]
+            rows = self.split("test", [name for name in self.columns if name != "output" or name in test.column_names])
+            if self.columns != _ALPACA:
+                rows = Dataset.from_list([{"messages": _answered(messages)} for messages in rows["messages"]])
+            return [rows]
         if role in ("test", "predict") and self.holdout and set(self._splits) == {"train"}:
             return [self.held_out()]
         return super().rows(role)
@@ -100,7 +109,7 @@ class InstructData(PromptData):
     def check_rows(self, rows: Dataset, name: str) -> None:
         """Checks that everything is text, in known roles."""
         if self.columns == _ALPACA:
-            require_text(rows, self.columns, name)
+            require_text(rows, rows.column_names, name)
             return
         for row, messages in enumerate(rows["messages"]):
             if not messages:
@@ -132,14 +141,14 @@ class InstructData(PromptData):
             return [write(row["messages"]) for row in rows]
         if not self.chat:
             return [
-                Example([(alpaca_prompt(row["instruction"], row["input"]), False), (row["output"], True)])
+                Example([(alpaca_prompt(row["instruction"], row["input"]), False), (row.get("output", ""), True)])
                 for row in rows
             ]
         return [
             self._by_template(
                 [
                     {"role": "user", "content": "\n\n".join(filter(None, (row["instruction"], row["input"])))},
-                    {"role": "assistant", "content": row["output"]},
+                    {"role": "assistant", "content": row.get("output", "")},
                 ]
             )
             for row in rows
@@ -171,6 +180,11 @@ class InstructData(PromptData):
             raise DataError(
                 f"the chat template of {self._tokenizer_name!r} refuses a conversation ({error}): {messages!r:.200}"
             ) from error
+
+
+def _answered(messages: Messages) -> Messages:
+    # What ends with a question gets an empty answer, which a prediction takes the place of.
+    return messages if messages[-1]["role"] == "assistant" else [*messages, {"role": "assistant", "content": ""}]
 
 
 def alpaca_prompt(instruction: str, context: str = "") -> str:

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
@@ -38,6 +38,7 @@ class MmluData(TextData):
 
     Attributes:
         subjects: Names of the subjects of the test rows, in order.
+        fewer_shots: How many prompts have fewer than `shots` examples, for want of room.
     """
 
     columns = ("question", "subject", "choices", "answer")
@@ -71,6 +72,7 @@ class MmluData(TextData):
         require_at_least(shots=(shots, 0))
         self.shots = shots
         self.subjects: list[str] = []
+        self.fewer_shots = 0
         self._wanted = subjects
 
     @property
@@ -92,25 +94,25 @@ class MmluData(TextData):
 
     def prepare(self, role: str) -> list[Dataset]:
         """Writes and tokenises the prompts."""
-        rows = [_with_key(row) for row in self.split("test").to_list()]
+        rows = [(number, _with_key(row)) for number, row in enumerate(self.split("test").to_list())]
         if self._wanted is not None:
-            missing = sorted(set(self._wanted) - {row["subject"] for row in rows})
+            missing = sorted(set(self._wanted) - {row["subject"] for _, row in rows})
             if missing:
                 raise DataError(f"{self.source} has no subject {', '.join(missing)}")
-            rows = [row for row in rows if row["subject"] in self._wanted]
-        numbered = [(number, row) for number, row in enumerate(rows) if row["key"] is not None]
+            rows = [(number, row) for number, row in rows if row["subject"] in self._wanted]
+        numbered = [(number, row) for number, row in rows if row["key"] is not None]
         self._skip("test", len(rows), len(rows) - len(numbered), "their answer is none of A, B, C, D (0 to 3)")
         if not numbered:
             raise DataError(f"{self.source}: no test row has an answer from 0 to 3 (or A to D) and four choices")
         self.subjects = sorted({row["subject"] for _, row in numbered})
         examples = self._examples()
         letters = self._letter_ids()
-        prompts, fewer = [], 0
+        prompts, self.fewer_shots = [], 0
         for number, row in numbered:
             ids, shots = self._prompt_ids(row, examples.get(row["subject"], []))
             if ids is None:
                 continue
-            fewer += shots < self.shots
+            self.fewer_shots += shots < self.shots
             prompts.append(
                 {
                     "input_ids": [*ids, letters[row["key"]]],
@@ -124,8 +126,9 @@ class MmluData(TextData):
         self._skip("test prompts", len(numbered), too_long, f"they are longer than {self.max_length} tokens alone")
         if not prompts:
             raise DataError(f"every question is longer than max_length, {self.max_length} tokens")
-        if fewer:
-            rank_zero_info(f"{fewer} of {len(prompts)} prompts have fewer than {self.shots} examples, to fit")
+        if self.fewer_shots:
+            fewer = f"{self.fewer_shots} of {len(prompts)} prompts have fewer than {self.shots} examples"
+            rank_zero_warn(f"{fewer}, to fit max_length, {self.max_length} tokens")
         return [Dataset.from_list(prompts)]
 
     def _skip(self, what: str, rows: int, skipped: int, why: str) -> None:

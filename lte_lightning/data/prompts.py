@@ -3,7 +3,6 @@
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,15 +10,15 @@ import torch
 from datasets import Dataset
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from lte_lightning.data.base import require_at_least
-from lte_lightning.data.packaged import DataError, resolve
+from lte_lightning.data.packaged import DataError
 from lte_lightning.data.padding import IGNORED, CollateAnswers, CollatePrompts
 from lte_lightning.data.streaming import Mark, StreamingData
-from lte_lightning.data.text import fingerprint, load_tokenizer
+from lte_lightning.data.text import fingerprint, is_encoder_decoder, load_tokenizer
 
-_ENCODING = 1  # part of the cache's key: to be raised when the same rows are to give other tokens
+_ENCODING = 2  # part of the cache's key: to be raised when the same rows are to give other tokens
 
 
 @dataclass(frozen=True)
@@ -65,6 +64,7 @@ class PromptData(StreamingData):
         super().__init__(**kwargs)
         require_at_least(max_new_tokens=(max_new_tokens, 1))
         self.max_new_tokens = max_new_tokens
+        self.cut_answers: dict[str, int] = {}  # rows of each role whose answers lost their end
         self._counted = 0  # rows of a stream that were looked at
 
     # The task, by the subclass
@@ -125,14 +125,17 @@ class PromptData(StreamingData):
         # The first label is never asked for in a decoder: nothing stands before it.
         first = 0 if self.encoder_decoder else 1
         encoded["answer_tokens"] = [sum(label != IGNORED for label in row[first:]) for row in encoded["labels"]]
+        encoded["cut"] = [cut and n > 0 for cut, n in zip(encoded["cut"], encoded["answer_tokens"], strict=True)]
         encoded["length"] = [len(ids) for ids in encoded["input_ids"]]
-        encoded["shortened"] = [example.shortened for example in examples]
+        encoded["shortened"] = [
+            cut or example.shortened for cut, example in zip(encoded["shortened"], examples, strict=True)
+        ]
         return encoded
 
     def _encode_chains(self, examples: list[Example]) -> dict[str, list[Any]]:
         texts = [text for example in examples for text, _ in example.segments]
         pieces = iter(self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [])
-        encoded: dict[str, list[Any]] = {"input_ids": [], "labels": []}
+        encoded: dict[str, list[Any]] = {"input_ids": [], "labels": [], "shortened": [], "cut": []}
         for example in examples:
             ids = [] if example.verbatim else list(self._opening)
             labels = [IGNORED] * len(ids)
@@ -144,13 +147,20 @@ class PromptData(StreamingData):
                 labels += piece if is_answer else [IGNORED] * len(piece)
             encoded["input_ids"].append(ids[: self.max_length])
             encoded["labels"].append(labels[: self.max_length])
+            encoded["shortened"].append(False)
+            encoded["cut"].append(any(label != IGNORED for label in labels[self.max_length :]))
         return encoded
 
     def _encode_pairs(self, examples: list[Example]) -> dict[str, list[Any]]:
         cut = {"truncation": True, "max_length": self.max_length}
-        prompts = self.tokenizer([example.prompt for example in examples], **cut)["input_ids"]
-        answers = self.tokenizer(text_target=[example.answer for example in examples], **cut)["input_ids"]
-        return {"input_ids": prompts, "labels": answers}
+        prompts = self.tokenizer([example.prompt for example in examples], **cut)
+        answers = self.tokenizer(text_target=[example.answer for example in examples], **cut)
+        return {
+            "input_ids": prompts["input_ids"],
+            "labels": answers["input_ids"],
+            "shortened": [bool(encoding.overflowing) for encoding in prompts.encodings],
+            "cut": [bool(encoding.overflowing) for encoding in answers.encodings],
+        }
 
     # Rows
 
@@ -174,6 +184,7 @@ class PromptData(StreamingData):
             )
             kept = [i for i, count in enumerate(encoded["answer_tokens"][:]) if count]
             self._report(role, len(rows), len(rows) - len(kept), sum(encoded["shortened"][:]))
+            self._report_cut(role, len(kept), sum(encoded["cut"][:]))
             # Always a selection: `select` of all rows is the table itself.
             parts.append(encoded.select(kept).select_columns(["input_ids", "labels", "length"]))
         return [*parts, self._prompts(sets[0], role)] if role == "test" else parts
@@ -221,7 +232,15 @@ class PromptData(StreamingData):
                 f"none of the {rows} rows for {role} has an answer within its first {self.max_length} tokens; raise "
                 "max_length"
             )
-        self._skip(role, rows, skipped, f"no answer is left of them within {self.max_length} tokens; raise max_length")
+        self._skip(role, rows, skipped, f"no answer is left of them within {self.max_length} tokens (or it was empty)")
+
+    def _report_cut(self, role: str, rows: int, cut: int) -> None:
+        if cut:
+            self.cut_answers[role] = cut
+            rank_zero_warn(
+                f"{cut} of {rows} answers for {role} do not end within {self.max_length} tokens; the loss leaves out "
+                "what lies beyond: raise max_length"
+            )
 
     def _skip(self, what: str, rows: int, skipped: int, why: str) -> None:
         if skipped:
@@ -229,10 +248,23 @@ class PromptData(StreamingData):
             rank_zero_warn(f"{skipped} of {rows} rows for {what} are left out: {why}")
 
     def _prompts(self, rows: Dataset, role: str) -> Dataset:
+        prompts, too_long = self._fitting(rows, answered=role != "predict")
+        if not prompts:
+            raise DataError(
+                f"every prompt for {role} is longer than {self.prompt_limit} tokens, which is what max_length "
+                f"{self.max_length} leaves before {self.max_new_tokens} new tokens"
+            )
+        why = f"their prompts are longer than {self.prompt_limit} tokens; raise max_length or lower max_new_tokens"
+        self._skip(f"{role} prompts", len(prompts) + too_long, too_long, why)
+        prompts.sort(key=lambda prompt: -prompt["length"])
+        return Dataset.from_list(prompts)
+
+    def _fitting(self, rows: Dataset, answered: bool) -> tuple[list[dict[str, Any]], int]:
+        """Returns the distinct prompts that leave room to generate, and how many others there are."""
         found: dict[str, dict[str, Any]] = {}
         for row, example in enumerate(self.examples(rows.to_list())):
             reference = self.plain(example)
-            if not reference and role != "predict":
+            if answered and not reference:
                 continue
             entry = found.setdefault(example.prompt, {"row": row, "example": example, "references": []})
             entry["references"] += [reference] if reference else []
@@ -242,15 +274,7 @@ class PromptData(StreamingData):
             if len(ids) <= self.prompt_limit:
                 text = {"prompt": entry["example"].prompt, "references": entry["references"]}
                 prompts.append({"row": entry["row"], "input_ids": ids, "length": len(ids), **text})
-        if not prompts:
-            raise DataError(
-                f"every prompt for {role} is longer than {self.prompt_limit} tokens, which is what max_length "
-                f"{self.max_length} leaves before {self.max_new_tokens} new tokens"
-            )
-        why = f"their prompts are longer than {self.prompt_limit} tokens; raise max_length or lower max_new_tokens"
-        self._skip(f"{role} prompts", len(found), len(found) - len(prompts), why)
-        prompts.sort(key=lambda prompt: -prompt["length"])
-        return Dataset.from_list(prompts)
+        return prompts, len(found) - len(prompts)
 
     def plain(self, example: Example) -> str:
         """Returns the last answer as text, without what a chat template puts around it."""
@@ -277,25 +301,12 @@ class PromptData(StreamingData):
         """Every distinct prompt of the rows to predict once, longest first."""
         return self.loader_in_order(self._ready["predict"][0], self.collate_prompts())
 
-    def sample_prompts(self, count: int) -> dict[str, Any]:
-        """Returns a batch of the first distinct prompts of the validation rows."""
+    def sample_prompts(self, count: int) -> dict[str, Any] | None:
+        """Returns a batch of the first distinct prompts of the validation rows; None if all of these are too long."""
         rows = self.rows("validation")[0]
-        prompts = self._prompts(rows.select(range(min(len(rows), 4 * count))), "samples").to_list()
-        return self.collate_prompts()(sorted(prompts, key=lambda prompt: prompt["row"])[:count])
+        prompts, _ = self._fitting(rows.select(range(min(len(rows), 8 * count))), answered=True)
+        return self.collate_prompts()(prompts[:count]) if prompts else None
 
     def collate_prompts(self) -> CollatePrompts:
         """Pads prompts on the left, where a decoder goes on from them."""
         return CollatePrompts(self.tokenizer.pad_token_id, "right" if self.encoder_decoder else "left")
-
-
-def is_encoder_decoder(name: str) -> bool:
-    """Says whether the configuration in a model's folder is an encoder-decoder's; False where there is none."""
-    folder = resolve(name)
-    if folder.startswith((".", "/")) and not Path(folder).is_dir():
-        raise DataError(f"no model folder {folder}")
-    if Path(folder).is_dir() and not (Path(folder) / "config.json").exists():
-        return False
-    try:
-        return bool(AutoConfig.from_pretrained(folder).is_encoder_decoder)
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot read the model configuration beside tokenizer {name!r}: {error}") from error

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch.utils.data import Sampler
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from lte_lightning.data.packaged import DataError, resolve
 
@@ -138,6 +138,19 @@ def load_tokenizer(name: str, generates: bool = False) -> PreTrainedTokenizerBas
             "save_pretrained it to a folder and name that folder"
         )
     return tokenizer
+
+
+def is_encoder_decoder(name: str) -> bool:
+    """Says whether the configuration in a model's folder is an encoder-decoder's; False where there is none."""
+    folder = resolve(name)
+    if folder.startswith((".", "/")) and not Path(folder).is_dir():
+        raise DataError(f"no model folder {folder}")
+    if Path(folder).is_dir() and not (Path(folder) / "config.json").exists():
+        return False
+    try:
+        return bool(AutoConfig.from_pretrained(folder).is_encoder_decoder)
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read the model configuration beside tokenizer {name!r}: {error}") from error
 
 
 def tokenize(

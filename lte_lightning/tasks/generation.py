@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, Generation
 from lte_lightning.core.convert import set_mode
 from lte_lightning.core.errors import UserError
 from lte_lightning.data.padding import IGNORED
-from lte_lightning.data.prompts import is_encoder_decoder
+from lte_lightning.data.text import is_encoder_decoder
 from lte_lightning.tasks.evaluation import VIEW_MODES, VIEWS
 from lte_lightning.tasks.language_model import LanguageModel
 
@@ -26,6 +26,8 @@ class Generation(LanguageModel):
         samples: After each validation of a fit write this many answers to ``samples.jsonl``, for reading.
         **kwargs: See `LanguageModel`.
     """
+
+    takes_encoder_decoders = True
 
     def __init__(self, samples: int = 0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -92,9 +94,12 @@ class Generation(LanguageModel):
         count = self.hparams["samples"]
         if not count or self.trainer.sanity_checking or self.trainer.state.fn != "fit":
             return
+        prompts = self.trainer.datamodule.sample_prompts(count)
+        if prompts is None:
+            return
         view = VIEWS[self.stage][-1]
         set_mode(self.net, VIEW_MODES[view])
-        batch = self.trainer.strategy.batch_to_device(self.trainer.datamodule.sample_prompts(count))
+        batch = self.trainer.strategy.batch_to_device(prompts)
         with self.trainer.precision_plugin.forward_context():
             answers = self.answer(batch)
         about = {"epoch": self.current_epoch, "step": self.global_step, "view": view}
@@ -123,6 +128,8 @@ class Generation(LanguageModel):
         found = score_texts(texts, [prediction["references"] for prediction in self.predictions])
         if skipped := self.trainer.datamodule.skipped:
             found["skipped_rows"] = dict(skipped)
+        if cut := self.trainer.datamodule.cut_answers:
+            found["cut_answers"] = dict(cut)
         return found
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:

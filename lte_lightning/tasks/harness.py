@@ -1,9 +1,8 @@
 """Any task of the lm-evaluation-harness on a converted model: ``pip install "lte-lightning[harness]"``.
 
-From the shell: ``python -m lte_lightning.tasks.harness RUN/model --tasks '[arc_easy, mmlu]' --num_fewshot 5``.
+From the shell: ``lte harness --model RUN/model --tasks arc_easy hellaswag --num-fewshot 5``.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lte_lightning.core.checkpoint import from_pretrained
 from lte_lightning.core.errors import UserError
+from lte_lightning.data.files import meant
 
 
 def evaluate(
@@ -39,41 +39,43 @@ def evaluate(
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
     except ImportError as error:
-        raise UserError(
-            f'this needs the lm-evaluation-harness: pip install "lte-lightning[harness]" ({error})'
-        ) from error
+        raise _missing(error) from error
     wrapped = HFLM(pretrained=model.eval(), tokenizer=tokenizer, batch_size=batch_size)
     found: dict[str, Any] = simple_evaluate(wrapped, tasks=tasks, **kwargs)
     return found["results"]
 
 
-def main(
-    model: str,
-    tasks: list[str],
-    num_fewshot: int | None = None,
-    limit: int | None = None,
-    batch_size: int = 1,
-    out: str | None = None,
-) -> None:
-    """Evaluates a saved LTE model, in the mode it was saved in, and prints the figures as JSON.
+def evaluate_saved(
+    model: str, tasks: list[str], include: str | None = None, batch_size: int = 1, **kwargs: Any
+) -> dict[str, Any]:
+    """Runs harness tasks on a saved LTE model, in the mode that it was saved in.
 
     Args:
         model: Its folder, or hub id.
-        tasks: Names of harness tasks.
-        num_fewshot: Examples before each question; by default as the task says.
-        limit: Only so many rows of each task.
+        tasks: Names of the harness's tasks, or of those in ``include``.
+        include: Folder of further tasks' YAML files.
         batch_size: Requests per batch.
-        out: Write the figures to this file, too.
+        **kwargs: As for `evaluate`.
+
+    Returns:
+        The figures of each task, as the harness names them.
+
+    Raises:
+        UserError: If the harness is not installed, or knows no such task.
     """
-    options = {"num_fewshot": num_fewshot, "limit": limit}
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise _missing(error) from error
+    if include is not None and not Path(include).is_dir():
+        raise UserError(f"no folder {include} of tasks")
+    manager = TaskManager(include_path=include)
+    if unknown := [name for name in tasks if not manager.match_tasks([name])]:
+        near = meant(unknown[0], manager.all_tasks)
+        raise UserError(f"the harness has no task {', '.join(unknown)}{near}")
     loaded, tokenizer = from_pretrained(model), AutoTokenizer.from_pretrained(model)
-    text = json.dumps(evaluate(loaded, tokenizer, list(tasks), batch_size, **options), indent=2, default=str)
-    print(text)
-    if out:
-        Path(out).write_text(text + "\n")
+    return evaluate(loaded, tokenizer, list(tasks), batch_size, task_manager=manager, **kwargs)
 
 
-if __name__ == "__main__":
-    from jsonargparse import auto_cli
-
-    auto_cli(main, as_positional=True)
+def _missing(error: ImportError) -> UserError:
+    return UserError(f'this needs the lm-evaluation-harness: pip install "lte-lightning[harness]" ({error})')

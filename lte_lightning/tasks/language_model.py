@@ -2,13 +2,14 @@
 
 import math
 from dataclasses import asdict
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torchmetrics import Metric
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from lte_lightning.core.errors import UserError
+from lte_lightning.core.families import EXAMPLES
 from lte_lightning.tasks.base import LteModule
 from lte_lightning.tasks.lora import Lora, add_lora, merge_lora
 
@@ -59,6 +60,7 @@ class LanguageModel(LteModule):
     auto_class = AutoModelForCausalLM
     metric_name = "perplexity"
     tests_dense = True
+    takes_encoder_decoders: ClassVar[bool] = False
 
     def __init__(self, from_scratch: dict[str, Any] | None = None, lora: Lora | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -68,6 +70,8 @@ class LanguageModel(LteModule):
     def configure_model(self) -> None:
         """Loads the model, with adapters if wanted, and checks that the data fit it."""
         fresh = self.net is None
+        if fresh:
+            self._require_generator()
         super().configure_model()
         if fresh and self.lora:
             add_lora(self.net, self.lora)
@@ -81,6 +85,23 @@ class LanguageModel(LteModule):
         if len(data.tokenizer) > vocabulary:
             raise UserError(
                 f"the tokenizer has {len(data.tokenizer)} tokens, the model {vocabulary}: they do not belong together"
+            )
+
+    def _require_generator(self) -> None:
+        try:
+            config = AutoConfig.from_pretrained(self.source)
+        except (OSError, ValueError):
+            return  # loading says what is wrong
+        kind, _ = EXAMPLES.get(config.model_type, ("", ""))
+        # Hugging Face gives an encoder a head for the next token without hiding that token from it.
+        if kind == "encoder" and not getattr(config, "is_decoder", False):
+            raise UserError(
+                f"{self.source} is an encoder ({config.model_type}), which sees the tokens it is to predict"
+            )
+        if kind == "encoder-decoder" and not self.takes_encoder_decoders:
+            raise UserError(
+                f"{self.source} is an encoder-decoder ({config.model_type}); {type(self).__name__} needs a decoder, "
+                "Generation takes both"
             )
 
     def before_export(self) -> None:

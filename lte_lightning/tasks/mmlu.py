@@ -89,10 +89,11 @@ class Mmlu(LanguageModel):
         self.predictions = []
 
     def test_figures(self) -> dict[str, Any]:
-        """Gathers the predictions, and returns how many rows were left out."""
+        """Gathers the predictions, and returns how many rows they are, had fewer examples or were left out."""
         self.gather_predictions()
-        skipped = self.trainer.datamodule.skipped
-        return {"skipped_rows": dict(skipped)} if skipped else {}
+        data = self.trainer.datamodule
+        found: dict[str, Any] = {"questions": len(self.predictions), "fewer_shots": data.fewer_shots}
+        return found | ({"skipped_rows": dict(data.skipped)} if data.skipped else {})
 
     def predict_step(self, batch: dict[str, torch.Tensor], batch_idx: int, dataloader_idx: int = 0) -> Any:
         """Returns the letters that a batch is answered with."""

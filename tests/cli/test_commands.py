@@ -39,9 +39,14 @@ def test_test_reports_what_the_fit_logged(weights, fitted, tiny, lightning, tmp_
         "bound",
     ):
         assert found[key] == results[key], key
-    logged = ("accuracy", "sparsity", "sparsity_layer_01", "union_sparsity_8", "gflops_per_token", "bound")
-    for words in (f"test/{name}" for name in logged):
-        assert words in outcome.out
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in outcome.out.splitlines() if "│" in line]
+    assert dict(rows) == {
+        "accuracy": f"{found['accuracy']:.4f}",
+        "FFN sparsity": f"{found['sparsity']:.1%}",
+        "GFLOPs/token (2^30)": f"{found['flops_per_token'] / 2**30:.4f}",
+        "MB/token": f"{found['bytes_per_token'] / 1e6:.3f}",
+        "speed-up bound": f"{found['bound']:.2f}x",
+    }
 
 
 @pytest.mark.parametrize("command", ["test", "predict"])

@@ -9,6 +9,8 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
     CTRLConfig,
     CTRLLMHeadModel,
     T5Config,
@@ -176,6 +178,15 @@ def test_an_encoder_decoder(tiny_lm, lightning, tmp_path):
     assert tested.code == 0, tested.err
     assert tested.results["perplexity"] == pytest.approx(fit.results["hard"], rel=1e-5)
     assert tested.results["examples"] == 5
+
+
+def test_an_encoder_sees_what_it_would_have_to_predict(tiny_lm, lightning, tmp_path):
+    folder = shutil.copytree(tiny_lm.model, tmp_path / "bert")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    BertForMaskedLM(BertConfig(vocab_size=400, **sizes)).save_pretrained(folder)
+    outcome = lightning(tmp_path, tiny_lm.config(**{"model.init_args.pretrained": str(folder)}), "fit")
+    assert outcome.code == 1
+    assert "is an encoder (bert), which sees the tokens it is to predict" in outcome.err
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,11 @@
 """Language modelling through the command line."""
 
 import math
+import shutil
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, T5Config
 
 import lte_lightning
 
@@ -41,6 +42,15 @@ def test_a_tokenizer_of_another_model(tiny_lm, lightning, tmp_path):
     fit = lightning(tmp_path, config, "fit")
     assert fit.code == 1
     assert "tokens, the model 64: they do not belong together" in fit.err
+
+
+def test_an_encoder_decoder_is_for_generation(tiny_lm, lightning, tmp_path):
+    folder = shutil.copytree(tiny_lm.model, tmp_path / "t5")
+    T5Config(vocab_size=400).save_pretrained(folder)
+    config = tiny_lm.config("LanguageModelData", **{"model.init_args.pretrained": str(folder)})
+    outcome = lightning(tmp_path, config, "fit")
+    assert outcome.code == 1
+    assert "is an encoder-decoder (t5); LanguageModel needs a decoder, Generation takes both" in outcome.err
 
 
 def test_predict_says_what_to_do_instead(tiny_lm, lightning, tmp_path):

@@ -74,6 +74,8 @@ def test_a_test_with_other_options_continues_the_run_of_the_fit(migrated, tiny, 
     run = client.get_run(about["run_id"])
     assert run.data.params == before
     assert run.data.metrics["test/sparsity"] == pytest.approx(json.loads(outcome.written.read_text())["sparsity"])
+    logged = ("accuracy", "sparsity_layer_01", "union_sparsity_8", "gflops_per_token", "bound")
+    assert {f"test/{name}" for name in logged} <= set(run.data.metrics)
 
 
 def test_the_environment_names_the_store(migrated, tiny, lightning, monkeypatch):

@@ -61,8 +61,31 @@ def test_mmlu(routed, tiny_lm, sparse, lightning, tmp_path):
     assert found["accuracy_per_subject"] == {name: sum(values) / len(values) for name, values in per_subject.items()}
     assert found["macro_accuracy"] == pytest.approx(sum(found["accuracy_per_subject"].values()) / 2)
     assert found["accuracy"] == sum(right) / 10
+    assert (found["questions"], found["fewer_shots"]) == (10, 0)
     assert (found["sparsity"] > 0) == routed
     assert "accuracy_per_subject" not in outcome.out.replace(str(outcome.written), "")
+
+
+def test_a_test_on_another_task_leaves_what_the_run_s_own_has_found(tiny_lm, lightning, tmp_path):
+    config = tiny_lm.config("InstructData", epochs=(1, 0, 0), **{"trainer.logger": True})
+    fit = lightning(tmp_path, config, "fit")
+    assert fit.code == 0, fit.err
+    model = ("--model.init_from", fit.run / "model")
+    own = lightning(tmp_path, tiny_lm.config("InstructData"), "test", *model)
+    other = lightning(tmp_path, tiny_lm.config("MmluData", **{"trainer.logger": True}), "test", *model)
+    assert (own.written, other.written) == (fit.run / "test.json", fit.run / "test-mmlu.json")
+    assert "rouge_l" in own.results
+    assert "macro_accuracy" in other.results
+    rows = {
+        name: len((fit.run / name).read_text().splitlines()) for name in ("predictions.jsonl", "predictions-mmlu.jsonl")
+    }
+    assert rows == {"predictions.jsonl": own.results["examples"], "predictions-mmlu.jsonl": 10}
+    assert (fit.run / "artifacts" / "test-mmlu.json").exists()
+    assert "MmluData" in (fit.run / "config-test.yaml").read_text()
+    assert "DataLoader" not in own.out
+    for key in ("perplexity", "rouge_l", "bleu"):
+        (line,) = (line for line in own.out.splitlines() if line.split()[1:2] == [key])
+        assert line.split()[3] == f"{own.results[key]:.4f}"
 
 
 def test_mmlu_is_not_trained_on(tiny_lm, lightning, tmp_path):

@@ -66,8 +66,11 @@ def test_a_wrong_answer_key_is_left_out_counted_and_reported(mmlu, wrong):
 
 def test_examples_are_dropped_where_they_do_not_fit_and_a_question_where_it_does_not(mmlu):
     data = mmlu([question(), question(text="eats " * 500)], max_length=170)
-    with pytest.warns(UserWarning, match="1 of 2 rows for test prompts are left out: they are longer than 170 tokens"):
+    too_long = "1 of 2 rows for test prompts are left out: they are longer than 170 tokens"
+    fewer = "1 of 1 prompts have fewer than 5 examples, to fit max_length, 170 tokens"
+    with pytest.warns(UserWarning, match=too_long), pytest.warns(UserWarning, match=fewer):
         ((text, _),) = prompts(data)
+    assert data.fewer_shots == 1
     assert "dev 0?" in text
     assert "dev 4?" not in text
     assert text.endswith("Answer: B")
@@ -77,6 +80,7 @@ def test_some_subjects_only(mmlu):
     data = mmlu([question(), question("dogs")], subjects=["dogs"])
     assert [answer for _, answer in prompts(data)] == [1]
     assert data.subjects == ["dogs"]
+    assert data._ready["test"][0]["row"][:] == [1]
     with pytest.raises(DataError, match="has no subject cows"):
         mmlu([question()], subjects=["cows"]).setup("test")
 

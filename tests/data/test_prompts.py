@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, T5Config
 
 from lte_lightning.data import DataError, GenerationData, InstructData
 from lte_lightning.data.instruct import alpaca_prompt
@@ -197,6 +197,27 @@ def test_an_answer_beyond_the_limit_is_left_out_counted_and_reported(instruct):
     assert [answer for _, answer in texts(data, only_batch(data.train_dataloader()))] == ["a</s>"]
 
 
+def test_an_answer_that_loses_its_end_is_counted_and_reported(instruct):
+    data = instruct([alpaca(), alpaca(output="cat " * 300), alpaca("cat " * 300)])
+    with pytest.warns(UserWarning, match="answers for") as told:
+        data.setup("fit")
+    said = [str(warning.message) for warning in told]
+    assert [text.partition(";")[0] for text in said if "end" in text] == [
+        f"1 of 2 answers for {role} do not end within 256 tokens" for role in ("train", "validation")
+    ]
+    assert data.cut_answers == {"train": 1, "validation": 1}
+    assert data.skipped == {"train": 1, "validation": 1}
+
+
+def test_what_an_encoder_decoder_cuts_is_counted_too(instruct, caplog):
+    data = instruct([alpaca(), alpaca("cat " * 300), alpaca(output="cat " * 300)])
+    T5Config(vocab_size=400).save_pretrained(data._tokenizer_name)
+    with pytest.warns(UserWarning, match="1 of 3 answers for test do not end"), pytest.warns(match="test prompts"):
+        data.setup("test")
+    assert data.cut_answers == {"test": 1}
+    assert "1 of 3 inputs for test were cut to 256 tokens" in caplog.text
+
+
 def test_a_prompt_that_leaves_no_room_to_generate_is_left_out_of_generation(instruct, make_lm_tokenizer):
     tokenizer = make_lm_tokenizer()
     count = next(n for n in range(999) if len(tokenizer(alpaca_prompt("cat " * n))["input_ids"]) > 236)
@@ -287,6 +308,13 @@ def test_samples_are_the_first_validation_rows(instruct):
     assert data.sample_prompts(2)["prompt"] == [alpaca_prompt("cat"), alpaca_prompt("dog")]
 
 
+def test_samples_are_prompts_that_leave_room_and_not_counted_as_left_out(instruct):
+    data = instruct([alpaca("cat " * 300), alpaca("dog"), alpaca("cow")])
+    assert data.sample_prompts(1)["prompt"] == [alpaca_prompt("dog")]
+    assert data.skipped == {}
+    assert instruct([alpaca("cat " * 300)]).sample_prompts(1) is None
+
+
 # Refused
 
 
@@ -362,3 +390,20 @@ def test_rows_to_predict_need_no_answer(e2e, tmp_path):
     assert sorted(zip(batch["row"], batch["references"], strict=True)) == [(0, []), (1, [])]
     data.setup("test")  # which needs them, and so reads the validation rows
     assert len(data._ready["test"][1]) == 5
+
+
+@pytest.mark.parametrize("chat", [True, False])
+@pytest.mark.parametrize("messages", [True, False])
+def test_instructions_to_predict_need_no_answer(instruct, chat, messages):
+    def row(*turns):
+        if messages:
+            return {"messages": [{"role": role, "content": text} for role, text in turns]}
+        return {"instruction": turns[0][1], "input": ""} | ({"output": turns[1][1]} if turns[1:] else {})
+
+    data = instruct([row(("user", "eat"), ("assistant", "a cat"))], tokens={"chat": chat})
+    (Path(data.source) / "test.jsonl").write_text("".join(json.dumps(row(("user", a))) + "\n" for a in ("cow", "owl")))
+    data.setup("predict")
+    batch = only_batch(data.predict_dataloader())
+    asked = "<|user|>{}\n<|assistant|>" if chat else alpaca_prompt("{}")
+    assert dict(zip(batch["row"], batch["prompt"], strict=True)) == {0: asked.format("cow"), 1: asked.format("owl")}
+    assert batch["references"] == [[], []]

@@ -165,7 +165,7 @@ def test_conversations(write_splits, lm_folder):
         for i in range(9)
     ]
     source = write_splits(train=rows, validation=rows[:2])
-    options = {"max_length": 128, "max_new_tokens": 8, "batch_size": 3}
+    options = {"max_length": 256, "max_new_tokens": 8, "batch_size": 3}
     data = InstructData(lm_folder, source, streaming=True, shuffle_buffer=9, **options)
     whole = InstructData(lm_folder, source, **options)
     for module in (data, whole):
