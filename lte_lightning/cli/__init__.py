@@ -1,6 +1,7 @@
 """The command line, called ``lte`` and ``lightning``: which command lives where."""
 
 import argparse
+import signal
 import sys
 from importlib import import_module
 
@@ -24,6 +25,14 @@ COMMANDS = {
 
 def main(args: list[str] | None = None) -> None:
     """Runs the command line; what the user can put right is said in one message, with exit code 1."""
+    try:
+        _run(args)
+    except KeyboardInterrupt:  # before training, or outside of it: Lightning ends a fit itself
+        print("\nInterrupted.", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+
+
+def _run(args: list[str] | None) -> None:
     words = sys.argv[1:] if args is None else args
     # Lightning's own options may stand before its command: `lightning --config all.yaml fit`
     if words and words[0].startswith("-") and words[0] not in ("-h", "--help"):

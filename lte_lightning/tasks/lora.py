@@ -1,6 +1,7 @@
 """LoRA on attention, with the FFNs trained in full: less memory for models of billions of weights."""
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -20,6 +21,9 @@ class Lora:
         rank: Of the adapters.
         alpha: Their output is scaled by alpha / rank.
         dropout: On their input.
+
+    Raises:
+        UserError: If the rank is not positive, or peft is not installed.
     """
 
     rank: int = 16
@@ -29,6 +33,8 @@ class Lora:
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise UserError(f"lora.rank is {self.rank}; it must be at least 1")
+        if find_spec("peft") is None:
+            raise UserError('LoRA needs peft: pip install "lte-lightning[peft]"')
 
 
 def add_lora(model: PreTrainedModel, lora: Lora) -> list[str]:
@@ -38,17 +44,15 @@ def add_lora(model: PreTrainedModel, lora: Lora) -> list[str]:
         The names of the projections that have one.
 
     Raises:
-        UserError: If peft is not installed, or the projections are to be pruned.
+        UserError: If the projections are to be pruned.
     """
     if lte_config(model).wanda_scope == "layers":
         raise UserError(
             "wanda_scope layers prunes the projections that lora freezes, and merged adapters would fill the zeros; "
             "leave lora out, or set wanda_scope to ffn"
         )
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError as error:
-        raise UserError(f'LoRA needs peft: pip install "lte-lightning[peft]" ({error})') from error
+    from peft import LoraConfig, inject_adapter_in_model  # slow, and for few
+
     inside = {id(module) for ffn in expert_ffns(model).values() for module in ffn.modules()}
     within = {id(module) for layer in find_layers(model) for module in layer.modules()} - inside
     targets = {

@@ -13,6 +13,8 @@ from mlflow.tracking import MlflowClient
 from safetensors.torch import load_file, save_file
 from transformers import AlbertConfig, AlbertModel
 
+from lte_lightning.callbacks.record import Recorder
+
 
 @pytest.fixture
 def refused(lightning, tmp_path):
@@ -233,3 +235,14 @@ def test_ctrl_c_keeps_the_last_checkpoint_and_says_how_to_resume(tiny, lightning
     resumed = lightning(tmp_path, None, *words)
     assert resumed.code == 0, resumed.err
     assert resumed.written == stopped.run / "results.json"
+
+
+def test_ctrl_c_before_there_is_a_fit(tiny, lightning, tmp_path, monkeypatch):
+    def interrupt(recorder):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Recorder, "make_logger", interrupt)
+    stopped = lightning(tmp_path, tiny.config(**{"trainer.logger": None}), "fit")
+    assert stopped.code == 130
+    assert "Interrupted." in stopped.err
+    assert "Traceback" not in stopped.err
