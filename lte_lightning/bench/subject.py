@@ -21,7 +21,7 @@ from lte_lightning.core.convert import convert, expert_ffns, restore, set_mode
 from lte_lightning.core.errors import UserError
 from lte_lightning.core.expert_ffn import ExpertFfn
 from lte_lightning.core.ffn import find_layers, find_parts, find_row
-from lte_lightning.core.sparse import set_backend
+from lte_lightning.core.sparse import route, set_backend
 from lte_lightning.kernels.dispatch import Backend
 from lte_lightning.selection import RANKINGS, Router, Selector, Wanda
 
@@ -44,17 +44,19 @@ POOL = 16  # masks per sparsity; one is drawn for each call
 
 
 class ForcedSelector(Selector):
-    """Pays for the router and then returns prepared scores, others at every call."""
+    """Pays for the router, as the FFN would, and then returns prepared scores, others at every call."""
 
-    def __init__(self, router: Selector) -> None:
+    def __init__(self, ffn: ExpertFfn, dtype: torch.dtype) -> None:
         super().__init__()
-        self.router = router
+        self.router = ffn.selector.to(dtype)
+        self.ffn = (ffn,)  # in a tuple: its weights are not registered twice
         self.pool: list[torch.Tensor] = []
         self.calls = 0
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
         """Returns scores [B, T, E] of 0 and 1, or [B * T, E] where the model gives its tokens in one row (OPT)."""
-        self.router(x_BTD)
+        if route(self.ffn[0], self.router, x_BTD) is None:
+            self.router(x_BTD)
         self.calls += 1
         return self.pool[self.calls % len(self.pool)].view(*x_BTD.shape[:-1], -1)
 
@@ -145,7 +147,7 @@ def make_subject(
     dense = dense.eval().requires_grad_(False)
     sparse = convert(copy.deepcopy(dense), lte, progress=False, group=False).requires_grad_(False)
     for ffn in expert_ffns(sparse).values():
-        ffn.selector = ForcedSelector(ffn.selector.to(dtype))
+        ffn.selector = ForcedSelector(ffn, dtype)
     set_mode(sparse, "hard")
     set_backend(sparse, backend)
     return Subject(shape, dense, sparse, len(expert_ffns(sparse)))

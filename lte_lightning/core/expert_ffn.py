@@ -8,7 +8,7 @@ from torch import nn
 
 from lte_lightning.core.ffn import FfnParts, Projection, weight_rows
 from lte_lightning.core.idle import without_unselected_experts
-from lte_lightning.core.sparse import run_sparse
+from lte_lightning.core.sparse import route, run_sparse
 from lte_lightning.kernels import scale_experts
 from lte_lightning.kernels.dispatch import Backend
 from lte_lightning.selection import Selector
@@ -75,17 +75,23 @@ class ExpertFfn(nn.Module):
                 self.observer(self, x_BTD, gate_BTF, hidden_BTF)
             return self.down(self.finished(hidden_BTF))
         given_BTD = (x_BTD, x_BTD)
-        if self.selector.reads != "input":  # the selection needs what it is to save
-            given_BTD = self.selector.thin(x_BTD) if self.mode == "hard" else given_BTD
-            gate_BTF, hidden_BTF = self._activations(*given_BTD)
-            scores_BTE = self.selector(gate_BTF if self.selector.reads == "gate" else hidden_BTF)
+        # scores that nobody asks for are not made where the device can go straight to the mask
+        skips = self.mode == "hard" and self.backend != "dense-mask"
+        mask_BTE = route(self, self.selector, x_BTD) if skips and self.recorder is None else None
+        if mask_BTE is not None:
+            factor_BTE = mask_BTE
         else:
-            scores_BTE = self.selector(x_BTD)
-        if self.recorder is not None:
-            self.recorder(self, scores_BTE, x_BTD)
-        factor_BTE = self._factor(scores_BTE)
+            if self.selector.reads != "input":  # the selection needs what it is to save
+                given_BTD = self.selector.thin(x_BTD) if self.mode == "hard" else given_BTD
+                gate_BTF, hidden_BTF = self._activations(*given_BTD)
+                scores_BTE = self.selector(gate_BTF if self.selector.reads == "gate" else hidden_BTF)
+            else:
+                scores_BTE = self.selector(x_BTD)
+            if self.recorder is not None:
+                self.recorder(self, scores_BTE, x_BTD)
+            factor_BTE = self._factor(scores_BTE)
         if self.selector.reads == "input":
-            if self.mode == "hard" and self.backend != "dense-mask":
+            if skips:
                 out_BTD = run_sparse(self, x_BTD, factor_BTE)
                 if out_BTD is not None:
                     return out_BTD

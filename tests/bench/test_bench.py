@@ -117,6 +117,7 @@ def test_an_encoder_and_rivals(backend, tokens, tmp_path):
     }
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 def test_rivals_of_what_no_backend_takes(monkeypatch, capsys):
     monkeypatch.setitem(SHAPES, "odd", LlamaConfig(vocab_size=256, hidden_act="quick_gelu", **SIZES))
     assert main(["--shape", "odd", "--dtype", "f32", "--sparsity", "0.5", "--repeats", "1", "--rivals"]) == 1
