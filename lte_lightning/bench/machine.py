@@ -74,8 +74,9 @@ def pinned(threads: int | None = None) -> Iterator[list[int]]:
     cores: list[int] = []
     try:
         if hasattr(os, "sched_setaffinity"):
-            wanted = _spread(os.sched_getaffinity(0))[: torch.get_num_threads()]
-            with suppress(PermissionError):  # a container may forbid it
+            whole = os.sched_getaffinity(0)
+            wanted = _spread(whole)[: torch.get_num_threads()]
+            with suppress(OSError):  # a container may forbid it
                 for thread in _threads():
                     with suppress(ProcessLookupError):
                         allowed[thread] = os.sched_getaffinity(thread)
@@ -85,7 +86,7 @@ def pinned(threads: int | None = None) -> Iterator[list[int]]:
     finally:
         for thread in _threads() if allowed else []:
             with suppress(OSError):
-                os.sched_setaffinity(thread, allowed.get(thread, allowed[os.getpid()]))
+                os.sched_setaffinity(thread, allowed.get(thread, whole))
         torch.set_num_threads(before)
 
 

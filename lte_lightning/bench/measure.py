@@ -130,7 +130,7 @@ def measure(
         The figures, and all timings: keys are "dense", "router" and (sparsity, backend).
 
     Raises:
-        UserError: If there are rivals, and no sparse backend can take the model's FFNs.
+        UserError: If no sparse backend can take what the rivals are to compute, or the model has fewer positions.
     """
     timer: Timer = partial(timed, clock=clock_on(subject.device, clock))
     generator = torch.Generator().manual_seed(0)
@@ -247,6 +247,9 @@ def _by_expert(subject: Subject, x_BTD: torch.Tensor) -> list[ExpertWeights]:
 def _model_arms(
     subject: Subject, batch: int, length: int, phase: str, timed: Timer
 ) -> dict[str, Callable[[], list[float]]]:
+    needed = length + (CONTEXT if phase == "decode" else 0)
+    if needed > subject.longest:
+        raise UserError(f"{subject.name} has positions for {subject.longest} tokens, and {needed} are asked for")
     V = subject.dense.config.get_text_config().vocab_size  # ids of its upper half are no special ones
     ids_BT, prompt_BT = (torch.randint(V // 2, V, (batch, n)).to(subject.device) for n in (length, CONTEXT))
     routers = _block_arms(subject, batch, length, timed)["router"]

@@ -3,6 +3,7 @@
 import copy
 import math
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -99,6 +100,15 @@ class Subject:
         kind = self.dense.config.model_type
         only_decodes = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
         return only_decodes or bool(getattr(self.dense.config, "is_decoder", False))
+
+    @property
+    def longest(self) -> float:
+        """How many tokens have a learned position; infinite where positions are not learned."""
+        for name, module in self.dense.named_modules():
+            if isinstance(module, nn.Embedding) and re.search("position|wpe", name):
+                padding = -1 if module.padding_idx is None else module.padding_idx
+                return int(module.num_embeddings) - int(getattr(module, "offset", padding + 1))
+        return math.inf
 
     def force(self, batch: int, length: int, sparsity: float, generator: torch.Generator) -> None:
         """Prepares masks with which each token skips this share of the experts, independently of the others."""

@@ -10,6 +10,8 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    BertConfig,
+    GPT2Config,
     LlamaConfig,
     OPTConfig,
     RobertaConfig,
@@ -22,6 +24,7 @@ from lte_lightning.bench.measure import COLUMNS, bound, interleave, measure, tim
 from lte_lightning.bench.rivals import index_select, make_rivals
 from lte_lightning.bench.subject import SHAPES, ForcedSelector, Subject, dense_blocks, make_subject
 from lte_lightning.core.convert import expert_ffns
+from lte_lightning.core.errors import UserError
 from lte_lightning.kernels import cpu_ffn
 from lte_lightning.kernels.layout import ExpertWeights
 from lte_lightning.kernels.reference import run_reference
@@ -138,6 +141,25 @@ def test_both_stacks_of_an_encoder_decoder(activation, dtype, saved, tmp_path):
     assert {(row["scope"], row["phase"], row["tokens"], row["backend"]) for row in rows_of(path)} == {
         (scope, "prefill", tokens, backend) for scope in ("ffn", "model") for tokens in ("1", "6")
     }
+
+
+@pytest.mark.parametrize(
+    ("config", "longest"),
+    [
+        (RobertaConfig(vocab_size=64, max_position_embeddings=40, **SIZES), 38),
+        (BertConfig(vocab_size=64, max_position_embeddings=40, **SIZES), 40),
+        (GPT2Config(vocab_size=64, n_positions=40, n_embd=32, n_layer=1, n_head=4), 40),
+        (OPTConfig(vocab_size=64, max_position_embeddings=40, word_embed_proj_dim=32, ffn_dim=96, **SIZES), 40),
+        (LlamaConfig(vocab_size=64, max_position_embeddings=40, **SIZES), math.inf),
+    ],
+)
+def test_no_more_tokens_than_positions(config, longest, saved):
+    subject = make_subject(str(saved(AutoModel.from_config(config))), torch.float32, "auto")
+    assert subject.longest == longest
+    measure(subject, "model", 1, 40 if longest == math.inf else longest, [0.5], 1)
+    if longest < math.inf:
+        with pytest.raises(UserError, match=f"has positions for {longest} tokens, and {longest + 1} are asked"):
+            measure(subject, "model", 1, longest + 1, [0.5], 1)
 
 
 def test_a_model_that_gives_its_tokens_in_one_row(saved):
