@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
+
     from lte_lightning.bench.measure import Figure
 
 HELP = "measure what skipping experts saves: latency against the dense model, sparsity by sparsity"
@@ -25,15 +27,21 @@ def make_parser(prog: str = "lte bench") -> argparse.ArgumentParser:
     add = parser.add_argument
     shapes = "llama2-7b, smollm2-135m or roberta-base with random weights, or a converted model's folder or hub id"
     tokens = "tokens per call, several with commas: 4 decodes for 4 sequences, 32x128 is 32 sequences of 128 tokens"
+    scopes = (
+        "ffn (one FFN block), model (all measured layers, both stacks of an encoder-decoder; never the head, so that a "
+        "folder compares with a named shape)"
+    )
+    threads = "torch's threads, bound to as many cores while it measures; default: torch's own choice"
     dtypes = "f32, bf16, f16, mixed (f32 weights, bf16 autocast), several with commas"
     default = " (default: %(default)s)"
     add("--shape", default="llama2-7b", help=shapes + default)
-    add("--scope", default="ffn,model", help="ffn (one FFN block), model (its layers, no head)" + default)
+    add("--scope", default="ffn,model", help=scopes + default)
     add("--dtype", default="f32,bf16", help=dtypes + default)
     add("--tokens", default="1", help=tokens + default)
     add("--sparsity", default=SPARSITIES, help="shares of experts that each token skips" + default)
     add("--backend", default="auto", help="auto, dense-mask, reference, cpu or triton" + default)
-    add("--threads", type=int, help="torch's threads; default: torch's own choice")
+    add("--device", default="auto", help="cpu, cuda or cuda:1; auto takes a CUDA device where there is one" + default)
+    add("--threads", type=int, help=threads)
     add("--layers", type=int, help="layers of a named shape; default: FFN weights of eight times the last cache")
     add("--repeats", type=int, default=11, help="rounds, after one that is not counted" + default)
     add("--clock", default="wall", help="wall, or cpu: time of one thread, for machines that are never quiet" + default)
@@ -65,7 +73,8 @@ def run(options: argparse.Namespace) -> "list[Figure]":
     """
     import torch
 
-    from lte_lightning.bench.measure import CLOCKS, measure
+    from lte_lightning.bench.machine import CLOCKS, find_device, pinned
+    from lte_lightning.bench.measure import measure
     from lte_lightning.bench.rivals import make_rivals
     from lte_lightning.bench.subject import DTYPES, make_subject
     from lte_lightning.core.errors import UserError
@@ -88,23 +97,24 @@ def run(options: argparse.Namespace) -> "list[Figure]":
             raise UserError(f"{path} is a folder; name the file to write")
     if options.picture and options.picture.suffix not in PICTURES:
         raise UserError(f"--picture is {options.picture}; its name must end in {', '.join(PICTURES)}")
-    if options.clock == "cpu" and options.threads != 1:
-        raise UserError("--clock cpu sees one thread only: add --threads 1")
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    _say_where()
-    rivals = make_rivals() if options.rivals else None
+    device = find_device(options.device)
+    if options.clock == "cpu" and (options.threads != 1 or device.type != "cpu"):
+        raise UserError("--clock cpu sees one thread of the CPU only: add --threads 1 --device cpu")
     figures: list[Figure] = []
-    for dtype in dtypes:
-        subject = make_subject(options.shape, DTYPES[dtype], options.backend, options.layers)
-        for scope in scopes:
-            for batch, length in calls:
-                tried, timer = rivals if scope == "ffn" else None, CLOCKS[options.clock]
-                with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "mixed"):
-                    found, samples = measure(subject, scope, batch, length, sparsities, options.repeats, tried, timer)
-                _print(found, samples, subject.layers)
-                figures += found
-    _write(figures, options)
+    with pinned(options.threads) as cores:
+        _say_where(device, cores)
+        for dtype in dtypes:
+            subject = make_subject(options.shape, DTYPES[dtype], options.backend, options.layers, device)
+            for scope in scopes:
+                for batch, length in calls:
+                    rivals = make_rivals(device) if options.rivals and scope == "ffn" else None
+                    with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "mixed"):
+                        found, samples = measure(
+                            subject, scope, batch, length, sparsities, options.repeats, rivals, CLOCKS[options.clock]
+                        )
+                    _print(found, samples, subject.layers)
+                    figures += found
+    _write(figures, options, {"device": str(device), "cores": _named(cores)})
     return figures
 
 
@@ -139,16 +149,21 @@ def _tokens(text: str) -> tuple[int, int]:
     return int(words[0]), int(words[1]) if len(words) == 2 else 1
 
 
-def _say_where() -> None:
+def _say_where(device: "torch.device", cores: Sequence[int]) -> None:
     import torch
 
-    cores, load = os.cpu_count() or 1, os.getloadavg()[0]
+    count, load = os.cpu_count() or 1, os.getloadavg()[0]
+    gpu = f"{torch.cuda.get_device_name(device)}, " if device.type == "cuda" else ""
     print(
-        f"{platform.machine()}, {cores} cores, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}, "
-        f"{torch.get_num_threads()} threads, load {load:.2f}"
+        f"{gpu}{platform.machine()}, {count} cores, {torch.backends.cpu.get_cpu_capability()}, "
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads on cores {_named(cores)}, load {load:.2f}"
     )
-    if load > 0.25 * cores:
-        print(f"warning: this machine is busy (load {load:.2f} on {cores} cores): expect noise", file=sys.stderr)
+    if load > 0.25 * count:
+        print(f"warning: this machine is busy (load {load:.2f} on {count} cores): expect noise", file=sys.stderr)
+
+
+def _named(cores: Sequence[int]) -> str:
+    return ",".join(map(str, cores)) or "of the system's choice"
 
 
 def _print(figures: "list[Figure]", samples: dict[Any, list[float]], layers: int) -> None:
@@ -172,7 +187,7 @@ def _quartiles(times: list[float]) -> tuple[float, float]:
     return low, high
 
 
-def _write(figures: "list[Figure]", options: argparse.Namespace) -> None:
+def _write(figures: "list[Figure]", options: argparse.Namespace, machine: dict[str, str]) -> None:
     from lte_lightning.bench.measure import COLUMNS, as_row
     from lte_lightning.bench.picture import draw
 
@@ -193,7 +208,7 @@ def _write(figures: "list[Figure]", options: argparse.Namespace) -> None:
             mlflow.set_tracking_uri(os.environ.get("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db"))
             mlflow.set_experiment(options.mlflow)
             with mlflow.start_run(run_name=f"bench {options.shape}"):
-                mlflow.log_params({key: str(value) for key, value in vars(options).items()})
+                mlflow.log_params({key: str(value) for key, value in (vars(options) | machine).items()})
                 for path in written:
                     mlflow.log_artifact(str(path))
         named = [str(path) for path in written if path.parent != Path(passing)]

@@ -1,5 +1,6 @@
 """Interleaved timings of one subject, and the figures they make."""
 
+import copy
 import os
 import random
 import statistics
@@ -12,11 +13,15 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from lte_lightning.bench.machine import Clock, clock_on
 from lte_lightning.bench.rivals import Rival
 from lte_lightning.bench.subject import Subject, dense_blocks
-from lte_lightning.core.ffn import Projection
-from lte_lightning.core.sparse import choose_for, expert_weights
+from lte_lightning.core.errors import UserError
+from lte_lightning.core.ffn import Projection, find_layers
+from lte_lightning.core.sparse import choose_for, set_backend
 from lte_lightning.kernels.cpu_ffn import library
+from lte_lightning.kernels.dispatch import autocast_dtype
+from lte_lightning.kernels.layout import ExpertWeights
 
 NAMES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 CONTEXT = 32  # tokens in the cache of a decoding model
@@ -28,7 +33,7 @@ class Figure:
 
     Args:
         shape: Name of the shape, or the folder.
-        scope: ``ffn`` or ``model`` (all its layers, without embedding and head).
+        scope: ``ffn`` or ``model`` (all its layers and the look-up of the embedding, no head).
         phase: ``decode`` (a new token for each of ``tokens`` sequences) or ``prefill``.
         dtype: Of weights and input; ``mixed`` is float32 under bfloat16 autocast.
         tokens: Tokens per call, each with a mask of its own.
@@ -88,7 +93,7 @@ def interleave(arms: dict[Any, Callable[[], Sequence[float]]], repeats: int, see
 Timer = Callable[[Sequence[Callable[[], object]]], list[float]]
 
 
-def timed(calls: Sequence[Callable[[], object]], clock: Callable[[], float] = time.perf_counter) -> list[float]:
+def timed(calls: Sequence[Callable[[], object]], clock: Clock = time.perf_counter) -> list[float]:
     """Returns the milliseconds that each call took."""
     times = []
     for call in calls:
@@ -96,10 +101,6 @@ def timed(calls: Sequence[Callable[[], object]], clock: Callable[[], float] = ti
         call()
         times.append(1e3 * (clock() - start))
     return times
-
-
-# "cpu" is the time of the calling thread alone: what other processes took from it is left out.
-CLOCKS: dict[str, Timer] = {"wall": timed, "cpu": partial(timed, clock=time.thread_time)}
 
 
 @torch.inference_mode()
@@ -111,7 +112,7 @@ def measure(
     sparsities: Sequence[float],
     repeats: int,
     rivals: dict[str, Rival] | None = None,
-    timer: Timer = timed,
+    clock: Clock = time.perf_counter,
 ) -> tuple[list[Figure], Samples]:
     """Measures one subject at some sparsities.
 
@@ -119,15 +120,19 @@ def measure(
         subject: What to measure.
         scope: ``ffn`` or ``model``.
         batch: Sequences.
-        length: Tokens of each; 1 decodes, where the model is a decoder.
+        length: Tokens of each; 1 decodes, where the model is a decoder. Of an encoder-decoder both stacks get them.
         sparsities: Shares of experts that a token skips.
         repeats: Rounds.
         rivals: Measured besides, in scope ``ffn``.
-        timer: One of `CLOCKS`.
+        clock: One of `machine.CLOCKS`; it waits for the device.
 
     Returns:
         The figures, and all timings: keys are "dense", "router" and (sparsity, backend).
+
+    Raises:
+        UserError: If no sparse backend can take what the rivals are to compute, or the model has fewer positions.
     """
+    timer: Timer = partial(timed, clock=clock_on(subject.device, clock))
     generator = torch.Generator().manual_seed(0)
     phase = "decode" if length == 1 and subject.is_decoder else "prefill"
     if scope == "ffn":
@@ -148,14 +153,15 @@ def measure(
 
         return arm
 
+    tried = _rival_arms(subject, batch, length, rivals, timer) if rivals else {}
     todo: dict[Any, Callable[[], Sequence[float]]] = {
         "dense": arms["dense"],
         "router": at(sparsities[0], arms["router"]),
     }
     for sparsity in sparsities:
         todo[sparsity, backend] = at(sparsity, arms["sparse"])
-        for name, rival in (rivals or {}).items():
-            todo[sparsity, name] = at(sparsity, _rival_arm(subject, batch, length, rival, timer))
+        for name, run in tried.items():
+            todo[sparsity, name] = at(sparsity, run)
     samples = interleave(todo, repeats)
     dense_ms, router_ms = (statistics.median(samples[key]) for key in ("dense", "router"))
     figures = []
@@ -170,7 +176,7 @@ def measure(
                 subject.name,
                 scope,
                 phase,
-                "mixed" if torch.is_autocast_enabled("cpu") else NAMES[subject.dense.dtype],
+                NAMES[subject.dense.dtype] if autocast_dtype(subject.ffns[0].up.weight) is None else "mixed",
                 batch * length,
                 sparsity,
                 name,
@@ -190,14 +196,17 @@ def measure(
 def backend_name(subject: Subject, batch: int, length: int) -> str:
     """Returns what will compute the sparse twin's FFNs; a declared fallback is part of the name."""
     ffn = subject.ffns[0]
-    x_BTD = torch.empty(batch, length, ffn.width, dtype=subject.dense.dtype)
+    x_BTD = torch.empty(batch, length, ffn.width, dtype=subject.dense.dtype, device=subject.device)
     name = choose_for(ffn, x_BTD)[0].backend
     return "cpu-views" if name == "cpu" and library() is None else name
 
 
+def _input(subject: Subject, batch: int, length: int) -> torch.Tensor:
+    return torch.randn(batch, length, subject.ffns[0].width).to(subject.device, subject.dense.dtype)
+
+
 def _block_arms(subject: Subject, batch: int, length: int, timed: Timer) -> dict[str, Callable[[], list[float]]]:
-    blocks, ffns = list(dense_blocks(subject)), subject.ffns
-    x_BTD = torch.randn(batch, length, ffns[0].width).to(subject.dense.dtype)
+    blocks, ffns, x_BTD = list(dense_blocks(subject)), subject.ffns, _input(subject, batch, length)
     return {
         "dense": lambda: timed([lambda b=block: b(x_BTD) for block in blocks]),
         "sparse": lambda: timed([lambda f=ffn: f(x_BTD) for ffn in ffns]),
@@ -205,26 +214,49 @@ def _block_arms(subject: Subject, batch: int, length: int, timed: Timer) -> dict
     }
 
 
-def _rival_arm(subject: Subject, batch: int, length: int, rival: Rival, timed: Timer) -> Callable[[], list[float]]:
-    weights = [expert_weights(ffn) for ffn in subject.ffns]
-    x_BTD = torch.randn(batch, length, subject.ffns[0].width).to(subject.dense.dtype)
+def _rival_arms(
+    subject: Subject, batch: int, length: int, rivals: dict[str, Rival], timed: Timer
+) -> dict[str, Callable[[], list[float]]]:
+    ffns, x_BTD = subject.ffns, _input(subject, batch, length)
+    weights = _by_expert(subject, x_BTD)
 
-    def call(i: int) -> torch.Tensor:
-        ffn = subject.ffns[i]
-        mask_BTE = ffn.selector(x_BTD) > ffn.threshold
+    def call(rival: Rival, i: int) -> torch.Tensor:
+        mask_BTE = ffns[i].selector(x_BTD) > ffns[i].threshold
         return rival(x_BTD.flatten(0, 1), mask_BTE.flatten(0, 1), weights[i])
 
-    return lambda: timed([lambda i=i: call(i) for i in range(len(weights))])
+    def arm(rival: Rival) -> Callable[[], list[float]]:
+        return lambda: timed([partial(call, rival, i) for i in range(len(ffns))])
+
+    return {name: arm(rival) for name, rival in rivals.items()}
+
+
+@torch.inference_mode(False)  # in it nothing can be laid out
+def _by_expert(subject: Subject, x_BTD: torch.Tensor) -> list[ExpertWeights]:
+    """Returns the weights as sparse backends take them: the FFNs' own, or a copy's where those are not laid out so."""
+    weights = []
+    for ffn in subject.ffns:
+        taken = copy.deepcopy(ffn) if ffn.backend == "dense-mask" else copy.copy(ffn)
+        set_backend(taken, "reference")
+        choice, found = choose_for(taken, x_BTD)
+        if found is None:
+            raise UserError(f"--rivals compute by expert, and here {choice.fallback}; leave them out")
+        weights.append(found)
+    return weights
 
 
 def _model_arms(
     subject: Subject, batch: int, length: int, phase: str, timed: Timer
 ) -> dict[str, Callable[[], list[float]]]:
-    ids_BT = torch.randint(3, 200, (batch, length))
-    prompt_BT = torch.randint(3, 200, (batch, CONTEXT))
+    needed = length + (CONTEXT if phase == "decode" else 0)
+    if needed > subject.longest:
+        raise UserError(f"{subject.name} has positions for {subject.longest} tokens, and {needed} are asked for")
+    V = subject.dense.config.get_text_config().vocab_size  # ids of its upper half are no special ones
+    ids_BT, prompt_BT = (torch.randint(V // 2, V, (batch, n)).to(subject.device) for n in (length, CONTEXT))
     routers = _block_arms(subject, batch, length, timed)["router"]
 
     def arm(model: Any) -> Callable[[], list[float]]:
+        if subject.dense.config.is_encoder_decoder:
+            return lambda: timed([lambda: model(ids_BT, decoder_input_ids=ids_BT)])
         if phase == "prefill":
             return lambda: timed([lambda: model(ids_BT)])
         cache = DynamicCache()
@@ -258,8 +290,8 @@ def bound(subject: Subject, scope: str, phase: str, tokens: int, sparsity: float
     runs = 1.0 - (1.0 - active) ** tokens if phase == "decode" else active
     rest = 0.0
     if scope == "model":
-        layers = sum(p.weight.numel() for p in subject.dense.modules() if isinstance(p, Projection))
-        rest = layers / subject.layers - block
+        modules = [module for layer in find_layers(subject.dense) for module in layer.modules()]
+        rest = sum(m.weight.numel() for m in modules if isinstance(m, Projection)) / subject.layers - block
     return (rest + block) / (rest + router + runs * block)
 
 

@@ -43,13 +43,14 @@ def executed_width(x_ND: torch.Tensor, mask_NE: torch.Tensor, weights: ExpertWei
     return hidden_NF @ weights.down_ESD[:experts].flatten(0, 1)
 
 
-def make_rivals() -> dict[str, Rival]:
+def make_rivals(device: torch.device) -> dict[str, Rival]:
     """Returns the rivals by name; torch compiles at the first call, and is left out where there is no compiler."""
     rivals: dict[str, Rival] = {
         "index_select": index_select,
         "expert-views": run_views,
         "executed-width": executed_width,
     }
-    if library() is not None:
+    if device.type == "cuda" or library() is not None:
+        torch.compiler.reset()  # or after some sizes it would say that it compiles no more, and run as it is
         rivals["compiled-mask"] = torch.compile(run_dense_mask, dynamic=False)
     return rivals

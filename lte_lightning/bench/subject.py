@@ -6,24 +6,25 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, LlamaConfig, PreTrainedConfig, PreTrainedModel, RobertaConfig
+from transformers import AutoModel, LlamaConfig, PreTrainedConfig, PreTrainedModel, RobertaConfig
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
-from lte_lightning.core.checkpoint import from_pretrained, is_lte
+from lte_lightning.bench.machine import cache_bytes
+from lte_lightning.core.checkpoint import from_pretrained, is_lte, read_lte_config
 from lte_lightning.core.config import LteConfig
 from lte_lightning.core.convert import convert, expert_ffns, restore, set_mode
 from lte_lightning.core.errors import UserError
 from lte_lightning.core.expert_ffn import ExpertFfn
-from lte_lightning.core.sparse import set_backend
+from lte_lightning.core.ffn import find_layers, find_parts, find_row
+from lte_lightning.core.sparse import route, set_backend
 from lte_lightning.kernels.dispatch import Backend
-from lte_lightning.selection import Selector
+from lte_lightning.selection import RANKINGS, Router, Selector, Wanda
 
 # Vocabularies are small: embedding and head take no part in any figure here.
 SHAPES: dict[str, PreTrainedConfig] = {
@@ -44,19 +45,21 @@ POOL = 16  # masks per sparsity; one is drawn for each call
 
 
 class ForcedSelector(Selector):
-    """Pays for the router and then returns prepared scores, others at every call."""
+    """Pays for the router, as the FFN would, and then returns prepared scores, others at every call."""
 
-    def __init__(self, router: Selector) -> None:
+    def __init__(self, ffn: ExpertFfn, dtype: torch.dtype) -> None:
         super().__init__()
-        self.router = router
+        self.router = ffn.selector.to(dtype)
+        self.ffn = (ffn,)  # in a tuple: its weights are not registered twice
         self.pool: list[torch.Tensor] = []
         self.calls = 0
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        """Returns scores [B, T, E] of 0 and 1."""
-        self.router(x_BTD)
+        """Returns scores [B, T, E] of 0 and 1, or [B * T, E] where the model gives its tokens in one row (OPT)."""
+        if route(self.ffn[0], self.router, x_BTD) is None:
+            self.router(x_BTD)
         self.calls += 1
-        return self.pool[self.calls % len(self.pool)]
+        return self.pool[self.calls % len(self.pool)].view(*x_BTD.shape[:-1], -1)
 
     def flops_per_token(self) -> int:
         """Returns the router's."""
@@ -69,7 +72,7 @@ class Subject:
 
     Args:
         name: Shape's name or folder.
-        dense: As transformers made it.
+        dense: As transformers made it, without a head.
         sparse: Converted, in hard mode, on a backend.
         layers: How many of the shape's layers there are.
     """
@@ -80,6 +83,11 @@ class Subject:
     layers: int
 
     @property
+    def device(self) -> torch.device:
+        """Where both are."""
+        return self.dense.device
+
+    @property
     def ffns(self) -> list[ExpertFfn]:
         """The sparse twin's FFNs."""
         return list(expert_ffns(self.sparse).values())
@@ -87,27 +95,37 @@ class Subject:
     @property
     def is_decoder(self) -> bool:
         """Whether it generates token by token."""
+        if self.dense.config.is_encoder_decoder:
+            return False  # its two stacks are measured at once
         kind = self.dense.config.model_type
         only_decodes = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
         return only_decodes or bool(getattr(self.dense.config, "is_decoder", False))
+
+    @property
+    def longest(self) -> float:
+        """How many tokens have a learned position; infinite where positions are not learned."""
+        for name, module in self.dense.named_modules():
+            if isinstance(module, nn.Embedding) and re.search("position|wpe", name):
+                padding = -1 if module.padding_idx is None else module.padding_idx
+                return int(module.num_embeddings) - int(getattr(module, "offset", padding + 1))
+        return math.inf
 
     def force(self, batch: int, length: int, sparsity: float, generator: torch.Generator) -> None:
         """Prepares masks with which each token skips this share of the experts, independently of the others."""
         for ffn in self.ffns:
             active = round((1.0 - sparsity) * ffn.experts)
             order_PBTE = torch.rand(POOL, batch, length, ffn.experts, generator=generator).argsort(dim=-1)
-            ffn.selector.pool = list((order_PBTE < active).float())
+            ffn.selector.pool = list((order_PBTE < active).float().to(self.device))
 
 
-def cache_bytes() -> int:
-    """Returns the size of the last cache that Linux knows, or 64 MiB."""
-    sizes = [p.read_text().strip() for p in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
-    found = [int(size[:-1]) * 1024 for size in sizes if re.fullmatch(r"\d+K", size)]
-    return max(found, default=64 << 20)
-
-
-def make_subject(shape: str, dtype: torch.dtype, backend: Backend, layers: int | None = None) -> Subject:
-    """Builds both models.
+def make_subject(
+    shape: str,
+    dtype: torch.dtype,
+    backend: Backend,
+    layers: int | None = None,
+    device: torch.device = torch.device("cpu"),  # noqa: B008 - it cannot be changed
+) -> Subject:
+    """Builds both models, without a head: it is no part of what experts make faster, and named shapes have none.
 
     Args:
         shape: A name in `SHAPES` (random weights), or a folder or hub id of a saved LTE model.
@@ -115,41 +133,63 @@ def make_subject(shape: str, dtype: torch.dtype, backend: Backend, layers: int |
         backend: Of the sparse twin.
         layers: How many layers; by default as many as keep the FFNs' weights at eight times the cache, at least two and
             at most all.
+        device: Where to.
 
     Raises:
-        UserError: If it is neither.
+        UserError: If it is neither, or selects in a way that no sparse backend makes faster.
     """
     if shape in SHAPES:
         config = copy.deepcopy(SHAPES[shape])
+        per_layer = (3 if config.model_type == "llama" else 2) * config.hidden_size * config.intermediate_size
+        enough = math.ceil(8 * cache_bytes(device) / (per_layer * dtype.itemsize))
+        config.num_hidden_layers = layers or min(max(enough, 2), config.num_hidden_layers)
+        with device:
+            dense = AutoModel.from_config(config, dtype=dtype)
+        lte = LteConfig(grouping="contiguous")
     elif os.path.isdir(shape) or (shape.count("/") == 1 and not shape.startswith((".", "/", "~"))):
         if not is_lte(shape):
             raise UserError(f"{shape} is not a saved LTE model; make one with fit, or name {', '.join(SHAPES)}")
-        config = AutoConfig.from_pretrained(shape)
+        lte = read_lte_config(shape)
+        _check_selector(shape, lte.selector)
+        dense = _without_head(restore(from_pretrained(shape, dtype=dtype, backend="dense-mask"))).to(device)
     else:
         raise UserError(f"unknown shape {shape!r}; there are {', '.join(SHAPES)}, or give a converted model's folder")
-    if shape in SHAPES:
-        per_layer = (3 if config.model_type == "llama" else 2) * config.hidden_size * config.intermediate_size
-        enough = math.ceil(8 * cache_bytes() / (per_layer * dtype.itemsize))
-        config.num_hidden_layers = layers or min(max(enough, 2), config.num_hidden_layers)
-        dense = AutoModel.from_config(config, dtype=dtype)
-        lte = LteConfig(grouping="contiguous")
-    else:
-        loaded = from_pretrained(shape, dtype=dtype, backend="dense-mask")
-        lte = loaded.lte_config
-        dense = restore(loaded)
     dense = dense.eval().requires_grad_(False)
     sparse = convert(copy.deepcopy(dense), lte, progress=False, group=False).requires_grad_(False)
     for ffn in expert_ffns(sparse).values():
-        ffn.selector = ForcedSelector(ffn.selector.to(dtype))
+        ffn.selector = ForcedSelector(ffn, dtype)
     set_mode(sparse, "hard")
     set_backend(sparse, backend)
     return Subject(shape, dense, sparse, len(expert_ffns(sparse)))
 
 
+def _check_selector(shape: str, name: str) -> None:
+    kinds: dict[str, type[Selector]] = {"router": Router, **RANKINGS}
+
+    def wrong(kind: type[Selector]) -> str:
+        if kind.reads != "input":
+            return "reads activations of every neuron before it chooses, so all of them are computed"
+        if kind.scales:
+            return "scales what experts give, which no sparse backend does: all of them are computed"
+        return "sets weights to 0 and runs every expert" if kind is Wanda else ""
+
+    if why := wrong(kinds[name]):
+        can = [other for other, kind in kinds.items() if other != "none" and not wrong(kind)]
+        raise UserError(
+            f"{shape} selects by {name!r}, which {why}, and nothing is faster. Name a model that selects by "
+            f"{', '.join(can)}, or a shape ({', '.join(SHAPES)}); run.latency_rows of a fit times this one as it is"
+        )
+
+
+def _without_head(model: PreTrainedModel) -> PreTrainedModel:
+    body: PreTrainedModel = model.base_model
+    if body is model and model.get_output_embeddings() is not None:  # T5 has its head beside its two stacks
+        model.set_output_embeddings(nn.Identity())
+    return body
+
+
 def dense_blocks(subject: Subject) -> Iterator[nn.Module]:
     """Yields each layer's dense FFN, on the dense model's own modules."""
-    from lte_lightning.core.ffn import find_layers, find_parts, find_row
-
     row = find_row(subject.dense.config.model_type)
     for layer in find_layers(subject.dense):
         yield DenseFfn(find_parts(layer, row))
@@ -161,9 +201,13 @@ class DenseFfn(nn.Module):
     def __init__(self, parts) -> None:  # type: ignore[no-untyped-def]
         super().__init__()
         self.up, self.gate, self.down, self.activation = parts.up, parts.gate, parts.down, parts.activation
+        self.casts = self.up.weight.dtype != self.down.weight.dtype
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
         """Returns the FFN's output [B, T, D]."""
         if self.gate is None:
-            return self.down(self.activation(self.up(x_BTD)))
-        return self.down(self.activation(self.gate(x_BTD)) * self.up(x_BTD))
+            hidden_BTF = self.activation(self.up(x_BTD))
+        else:
+            hidden_BTF = self.activation(self.gate(x_BTD)) * self.up(x_BTD)
+        # T5 keeps its down projections in float32; all else is of one type, or autocast's
+        return self.down(hidden_BTF.float() if self.casts else hidden_BTF)

@@ -1,7 +1,6 @@
 """What skipping experts saves in time: the model of a fit against its dense twin, on rows that it was validated on."""
 
 import os
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -13,6 +12,7 @@ from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
+from lte_lightning.bench.machine import clock_on
 from lte_lightning.bench.measure import Timer, interleave, timed
 from lte_lightning.core.checkpoint import from_pretrained
 from lte_lightning.core.convert import restore, set_mode
@@ -48,7 +48,7 @@ def measure_latency(folder: Path, trainer: Trainer, rows: int, backend: Backend)
     decodes = sparse.can_generate() and not sparse.config.is_encoder_decoder
     batches = _batches(trainer, rows, device)
     run = _decode if decodes else _forward
-    timer: Timer = partial(timed, clock=_synchronised) if device.type == "cuda" else timed
+    timer: Timer = partial(timed, clock=clock_on(device))
     models = {"dense": dense, "sparse": sparse}
     with torch.inference_mode():
         arms = {
@@ -112,8 +112,3 @@ def _decode(model: PreTrainedModel, batches: Sequence[dict[str, torch.Tensor]], 
 
 def _step(model: PreTrainedModel, ids_B1: torch.Tensor, cache: Any) -> Callable[[], object]:
     return lambda: model(ids_B1, past_key_values=cache, use_cache=True)
-
-
-def _synchronised() -> float:
-    torch.cuda.synchronize()
-    return time.perf_counter()

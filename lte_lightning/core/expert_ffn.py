@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from lte_lightning.core.ffn import FfnParts, Projection, weight_rows
-from lte_lightning.core.idle import without_idle_experts
-from lte_lightning.core.sparse import run_sparse
+from lte_lightning.core.idle import without_unselected_experts
+from lte_lightning.core.sparse import route, run_sparse
 from lte_lightning.kernels import scale_experts
 from lte_lightning.kernels.dispatch import Backend
 from lte_lightning.selection import Selector
@@ -74,25 +74,32 @@ class ExpertFfn(nn.Module):
             if self.observer is not None:
                 self.observer(self, x_BTD, gate_BTF, hidden_BTF)
             return self.down(self.finished(hidden_BTF))
-        if self.selector.reads != "input":  # the selection needs what it is to save
-            given = self.selector.thin(x_BTD) if self.mode == "hard" else (x_BTD, x_BTD)
-            gate_BTF, hidden_BTF = self._activations(*given)
-            scores_BTE = self.selector(gate_BTF if self.selector.reads == "gate" else hidden_BTF)
+        given_BTD = (x_BTD, x_BTD)
+        # scores that nobody asks for are not made where the device can go straight to the mask
+        skips = self.mode == "hard" and self.backend != "dense-mask"
+        mask_BTE = route(self, self.selector, x_BTD) if skips and self.recorder is None else None
+        if mask_BTE is not None:
+            factor_BTE = mask_BTE
         else:
-            scores_BTE = self.selector(x_BTD)
-        if self.recorder is not None:
-            self.recorder(self, scores_BTE, x_BTD)
-        factor_BTE = self._factor(scores_BTE)
+            if self.selector.reads != "input":  # the selection needs what it is to save
+                given_BTD = self.selector.thin(x_BTD) if self.mode == "hard" else given_BTD
+                gate_BTF, hidden_BTF = self._activations(*given_BTD)
+                scores_BTE = self.selector(gate_BTF if self.selector.reads == "gate" else hidden_BTF)
+            else:
+                scores_BTE = self.selector(x_BTD)
+            if self.recorder is not None:
+                self.recorder(self, scores_BTE, x_BTD)
+            factor_BTE = self._factor(scores_BTE)
         if self.selector.reads == "input":
-            if self.mode == "hard" and self.backend != "dense-mask":
+            if skips:
                 out_BTD = run_sparse(self, x_BTD, factor_BTE)
                 if out_BTD is not None:
                     return out_BTD
-            _, hidden_BTF = self._activations(x_BTD, x_BTD)
+            _, hidden_BTF = self._activations(*given_BTD)
         out_BTD = self.down(scale_experts(self.finished(hidden_BTF), factor_BTE))
         # where weights are trained they are finite, and the host waits for no device
-        if self.mode == "hard" and self.selector.reads == "input" and not (self.training and torch.is_grad_enabled()):
-            return without_idle_experts(self, x_BTD, factor_BTE, out_BTD)
+        if self.mode == "hard" and not (self.training and torch.is_grad_enabled()):
+            return without_unselected_experts(self, given_BTD, factor_BTE, out_BTD)
         return out_BTD
 
     def _factor(self, scores_BTE: torch.Tensor) -> torch.Tensor:

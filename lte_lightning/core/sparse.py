@@ -10,8 +10,9 @@ from transformers.models.bloom.modeling_bloom import BloomGelu
 
 from lte_lightning.core.errors import UserError
 from lte_lightning.core.ffn import Projection, weight_rows
-from lte_lightning.kernels.dispatch import BACKENDS, Backend, Choice, choose, run_experts, say_once
+from lte_lightning.kernels.dispatch import BACKENDS, Backend, Choice, choose, run_experts, run_router, say_once
 from lte_lightning.kernels.layout import ExpertWeights
+from lte_lightning.selection import Router, Selector
 
 if TYPE_CHECKING:
     from lte_lightning.core.expert_ffn import ExpertFfn
@@ -125,10 +126,14 @@ def _describe(activation: Any) -> str:
     return type(activation).__name__ if isinstance(activation, nn.Module) else getattr(activation, "__name__", "?")
 
 
+def _choose(ffn: "ExpertFfn", x_BTD: torch.Tensor) -> Choice:
+    gradient = torch.is_grad_enabled() and (x_BTD.requires_grad or any(p.requires_grad for p in ffn.parameters()))
+    return choose(ffn.backend, x_BTD, ffn.up.weight, gradient)
+
+
 def choose_for(ffn: "ExpertFfn", x_BTD: torch.Tensor) -> tuple[Choice, ExpertWeights | None]:
     """Returns what computes an FFN's hard mode on this input, and its weights unless that is the dense-mask path."""
-    gradient = torch.is_grad_enabled() and (x_BTD.requires_grad or any(p.requires_grad for p in ffn.parameters()))
-    choice = choose(ffn.backend, x_BTD, ffn.up.weight, gradient)
+    choice = _choose(ffn, x_BTD)
     if choice.backend == "dense-mask":
         return choice, None
     if ffn.dropout is not None and ffn.training:
@@ -148,6 +153,25 @@ def choose_for(ffn: "ExpertFfn", x_BTD: torch.Tensor) -> tuple[Choice, ExpertWei
 def _types(ffn: "ExpertFfn") -> set[torch.dtype]:
     tensors = [t for p in (ffn.up, ffn.gate, ffn.down) if p is not None for t in (p.weight, p.bias) if t is not None]
     return {tensor.dtype for tensor in tensors}
+
+
+def route(ffn: "ExpertFfn", selector: Selector, x_BTD: torch.Tensor) -> torch.Tensor | None:
+    """Returns the mask [B, T, E] of LTE's router where the triton backend makes it, without scores, in one launch.
+
+    Args:
+        ffn: The FFN that it is for.
+        selector: The FFN's selector.
+        x_BTD: Its input.
+
+    Returns:
+        True where a score exceeds the FFN's threshold; None where the selector is to be asked: on every other backend,
+        where a gradient may be wanted, and of every other selector.
+    """
+    on_triton = x_BTD.is_cuda or ffn.backend == "triton"  # everywhere else this is all that it costs
+    if not on_triton or type(selector) is not Router or _choose(ffn, x_BTD).backend != "triton":
+        return None
+    mask_NE = run_router(x_BTD.flatten(0, -2), selector.weight, selector.bias, ffn.threshold)
+    return mask_NE.view(*x_BTD.shape[:-1], -1)
 
 
 def run_sparse(ffn: "ExpertFfn", x_BTD: torch.Tensor, mask_BTE: torch.Tensor) -> torch.Tensor | None:

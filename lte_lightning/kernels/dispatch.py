@@ -1,10 +1,9 @@
 """Which backend computes the selected experts, and why."""
 
-import importlib
 import logging
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Literal, cast, get_args
+from typing import Literal, get_args
 
 import torch
 
@@ -62,6 +61,8 @@ def choose(backend: Backend, x: torch.Tensor, weight: torch.Tensor, gradient: bo
     if kind == "cuda" and backend in ("auto", "triton"):
         missing = why_no_triton()
         return Choice("dense-mask", missing) if missing else Choice("triton")
+    if kind == "cpu" and backend == "triton" and is_interpreted():
+        return Choice("triton")
     return Choice("dense-mask", f"backend {backend!r} does not run on {kind!r}")
 
 
@@ -79,6 +80,34 @@ def why_no_triton() -> str:
     if find_spec(TRITON) is None:
         return "this installation has no triton kernels"
     return "" if torch.cuda.is_available() else "triton sees no device"
+
+
+def is_interpreted() -> bool:
+    """Says whether Triton's kernels run in its interpreter, on the CPU: TRITON_INTERPRET=1, for tests."""
+    if find_spec("triton") is None or find_spec(TRITON) is None:
+        return False
+    from lte_lightning.kernels.triton_common import INTERPRETED
+
+    return INTERPRETED
+
+
+def run_router(
+    x_ND: torch.Tensor, weight_ED: torch.Tensor, bias_E: torch.Tensor | None, threshold: float
+) -> torch.Tensor:
+    """Computes LTE's router and its threshold where the triton backend computes the experts.
+
+    Args:
+        x_ND: The FFN's input; under autocast of any type.
+        weight_ED: The router's weights.
+        bias_E: Its bias.
+        threshold: tau.
+
+    Returns:
+        The mask [N, E]: True where the score exceeds the threshold.
+    """
+    from lte_lightning.kernels.triton_router import route_triton
+
+    return route_triton(x_ND.to(autocast_dtype(x_ND) or x_ND.dtype), weight_ED, bias_E, threshold)
 
 
 def run_experts(backend: Backend, x_ND: torch.Tensor, mask_NE: torch.Tensor, weights: ExpertWeights) -> torch.Tensor:
@@ -113,7 +142,9 @@ def run_experts(backend: Backend, x_ND: torch.Tensor, mask_NE: torch.Tensor, wei
             f"torch.bool [{x_ND.shape[0]}, {E}]"
         )
     if backend == "triton":
-        return cast(torch.Tensor, importlib.import_module(TRITON).run_triton(x_ND, mask_NE, weights))
+        from lte_lightning.kernels.triton_ffn import run_triton  # torch.compile traces this, and no import_module
+
+        return run_triton(x_ND, mask_NE, weights)
     run = {"cpu": run_cpu, "reference": run_reference, "dense-mask": run_dense_mask}[backend]
     return run(x_ND, mask_NE, weights)
 

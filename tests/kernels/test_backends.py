@@ -6,12 +6,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
+from lte_lightning.core.expert_ffn import ExpertFfn
+from lte_lightning.core.ffn import FfnParts, find_row
 from lte_lightning.kernels.cpu_ffn import build, instruction_set, run_compiled, run_cpu
 from lte_lightning.kernels.dense_mask import run_dense_mask
 from lte_lightning.kernels.layout import ACTIVATIONS
 from lte_lightning.kernels.reference import run_reference
 from lte_lightning.kernels.views import run_views
+from lte_lightning.selection import Selector
 
 
 def few(x_ND, mask_NE, weights):
@@ -22,7 +26,47 @@ def many(x_ND, mask_NE, weights):
     return run_compiled(build(instruction_set()), x_ND, mask_NE, weights, "many")
 
 
-BACKENDS = {"cpu": run_cpu, "few": few, "many": many, "views": run_views, "dense-mask": run_dense_mask}
+class Given(Selector):
+    """Selects what a test says."""
+
+    def __init__(self, mask_NE):
+        super().__init__()
+        self.mask_NE = mask_NE
+
+    def forward(self, x_BTD):
+        return self.mask_NE.float().unsqueeze(0)
+
+
+@torch.no_grad()
+def model(x_ND, mask_NE, weights):
+    """The dense-mask path of a model's FFN, which has its own modules and its own activation."""
+    S = weights.up_ESD.shape[1]
+
+    def linear(weight, bias):
+        out, into = weight.shape
+        projection = nn.Linear(into, out, bias is not None, dtype=weight.dtype)
+        projection.weight.copy_(weight)
+        if bias is not None:
+            projection.bias.copy_(bias.flatten())
+        return projection
+
+    up = linear(weights.up_ESD.flatten(0, 1), weights.up_bias_ES)
+    gate = None if weights.gate_ESD is None else linear(weights.gate_ESD.flatten(0, 1), weights.gate_bias_ES)
+    down = linear(weights.down_ESD.flatten(0, 1).T, weights.down_bias_D)
+    parts = FfnParts(up, gate, down, ACTIVATIONS[weights.activation], None, find_row("llama"))
+    ffn = ExpertFfn(parts, S, Given(mask_NE), 0.5).eval()
+    ffn.mode = "hard"
+    return ffn(x_ND.unsqueeze(0)).squeeze(0)
+
+
+BACKENDS = {
+    "cpu": run_cpu,
+    "few": few,
+    "many": many,
+    "views": run_views,
+    "dense-mask": run_dense_mask,
+    "model": model,
+}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 

@@ -90,6 +90,14 @@ def test_a_triton_that_cannot_be_had(monkeypatch):
     assert dispatch.why_no_triton() == ""
 
 
+def test_torch_compile_traces_the_question():
+    @torch.compile(fullgraph=True, backend="eager")
+    def ask(x):
+        return x + len(dispatch.why_no_triton()) + dispatch.is_interpreted()
+
+    assert ask(X).equal(X + len(dispatch.why_no_triton()) + dispatch.is_interpreted())
+
+
 @pytest.mark.parametrize("backend", ["dense-mask", "reference", "cpu"])
 def test_runs_what_was_chosen(backend, make_weights, assert_agrees):
     weights = make_weights(3, 8, 12, gated=True)

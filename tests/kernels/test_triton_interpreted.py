@@ -13,9 +13,9 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 @pytest.mark.timeout(900)  # a hundred tests
 def test_numerics_without_a_gpu():
-    path = Path(__file__).with_name("test_triton_numerics.py")
+    paths = [Path(__file__).with_name(f"test_triton_{name}.py") for name in ("numerics", "model")]
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "--durations=15", path],
+        [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "--durations=15", *paths],
         env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
