@@ -1,8 +1,12 @@
 """The picture: speed-up against sparsity, with the bound."""
 
+import math
 from pathlib import Path
 
 from lte_lightning.bench.measure import Figure
+
+
+COLUMNS = 4  # panels side by side; more are not legible
 
 
 def draw(figures: list[Figure], path: Path) -> None:
@@ -12,9 +16,12 @@ def draw(figures: list[Figure], path: Path) -> None:
     groups: dict[tuple[str, str, str, int], list[Figure]] = {}
     for f in figures:
         groups.setdefault((f.scope, f.phase, f.dtype, f.tokens), []).append(f)
-    picture = Picture(figsize=(4 * len(groups), 3.6), layout="constrained")
-    all_axes = picture.subplots(1, len(groups), squeeze=False)[0]
-    for axes, ((scope, phase, dtype, tokens), group) in zip(all_axes, groups.items(), strict=True):
+    columns, rows = min(COLUMNS, len(groups)), math.ceil(len(groups) / COLUMNS)
+    picture = Picture(figsize=(4 * columns, 3.6 * rows), layout="constrained")
+    all_axes = picture.subplots(rows, columns, squeeze=False).flatten()
+    for axes in all_axes[len(groups) :]:
+        axes.remove()
+    for axes, ((scope, phase, dtype, tokens), group) in zip(all_axes, groups.items(), strict=False):
         bounds = sorted({(f.sparsity, f.bound) for f in group})
         axes.plot(*zip(*bounds, strict=True), "k--", linewidth=1, label="bound")
         for backend in dict.fromkeys(f.backend for f in group):
@@ -24,7 +31,10 @@ def draw(figures: list[Figure], path: Path) -> None:
         axes.set_yscale("log", base=2)
         axes.yaxis.set_major_formatter("{x:g}x")
         axes.set_xlabel("sparsity")
-        axes.set_title(f"{group[0].shape} {scope}, {phase}\n{dtype}, {tokens} tokens", fontsize="medium")
+        axes.set_title(
+            f"{group[0].shape} {scope}, {phase}\n{dtype}, {tokens} token{'s' * (tokens > 1)}", fontsize="medium"
+        )
         axes.legend(fontsize="small")
-    all_axes[0].set_ylabel("times as fast as dense")
+    for axes in all_axes[::columns]:
+        axes.set_ylabel("times as fast as dense")
     picture.savefig(path, dpi=120)

@@ -2,6 +2,7 @@ import copy
 import csv
 import math
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -448,3 +449,6 @@ def test_the_picture_has_the_figures(tmp_path, monkeypatch):
     assert list(lines["cpu"].get_ydata()) == [figure.ratio for figure in figures]
     assert list(lines["bound"].get_ydata()) == [figure.bound for figure in figures]
     assert math.isclose(lines["cpu"].get_xdata()[1], 0.5)
+    picture.draw([replace(figure, tokens=count) for figure in figures for count in range(1, 7)], tmp_path / "x.png")
+    assert len(drawn[1].axes) == 6
+    assert len({axes.get_position().y0 for axes in drawn[1].axes}) == 2  # in two rows
