@@ -5,7 +5,6 @@ from pathlib import Path
 
 from lte_lightning.bench.measure import Figure
 
-
 COLUMNS = 4  # panels side by side; more are not legible
 
 
