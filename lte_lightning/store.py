@@ -1,9 +1,21 @@
-"""MLflow's embedded database, which MLflow itself makes as if nobody else did, and as if it were never interrupted."""
+"""What is stored whole or not at all: JSON files, and MLflow's embedded database.
 
+MLflow itself makes that as if nobody else did, and as if it were never interrupted.
+"""
+
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes a JSON file that is there whole or not at all."""
+    staging = path.with_name(f"{path.name}.tmp")
+    staging.write_text(json.dumps(content, indent=2) + "\n")
+    staging.replace(path)
 
 
 @contextmanager

@@ -23,9 +23,10 @@ from lte_lightning.callbacks.latency import measure_latency
 from lte_lightning.callbacks.memory import expected_memory
 from lte_lightning.callbacks.pictures import draw_scores, draw_sparsity
 from lte_lightning.callbacks.results import make_results, read_floor, results_table, show, test_table
+from lte_lightning.callbacks.tracking import RunLogger, mlflow_of
 from lte_lightning.core.checkpoint import save_pretrained
 from lte_lightning.core.errors import UserError
-from lte_lightning.store import first_contact
+from lte_lightning.store import first_contact, write_json
 
 RUN_FILE = "run.json"
 LAYOUT = 1  # of a run folder: what reads runs refuses another
@@ -283,31 +284,6 @@ class Recorder(Callback):
 
 def _as_rows(predictions_B: torch.Tensor) -> list[dict[str, Any]]:
     return [{"prediction": prediction} for prediction in predictions_B.tolist()]
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes a JSON file that is there whole or not at all."""
-    staging = path.with_suffix(".tmp")
-    staging.write_text(json.dumps(content, indent=2) + "\n")
-    staging.replace(path)
-
-
-class RunLogger(MLFlowLogger):
-    """MLflow's logger, for which a run's parameters are those that it began with, as MLflow allows no others.
-
-    An evaluation may well have other options than the fit whose run it continues: another batch, type or folder.
-    """
-
-    @rank_zero_only
-    def log_hyperparams(self, params: Any) -> None:
-        """Logs the parameters of a run that has none yet."""
-        if not self.experiment.get_run(self.run_id).data.params:
-            super().log_hyperparams(params)
-
-
-def mlflow_of(trainer: Trainer) -> MLFlowLogger | None:
-    """Returns the trainer's MLflow logger, if it has one."""
-    return next((logger for logger in trainer.loggers if isinstance(logger, MLFlowLogger)), None)
 
 
 def _find_run(origin: str) -> Path | None:

@@ -23,7 +23,7 @@ from lte_lightning.callbacks import (
     StageProgressBar,
     StageSchedule,
 )
-from lte_lightning.callbacks.record import mlflow_of
+from lte_lightning.callbacks.tracking import mlflow_of
 from lte_lightning.cli import refuse
 from lte_lightning.cli.parser import LteParser
 from lte_lightning.core.errors import UserError

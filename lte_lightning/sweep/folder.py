@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lte_lightning.core.errors import UserError
+from lte_lightning.store import write_json
 from lte_lightning.sweep.spec import Point, Sweep
 
 LAYOUT = 1
@@ -170,13 +171,6 @@ def read_sweep_file(file: Path) -> dict[str, Any]:
             "it, or choose another folder"
         )
     return about
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes a JSON file that is there whole or not at all."""
-    staging = path.with_name(f"{path.name}.tmp")
-    staging.write_text(json.dumps(content, indent=2) + "\n")
-    staging.replace(path)
 
 
 def _is_whole(run: Path) -> bool:
