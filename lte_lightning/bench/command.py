@@ -95,27 +95,51 @@ def run(options: argparse.Namespace) -> "list[Figure]":
             raise UserError(f"there is no folder {path.parent} to write {path.name} to")
         if path and path.is_dir():
             raise UserError(f"{path} is a folder; name the file to write")
+        if path and not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise UserError(f"{path} cannot be written")
     if options.picture and options.picture.suffix not in PICTURES:
         raise UserError(f"--picture is {options.picture}; its name must end in {', '.join(PICTURES)}")
+    if options.csv and options.csv.suffix in PICTURES:
+        raise UserError(f"--csv is {options.csv}, a picture's name; the picture is --picture's")
+    if options.mlflow:
+        _begin_mlflow(options.mlflow)
     device = find_device(options.device)
     if options.clock == "cpu" and (options.threads != 1 or device.type != "cpu"):
         raise UserError("--clock cpu sees one thread of the CPU only: add --threads 1 --device cpu")
     figures: list[Figure] = []
-    with pinned(options.threads) as cores:
-        _say_where(device, cores)
-        for dtype in dtypes:
-            subject = make_subject(options.shape, DTYPES[dtype], options.backend, options.layers, device)
-            for scope in scopes:
-                for batch, length in calls:
-                    rivals = make_rivals(device) if options.rivals and scope == "ffn" else None
-                    with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "mixed"):
-                        found, samples = measure(
-                            subject, scope, batch, length, sparsities, options.repeats, rivals, CLOCKS[options.clock]
-                        )
-                    _print(found, samples, subject.layers)
-                    figures += found
-    _write(figures, options, {"device": str(device), "cores": _named(cores)})
+    clock = CLOCKS[options.clock]
+    cores: Sequence[int] = ()
+    try:
+        with pinned(options.threads) as cores:
+            _say_where(device, cores)
+            for dtype in dtypes:
+                subject = make_subject(options.shape, DTYPES[dtype], options.backend, options.layers, device)
+                for scope in scopes:
+                    for batch, length in calls:
+                        rivals = make_rivals(device) if options.rivals and scope == "ffn" else None
+                        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "mixed"):
+                            found, samples = measure(
+                                subject, scope, batch, length, sparsities, options.repeats, rivals, clock
+                            )
+                        _print(found, samples, subject.layers)
+                        figures += found
+    finally:  # what was measured is kept, whatever ends the rest
+        if figures:
+            _write(figures, options, {"device": str(device), "cores": _named(cores)})
     return figures
+
+
+def _begin_mlflow(experiment: str) -> None:
+    import mlflow
+
+    from lte_lightning.core.errors import UserError
+
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
+    try:
+        mlflow.set_tracking_uri(uri)
+        mlflow.set_experiment(experiment)
+    except mlflow.MlflowException as error:
+        raise UserError(f"MLflow at {uri} cannot be used: {error}") from error
 
 
 def _one_of(text: str, known: Sequence[str], what: str) -> list[str]:
@@ -144,7 +168,7 @@ def _tokens(text: str) -> tuple[int, int]:
     from lte_lightning.core.errors import UserError
 
     words = text.split("x")
-    if not all(word.isdigit() and int(word) > 0 for word in words) or len(words) > 2:
+    if not all(word.isdecimal() and int(word) > 0 for word in words) or len(words) > 2:
         raise UserError(f"--tokens is {text!r}; it takes a number like 4, or sequences x tokens like 32x128")
     return int(words[0]), int(words[1]) if len(words) == 2 else 1
 
@@ -153,10 +177,11 @@ def _say_where(device: "torch.device", cores: Sequence[int]) -> None:
     import torch
 
     count, load = os.cpu_count() or 1, os.getloadavg()[0]
+    threads = counted(torch.get_num_threads(), "thread")
     gpu = f"{torch.cuda.get_device_name(device)}, " if device.type == "cuda" else ""
     print(
         f"{gpu}{platform.machine()}, {count} cores, {torch.backends.cpu.get_cpu_capability()}, "
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads on cores {_named(cores)}, load {load:.2f}"
+        f"torch {torch.__version__}, {threads} on cores {_named(cores)}, load {load:.2f}"
     )
     if load > 0.25 * count:
         print(f"warning: this machine is busy (load {load:.2f} on {count} cores): expect noise", file=sys.stderr)
@@ -166,11 +191,17 @@ def _named(cores: Sequence[int]) -> str:
     return ",".join(map(str, cores)) or "of the system's choice"
 
 
+def counted(count: int, what: str) -> str:
+    """Returns ``1 token`` or ``2 tokens``."""
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+
+
 def _print(figures: "list[Figure]", samples: dict[Any, list[float]], layers: int) -> None:
     first = figures[0]
     low, high = _quartiles(samples["dense"])
     print(
-        f"\n{first.shape} {first.scope}, {first.phase}, {first.dtype}, {first.tokens} tokens, {layers} layers: "
+        f"\n{first.shape} {first.scope}, {first.phase}, {first.dtype}, {counted(first.tokens, 'token')}, "
+        f"{counted(layers, 'layer')}: "
         f"dense {first.dense_ms:.3f} ms [{low:.3f} .. {high:.3f}], router {first.router_ms:.3f} ms"
     )
     print(f"{'sparsity':>8}  {'backend':16}{'ms':>10}  {'quartiles':^21}{'ratio':>7}{'bound':>7}{'share':>7}")
@@ -205,8 +236,6 @@ def _write(figures: "list[Figure]", options: argparse.Namespace, machine: dict[s
         if options.mlflow:
             import mlflow
 
-            mlflow.set_tracking_uri(os.environ.get("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db"))
-            mlflow.set_experiment(options.mlflow)
             with mlflow.start_run(run_name=f"bench {options.shape}"):
                 mlflow.log_params({key: str(value) for key, value in (vars(options) | machine).items()})
                 for path in written:

@@ -14,7 +14,7 @@ import torch
 from transformers import DynamicCache
 
 from lte_lightning.bench.machine import Clock, clock_on
-from lte_lightning.bench.rivals import Rival
+from lte_lightning.bench.rivals import GATHERING, Rival, with_dense_down
 from lte_lightning.bench.subject import Subject, dense_blocks
 from lte_lightning.core.errors import UserError
 from lte_lightning.core.ffn import Projection, find_layers
@@ -218,16 +218,18 @@ def _rival_arms(
     subject: Subject, batch: int, length: int, rivals: dict[str, Rival], timed: Timer
 ) -> dict[str, Callable[[], list[float]]]:
     ffns, x_BTD = subject.ffns, _input(subject, batch, length)
-    weights = _by_expert(subject, x_BTD)
+    by_neuron = _by_expert(subject, x_BTD)
+    as_linear = [with_dense_down(weights) for weights in by_neuron]
 
-    def call(rival: Rival, i: int) -> torch.Tensor:
+    def call(rival: Rival, i: int, weights: ExpertWeights) -> torch.Tensor:
         mask_BTE = ffns[i].selector(x_BTD) > ffns[i].threshold
-        return rival(x_BTD.flatten(0, 1), mask_BTE.flatten(0, 1), weights[i])
+        return rival(x_BTD.flatten(0, 1), mask_BTE.flatten(0, 1), weights)
 
-    def arm(rival: Rival) -> Callable[[], list[float]]:
-        return lambda: timed([partial(call, rival, i) for i in range(len(ffns))])
+    def arm(name: str, rival: Rival) -> Callable[[], list[float]]:
+        weights = by_neuron if name in GATHERING else as_linear
+        return lambda: timed([partial(call, rival, i, taken) for i, taken in enumerate(weights)])
 
-    return {name: arm(rival) for name, rival in rivals.items()}
+    return {name: arm(name, rival) for name, rival in rivals.items()}
 
 
 @torch.inference_mode(False)  # in it nothing can be laid out

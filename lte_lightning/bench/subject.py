@@ -115,7 +115,7 @@ class Subject:
         for ffn in self.ffns:
             active = round((1.0 - sparsity) * ffn.experts)
             order_PBTE = torch.rand(POOL, batch, length, ffn.experts, generator=generator).argsort(dim=-1)
-            ffn.selector.pool = list((order_PBTE < active).float().to(self.device))
+            ffn.selector.pool = list((order_PBTE < active).to(self.device))
 
 
 def make_subject(
@@ -149,6 +149,8 @@ def make_subject(
     elif os.path.isdir(shape) or (shape.count("/") == 1 and not shape.startswith((".", "/", "~"))):
         if not is_lte(shape):
             raise UserError(f"{shape} is not a saved LTE model; make one with fit, or name {', '.join(SHAPES)}")
+        if layers is not None:
+            raise UserError(f"--layers {layers} is for named shapes; {shape} is measured with all that it has")
         lte = read_lte_config(shape)
         _check_selector(shape, lte.selector)
         dense = _without_head(restore(from_pretrained(shape, dtype=dtype, backend="dense-mask"))).to(device)

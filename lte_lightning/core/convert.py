@@ -25,6 +25,7 @@ from lte_lightning.core.ffn import (
 )
 from lte_lightning.core.fused import put_together, take_apart
 from lte_lightning.core.grouping import Grouping, expert_count, group_neurons
+from lte_lightning.core.sparse import lay_out
 from lte_lightning.selection import RANKINGS, SELECTORS, FfnShape, Gates, Router, Selector
 
 
@@ -130,7 +131,8 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
     Raises:
         UserError: If the model has no expert FFNs.
     """
-    require_expert_ffns(model)
+    for ffn in require_expert_ffns(model).values():
+        lay_out(ffn, by_neuron=False)
     for layer in find_layers(model):
         _remove(layer)
     del model.lte_config

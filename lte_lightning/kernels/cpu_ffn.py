@@ -4,6 +4,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -194,15 +195,14 @@ def build(instructions: str) -> ctypes.CDLL:
         FileNotFoundError: If there is no compiler.
         subprocess.CalledProcessError: If it fails.
     """
-    name = next(
-        (name for name in (os.environ.get("CXX"), "c++", "g++", "clang++") if name and shutil.which(name)), None
-    )
-    if name is None:
-        raise FileNotFoundError("no C++ compiler found")
-    compiler = str(shutil.which(name))
+    wanted = shlex.split(os.environ.get("CXX", ""))  # it may be "ccache g++"
+    found = [shutil.which(name) for name in (wanted[:1] or ("c++", "g++", "clang++"))]
+    if not any(found):
+        raise FileNotFoundError(f"no C++ compiler {wanted[0]}, which CXX names" if wanted else "no C++ compiler found")
+    compiler = [next(filter(None, found)), *wanted[1:]]
     flags = (*FLAGS, *INSTRUCTION_SETS[instructions])
     folder = Path(__file__).parent
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
     digest = hashlib.sha256(repr((compiler, version, flags, platform.machine())).encode())
     for source in SOURCES:
         digest.update((folder / source).read_bytes())
@@ -212,7 +212,7 @@ def build(instructions: str) -> ctypes.CDLL:
         os.close(handle)
         try:
             # -ldl behind the source: older C libraries keep dlsym there
-            command = [compiler, *flags, str(folder / SOURCES[0]), "-o", fresh, "-pthread", "-ldl"]
+            command = [*compiler, *flags, str(folder / SOURCES[0]), "-o", fresh, "-pthread", "-ldl"]
             subprocess.run(command, capture_output=True, text=True, check=True)
             os.replace(fresh, path)  # whole or not at all: another process may be compiling the same
         finally:

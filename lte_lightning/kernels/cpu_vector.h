@@ -127,24 +127,36 @@ template <class First, class Second>
 void parallel(int threads, int64_t firsts, const First& first, int64_t seconds, const Second& second) {
     struct Shared {
         std::atomic<int64_t> next_first, done, next_second;
+        std::atomic<bool> failed;
         int64_t firsts, seconds;
         const First* first;
         const Second* second;
-    } shared{{0}, {0}, {0}, firsts, seconds, &first, &second};
+    } shared{{0}, {0}, {0}, {false}, firsts, seconds, &first, &second};
     auto work = [](void* p) {
         Shared& s = *static_cast<Shared*>(p);
-        for (int64_t i; (i = s.next_first.fetch_add(1)) < s.firsts; s.done.fetch_add(1)) (*s.first)(i);
+        // an exception that left a thread would end the process
+        auto run = [&s](const auto& task, int64_t i) {
+            try {
+                task(i);
+            } catch (const std::bad_alloc&) {
+                s.failed = true;
+            }
+        };
+        for (int64_t i; (i = s.next_first.fetch_add(1)) < s.firsts; s.done.fetch_add(1)) run(*s.first, i);
         while (s.done.load() < s.firsts) std::this_thread::yield();
-        for (int64_t i; (i = s.next_second.fetch_add(1)) < s.seconds;) (*s.second)(i);
+        for (int64_t i; (i = s.next_second.fetch_add(1)) < s.seconds;) run(*s.second, i);
     };
     static const gomp_parallel team = reinterpret_cast<gomp_parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
     threads = int(std::min<int64_t>(threads, std::max(firsts, seconds)));
-    if (threads <= 1) return work(&shared);
-    if (team) return team(work, &shared, unsigned(threads), 0);
-    std::vector<std::thread> others;
-    for (int t = 1; t < threads; t++) others.emplace_back(work, &shared);
-    work(&shared);
-    for (auto& other : others) other.join();
+    if (team && threads > 1) {
+        team(work, &shared, unsigned(threads), 0);
+    } else {
+        std::vector<std::thread> others;
+        for (int t = 1; t < threads; t++) others.emplace_back(work, &shared);
+        work(&shared);
+        for (auto& other : others) other.join();
+    }
+    if (shared.failed) throw std::bad_alloc();
 }
 
 // A buffer that each thread keeps, one per Slot: fresh pages would cost more than the work.

@@ -24,6 +24,14 @@ def scale_experts(hidden_BTF: torch.Tensor, factor_BTE: torch.Tensor) -> torch.T
     return (hidden_BTES * factor_BTE.to(hidden_BTF.dtype).unsqueeze(-1)).flatten(-2)
 
 
+def dense_hidden(x_ND: torch.Tensor, weights: ExpertWeights) -> torch.Tensor:
+    """Returns the hidden activations of every expert, [N, F], in the type of ``x_ND``."""
+    hidden_NF = _project(x_ND, weights.up_ESD, weights.up_bias_ES)
+    if weights.gate_ESD is None:
+        return ACTIVATIONS[weights.activation](hidden_NF)
+    return ACTIVATIONS[weights.activation](_project(x_ND, weights.gate_ESD, weights.gate_bias_ES)) * hidden_NF
+
+
 def run_dense_mask(x_ND: torch.Tensor, mask_NE: torch.Tensor, weights: ExpertWeights) -> torch.Tensor:
     """Computes every expert in matrix products of the weights' own type, and clears what was not selected.
 
@@ -38,11 +46,7 @@ def run_dense_mask(x_ND: torch.Tensor, mask_NE: torch.Tensor, weights: ExpertWei
     Returns:
         The output [N, D] in the type of ``x_ND``.
     """
-    hidden_NF = _project(x_ND, weights.up_ESD, weights.up_bias_ES)
-    if weights.gate_ESD is None:
-        hidden_NF = ACTIVATIONS[weights.activation](hidden_NF)
-    else:
-        hidden_NF = ACTIVATIONS[weights.activation](_project(x_ND, weights.gate_ESD, weights.gate_bias_ES)) * hidden_NF
+    hidden_NF = dense_hidden(x_ND, weights)
     if not mask_NE.all():
         hidden_NF = scale_experts(hidden_NF, mask_NE)
     out_ND = functional.linear(hidden_NF, weights.down_ESD.flatten(0, 1).T, weights.down_bias_D)

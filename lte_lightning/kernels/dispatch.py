@@ -14,7 +14,6 @@ from lte_lightning.kernels.reference import run_reference
 
 Backend = Literal["auto", "dense-mask", "reference", "cpu", "triton"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
-TRITON = "lte_lightning.kernels.triton_ffn"
 # Tokens up to which float32 weights in place beat bfloat16 copies of them. Measured on a CPU, where it lies between 64
 # for RoBERTa-base and some 300 for LLaMA-2-7B, whose copies are fresh memory at each call.
 MIXED_IN_PLACE = 128
@@ -63,7 +62,8 @@ def choose(backend: Backend, x: torch.Tensor, weight: torch.Tensor, gradient: bo
         return Choice("dense-mask", missing) if missing else Choice("triton")
     if kind == "cpu" and backend == "triton" and is_interpreted():
         return Choice("triton")
-    return Choice("dense-mask", f"backend {backend!r} does not run on {kind!r}")
+    missing = why_no_triton() if backend == "triton" else ""
+    return Choice("dense-mask", f"backend {backend!r} does not run on {kind!r}{missing and f' ({missing})'}")
 
 
 def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
@@ -77,14 +77,12 @@ def why_no_triton() -> str:
     """Says why the triton backend cannot run here, "" if it can."""
     if find_spec("triton") is None:
         return "triton is not installed"
-    if find_spec(TRITON) is None:
-        return "this installation has no triton kernels"
     return "" if torch.cuda.is_available() else "triton sees no device"
 
 
 def is_interpreted() -> bool:
     """Says whether Triton's kernels run in its interpreter, on the CPU: TRITON_INTERPRET=1, for tests."""
-    if find_spec("triton") is None or find_spec(TRITON) is None:
+    if find_spec("triton") is None:
         return False
     from lte_lightning.kernels.triton_common import INTERPRETED
 

@@ -12,12 +12,13 @@ def run_triton(x_ND: torch.Tensor, mask_NE: torch.Tensor, weights: ExpertWeights
     """Computes the selected experts' output on a GPU; no gradient.
 
     Nothing depends on the mask on the host's side: no synchronisation, no shape, no choice of kernel. Neighbouring
-    tokens share the weights that they load, and each token's result is its own.
+    tokens share the weights that they load, and each token's result is its own; but for NaN in the down projection of
+    an expert, which reaches the tokens beside one that selected it (of the other backends none does that).
 
     Args:
         x_ND: Input of N tokens, float32, bfloat16 or float16; strides as they come.
         mask_NE: True where a token runs an expert. The weights of an expert that no token runs are not read.
-        weights: The FFN, contiguous, of the input's type (biases may have another one).
+        weights: The FFN, contiguous, and biases, of the input's type.
 
     Returns:
         The output [N, D] in the type of ``x_ND``, accumulated in float32.

@@ -22,11 +22,12 @@ from transformers import (
 from lte_lightning import LteConfig, convert, save_pretrained, set_mode
 from lte_lightning.bench import command, machine, main
 from lte_lightning.bench.measure import COLUMNS, bound, interleave, measure, timed
-from lte_lightning.bench.rivals import index_select, make_rivals
+from lte_lightning.bench.rivals import executed_width, index_select, make_rivals, masked, with_dense_down
 from lte_lightning.bench.subject import SHAPES, ForcedSelector, Subject, dense_blocks, make_subject
 from lte_lightning.core.convert import expert_ffns
 from lte_lightning.core.errors import UserError
 from lte_lightning.kernels import cpu_ffn
+from lte_lightning.kernels.dense_mask import run_dense_mask
 from lte_lightning.kernels.layout import ExpertWeights
 from lte_lightning.kernels.reference import run_reference
 from lte_lightning.selection import RANKINGS
@@ -95,8 +96,8 @@ def test_one_row_per_figure(tmp_path, capsys):
     assert (tmp_path / "out.png").stat().st_size > 1000
     printed = capsys.readouterr().out
     (core,) = machine._spread(os.sched_getaffinity(0))[:1]
-    assert f"1 threads on cores {core}, load" in printed
-    assert "tiny-llama ffn, decode, bf16, 1 tokens, 3 layers: dense" in printed
+    assert f"1 thread on cores {core}, load" in printed
+    assert "tiny-llama ffn, decode, bf16, 1 token, 3 layers: dense" in printed
     assert f"written: {path}, {tmp_path / 'out.png'}" in printed
 
 
@@ -215,7 +216,7 @@ def test_selectors_are_timed_or_refused(selector, saved, capsys):
     assert "Name a model that selects by router, d2dmoe, dejavu, moefication, random, or a shape" in captured.err
 
 
-def test_a_converted_folder_and_mlflow(tmp_path, monkeypatch):
+def test_a_converted_folder_and_mlflow(tmp_path, monkeypatch, capsys):
     import mlflow
 
     model = convert(AutoModelForCausalLM.from_config(SHAPES["tiny-llama"]), LteConfig(expert_size=16), progress=False)
@@ -233,6 +234,39 @@ def test_a_converted_folder_and_mlflow(tmp_path, monkeypatch):
         assert run.data.params["device"] == "cpu"
         assert set(run.data.params["cores"].split(",")) <= {str(cpu) for cpu in os.sched_getaffinity(0)}
     assert {path.name for path in tmp_path.glob("*.csv")} == {"out.csv"}
+    assert main(f"{arguments} --layers 1".split()) == 1
+    assert "--layers 1 is for named shapes" in capsys.readouterr().err
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "nonsense://x")
+    assert main(f"{arguments} --mlflow speed".split()) == 1
+    said = capsys.readouterr()
+    assert "error: MLflow at nonsense://x cannot be used" in said.err
+    assert "ratio" not in said.out  # before anything is measured
+
+
+def test_what_was_measured_before_an_error_is_kept(tmp_path, capsys, monkeypatch):
+    short = copy.deepcopy(SHAPES["tiny-roberta"])
+    short.max_position_embeddings = 8
+    monkeypatch.setitem(SHAPES, "short", short)
+    arguments = "--shape short --dtype f32 --sparsity 0.5 --repeats 1 --scope ffn,model --tokens 1x2,1x100 --csv"
+    assert main([*arguments.split(), str(tmp_path / "out.csv")]) == 1
+    assert "has positions for" in capsys.readouterr().err
+    with (tmp_path / "out.csv").open() as file:
+        assert [(row["scope"], row["tokens"]) for row in csv.DictReader(file)] == [
+            ("ffn", "2"),
+            ("ffn", "100"),
+            ("model", "2"),
+        ]
+
+
+def test_rivals_have_the_layout_that_is_best_for_them():
+    weights = ExpertWeights(torch.randn(6, 4, 8), torch.randn(6, 4, 8), "silu", torch.randn(6, 4, 8))
+    x_ND, mask_NE = torch.randn(3, 8), torch.rand(3, 6) > 0.5
+    taken = with_dense_down(weights)
+    assert taken.down_ESD.equal(weights.down_ESD)
+    assert taken.down_ESD.flatten(0, 1).T.is_contiguous()
+    torch.testing.assert_close(masked(x_ND, mask_NE, taken), run_dense_mask(x_ND, mask_NE, weights))
+    everything = torch.ones_like(mask_NE)
+    torch.testing.assert_close(executed_width(x_ND, everything, taken), run_dense_mask(x_ND, everything, weights))
 
 
 def test_the_help_names_the_shapes(capsys):
@@ -426,6 +460,8 @@ def test_a_busy_machine_is_said_to_be(monkeypatch, capsys):
         ("--threads 0", "--threads is 0; it must be at least 1"),
         ("--csv nowhere/out.csv", "there is no folder nowhere to write out.csv to"),
         ("--csv tests", "tests is a folder; name the file to write"),
+        ("--csv speed.png", "--csv is speed.png, a picture's name; the picture is --picture's"),
+        ("--tokens ²", "--tokens is '²'"),
         ("--picture speed.foo", "--picture is speed.foo; its name must end in .png, .svg, .pdf"),
         ("--shape /no/such/folder", "unknown shape '/no/such/folder'; there are llama2-7b"),
         ("--shape some/model", "some/model is not a saved LTE model"),

@@ -66,6 +66,20 @@ def test_same_function_same_weights(family_and_head, backend, hard, batch, said,
     assert all(value.equal(state[key]) for key, value in model.state_dict().items())
     set_backend(model, "dense-mask")
     torch.testing.assert_close(logits(model, batch), expected, rtol=1e-6, atol=1e-6)
+    assert sum(storages(model).values()) == size
+
+
+@pytest.mark.parametrize("undo", [restore, lambda model: set_backend(model, "dense-mask") or model])
+def test_the_layout_is_undone(undo, family, build, hard, batch):
+    """Torch multiplies few tokens by transposed bfloat16 weights slowly: nobody is to compare with that."""
+    model = hard(family)
+    before = {name: parameter.stride() for name, parameter in model.named_parameters()}
+    set_backend(model)
+    assert any(parameter.stride() != before[name] for name, parameter in model.named_parameters()) or family == "gpt2"
+    after = {name: parameter.stride() for name, parameter in undo(model).named_parameters()}
+    plain = build(family, dropout=0.0)
+    wanted = before if hasattr(model, "lte_config") else {n: p.stride() for n, p in plain.named_parameters()}
+    assert after == wanted
 
 
 def test_the_kernels_see_the_parameters_themselves(family, hard):

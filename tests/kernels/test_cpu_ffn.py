@@ -91,19 +91,22 @@ def broken_compiler(folder):
     return path
 
 
-@pytest.mark.parametrize("broken", [False, True])
-def test_without_a_compiler_it_says_so_once_and_computes(broken, tmp_path, monkeypatch, make_weights, assert_agrees):
+@pytest.mark.parametrize("compiler", ["none", "broken", "/no/such/c++"])
+def test_without_a_compiler_it_says_so_once_and_computes(compiler, tmp_path, monkeypatch, make_weights, assert_agrees):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
-    if broken:
-        monkeypatch.setenv("CXX", str(broken_compiler(tmp_path)))
-        monkeypatch.setenv("PATH", "/bin:/usr/bin")
-    else:
+    broken = compiler == "broken"
+    if compiler == "none":
         monkeypatch.delenv("CXX", raising=False)
+    else:  # what CXX names is taken or nothing is
+        monkeypatch.setenv("CXX", str(broken_compiler(tmp_path)) if broken else compiler)
+        monkeypatch.setenv("PATH", "/bin:/usr/bin")
     cpu_ffn.library.cache_clear()
     x_ND, mask_NE, weights = case(make_weights)
     try:
-        message = "cannot find iostream" if broken else "no C\\+\\+ compiler found"
+        message = {"none": "no C\\+\\+ compiler found", "broken": "cannot find iostream"}.get(
+            compiler, "which CXX names"
+        )
         with pytest.warns(UserWarning, match=f"(?s){message}.*a small part of the speed-up remains.*CXX"):
             actual = run_cpu(x_ND, mask_NE, weights)
         assert_agrees(actual, run_reference(x_ND, mask_NE, weights))
@@ -111,6 +114,13 @@ def test_without_a_compiler_it_says_so_once_and_computes(broken, tmp_path, monke
     finally:
         cpu_ffn.library.cache_clear()
     assert list((tmp_path / "lte-lightning").iterdir() if broken else []) == []
+
+
+def test_the_compiler_may_have_arguments(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", "c++ -DLTE_TEST=1")
+    cpu_ffn.build("portable")
+    assert len(list((tmp_path / "lte-lightning").glob("*.so"))) == 1
 
 
 def test_torch_compile_traces_it_whole(make_weights, assert_agrees):
