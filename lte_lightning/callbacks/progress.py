@@ -51,11 +51,15 @@ class EpochLines(Callback):
         loss = trainer.callback_metrics.get("train/loss")
         parts = [] if loss is None else [f"loss {loss:.4f}"]
         for view in VIEWS[pl_module.stage]:
-            found = pl_module.measured.get(view, {})
-            figures = [f"{key} {value:.4f}" for key, value in found.items() if isinstance(value, float)]
-            parts.append(f"{view}: {', '.join(figures)}")
+            parts.append(f"{view}: {said(pl_module.measured.get(view, {}))}")
         name = _epoch_name(_schedule(trainer), trainer.current_epoch)
         print(f"{name}: {'; '.join(parts)} ({time.perf_counter() - self._began:.0f} s)", flush=True)
+
+
+def said(found: dict[str, Any]) -> str:
+    """Returns a view's figures for a line; one that is undefined (a correlation of constants) has no number."""
+    values = {key: value for key, value in found.items() if value is None or isinstance(value, float)}
+    return ", ".join(f"{key} {'undefined' if value is None else f'{value:.4f}'}" for key, value in values.items())
 
 
 def _schedule(trainer: Trainer) -> StageSchedule | None:
