@@ -136,3 +136,24 @@ def differences(value: Any, expected: Any, rtol: float, atol: float, where: str 
             [] if type(value) is type(expected) and value == expected else [f"{where}: {value!r}, golden {expected!r}"]
         )
     return [line for name, mine, theirs in pairs for line in differences(mine, theirs, rtol, atol, name)]
+
+
+@pytest.fixture
+def harness_task(tmp_path) -> Callable[..., dict[str, Any]]:
+    """`harness_task(rows, metric, ...)`: a task of the lm-evaluation-harness on rows of question, choices, answer."""
+
+    def make(rows: list[dict[str, Any]], *metrics: str) -> dict[str, Any]:
+        (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return {
+            "task": "meals",
+            "dataset_path": "json",
+            "dataset_kwargs": {"data_files": {"test": str(tmp_path / "questions.jsonl")}},
+            "test_split": "test",
+            "output_type": "multiple_choice",
+            "doc_to_text": "{{question}}",
+            "doc_to_choice": "{{choices}}",
+            "doc_to_target": "answer",
+            "metric_list": [{"metric": metric} for metric in metrics],
+        }
+
+    return make

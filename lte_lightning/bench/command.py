@@ -101,11 +101,11 @@ def run(options: argparse.Namespace) -> "list[Figure]":
         raise UserError(f"--picture is {options.picture}; its name must end in {', '.join(PICTURES)}")
     if options.csv and options.csv.suffix in PICTURES:
         raise UserError(f"--csv is {options.csv}, a picture's name; the picture is --picture's")
-    if options.mlflow:
-        _begin_mlflow(options.mlflow)
     device = find_device(options.device)
     if options.clock == "cpu" and (options.threads != 1 or device.type != "cpu"):
         raise UserError("--clock cpu sees one thread of the CPU only: add --threads 1 --device cpu")
+    if options.mlflow:
+        _begin_mlflow(options.mlflow)
     figures: list[Figure] = []
     clock = CLOCKS[options.clock]
     cores: Sequence[int] = ()

@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 
+from lte_lightning.bench.command import counted
 from lte_lightning.bench.measure import Figure
 
 COLUMNS = 4  # panels side by side; more are not legible
@@ -30,9 +31,7 @@ def draw(figures: list[Figure], path: Path) -> None:
         axes.set_yscale("log", base=2)
         axes.yaxis.set_major_formatter("{x:g}x")
         axes.set_xlabel("sparsity")
-        axes.set_title(
-            f"{group[0].shape} {scope}, {phase}\n{dtype}, {tokens} token{'s' * (tokens > 1)}", fontsize="medium"
-        )
+        axes.set_title(f"{group[0].shape} {scope}, {phase}\n{dtype}, {counted(tokens, 'token')}", fontsize="medium")
         axes.legend(fontsize="small")
     for axes in all_axes[::columns]:
         axes.set_ylabel("times as fast as dense")

@@ -10,10 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers import AutoModel, LlamaConfig, PreTrainedConfig, PreTrainedModel, RobertaConfig
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-)
 
 from lte_lightning.bench.machine import cache_bytes
 from lte_lightning.core.checkpoint import from_pretrained, is_lte, read_lte_config
@@ -21,6 +17,7 @@ from lte_lightning.core.config import LteConfig
 from lte_lightning.core.convert import convert, expert_ffns, restore, set_mode
 from lte_lightning.core.errors import UserError
 from lte_lightning.core.expert_ffn import ExpertFfn
+from lte_lightning.core.families import EXAMPLES
 from lte_lightning.core.ffn import find_layers, find_parts, find_row
 from lte_lightning.core.sparse import route, set_backend
 from lte_lightning.kernels.dispatch import Backend
@@ -95,11 +92,10 @@ class Subject:
     @property
     def is_decoder(self) -> bool:
         """Whether it generates token by token."""
-        if self.dense.config.is_encoder_decoder:
+        kind, _ = EXAMPLES[self.dense.config.model_type]
+        if kind == "encoder-decoder":
             return False  # its two stacks are measured at once
-        kind = self.dense.config.model_type
-        only_decodes = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
-        return only_decodes or bool(getattr(self.dense.config, "is_decoder", False))
+        return kind == "decoder" or bool(getattr(self.dense.config, "is_decoder", False))
 
     @property
     def longest(self) -> float:

@@ -73,7 +73,6 @@ class Recorder(Callback):
         self.folder: Path | None = None
         self.run_id: str | None = None
         self._fresh = False
-        self.results: dict[str, Any] | None = None
         self.table: Table | None = None
         self.written: Path | None = None
 
@@ -200,17 +199,17 @@ class Recorder(Callback):
 
     def _export(self, trainer: Trainer, module: LightningModule) -> None:
         module.before_export()
-        self.results = make_results(trainer, module, self.floor["floor"] if self.floor else None)
+        results = make_results(trainer, module, self.floor["floor"] if self.floor else None)
         about = {"stage": module.stage, "measured": module.measured}
         save_pretrained(module.net, self.folder / "model", about)
         tokenizer = getattr(trainer.datamodule, "tokenizer", None)
         if hasattr(tokenizer, "save_pretrained"):
             tokenizer.save_pretrained(self.folder / "model")
         if self.latency_rows and module.stage != "dense":
-            self.results |= measure_latency(self.folder / "model", trainer, self.latency_rows, module.backend)
-        self.table = results_table(self.results)
+            results |= measure_latency(self.folder / "model", trainer, self.latency_rows, module.backend)
+        self.table = results_table(results)
         self.written = self.folder / "results.json"
-        write_json(self.written, self.results)
+        write_json(self.written, results)
         files = [self.written]
         views = module.measured.get("hard") or module.measured.get("hard_before")
         if views:
@@ -220,8 +219,8 @@ class Recorder(Callback):
         if logger := mlflow_of(trainer):
             for path in files:
                 logger.experiment.log_artifact(logger.run_id, str(path))
-            scalars = {k: v for k, v in self.results.items() if type(v) in (int, float) and k != "seed"}
-            union = self.results["union_sparsity"] or {}
+            scalars = {k: v for k, v in results.items() if type(v) in (int, float) and k != "seed"}
+            union = results["union_sparsity"] or {}
             scalars |= {f"union_sparsity_{size}": share for size, share in union.items()}
             logger.log_metrics({f"results/{key}": float(value) for key, value in scalars.items()})
 

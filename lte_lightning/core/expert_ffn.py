@@ -77,10 +77,8 @@ class ExpertFfn(nn.Module):
         given_BTD = (x_BTD, x_BTD)
         # scores that nobody asks for are not made where the device can go straight to the mask
         skips = self.mode == "hard" and self.backend != "dense-mask"
-        mask_BTE = route(self, self.selector, x_BTD) if skips and self.recorder is None else None
-        if mask_BTE is not None:
-            factor_BTE = mask_BTE
-        else:
+        factor_BTE = route(self, self.selector, x_BTD) if skips and self.recorder is None else None
+        if factor_BTE is None:
             if self.selector.reads != "input":  # the selection needs what it is to save
                 given_BTD = self.selector.thin(x_BTD) if self.mode == "hard" else given_BTD
                 gate_BTF, hidden_BTF = self._activations(*given_BTD)

@@ -10,7 +10,7 @@ from transformers.models.bloom.modeling_bloom import BloomGelu
 from transformers.pytorch_utils import Conv1D
 
 from lte_lightning.core.errors import UserError
-from lte_lightning.core.ffn import Projection, weight_rows
+from lte_lightning.core.ffn import Projection
 from lte_lightning.kernels.dispatch import BACKENDS, Backend, Choice, choose, run_experts, run_router, say_once
 from lte_lightning.kernels.layout import ExpertWeights
 from lte_lightning.selection import Router, Selector
@@ -80,8 +80,7 @@ def lay_out(ffn: "ExpertFfn", by_neuron: bool) -> None:
     for projection, rows_are_neurons in ((ffn.up, True), (ffn.gate, True), (ffn.down, False)):
         if projection is None:
             continue
-        # a Linear's down [D, F] and a Conv1D's up are transposed
-        transposed = by_neuron and isinstance(projection, Conv1D) == rows_are_neurons
+        transposed = by_neuron and _is_transposed(projection, rows_are_neurons)
         weight = projection.weight.data
         wanted = weight.T if transposed else weight
         if wanted.is_contiguous():
@@ -92,9 +91,9 @@ def lay_out(ffn: "ExpertFfn", by_neuron: bool) -> None:
         projection.weight.data = stored.T if transposed else stored
 
 
-def _by_neuron(projection: Projection, rows_are_neurons: bool) -> torch.Tensor:
-    """A projection's weight [F, D], a row per neuron (a view)."""
-    return weight_rows(projection) if rows_are_neurons else weight_rows(projection).T
+def _is_transposed(projection: Projection, rows_are_neurons: bool) -> bool:
+    """Says whether a row of the weight is no neuron: a Linear's down [D, F], a Conv1D's up."""
+    return isinstance(projection, Conv1D) == rows_are_neurons
 
 
 def expert_weights(ffn: "ExpertFfn") -> ExpertWeights:
@@ -109,7 +108,8 @@ def expert_weights(ffn: "ExpertFfn") -> ExpertWeights:
     E, S = ffn.experts, ffn.expert_size
 
     def by_expert(projection: Projection, rows_are_neurons: bool = True) -> torch.Tensor:
-        rows_FD = _by_neuron(projection, rows_are_neurons)
+        weight = projection.weight
+        rows_FD = weight.T if _is_transposed(projection, rows_are_neurons) else weight
         if not rows_FD.is_contiguous():
             raise UserError("the weights were replaced after set_backend(); call it again")
         return rows_FD.view(E, S, -1)

@@ -10,6 +10,7 @@ import numpy as np
 from datasets import Dataset, load_dataset
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
@@ -189,6 +190,11 @@ class TextData(LightningDataModule):
         order = np.random.default_rng(self.seed).permutation(len(rows))
         chosen = order[held_out:][: self.train_rows]
         return rows.select(np.sort(chosen)), rows.select(np.sort(order[:held_out]))
+
+    def _skip(self, what: str, rows: int, skipped: int, why: str) -> None:
+        if skipped:
+            self.skipped[what] = skipped
+            rank_zero_warn(f"{skipped} of {rows} rows for {what} are left out: {why}")
 
     def _name(self, split: str) -> str:
         return f"{self.task}/{split} from {self.source}"

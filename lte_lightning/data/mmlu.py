@@ -131,11 +131,6 @@ class MmluData(TextData):
             rank_zero_warn(f"{fewer}, to fit max_length, {self.max_length} tokens")
         return [Dataset.from_list(prompts)]
 
-    def _skip(self, what: str, rows: int, skipped: int, why: str) -> None:
-        if skipped:
-            self.skipped[what] = skipped
-            rank_zero_warn(f"{skipped} of {rows} rows for {what} are left out: {why}")
-
     def _examples(self) -> dict[str, list[str]]:
         if not self.shots:
             return {}

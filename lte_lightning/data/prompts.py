@@ -242,11 +242,6 @@ class PromptData(StreamingData):
                 "what lies beyond: raise max_length"
             )
 
-    def _skip(self, what: str, rows: int, skipped: int, why: str) -> None:
-        if skipped:
-            self.skipped[what] = skipped
-            rank_zero_warn(f"{skipped} of {rows} rows for {what} are left out: {why}")
-
     def _prompts(self, rows: Dataset, role: str) -> Dataset:
         prompts, too_long = self._fitting(rows, answered=role != "predict")
         if not prompts:

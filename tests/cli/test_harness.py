@@ -22,24 +22,12 @@ def sparse(tiny_lm, tmp_path_factory):
 
 
 @pytest.mark.filterwarnings("ignore")  # what the harness and its own dependencies warn of
-def test_own_tasks_and_unknown_ones(sparse, lightning, tmp_path):
+def test_own_tasks_and_unknown_ones(sparse, lightning, harness_task, tmp_path):
     pytest.importorskip("lm_eval", reason='needs the extra "harness": pip install "lte-lightning[harness]"')
-    rows = [{"q": "the cat eats", "c": [" a fish", " the dog"], "a": i % 2} for i in range(4)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = [{"question": "the cat eats", "choices": [" a fish", " the dog"], "answer": i % 2} for i in range(4)]
     own = tmp_path / "own"
     own.mkdir()
-    task = {
-        "task": "meals",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}},
-        "test_split": "test",
-        "output_type": "multiple_choice",
-        "doc_to_text": "{{q}}",
-        "doc_to_choice": "{{c}}",
-        "doc_to_target": "a",
-        "metric_list": [{"metric": "acc"}],
-    }
-    (own / "meals.yaml").write_text(yaml.safe_dump(task))
+    (own / "meals.yaml").write_text(yaml.safe_dump(harness_task(rows, "acc")))
     common = ("--model", sparse, "--include", own, "--limit", 3)
     outcome = lightning(tmp_path, None, "harness", *common, "--tasks", "meals", "--out", "figures.json")
     assert outcome.code == 0, outcome.err

@@ -1,6 +1,5 @@
 import builtins
 import copy
-import json
 
 import pytest
 import torch
@@ -32,25 +31,14 @@ class Spy(TorchDispatchMode):
 
 
 @pytest.fixture
-def figures(make_lm_tokenizer, tmp_path):
+def figures(make_lm_tokenizer, harness_task):
     """`figures(model)`: what the harness finds on six questions; the Brier score tells likelihoods apart."""
     pytest.importorskip("lm_eval", reason='needs the extra "harness": pip install "lte-lightning[harness]"')
     # without the harness's own thousands of tasks, whose files it would read first
     tasks = pytest.importorskip("lm_eval.tasks")
     rows = [{"question": f"{text} eats", "choices": [" a cat", " a fish", " the dog"], "answer": i % 3} for i, text in
             enumerate(["the cat", "the dog", "the owl", "a fish", "a bird", "the cow"])]  # fmt: skip
-    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    task = {
-        "task": "meals",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "test.jsonl")}},
-        "test_split": "test",
-        "output_type": "multiple_choice",
-        "doc_to_text": "{{question}}",
-        "doc_to_choice": "{{choices}}",
-        "doc_to_target": "answer",
-        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}, {"metric": "brier_score"}],
-    }
+    task = harness_task(rows, "acc", "acc_norm", "brier_score")
     tokenizer = make_lm_tokenizer(pad_token="<unk>")
     options = {"bootstrap_iters": 10, "task_manager": tasks.TaskManager(include_defaults=False)}
 
