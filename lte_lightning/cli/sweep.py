@@ -30,7 +30,7 @@ def main(args: list[str]) -> None:
     """
     given, rest = _parser().parse_known_args(args)
     extra = _extra(rest)
-    sweep = read_sweep(given.sweep, extra, given.seeds)
+    sweep = read_sweep(given.sweep, extra, _seeds(given.seeds))
     folder = SweepFolder(given.folder or Path("runs") / f"sweep-{sweep.path.stem}")
     points = _chosen(sweep.points(), given.only)
     if given.dry_run:
@@ -115,8 +115,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--workers", type=int, help="fits at a time (default: 1, or all that a Ray cluster has room for)"
     )
-    parser.add_argument("--seeds", type=_whole_numbers, help="instead of the file's: 0,1,2")
-    parser.add_argument("--only", action="append", help="run these variants alone, or points whose name begins so")
+    parser.add_argument("--seeds", help="instead of the file's: 0,1,2")
+    parser.add_argument(
+        "--only", action="append", help="run this variant alone, or points whose name begins so; may be repeated"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the commands, run nothing")
     parser.add_argument("--ray-address", help="run on a Ray cluster: host:port, auto, or local for one of this machine")
     parser.add_argument("--cpus", type=int, default=1, help="cores per fit on Ray (default: 1)")
@@ -124,8 +126,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _whole_numbers(text: str) -> list[int]:
-    return [int(word) for word in text.split(",")]
+def _seeds(text: str | None) -> list[int] | None:
+    try:
+        return None if text is None else [int(word) for word in text.split(",")]
+    except ValueError:
+        raise UserError(f"--seeds is {text!r}; give whole numbers, such as 0,1,2") from None
 
 
 def _extra(words: list[str]) -> dict[str, Any]:
@@ -149,7 +154,9 @@ def _extra(words: list[str]) -> dict[str, Any]:
 def _chosen(points: list[Point], only: list[str] | None) -> list[Point]:
     if not only:
         return points
-    mine = [p for p in points if p.role == "point" and (p.variant in only or p.name.startswith(tuple(only)))]
+    variants = {point.variant for point in points}
+    begins = tuple(name for name in only if name not in variants)
+    mine = [p for p in points if p.role == "point" and (p.variant in only or p.name.startswith(begins))]
     if not mine:
         known = sorted({point.variant or point.name for point in points if point.role == "point"})
         raise UserError(f"no point is called {' or '.join(only)}; there are {', '.join(known)}")

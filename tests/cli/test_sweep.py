@@ -90,6 +90,7 @@ def test_points_that_cannot_be_are_found_before_any_is_run(sweep_file, sweep, tm
         (["--data.source"], "--data.source has no value"),
         (["--run.root", "x"], "the command line sets run.root; the sweep sets it itself"),
         (["--only", "nobody"], "no point is called nobody; there are fit-s0"),
+        (["--seeds", "0,x"], "--seeds is '0,x'; give whole numbers, such as 0,1,2"),
         (["--workers", "0"], "workers is 0; it must be at least 1"),
     ],
 )
@@ -129,6 +130,14 @@ def test_a_dry_run_prints_the_commands_and_leaves_nothing(sweep_file, sweep, tmp
     assert all(" --data.batch_size 4 " in line for line in lines)
     assert lines[-1].startswith(f"lightning fit --config {tmp_path}/tiny.yaml --seed_everything 1 --{ETA} 0.5")
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_variant_does_not_bring_those_whose_names_begin_alike(sweep_file, sweep):
+    file = sweep_file(variants={"gate": {}, "gated, too": {}, "other": {}})
+    outcome = sweep(file, "--dry-run", "--only", "gate", "--only", "oth")
+    assert outcome.code == 0, outcome.err
+    names = [line.split("-")[0] for line in outcome.out.splitlines() if line.startswith("# ")]
+    assert names == ["# gate", "# other"]
 
 
 def test_the_sweep_itself_needs_no_lightning(sweep_file):
