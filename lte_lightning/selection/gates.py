@@ -16,7 +16,7 @@ class Gates(Ranking):
 
     The gates scale in hard mode too, as in both originals. They learn with the task in the router stage, where there
     is a balance loss besides; from then on they are frozen, and neither noise nor dropout disturbs them. Charged D * E
-    multiply-adds per token, like LTE's router.
+    multiply-adds per token, like LTE's router. No oracle.
     """
 
     scales = True
@@ -65,7 +65,9 @@ class NoisySoftmax(Gates):
 
     Gates are the softmax over the k largest of ``x W_g + softplus(x W_noise) * N(0, 1)``, and sum to 1; the noise is
     there only while the gates learn. Both matrices start at zero. The balance loss is the original's importance loss,
-    the squared coefficient of variation of the experts' summed gates, at its weight of 0.1. Its load loss, which for
+    the squared coefficient of variation of the experts' summed gates, at its weight of 0.1. With gates around 1/k a
+    dense model's experts are scaled down to nearly nothing from the first step: the failure that the paper describes.
+    The load loss, which for
     the same purpose estimates how many tokens each expert gets, is left out: the authors found that either does.
     """
 

@@ -30,7 +30,9 @@ class KeepLargest(Magnitude):
 class Cats(Magnitude):
     """CATS (Lee et al. 2024): a threshold on the |activated gate|, one per layer, calibrated on training rows.
 
-    Charged the gate projection (of a plain FFN: the up projection) whole, since every neuron's is computed.
+    Charged the gate projection (of a plain FFN: the up projection) whole, since every neuron's is computed. No oracle:
+    what it reads it has paid for. Each layer's level is calibrated behind layers that are sparse already, or the
+    sparsity that is asked for would be missed; the authors calibrate on the dense model.
     """
 
     rule = "level"
@@ -44,7 +46,7 @@ class Cats(Magnitude):
 class Narrow(Magnitude):
     """A narrower dense FFN: for every token the experts whose activations are largest on average on training rows.
 
-    The honest alternative to any selection per token, with nothing to be charged for.
+    The honest alternative to any selection per token, with nothing to be charged for. No oracle.
     """
 
     rule = "fixed"
@@ -54,7 +56,7 @@ class Narrow(Magnitude):
 class RandomRouter(Ranking):
     """Routers that are never trained (the paper's figure 12): the top experts of a random linear map.
 
-    Charged D * E multiply-adds, like LTE's.
+    Charged D * E multiply-adds, like LTE's. No oracle.
     """
 
     weight: torch.Tensor

@@ -6,7 +6,7 @@ from lte_lightning.selection.ranking import Ranking
 
 
 class NoExperts(Ranking):
-    """Scores every expert 0, so that in hard mode the FFN is its output bias; it is charged nothing.
+    """Scores every expert 0, so that in hard mode the FFN is its output bias; it is charged nothing. No oracle.
 
     A task on which a model adapted like this loses little says little about any way to select experts.
     """

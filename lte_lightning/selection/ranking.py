@@ -11,8 +11,9 @@ class Ranking(Selector):
     """Keeps the most important experts; a subclass says how important each is.
 
     The rule ``top`` keeps the same number for every token. ``level`` keeps those above a level of the layer, which
-    `calibrate` sets to a quantile seen on training rows; before that every expert runs. ``fixed`` keeps for all tokens
-    those that are most important on average over training rows.
+    `calibrate` sets to a quantile seen on training rows; ``common`` those above one level of all layers, which
+    ``core/calibrate.py`` looks for; before that every expert runs. ``fixed`` keeps for all tokens those that are most
+    important on average over training rows.
 
     Args:
         shape: The FFN's sizes.
@@ -20,7 +21,7 @@ class Ranking(Selector):
         generator: Source of initial weights.
     """
 
-    rule: ClassVar[Literal["top", "level", "fixed"]] = "top"
+    rule: ClassVar[Literal["top", "level", "common", "fixed"]] = "top"
     level: torch.Tensor
     chosen_E: torch.Tensor
 
@@ -29,7 +30,7 @@ class Ranking(Selector):
         self.shape = shape
         self.sparsity = sparsity
         self.keep = round((1.0 - sparsity) * shape.experts)
-        if self.rule == "level":
+        if self.rule in ("level", "common"):
             self.register_buffer("level", torch.tensor(-torch.inf))
         elif self.rule == "fixed":
             self.register_buffer("chosen_E", torch.ones(shape.experts))
@@ -43,7 +44,7 @@ class Ranking(Selector):
         if self.rule == "fixed":
             return self.chosen_E.float().expand(*given.shape[:-1], -1)
         importance = self.importance(given)
-        if self.rule == "level":
+        if self.rule in ("level", "common"):
             return (importance > self.level).float()
         best = importance.topk(self.keep, dim=-1).indices
         return torch.zeros_like(importance).scatter_(-1, best, 1.0)

@@ -11,7 +11,7 @@ from lte_lightning.selection.base import Selector
 class Router(Selector):
     """Scores each expert by ``sigmoid(x W_g + b)`` (equation 1 of the paper, plus a bias).
 
-    Charged D * E multiply-adds per token, about 1 % of the FFN.
+    Charged D * E multiply-adds per token, about 1 % of the FFN. No oracle.
 
     The paper states no initialisation. Here the weights are drawn from N(0, scale^2 / D), so that inputs of unit root
     mean square give logits of standard deviation ``scale``; the bias starts at ``logit(threshold) + margin``, so that

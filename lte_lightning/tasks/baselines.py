@@ -7,14 +7,13 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from lte_lightning.core.calibrate import calibrate, needs_calibration
 from lte_lightning.core.convert import groups_by_activation
 from lte_lightning.core.errors import UserError
 from lte_lightning.core.observe import (
-    calibrate,
     imitates,
     imitation_loss,
     learns_with_task,
-    needs_calibration,
     neuron_activations,
     rankings,
 )
@@ -23,6 +22,7 @@ from lte_lightning.tasks.evaluation import MeasuredModule, Stage, json_value
 # Calibrated on, or grouped by, so many tokens of the training rows; their neurons' importance is held in memory, a
 # layer's 4 * F bytes each (of TEAL the input, 4 * D; to group by, 2 * F).
 CALIBRATION_TOKENS = 4096
+ROWS_APART = 4  # one row of so many is looked at
 
 
 def check_baseline(module: MeasuredModule, stages: Sequence[Stage]) -> None:
@@ -49,8 +49,11 @@ def check_baseline(module: MeasuredModule, stages: Sequence[Stage]) -> None:
 
 
 def imitate(module: MeasuredModule, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Returns the loss of predictors on what the dense model does with a batch; the stage's mode is kept."""
+    """Returns the loss of predictors on what the dense model does with a batch, without dropout, as it will be used."""
+    was_training = module.net.training
+    module.net.eval()
     loss = imitation_loss(module.net, lambda: module.run_model(batch), *module.token_masks(batch))
+    module.net.train(was_training)
     module.apply_stage()
     return loss
 
@@ -91,8 +94,9 @@ def prepare_choice(module: MeasuredModule) -> None:
 
 
 def _runs(module: MeasuredModule) -> Iterator[tuple[Callable[[], object], tuple[torch.Tensor, ...]]]:
+    """A part of each batch: batches are of rows alike in length, and a few of them are no sample."""
     for batch in module.trainer.datamodule.train_dataloader():
-        here = _moved(module, batch)
+        here = _moved(module, {key: value[::ROWS_APART] for key, value in batch.items()})
         yield lambda here=here: module.run_model(here), module.token_masks(here)
 
 

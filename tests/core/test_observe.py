@@ -1,11 +1,12 @@
 import pytest
 import torch
 
+from lte_lightning.core.calibrate import calibrate
 from lte_lightning.core.config import LteConfig
 from lte_lightning.core.convert import convert, expert_ffns, group_experts
 from lte_lightning.core.errors import UserError
 from lte_lightning.core.grouping import group_neurons
-from lte_lightning.core.observe import calibrate, imitation_loss, neuron_activations, observe
+from lte_lightning.core.observe import imitation_loss, neuron_activations, observe
 
 
 def inputs_of(model):

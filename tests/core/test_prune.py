@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from lte_lightning import LteConfig, RouterTrace, convert, restore, set_mode
+from lte_lightning.core.calibrate import calibrate
 from lte_lightning.core.convert import expert_ffns
 from lte_lightning.core.cost import flops_per_token, token_cost
 from lte_lightning.core.errors import UserError
 from lte_lightning.core.ffn import Projection, find_layers, weight_rows
-from lte_lightning.core.observe import calibrate
 from lte_lightning.core.prune import hold_zeros, least_important
 
 FAMILIES = ["bert", "llama-biases-gqa-tied", "gpt2", "opt", "phi3", "modernbert"]

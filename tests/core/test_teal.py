@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from lte_lightning import LteConfig, RouterTrace, convert, set_mode
+from lte_lightning.core.calibrate import calibrate
 from lte_lightning.core.convert import expert_ffns
 from lte_lightning.core.cost import flops_per_token
 from lte_lightning.core.ffn import weight_rows
-from lte_lightning.core.observe import calibrate
 from lte_lightning.selection.teal import STEP
 
 FAMILIES = ["bert", "llama-biases-gqa-tied", "gpt2", "opt", "modernbert"]
