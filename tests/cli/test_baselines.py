@@ -29,7 +29,7 @@ def test_a_baseline_reaches_the_sparsity_it_is_asked_for(name, dense, tiny, ligh
     assert fit.code == 0, fit.err
     results = fit.results
     exact = name not in ("cats", "d2dmoe", "teal")  # a level is met on average, on rows that adapt to it
-    assert results["sparsity_before"] == pytest.approx(0.5, abs=1e-6 if exact else 0.2)
+    assert results["sparsity_before"] == pytest.approx(0.5, abs=1e-6 if exact else 0.03)
     assert results["hard_before"] is not None
     assert results["hard"] is not None
     saved = from_pretrained(fit.run / "model")
