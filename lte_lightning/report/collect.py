@@ -1,6 +1,5 @@
 """Reads what a report is made of: runs, the sweeps that they belong to, and benchmarks."""
 
-import csv
 import json
 import statistics
 from collections.abc import Callable, Iterable, Sequence
@@ -11,11 +10,11 @@ from typing import Any
 import yaml
 
 from lte_lightning.core.errors import UserError
+from lte_lightning.report.bench import read_bench
 from lte_lightning.sweep.folder import SWEEP_FILE, SweepFolder, read_sweep_file
 from lte_lightning.sweep.table import better, read_results, read_run_file
 
 SELECTORS = {"router": "LTE", "none": "floor", "kla": "KLA (oracle)", "dejavu": "Deja Vu"}
-BENCH = {"shape", "scope", "phase", "tokens", "sparsity", "backend", "ms", "dense_ms", "ratio", "bound"}
 # What tells runs apart without being a choice of theirs
 NO_PARAMETER = ("run.", "seed_everything", "ckpt_path", "model.init_args.init_from", "trainer.logger")
 
@@ -32,6 +31,8 @@ class Run:
         results: Its ``results.json``.
         histogram: How many scores of each layer fell in each bin of [0, 1]; empty if there were none.
         command: The command that ran it.
+        options: Its configuration, flat; empty in a sweep.
+        lte: The ``lte`` part of its model's configuration, empty for a dense model.
     """
 
     folder: Path
@@ -42,6 +43,7 @@ class Run:
     histogram: list[list[int]]
     command: str
     options: dict[str, Any] = field(default_factory=dict)
+    lte: dict[str, Any] = field(default_factory=dict)
 
     @property
     def sparsity(self) -> float:
@@ -133,11 +135,14 @@ def collect(sources: Iterable[str | Path], bench: Iterable[str | Path] = ()) -> 
         runs = [file.parent for file in files if (file.parent / "run.json").exists()]
         if not runs:
             raise UserError(f"{source} holds no finished run (a folder with run.json and results.json)")
+        # as the sweep's file has them: run folders are named at random
+        order = {name: i for i, name in enumerate(about)}
+        runs.sort(key=lambda run: order.get(read_run_file(run).get("name") or "", len(order)))
         material.runs += [_run(run, about) for run in runs if run not in seen]
         seen |= set(runs)
     _tell_apart([run for run in material.runs if run.role == "point" and run.options])
     for file in bench:
-        material.bench += _bench(Path(file))
+        material.bench += read_bench(Path(file))
     return material
 
 
@@ -146,7 +151,9 @@ def _sweep(path: Path, material: Material) -> dict[str, dict[str, Any]]:
     sweep, folder = read_sweep_file(path / SWEEP_FILE), SweepFolder(path)
     if sweep.get("text"):
         material.about.append(sweep["text"])
-    names = list(dict.fromkeys([*sweep.get("planned", []), *(file.stem for file in folder.points.glob("*.json"))]))
+    names = list(
+        dict.fromkeys([*sweep.get("planned", []), *sorted(file.stem for file in folder.points.glob("*.json"))])
+    )
     attempts = folder.attempts()
     for name in names:
         if folder.finished(name, attempts) is None:
@@ -176,6 +183,7 @@ def _run(folder: Path, points: dict[str, dict[str, Any]]) -> Run:
         histogram=views.get("score_histogram", []),
         command=point.get("command") or f"lightning fit --config {folder}/config.yaml",
         options={} if point else _options(folder / "config.yaml"),
+        lte=model.get("lte", {}),
     )
 
 
@@ -210,18 +218,3 @@ def _tell_apart(runs: Sequence[Run]) -> None:
         names = {key for other in same for key in other.options}
         differing = [key for key in names if len({repr(other.options.get(key)) for other in same}) > 1]
         run.parameters = {key: run.options.get(key) for key in sorted(differing)}
-
-
-def _bench(file: Path) -> list[dict[str, Any]]:
-    numbers = {"tokens", "sparsity", "ms", "dense_ms", "ratio", "bound"}
-    try:
-        with file.open(newline="") as lines:
-            reader = csv.DictReader(lines)
-            if missing := BENCH - set(reader.fieldnames or []):
-                raise UserError(f"{file} is no CSV file of lte bench: it has no column {', '.join(sorted(missing))}")
-            rows = list(reader)
-        return [row | {key: float(row[key]) if row[key] else None for key in numbers} for row in rows]
-    except (OSError, ValueError, TypeError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"cannot read the benchmark {file}: {error}") from error

@@ -62,15 +62,15 @@ def test_the_page_is_whole_and_needs_nothing_from_outside(page):
     assert not re.search(r"https?://|@import|url\(|<script", text)
     images = [attrs for tag, attrs in reader.found if tag == "img"]
     sources = [attrs for tag, attrs in reader.found if tag == "source"]
-    assert len(images) == len(sources) == len(list(page.glob("*.png"))) == 6
+    assert len(images) == len(sources) == len(list(page.glob("*.png"))) == 7
     assert all(attrs["alt"] for attrs in images)
     for attrs in [*images, *sources]:
         png = base64.b64decode((attrs.get("src") or attrs["srcset"]).removeprefix("data:image/png;base64,"))
         assert png.startswith(b"\x89PNG")
-        assert struct.unpack(">II", png[16:24])[0] == 780
-    assert len({attrs["src"] for attrs in images} | {attrs["srcset"] for attrs in sources}) == 12
+        assert struct.unpack(">II", png[16:24])[0] == 840
+    assert len({attrs["src"] for attrs in images} | {attrs["srcset"] for attrs in sources}) == 14
     assert {file.name for file in page.iterdir()} == {
-        *("index.html", "quality-sst2.png", "span-sst2.png", "layers-sst2.png", "scores-sst2.png"),
+        *("index.html", "quality-sst2.png", "flops-sst2.png", "span-sst2.png", "layers-sst2.png", "scores-sst2.png"),
         *("latency-0.png", "latency-1.png"),
     }
 
@@ -212,10 +212,10 @@ def test_union_sparsity_is_drawn_where_it_was_measured(swept, tmp_path):
     assert "Union sparsity against batch size was not measured" not in (tmp_path / "out" / "index.html").read_text()
 
 
-def test_bad_input(swept, tmp_path, bench_csv):
-    def refused(message, *sources, bench=()):
+def test_bad_input(swept, tmp_path):
+    def refused(message, *sources):
         with pytest.raises(UserError, match=message):
-            collect(sources, bench)
+            collect(sources)
 
     refused("there is no folder nowhere", "nowhere")
     (tmp_path / "empty").mkdir()
@@ -232,16 +232,6 @@ def test_bad_input(swept, tmp_path, bench_csv):
     refused("results.json is damaged, or was written by another version", folder)
     (folder / "sweep.json").write_text("{}")
     refused("sweep.json has layout None, this lte-lightning reads 1", folder)
-    (tmp_path / "wrong.csv").write_text("a,b\n1,2\n")
-    refused(
-        "wrong.csv is no CSV file of lte bench: it has no column backend, bound", swept, bench=[tmp_path / "wrong.csv"]
-    )
-    (tmp_path / "words.csv").write_text(bench_csv.read_text().replace(",0.5,cpu", ",half,cpu", 1))
-    refused(
-        "cannot read the benchmark .*words.csv: could not convert string to float: 'half'",
-        swept,
-        bench=[tmp_path / "words.csv"],
-    )
 
 
 @pytest.mark.parametrize(
