@@ -15,7 +15,6 @@ from matplotlib.lines import Line2D
 from lte_lightning.report.bench import title
 from lte_lightning.report.collect import Material, Run, Setting
 from lte_lightning.report.style import DARK, KNOWN, LEVEL, LIGHT, Style
-from lte_lightning.sweep.table import better
 
 # Inches and points: on a phone, where a picture is 358 px wide, letters are 11.8 px high
 WIDTH, LETTERS, DPI = 4.2, 10, 200

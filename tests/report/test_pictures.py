@@ -105,7 +105,9 @@ def test_quality_of_fifteen_methods(by_flops, material):
         np.testing.assert_allclose(line.get_xdata(), 100 * sparsities)
         np.testing.assert_allclose(line.get_ydata(), expected)
     # what is dense already is a level, and stretches no axis
-    assert (axes.get_xlim()[0] > 30) and (axes.get_xlim()[1] < 95)
+    left, right = axes.get_xlim()
+    assert left > 30
+    assert right < 95
     levels = {line.get_linestyle(): line.get_ydata()[0] for line in axes.lines if list(line.get_xdata()) == [0, 1]}
     assert levels == pytest.approx({"--": 0.91, ":": 0.61, "-.": 0.91})  # dense, the floor, dense trained on
     # 13 methods at 4 sparsities and one at a single one have a range; dense, trained on has none
