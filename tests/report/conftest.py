@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from lte_lightning.sweep.folder import LAYOUT
 
@@ -16,6 +17,7 @@ METHODS = {
     "TEAL": lambda s: DENSE - 0.3 * s**3,
     "<b>KLA & Co.</b>": lambda s: DENSE - 0.1 * s**2,
 }
+SELECTORS = {"LTE": "router", "TEAL": "teal", "<b>KLA & Co.</b>": "kla"}
 SPARSITIES = (0.5, 0.7, 0.8, 0.9)
 GFLOP = 2**30
 
@@ -41,20 +43,54 @@ def results(task: str, metric: str, hard: float | None, sparsity: float | None, 
     } | more
 
 
-def write_run(folder: Path, name: str | None, found: dict[str, Any], selector: str = "router") -> Path:
+def write_run(
+    folder: Path,
+    name: str | None,
+    found: dict[str, Any],
+    selector: str = "router",
+    lte: dict | None = None,
+    **model: Any,
+) -> Path:
+    """Writes a run's folder; `model` are options of its model besides the efficiency weight."""
     histogram = [[10 if i < 25 else 5 if i > 40 else 1 for i in range(50)]] * 3
     (folder / "model").mkdir(parents=True)
     about = {"layout": 1, "name": name, "run_id": None, "tracking_uri": None, "experiment": "x"}
     (folder / "run.json").write_text(json.dumps(about))
     (folder / "results.json").write_text(json.dumps(found))
-    measured = {"measured": {"hard": {"score_histogram": histogram}}}
-    model = {"layout_version": 1, "lte": {"selector": selector}, "about": measured}
-    (folder / "model" / "lte_config.json").write_text(json.dumps(model))
-    eta = 1 - (found["sparsity"] or 0)
-    (folder / "config.yaml").write_text(
-        f"seed_everything: {found['seed']}\nmodel: {{init_args: {{efficiency_weight: {eta:.2f}, seed: 4}}}}\n"
-    )
+    about = {"measured": {"hard": {"score_histogram": histogram}}}
+    lte = {"selector": selector} | (lte or {})
+    saved = {"layout_version": 1, "model_type": "bert", "lte": lte, "about": about}
+    (folder / "model" / "lte_config.json").write_text(json.dumps(saved))
+    options = {"efficiency_weight": round(1 - (found["sparsity"] or 0), 2), "seed": 4} | model
+    config = {"seed_everything": found["seed"], "run": {"name": name}, "model": {"init_args": options}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
     return folder
+
+
+@pytest.fixture(scope="session")
+def make_points() -> Callable[..., Path]:
+    """`make_points(folder, points, planned)` writes a sweep of such points.
+
+    A point is a mapping of its `name` and `seed`, of what else a sweep remembers of it (`variant`, `parameters`,
+    `role`, `status`), of its `results` (none: no run), and of what else `write_run` takes. `run` names its folder.
+    """
+
+    def make(folder: Path, points: list[dict[str, Any]], planned: list[str] | None = None, **about: Any) -> Path:
+        (folder / "points").mkdir(parents=True)
+        for point in points:
+            name, given = point["name"], dict(point)
+            keys = ("name", "seed", "role", "variant", "parameters", "status")
+            facts = {"role": "point", "variant": None, "parameters": {}, "status": "done"}
+            facts |= {key: given.pop(key) for key in keys if key in given}
+            (folder / "points" / f"{name}.json").write_text(json.dumps(facts))
+            if found := given.pop("results", None):
+                write_run(folder / given.pop("run", name), name, found, **given)
+        names = [point["name"] for point in points] if planned is None else planned
+        about = {"layout": LAYOUT, "name": folder.name, "text": "", "planned": names} | about
+        (folder / "sweep.json").write_text(json.dumps(about))
+        return folder
+
+    return make
 
 
 @pytest.fixture(scope="session")
@@ -80,9 +116,10 @@ def make_sweep() -> Callable[..., Path]:
                 for i, sparsity in enumerate(SPARSITIES):
                     name = f"{list(METHODS).index(method)}-{i}-{seed}"
                     found = results(task, metric, curve(sparsity) + seed / 100, sparsity, seed, floor=floor)
-                    write_run(folder / name, name, found)
+                    write_run(folder / name, name, found, SELECTORS[method])
                     point(name, variant=method, parameters={"model.eta": i}, seed=seed)
         point("LTE-broken", "failed", variant="LTE", seed=0)
+        (folder / "points" / "LTE-broken.log").write_text("$ lightning fit\na line before\nerror: no\n\n")
         about = {"layout": LAYOUT, "name": "trial", "text": "All <methods> at once.", "planned": ["LTE-never"]}
         (folder / "sweep.json").write_text(json.dumps(about))
         return folder
