@@ -202,11 +202,11 @@ class Material:
     def dense_kind(self, task: str) -> str:
         """Says which dense figures `dense` took."""
         dense, trained = self.dense(task), _best(self._trained(task))
-        seeds = sorted(seed for seed, value in dense.items() if trained.get(seed) == value)
-        if not seeds:
+        others = [str(seed) for seed, value in dense.items() if trained.get(seed) != value]
+        if len(others) == len(dense):
             return UNTRAINED
-        some = f"{UNTRAINED} where that is better or there is no other (all seeds but {', '.join(map(str, seeds))})"
-        return TRAINED if len(seeds) == len(dense) else f"{TRAINED}, or {some}"
+        which = f"seed{'s' * (len(others) > 1)} {', '.join(others)}"
+        return f"{TRAINED}, or {UNTRAINED}, where that is better or the only one ({which})" if others else TRAINED
 
     def starts(self, task: str) -> list[float]:
         """Returns the dense figure of each seed before anything was trained on, the best of several starts."""

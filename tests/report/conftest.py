@@ -68,6 +68,16 @@ def write_run(
 
 
 @pytest.fixture(scope="session")
+def figures() -> Callable[..., dict[str, Any]]:
+    """`figures(hard, sparsity, seed, **more)`: a `results.json` of sst2 whose expert stage ran, unless `more` says."""
+
+    def make(hard: float | None, sparsity: float | None, seed: int = 0, **more: Any) -> dict[str, Any]:
+        return results("sst2", "accuracy", hard, sparsity, seed, **{"seconds_per_stage": {"expert": 1.0}} | more)
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def make_points() -> Callable[..., Path]:
     """`make_points(folder, points, planned)` writes a sweep of such points.
 
