@@ -14,7 +14,7 @@ from jinja2 import Environment, StrictUndefined
 
 from lte_lightning.core.errors import UserError
 from lte_lightning.report import tables
-from lte_lightning.report.collect import Material
+from lte_lightning.report.material import Material
 from lte_lightning.report.pictures import MADE_BY
 from lte_lightning.report.sections import detail_sections, main_sections, names_of_runs
 from lte_lightning.report.tables import Table

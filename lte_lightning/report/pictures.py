@@ -13,8 +13,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from lte_lightning.report.bench import title
-from lte_lightning.report.collect import Material, Run, Setting
-from lte_lightning.report.style import DARK, KNOWN, LEVEL, LIGHT, Style
+from lte_lightning.report.material import Material, Run, Setting
+from lte_lightning.report.methods import marked
+from lte_lightning.report.style import DARK, KNOWN, LIGHT, Style
 
 # Inches and points: on a phone, where a picture is 358 px wide, letters are 11.8 px high
 WIDTH, LETTERS, DPI = 4.2, 10, 200
@@ -70,7 +71,7 @@ def quality(
     across: Callable[[Run], float | None] = flops_share if by_flops else lambda run: run.sparsity
     drawn: dict[str, list[Setting]] = {}
     for setting in material.settings(task):
-        if setting.values(key) and setting.values(across):
+        if setting.values(key) and setting.values(across) and not setting.undefined:
             drawn.setdefault(setting.method, []).append(setting)
 
     def draw(figure: Figure) -> None:
@@ -81,18 +82,14 @@ def quality(
         for i, method in enumerate(name for name in looks if name in drawn):
             mine, options = drawn[method], looks[method].options | {"zorder": 9 - i / 100}
             points = sorted((100 * s.mean(across), scale * s.mean(key), s) for s in mine)
-            if looks[method] is LEVEL:
-                for _, mean, _ in points:
-                    axes.axhline(mean, **options)
-                handles.append(Line2D([], [], **options, label=method))
-                continue
             axes.plot([x for x, _, _ in points], [mean for _, mean, _ in points], **options)
             for x, _, setting in points:
                 values = [scale * value for value in setting.values(key)]
                 if len(values) > 1:
                     axes.vlines(x, min(values), max(values), color=options["color"], linewidth=1, alpha=0.7)
             outside = limits and not any(limits[0] <= mean <= limits[1] for _, mean, _ in points)
-            handles.append(Line2D([], [], **options, label=f"{method} (beyond the picture)" if outside else method))
+            label = called(mine[0]) + " (beyond the picture)" * bool(outside)
+            handles.append(Line2D([], [], **options, label=label))
         for values, line in zip(references, ("--", ":"), strict=True):
             if values:
                 axes.axhline(np.mean(values), color=ink, linestyle=line, linewidth=1.2)
@@ -152,23 +149,26 @@ def _legend(figure: Figure, handles: Sequence[Artist]) -> None:
     figure.legend(list(handles), labels, loc="outside lower center", ncols=2, frameon=False, **space)
 
 
+def called(setting: Setting) -> str:
+    """Returns the name of a setting's method; an oracle is said to be one, whatever a sweep has named it."""
+    lte = setting.runs[0].lte
+    return marked(setting.method, lte) if lte.get("selector") == "kla" else setting.method
+
+
 def named(setting: Setting) -> str:
     """Returns a setting's method and its sparsity, which is what pictures of single settings call it."""
     # what a line is not broken at
-    return f"{setting.method}, {100 * setting.sparsity:.0f}\N{NO-BREAK SPACE}%"
+    return f"{called(setting)}, {100 * setting.sparsity:.0f}\N{NO-BREAK SPACE}%"
 
 
-def layers(settings: Sequence[Setting], count: int) -> Draw:
-    """Draws the sparsity of each of so many layers (the paper's figure 16), a row for each setting."""
+def layers(settings: Sequence[Setting]) -> Draw:
+    """Draws the sparsity of each layer (the paper's figure 16), a row for each setting."""
 
     def draw(figure: Figure) -> None:
         names = [textwrap.fill(named(setting), NAME_LETTERS) for setting in settings]
         figure.set_figheight(1.2 + sum(0.1 + LINE * (name.count("\n") + 1) for name in names))
         axes = figure.add_subplot()
-        grid = [
-            np.mean([100 * np.array(one) for one in setting.values("sparsity_per_layer") if len(one) == count], axis=0)
-            for setting in settings
-        ]
+        grid = [100 * np.mean(setting.values("sparsity_per_layer"), axis=0) for setting in settings]
         image = axes.imshow(grid, aspect="auto", cmap="viridis", vmin=0, vmax=100, interpolation="nearest")
         axes.set_yticks(range(len(names)), names)
         axes.set(xlabel="layer")

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lte_lightning.report import bench, pictures, tables
-from lte_lightning.report.collect import Material, Run, Setting
-from lte_lightning.report.style import OURS, Style, styles
+from lte_lightning.report.material import Material, Run, Setting
+from lte_lightning.report.style import Style, ours, selectors, styles
 from lte_lightning.report.tables import Table, pick
 
 # Where methods are compared at one sparsity, and how far a setting may lie from it to be compared
@@ -52,25 +52,15 @@ def main_sections(material: Material, tolerance: float | None) -> list[Section]:
     """Returns what a reader sees first."""
     looks, found = styles(material), []
     for task, metric in material.tasks.items():
-        settings = material.settings(task)
-        if not settings:
+        if not material.settings(task):
             continue
-        spread = "bars span the least and the greatest over the seeds"
-        if all(len(setting.values("value")) < 2 for setting in settings):
-            spread = "one seed each, so no spread is known"
-        section = Section(
-            f"Quality against sparsity and cost: {task}",
-            f"Means of {metric} on the validation rows; {spread}. Sparsity is the share of the FFN's neurons that do "
-            "not run (TEAL, Wanda: of its weights). Cost is FLOPs per token of the layers' projections, routers and "
-            "predictors included, as a share of the dense model's: what a method pays to know what it may skip shows "
-            "only there, and oracles pay nothing. Dashed: the dense model. Dotted: the floor, every FFN expert off and "
-            "adapted alike; a curve says as much as it stands above it, and what lies far below is beyond the picture.",
-        )
+        section = Section(f"Quality against sparsity and cost: {task}", _how_to_read(material, task))
         for name, axis, by_flops in (("quality", "FFN sparsity", False), ("flops", "FLOPs per token", True)):
             draw = pictures.quality(material, task, looks, by_flops=by_flops)
             section.pictures.append(_picture(f"{name}-{task}", f"{metric} of {task} against {axis}", draw))
         section.tables.append(tables.levels(material, task))
-        section.folded.append((f"All {len(settings)} settings of {task}", tables.everything(material, task)))
+        table = tables.everything(material, task)
+        section.folded.append((f"All {len(table.rows)} settings of {task}", table))
         found.append(section)
     found.append(
         Section(
@@ -83,6 +73,21 @@ def main_sections(material: Material, tolerance: float | None) -> list[Section]:
     return found
 
 
+def _how_to_read(material: Material, task: str) -> str:
+    settings = material.settings(task)
+    spread = "bars span the least and the greatest over the seeds"
+    if all(len(setting.runs) < 2 for setting in settings):
+        spread = "one seed each, so no spread is known"
+    undefined = [pictures.named(setting) for setting in settings if setting.undefined]
+    return (
+        f"Means of {material.tasks[task]} on the validation rows; {spread}. Cost is FLOPs per token of the layers' "
+        "projections, routers and predictors included, as a share of the dense model's: what a method pays to know "
+        "what it may skip shows only there, and oracles pay nothing. Thin lines: the reference "
+        f"({material.dense_kind(task)}), dashed, and the floor, every FFN expert off and adapted alike, dotted; a "
+        "curve says as much as it stands above the floor, and what lies far below is beyond the picture."
+    ) + (f" Not drawn, for a seed's figure is undefined: {', '.join(undefined)}." if undefined else "")
+
+
 def detail_sections(material: Material) -> list[Section]:
     """Returns what explains the first sections: spans, layers, scores, batches, and measured time."""
     looks, found = styles(material), []
@@ -91,7 +96,7 @@ def detail_sections(material: Material) -> list[Section]:
         if any(setting.values("span_kept") for setting in settings):
             draw = pictures.quality(material, task, looks, "span_kept")
             picture = _picture(f"span-{task}", f"share of the span kept on {task}", draw)
-            text = "How much is left of what the FFNs are good for: the floor is 0, the dense model 100 %."
+            text = "How much is left of what the FFNs are good for: the floor is 0, the reference 100 %."
             found.append(Section(f"Span kept: {task}", text, [picture]))
         found += _layers(task, settings)
         found += _scores(task, settings, looks)
@@ -107,30 +112,27 @@ def nearest(settings: Sequence[Setting]) -> tuple[list[Setting], str]:
     best: dict[str, Setting] = {}
     for setting in sorted(settings, key=lambda setting: abs(setting.sparsity - AT)):
         best.setdefault(setting.method, setting)
-    order = {setting.method: None for setting in settings}
+    order = selectors(settings)
     close = [best[method] for method in order if abs(best[method].sparsity - AT) <= REACH]
     text = f"Of each method the setting nearest to {100 * AT:.0f} % sparsity, named by what it has."
     chosen = close or [best[method] for method in order]
     if lacking := [method for method in order if best[method] not in chosen]:
         text += f" None lies within {100 * REACH:.0f} points, and so left out: {', '.join(lacking)}."
-    return sorted(chosen, key=lambda setting: setting.method != OURS), text
+    return chosen, text
 
 
 def _layers(task: str, settings: Sequence[Setting]) -> list[Section]:
-    found = []
-    counts = {len(one) for setting in settings for one in setting.values("sparsity_per_layer")}
-    for count in sorted(counts):
-        has = [s for s in settings if any(len(one) == count for one in s.values("sparsity_per_layer"))]
-        chosen, text = nearest(has)
-        own = pick([setting for setting in has if setting.method == OURS], OWN_ROWS)
-        rows = own + [setting for setting in chosen if setting.method != OURS]
-        if own:
-            text += f" {OURS} at {'all its settings' if len(own) < OWN_ROWS else 'settings evenly spread'}."
-        several = f", {count} layers" if len(counts) > 1 else ""
-        name = f"layers-{task}" + (f"-{count}" if several else "")
-        picture = _picture(name, f"sparsity per layer on {task}{several}", pictures.layers(rows, count))
-        found.append(Section(f"Sparsity per layer: {task}{several}", f"Means over the seeds. {text}", [picture]))
-    return found
+    # all runs of an experiment have as many layers
+    has = [setting for setting in settings if setting.values("sparsity_per_layer")]
+    if not has:
+        return []
+    chosen, text = nearest(has)
+    own = pick([setting for setting in has if setting.method == ours(has)], OWN_ROWS)
+    if own:
+        text += f" {own[0].method} at {'all its settings' if len(own) < OWN_ROWS else 'settings evenly spread'}."
+    rows = own + [setting for setting in chosen if setting.method != ours(has)]
+    picture = _picture(f"layers-{task}", f"sparsity per layer on {task}", pictures.layers(rows))
+    return [Section(f"Sparsity per layer: {task}", f"Means over the seeds. {text}", [picture])]
 
 
 def _scores(task: str, settings: Sequence[Setting], looks: Mapping[str, Style]) -> list[Section]:
@@ -195,7 +197,7 @@ def names_of_runs(runs: Sequence[Run]) -> list[str]:
     for run in runs:
         what = {"start": "dense start", "floor": "floor"}.get(run.role, run.method)
         setting = ", ".join(f"{key.split('.')[-1]} {value}" for key, value in run.parameters.items())
-        names.append(", ".join(filter(None, [run.results["task"], what, setting, f"seed {run.results['seed']}"])))
+        names.append(", ".join(filter(None, [run.task, what, setting, f"seed {run.results['seed']}"])))
     count = Counter(names)
     return [f"{name} ({run.folder.name})" if count[name] > 1 else name for name, run in zip(names, runs, strict=True)]
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import matplotlib
 
-from lte_lightning.report.collect import Material
+from lte_lightning.report.material import Material, Setting
 
 LIGHT = {"ink": "#1a1a1a", "paper": "#ffffff", "grid": "#d8d8d8"}
 DARK = {"ink": "#e6e6e6", "paper": "#1b1d21", "grid": "#3c4048"}
@@ -32,10 +32,7 @@ class Style:
         }
 
 
-OURS = "LTE"
 STRONG = Style("#e5383b", "o", width=2.6)
-# A narrower dense model as wide as the dense one: a level to be read against
-LEVEL = Style(INK, "", "-.", width=1.0)
 # By selector, all legible on both papers. Oracles are grey and dashed, thresholds on magnitudes dash-dotted.
 KNOWN = {
     "narrow": Style(INK, "s"),
@@ -54,9 +51,22 @@ KNOWN = {
 AGAIN = (("d", ":"), ("8", "--"), ("H", "-."), ("1", ":"), ("2", "--"))
 
 
-def ours_first(methods: Iterable[str]) -> list[str]:
-    """Returns the methods once each, LTE before the others, which keep their order."""
-    return sorted(dict.fromkeys(methods), key=lambda method: method != OURS)
+def selectors(settings: Iterable[Setting]) -> dict[str, str]:
+    """Returns the selector of each method, LTE's first and the others in their order.
+
+    LTE is what is called so, or the first with its routers.
+    """
+    found: dict[str, str] = {}
+    for setting in settings:
+        found.setdefault(setting.method, setting.runs[0].lte.get("selector", "router"))
+    ours = "LTE" if "LTE" in found else next((name for name, selector in found.items() if selector == "router"), None)
+    return {name: found[name] for name in sorted(found, key=lambda name: name != ours)}
+
+
+def ours(settings: Iterable[Setting]) -> str | None:
+    """Returns what LTE is called among settings, None if it is not there."""
+    name, selector = next(iter(selectors(settings).items()), (None, ""))
+    return name if name == "LTE" or selector == "router" else None
 
 
 def styles(material: Material) -> dict[str, Style]:
@@ -65,23 +75,16 @@ def styles(material: Material) -> dict[str, Style]:
     A method looks as its selector does, a second one of the same selector differs in marker and line. Variants of
     LTE, and selectors unknown here, take what no method of the report has.
     """
-    selectors: dict[str, str] = {}
-    sparsest: dict[str, float] = {}
-    for setting in material.settings():
-        selectors.setdefault(setting.method, setting.runs[0].lte.get("selector", "router"))
-        sparsest[setting.method] = max(setting.sparsity, sparsest.get(setting.method, 0.0))
-    free = [style for name, style in KNOWN.items() if name not in selectors.values()] or list(KNOWN.values())
+    methods, own = selectors(material.settings()), ours(material.settings())
+    free = [style for name, style in KNOWN.items() if name not in methods.values()] or list(KNOWN.values())
     found: dict[str, Style] = {}
     seen: dict[str, int] = {}
-    for method in ours_first(selectors):
-        if method == OURS:
+    for method, selector in methods.items():
+        if method == own:
             found[method] = STRONG
             continue
-        if selectors[method] == "narrow" and sparsest[method] < 0.005:
-            found[method] = LEVEL
-            continue
-        known = KNOWN.get(selectors[method])
-        key = selectors[method] if known else "others"
+        known = KNOWN.get(selector)
+        key = selector if known else "others"
         count = seen[key] = seen.get(key, -1) + 1
         pool = [known] if known else free
         turn, style = count // len(pool), pool[count % len(pool)]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
@@ -20,6 +21,7 @@ METHODS = {
     "TEAL": lambda s: DENSE - 0.3 * s**3,
     "<b>KLA & Co.</b>": lambda s: DENSE - 0.1 * s**2,
 }
+SELECTORS = {"LTE": "router", "TEAL": "teal", "<b>KLA & Co.</b>": "kla"}
 SPARSITIES = (0.5, 0.7, 0.8, 0.9)
 # As in sweeps/compare-stsb.yaml: the selector, and how much is lost
 ALL_METHODS = {
@@ -63,7 +65,15 @@ def results(task: str, metric: str, hard: float | None, sparsity: float | None, 
     } | more
 
 
-def write_run(folder: Path, name: str | None, found: dict[str, Any], selector: str = "router", **lte: Any) -> Path:
+def write_run(
+    folder: Path,
+    name: str | None,
+    found: dict[str, Any],
+    selector: str = "router",
+    lte: dict | None = None,
+    **model: Any,
+) -> Path:
+    """Writes a run's folder; `model` are options of its model besides the efficiency weight."""
     bins = [10 if i < 25 else 5 if i > 40 else 0 if 29 < i < 32 else 1 for i in range(50)]
     if selector not in ("router", "softmax", "sigmamoe"):
         bins = [80, *[0] * 48, 20]  # a choice, no scores
@@ -72,14 +82,50 @@ def write_run(folder: Path, name: str | None, found: dict[str, Any], selector: s
     about = {"layout": 1, "name": name, "run_id": None, "tracking_uri": None, "experiment": "x"}
     (folder / "run.json").write_text(json.dumps(about))
     (folder / "results.json").write_text(json.dumps(found))
-    measured = {"measured": {"hard": {"score_histogram": histogram}}}
-    model = {"layout_version": 1, "lte": {"selector": selector, "threshold": 0.5} | lte, "about": measured}
-    (folder / "model" / "lte_config.json").write_text(json.dumps(model))
-    eta = 1 - (found["sparsity"] or 0)
-    (folder / "config.yaml").write_text(
-        f"seed_everything: {found['seed']}\nmodel: {{init_args: {{efficiency_weight: {eta:.2f}, seed: 4}}}}\n"
-    )
+    about = {"measured": {"hard": {"score_histogram": histogram}}}
+    lte = {"selector": selector, "threshold": 0.5} | (lte or {})
+    saved = {"layout_version": 1, "model_type": "bert", "lte": lte, "about": about}
+    (folder / "model" / "lte_config.json").write_text(json.dumps(saved))
+    options = {"efficiency_weight": round(1 - (found["sparsity"] or 0), 2), "seed": 4} | model
+    config = {"seed_everything": found["seed"], "run": {"name": name}, "model": {"init_args": options}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
     return folder
+
+
+@pytest.fixture(scope="session")
+def figures() -> Callable[..., dict[str, Any]]:
+    """`figures(hard, sparsity, seed, **more)`: a `results.json` of sst2 whose expert stage ran, unless `more` says."""
+
+    def make(hard: float | None, sparsity: float | None, seed: int = 0, **more: Any) -> dict[str, Any]:
+        return results("sst2", "accuracy", hard, sparsity, seed, **{"seconds_per_stage": {"expert": 1.0}} | more)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_points() -> Callable[..., Path]:
+    """`make_points(folder, points, planned)` writes a sweep of such points.
+
+    A point is a mapping of its `name` and `seed`, of what else a sweep remembers of it (`variant`, `parameters`,
+    `role`, `status`), of its `results` (none: no run), and of what else `write_run` takes. `run` names its folder.
+    """
+
+    def make(folder: Path, points: list[dict[str, Any]], planned: list[str] | None = None, **about: Any) -> Path:
+        (folder / "points").mkdir(parents=True)
+        for point in points:
+            name, given = point["name"], dict(point)
+            keys = ("name", "seed", "role", "variant", "parameters", "status")
+            facts = {"role": "point", "variant": None, "parameters": {}, "status": "done"}
+            facts |= {key: given.pop(key) for key in keys if key in given}
+            (folder / "points" / f"{name}.json").write_text(json.dumps(facts))
+            if found := given.pop("results", None):
+                write_run(folder / given.pop("run", name), name, found, **given)
+        names = [point["name"] for point in points] if planned is None else planned
+        about = {"layout": LAYOUT, "name": folder.name, "text": "", "planned": names} | about
+        (folder / "sweep.json").write_text(json.dumps(about))
+        return folder
+
+    return make
 
 
 @pytest.fixture(scope="session")
@@ -105,9 +151,10 @@ def make_sweep() -> Callable[..., Path]:
                 for i, sparsity in enumerate(SPARSITIES):
                     name = f"{list(METHODS).index(method)}-{i}-{seed}"
                     found = results(task, metric, curve(sparsity) + seed / 100, sparsity, seed, floor=floor)
-                    write_run(folder / name, name, found)
+                    write_run(folder / name, name, found, SELECTORS[method])
                     point(name, variant=method, parameters={"model.eta": i}, seed=seed)
         point("LTE-broken", "failed", variant="LTE", seed=0)
+        (folder / "points" / "LTE-broken.log").write_text("$ lightning fit\na line before\nerror: no\n\n")
         about = {"layout": LAYOUT, "name": "trial", "text": "All <methods> at once.", "planned": ["LTE-never"]}
         (folder / "sweep.json").write_text(json.dumps(about))
         return folder
@@ -133,7 +180,7 @@ def make_comparison() -> Callable[..., Path]:
         def point(found: dict[str, Any], selector: str, **facts: Any) -> None:
             name = f"{facts['variant'] or facts['role']}-{found['sparsity']}-{found['seed']}"
             planned.append(name)
-            write_run(folder / f"{names.getrandbits(64):x}", name, found, selector)
+            write_run(folder / f"{names.getrandbits(64):x}", name, found, selector, efficiency_weight=0.5)
             facts |= {"name": name, "status": "done", "command": f"lightning fit --run.name '{name}'"}
             (folder / "points" / f"{name}.json").write_text(json.dumps(facts))
 

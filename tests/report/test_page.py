@@ -46,7 +46,7 @@ def test_commands_are_named_by_method_and_setting(compared, swept, page):
     assert '<p class="quiet">stsb, dense start, seed 0</p>' in page
     assert re.search(r">stsb, LTE, target_sparsity 0.5, seed 1</p>\s*<pre>lightning fit --run.name", page)
     names = names_of_runs(collect([swept]).runs)
-    assert {"sst2, floor, seed 1", "sst2, TEAL, eta 3, seed 0"} <= set(names)
+    assert {"sst2, floor, seed 1", "sst2, TEAL, eta 3, efficiency_weight 0.1, seed 0"} <= set(names)
 
 
 def test_runs_that_are_called_alike_are_named_by_their_folders(swept, tmp_path):
