@@ -93,10 +93,15 @@ def _tell_apart(runs: list[Run]) -> None:
         known = [run.options for run in same if run.options]
         names = list(dict.fromkeys(key for run in same for key in run.parameters))
         rest = {key for options in known for key in options} - set(names)
-        names += sorted(key for key in rest if len({repr(options.get(key)) for options in known}) > 1)
+        names += sorted(key for key in rest if len(_values(key, known)) > 1)
         for run in same:
             given = run.options | run.parameters
             run.parameters = {key: given.get(key) for key in names if run.options or key in run.parameters}
+
+
+def _values(key: str, known: list[dict[str, Any]]) -> set[str]:
+    # of some runs the start is not there to be asked
+    return {repr(options.get(key)) for options in known if key in options or not key.startswith("start.")}
 
 
 def _drop_doubles(material: Material) -> None:

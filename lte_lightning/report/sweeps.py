@@ -62,7 +62,7 @@ def read_swept(path: Path) -> SweptFolder:
     for name in dict.fromkeys([*planned, *points]):
         done = any((run / "results.json").exists() for run in attempts.get(name, []))
         if not done and name not in obsolete:
-            missing.append(_missing(name, points, about.get("name", path.name), _status(folder, name, running)))
+            missing.append(missing_point(name, points, about.get("name", path.name), _status(folder, name, running)))
     ordered = {name: points.get(name, {}) for name in dict.fromkeys([*planned, *points])}
     return SweptFolder(path, about.get("text", ""), ordered, obsolete, missing)
 
@@ -96,7 +96,15 @@ def _status(folder: SweepFolder, name: str, running: bool) -> str:
     return ": ".join([status, *(line.strip()[:REASON] for line in lines)])
 
 
-def _missing(name: str, points: dict[str, dict[str, Any]], sweep: str, status: str) -> Missing:
+def missing_point(name: str, points: dict[str, dict[str, Any]], sweep: str, status: str) -> Missing:
+    """Says of a point what is remembered of it, or what its name tells.
+
+    Args:
+        name: The point's.
+        points: What is remembered of the sweep's points.
+        sweep: The sweep's name.
+        status: What became of the point.
+    """
     known, found = points.get(name, {}), POINT.fullmatch(name)
     values = known.get("parameters", {}).values()
     method = known.get("variant") or (known.get("role") if known.get("role") != "point" else "fit")
