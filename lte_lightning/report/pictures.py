@@ -16,6 +16,7 @@ from lte_lightning.report.bench import title
 from lte_lightning.report.material import Material, Run, Setting
 from lte_lightning.report.methods import marked
 from lte_lightning.report.style import DARK, KNOWN, LIGHT, Style
+from lte_lightning.sweep.table import better
 
 # Inches and points: on a phone, where a picture is 358 px wide, letters are 11.8 px high
 WIDTH, LETTERS, DPI = 4.2, 10, 200
@@ -23,8 +24,9 @@ HEIGHT = 3.3  # without the legend
 LINE = 0.175  # of text
 LEGEND_LETTERS, NAME_LETTERS = 22, 22  # before a label is broken
 MADE_BY = "lte report"  # in each picture, so that it can be told from other people's
-# How far below the floor a picture goes on, as a share of the span from floor to dense
-BELOW = 0.15
+# How far below the floor a picture goes on, as a share of the span from floor to dense; and of how many settings, at
+# most, it may leave out what lies below that
+BELOW, HIDDEN = 0.15, 0.15
 
 Draw = Callable[[Figure], None]
 
@@ -78,22 +80,26 @@ def quality(
         axes, handles, ink = figure.add_subplot(), [], matplotlib.rcParams["text.color"]
         references = _references(material, task, key)
         dense, floor = (float(np.mean(values)) if values else None for values in references)
-        limits = _limits([scale * s.mean(key) for mine in drawn.values() for s in mine], dense, floor)
+        values = {method: [scale * setting.mean(key) for setting in mine] for method, mine in drawn.items()}
+        limits = None
+        if values and (key == "span_kept" or _is_span(material.tasks[task], dense, floor)):
+            own = values.get(next(iter(looks)), [])
+            limits = _limits([value for found in values.values() for value in found], own, dense, floor)
         for i, method in enumerate(name for name in looks if name in drawn):
             mine, options = drawn[method], looks[method].options | {"zorder": 9 - i / 100}
             points = sorted((100 * s.mean(across), scale * s.mean(key), s) for s in mine)
             axes.plot([x for x, _, _ in points], [mean for _, mean, _ in points], **options)
             for x, _, setting in points:
-                values = [scale * value for value in setting.values(key)]
-                if len(values) > 1:
-                    axes.vlines(x, min(values), max(values), color=options["color"], linewidth=1, alpha=0.7)
+                seeds = [scale * value for value in setting.values(key)]
+                if len(seeds) > 1:
+                    axes.vlines(x, min(seeds), max(seeds), color=options["color"], linewidth=1, alpha=0.7)
             outside = limits and not any(limits[0] <= mean <= limits[1] for _, mean, _ in points)
             label = called(mine[0]) + " (beyond the picture)" * bool(outside)
             handles.append(Line2D([], [], **options, label=label))
-        for values, line in zip(references, ("--", ":"), strict=True):
-            if values:
-                axes.axhline(np.mean(values), color=ink, linestyle=line, linewidth=1.2)
-                axes.axhspan(min(values), max(values), color=ink, alpha=0.08, linewidth=0)
+        for reference, line in zip(references, ("--", ":"), strict=True):
+            if reference:
+                axes.axhline(np.mean(reference), color=ink, linestyle=line, linewidth=1.2)
+                axes.axhspan(min(reference), max(reference), color=ink, alpha=0.08, linewidth=0)
         if limits:
             axes.set_ylim(*limits)
         _name_references(axes, dense, floor)
@@ -112,17 +118,23 @@ def _references(material: Material, task: str, key: str) -> tuple[list[float], l
     return material.reference(task, "dense"), material.reference(task, "floor")
 
 
-def _limits(values: Sequence[float], dense: float | None, floor: float | None) -> tuple[float, float] | None:
-    """Returns what is seen of the vertical axis; far beyond the floor nothing is, lest it presses the rest together."""
-    if dense is None or floor is None or not values:
-        return None
+def _is_span(metric: str, dense: float | None, floor: float | None) -> bool:
+    return dense is not None and floor is not None and better(metric, dense, floor)
+
+
+def _limits(values: Sequence[float], own: Sequence[float], dense: float, floor: float) -> tuple[float, float]:
+    """Returns what is seen of the vertical axis.
+
+    A few settings far beyond the floor would press the rest together: of all but LTE's, ``own``, some are left out.
+    """
+    edge = floor - BELOW * (dense - floor)
     low, high = min(*values, dense, floor), max(*values, dense, floor)
     if floor < dense:
-        low = max(low, floor - BELOW * (dense - floor))
+        low = max(low, min(*own, edge, np.quantile(values, HIDDEN)))
     else:
-        high = min(high, floor + BELOW * (floor - dense))
+        high = min(high, max(*own, edge, np.quantile(values, 1 - HIDDEN)))
     margin = 0.04 * (high - low)
-    return (low - margin, high + margin) if margin else None
+    return low - margin, high + margin
 
 
 def _name_references(axes: Axes, dense: float | None, floor: float | None) -> None:

@@ -134,6 +134,36 @@ def test_what_lies_far_below_the_floor_does_not_press_the_rest_together(compared
     assert "random routers (beyond the picture)" in labels(figure)
 
 
+@pytest.mark.parametrize("floor", [None, 0.95])
+def test_where_there_is_no_span_all_is_seen(floor, compared):
+    material = collect([compared])
+    for run in material.runs:
+        run.results["floor"] = floor
+    figure = draw(pictures.quality(material, "stsb", styles(material)))
+    shown = [setting.mean("value") for setting in material.settings()]
+    low, high = figure.axes[0].get_ylim()
+    assert low < min(shown) < max(shown) < high
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_what_is_seen_of_the_vertical_axis(sign):
+    """Few settings may lie beyond the picture, and none of LTE's; -1: a metric that is better when lower."""
+
+    def seen(values, own, floor=0.6):
+        ends = pictures._limits([sign * value for value in values], [sign * v for v in own], sign * 0.9, sign * floor)
+        return sorted(sign * end for end in ends)
+
+    near = [0.8, 0.82, 0.84, 0.86, 0.88, 0.9, 0.91, 0.92]
+    low, high = seen([0.1, *near], [0.9])
+    assert 0.5 < low < 0.6
+    assert 0.92 < high < 0.95
+    assert seen([0.1, *near], [0.1])[0] < 0.1
+    assert seen([0.1, 0.2, 0.2, *near], [0.9])[0] < 0.2  # too many
+    low, high = seen(near, [0.9], floor=0.899)  # hardly a span
+    assert low < 0.83
+    assert high > 0.92
+
+
 def test_details_compare_methods_near_one_sparsity(material):
     chosen, text = sections.nearest(material.settings("stsb"))
     assert chosen[0].method == "LTE"
