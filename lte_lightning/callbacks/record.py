@@ -217,9 +217,9 @@ class Recorder(Callback):
             draw_sparsity(views["sparsity_per_layer"], files[1])
             draw_scores(views["score_histogram"], module.net.lte_config.threshold, files[2])
         if logger := mlflow_of(trainer):
+            logger.experiment.log_artifact(logger.run_id, str(self.folder / "model" / CONFIG_FILE), "model")
             for path in files:
                 logger.experiment.log_artifact(logger.run_id, str(path))
-            logger.experiment.log_artifact(logger.run_id, str(self.folder / "model" / CONFIG_FILE), "model")
             scalars = {k: v for k, v in results.items() if type(v) in (int, float) and k != "seed"}
             union = results["union_sparsity"] or {}
             scalars |= {f"union_sparsity_{size}": share for size, share in union.items()}

@@ -52,8 +52,9 @@ def _experiment(run: Run, runs: Iterable[Run]) -> tuple[Any, ...]:
 
 
 def _base(run: Run) -> tuple[Any, ...]:
-    results = run.results
-    return results["task"], results["metric"], run.options.get("model.pretrained"), results["dense_flops_per_token"]
+    results, options = run.results, run.options
+    pretrained = options.get("model.pretrained") or options.get("start.model.pretrained")
+    return results["task"], results["metric"], pretrained, results["dense_flops_per_token"]
 
 
 def _layers(run: Run, runs: Iterable[Run]) -> int | None:

@@ -29,8 +29,8 @@ MARKS = {
     "wanda": "skips weights, not neurons, and as if zeros were skipped",
 }
 GATED = ("softmax", "sigmamoe")  # their gates scale what an expert gives, so even with all experts they are not dense
-# Families whose classifier reads the first token of the last layer
-FIRST_TOKEN = ("bert", "deberta-v2", "distilbert", "electra", "modernbert", "mpnet", "roberta")
+# Families whose classifier reads the first token of the last layer (ModernBERT's reads the mean of all)
+FIRST_TOKEN = ("bert", "deberta-v2", "distilbert", "electra", "mpnet", "roberta")
 
 
 def _is_group(lte: Lte) -> bool:

@@ -49,9 +49,9 @@ def read_swept(path: Path) -> SweptFolder:
     points = {file.stem: folder.status(file.stem) for file in sorted(folder.points.glob("*.json"))}
     planned = about.get("planned", [])
     seeds = {name: _seed(name, points) for name in planned}
-    # A sweep that was started with other seeds, or whose points are a search's trials, plans none of the rest's
+    # A sweep that was last started with other seeds plans nothing of the rest's, and a search none of its trials
     shared = {seed for seed in seeds.values() if seed is not None}
-    own = {seeds[name] for name in planned if _role(name, points) == "point"} & shared
+    own = {seeds[name] for name in planned if _role(name, points) == "point" and not _is_search(path)} & shared
     obsolete = {
         name
         for name in points
@@ -65,6 +65,10 @@ def read_swept(path: Path) -> SweptFolder:
             missing.append(missing_point(name, points, about.get("name", path.name), _status(folder, name, running)))
     ordered = {name: points.get(name, {}) for name in dict.fromkeys([*planned, *points])}
     return SweptFolder(path, about.get("text", ""), ordered, obsolete, missing)
+
+
+def _is_search(path: Path) -> bool:
+    return any((path / name).exists() for name in ("optuna.db", "front.md"))
 
 
 def is_running(path: Path) -> bool:

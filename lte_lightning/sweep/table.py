@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import shlex
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,11 @@ from lte_lightning.sweep.folder import SweepFolder
 from lte_lightning.sweep.spec import Point
 
 RUN_LAYOUT = 1  # of run.json; a run that names none was written before there were any
+# Options that are no choice of a fit's: its seed, its place, and what is shown of it
+NEUTRAL = (
+    *("run.", "seed_everything", "ckpt_path", "trainer.logger", "trainer.enable_progress_bar"),
+    *("trainer.enable_model_summary", "trainer.log_every_n_steps", "trainer.default_root_dir"),
+)
 LOWER_IS_BETTER = ("perplexity", "loss")
 FIGURES = (
     "dense",
@@ -124,7 +130,7 @@ def write_tables(folder: SweepFolder, points: Sequence[Point]) -> list[Path]:
     """
     attempts, rows = folder.attempts(), []
     keys = list(dict.fromkeys(key for point in points for key in point.parameters))
-    labels = _labels(points)
+    labels = _labels(folder, points)
     for point in points:
         row: dict[str, Any] = {"name": point.name, "role": point.role, "variant": point.variant or ""}
         row |= {key: point.parameters.get(key, "") for key in keys} | {"seed": point.seed}
@@ -149,26 +155,29 @@ def write_tables(folder: SweepFolder, points: Sequence[Point]) -> list[Path]:
     return files
 
 
-def _labels(points: Sequence[Point]) -> dict[str, str]:
+def _labels(folder: SweepFolder, points: Sequence[Point]) -> dict[str, str]:
     """What each fit is called over the seeds; of several starts and floors also what tells them apart."""
-    by_name = {point.name: point for point in points}
     labels = {point.name: point.variant or "fit" for point in points}
     for role in ("start", "floor"):
-        shared = [point for point in points if point.role == role]
-        options = {point.name: _identity(point, by_name) for point in shared}
-        names = sorted({key for one in options.values() for key in one})
-        names = [key for key in names if len({repr(one.get(key)) for one in options.values()}) > 1]
-        for point in shared:
-            words = [f"{key.split('.')[-1]} {options[point.name].get(key, 'as configured')}" for key in names]
-            labels[point.name] = f"{role} ({', '.join(dict.fromkeys(words))})" if words else role
+        options = {point.name: _identity(folder, point.name) for point in points if point.role == role}
+        known = [one for one in options.values() if one]
+        names = sorted({key for one in known for key in one})
+        names = [key for key in names if len({one.get(key) for one in known}) > 1]
+        for name, own in options.items():
+            words = dict.fromkeys(f"{key.split('.')[-1]} {own.get(key, 'as configured')}" for key in names)
+            labels[name] = f"{role} ({', '.join(words)})" if words else role
     return labels
 
 
-def _identity(point: Point, by_name: dict[str, Point]) -> dict[str, Any]:
-    """What makes a start or a floor what it is, the seed apart."""
-    own = point.overrides | {"configs": " + ".join(Path(file).stem for file in point.configs)}
-    start = by_name.get(point.start or "")
-    return own | ({f"start.{key}": value for key, value in _identity(start, by_name).items()} if start else {})
+def _identity(folder: SweepFolder, name: str) -> dict[str, str]:
+    """What makes a start or a floor what it is, the seed apart, by the command that ran it; nothing if it never ran."""
+    status = folder.status(name)
+    words = shlex.split(status.get("command") or "")[2:]
+    pairs = [(key.removeprefix("--"), value) for key, value in zip(words[::2], words[1::2], strict=False)]
+    own = {key: value for key, value in pairs if not key.startswith(("config", "model.init_from", *NEUTRAL))}
+    own |= {"configs": " + ".join(Path(value).stem for key, value in pairs if key == "config")} if pairs else {}
+    start = _identity(folder, status["start"]) if status.get("start") else {}
+    return own | {f"start.{key}": value for key, value in start.items()}
 
 
 def _markdown(rows: list[dict[str, Any]], keys: list[str]) -> str:
@@ -177,16 +186,17 @@ def _markdown(rows: list[dict[str, Any]], keys: list[str]) -> str:
         if row["status"] == "done":
             identity = (row["task"], row["metric"], row["label"], *(str(row[key]) for key in keys))
             groups.setdefault(identity, []).append(row)
-    heads = ["task", "metric", "variant", *keys, "seeds", "dense", "hard before", "hard"]
-    heads += ["sparsity", "floor", "span kept", "FLOPs"]
+    heads = ["task", "metric", "variant", *keys, "seeds", "dense", "hard", "sparsity", "floor"]
+    heads += ["span kept", "FLOPs", "hard before"]
     lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
     for identity, members in groups.items():
         cells = [*identity, ", ".join(str(row["seed"]) for row in members)]
-        cells += [mean_text([row[key] for row in members]) for key in ("dense", "hard_before", "hard")]
+        cells += [mean_text([row[key] for row in members]) for key in ("dense", "hard")]
         cells.append(mean_text([row["sparsity"] for row in members], 100, " %", 1))
         cells.append(mean_text([row["floor"] for row in members]))
         cells.append(span_text([row["span_kept"] for row in members]))
         cells.append(mean_text([row["flops_per_token"] for row in members], 2.0**-30, " G"))
+        cells.append(mean_text([row["hard_before"] for row in members]))
         lines.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
     lost = [row["name"] for row in rows if row["status"] != "done"]
     tail = f"\n{len(lost)} of {len(rows)} fits are not done: {', '.join(lost)}\n" if lost else ""

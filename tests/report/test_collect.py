@@ -156,14 +156,22 @@ def test_what_the_sweep_no_longer_asks_for_is_left_out(make_points, figures, tmp
         collect([folder])
 
 
-def test_a_search_plans_no_points_of_its_own(make_points, figures, tmp_path):
+@pytest.mark.parametrize("front", [None, "optuna.db", "front.md"])
+def test_a_search_s_new_trials_are_in_no_plan(front, make_points, figures, tmp_path):
+    """The plan has those of an earlier session, at most."""
     start = figures(None, None, seconds_per_stage={}, sparsity_per_layer=None)
-    points = [
-        {"name": "start-s0-aaaaaaaa", "seed": 0, "role": "start", "results": start},
-        {"name": "fit-efficiency_weight=0.5-s0-01234567", "seed": 0, "results": figures(0.9, 0.5)},
+    points = [{"name": "start-s0-aaaaaaaa", "seed": 0, "role": "start", "results": start}]
+    points += [
+        {"name": f"fit-efficiency_weight={eta}-s0-01234567", "seed": 0, "results": figures(0.9, 0.5)}
+        | {"parameters": {"model.efficiency_weight": eta}}
+        for eta in (0.5, 0.6)
     ]
-    material = collect([make_points(tmp_path / "trial", points, planned=["start-s0-aaaaaaaa"])])
-    assert (len(material.runs), material.left_out, material.missing) == (2, [], [])
+    planned = ["start-s0-aaaaaaaa"] + ([points[1]["name"]] if front else [])
+    folder = make_points(tmp_path / "trial", points, planned)
+    if front:
+        (folder / front).touch()
+    material = collect([folder])
+    assert (len(material.runs), material.left_out, material.missing) == (3, [], [])
 
 
 def test_missing_points_are_grouped_and_their_state_is_said(make_points, figures, tmp_path):

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 from lte_lightning.sweep.spec import read_sweep
@@ -41,6 +42,10 @@ def test_starts_that_differ_are_not_averaged(bench):
         ["floor (activation as configured)", "0, 1"],
         ["floor (activation relu)", "0, 1"],
     ]
+    # points of other seeds, of which only what the folder remembers is known
+    points = [replace(p, configs=(), overrides={}) if p.seed else p for p in read_sweep(mine.file).points()]
+    write_tables(swept.folder, points)
+    assert [seeds for (seeds,) in cells(table, "seeds")] == ["0, 1"] * 6
     alone = bench(seeds=[0], start={})
     (alone.cwd / "runs").rename(alone.cwd / "first")
     assert cells(tables_of(alone, alone.run())[1], "variant", "dense") == [["start", "0.9000"], ["fit", "0.9000"]]
