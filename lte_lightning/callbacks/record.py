@@ -24,7 +24,7 @@ from lte_lightning.callbacks.memory import expected_memory
 from lte_lightning.callbacks.pictures import draw_scores, draw_sparsity
 from lte_lightning.callbacks.results import make_results, read_floor, results_table, show, test_table
 from lte_lightning.callbacks.tracking import RunLogger, mlflow_of
-from lte_lightning.core.checkpoint import save_pretrained
+from lte_lightning.core.checkpoint import CONFIG_FILE, save_pretrained
 from lte_lightning.core.errors import UserError
 from lte_lightning.store import first_contact, write_json
 
@@ -217,6 +217,7 @@ class Recorder(Callback):
             draw_sparsity(views["sparsity_per_layer"], files[1])
             draw_scores(views["score_histogram"], module.net.lte_config.threshold, files[2])
         if logger := mlflow_of(trainer):
+            logger.experiment.log_artifact(logger.run_id, str(self.folder / "model" / CONFIG_FILE), "model")
             for path in files:
                 logger.experiment.log_artifact(logger.run_id, str(path))
             scalars = {k: v for k, v in results.items() if type(v) in (int, float) and k != "seed"}

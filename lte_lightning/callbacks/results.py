@@ -175,13 +175,18 @@ def test_table(task: str, found: dict[str, Any]) -> Table:
 
 
 def span_kept(results: dict[str, Any]) -> float | None:
-    """Returns (hard - floor) / (dense - floor), or None where it means nothing."""
-    dense, hard, floor = results["dense"], results["hard"], results.get("floor")
-    if dense is None or hard is None or floor is None:
+    """Returns (value - floor) / (dense - floor), or None where it means nothing.
+
+    The value is ``hard``, or ``hard_before`` of a fit without an expert stage.
+    """
+    dense, value, floor = results["dense"], results["hard"], results.get("floor")
+    if value is None and "expert" not in results.get("seconds_per_stage", {}):
+        value = results.get("hard_before")
+    if dense is None or value is None or floor is None:
         return None
     if dense <= floor if results.get("metric") not in LOWER_IS_BETTER else dense >= floor:
         return None
-    return (hard - floor) / (dense - floor)
+    return (value - floor) / (dense - floor)
 
 
 def show(table: Table) -> None:

@@ -1,163 +1,270 @@
 """The pictures of a report, each in a light and a dark version."""
 
 import io
-from collections.abc import Callable, Sequence
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
-from lte_lightning.report.collect import Material, Setting
+from lte_lightning.report.bench import title
+from lte_lightning.report.material import Material, Run, Setting
+from lte_lightning.report.methods import marked
+from lte_lightning.report.style import DARK, KNOWN, LIGHT, Style
+from lte_lightning.sweep.table import better
 
-LIGHT = {"ink": "#1a1a1a", "paper": "#ffffff", "grid": "#d8d8d8"}
-DARK = {"ink": "#e6e6e6", "paper": "#1b1d21", "grid": "#3c4048"}
-# Okabe and Ito's, which the colour-blind can tell apart; the first is LTE's if LTE comes first
-COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#8c8c8c", "#b8a800")
-MARKERS = "osD^vP*X<>"
-WIDTH = 5.2  # inches: on a phone the letters are still as large as the text
+# Inches and points: on a phone, where a picture is 358 px wide, letters are 11.8 px high
+WIDTH, LETTERS, DPI = 4.2, 10, 200
+HEIGHT = 3.3  # without the legend
+LINE = 0.175  # of text
+LEGEND_LETTERS, NAME_LETTERS = 22, 22  # before a label is broken
+MADE_BY = "lte report"  # in each picture, so that it can be told from other people's
+# How far below the floor a picture goes on, as a share of the span from floor to dense; and of how many settings, at
+# most, it may leave out what lies below that
+BELOW, HIDDEN = 0.15, 0.15
+
+Draw = Callable[[Figure], None]
 
 
 def _style(theme: dict[str, str]) -> dict[str, Any]:
     ink = {key: theme["ink"] for key in ("text.color", "axes.labelcolor", "xtick.color", "ytick.color")}
     paper = {key: theme["paper"] for key in ("figure.facecolor", "axes.facecolor", "savefig.facecolor")}
-    paper |= {"legend.facecolor": theme["paper"]}
-    lines = {"axes.edgecolor": theme["ink"], "grid.color": theme["grid"], "legend.edgecolor": theme["grid"]}
-    return ink | paper | lines | {"font.size": 11, "axes.axisbelow": True, "svg.hashsalt": "lte"}
+    lines = {"axes.edgecolor": theme["ink"], "grid.color": theme["grid"]}
+    sizes = {"axes.labelsize": LETTERS, "xtick.labelsize": LETTERS, "ytick.labelsize": LETTERS, "axes.titlesize": 11}
+    return ink | paper | lines | sizes | {"font.size": LETTERS, "legend.fontsize": LETTERS, "axes.axisbelow": True}
 
 
-def render(draw: Callable[[Figure], None], height: float = 3.6) -> tuple[bytes, bytes]:
+def render(draw: Draw) -> tuple[bytes, bytes]:
     """Returns a picture as two PNGs, for light and for dark pages."""
     found = []
     for theme in (LIGHT, DARK):
         with matplotlib.rc_context(_style(theme)):
-            figure, buffer = Figure(figsize=(WIDTH, height), layout="constrained"), io.BytesIO()
+            figure, buffer = Figure(figsize=(WIDTH, HEIGHT), layout="constrained"), io.BytesIO()
             draw(figure)
-            figure.savefig(buffer, dpi=150, metadata={"Software": None})
+            figure.savefig(buffer, dpi=DPI, metadata={"Software": MADE_BY})
             found.append(buffer.getvalue())
     return found[0], found[1]
 
 
-def quality(material: Material, task: str, key: str = "value") -> Callable[[Figure], None]:
-    """Draws quality (or the share of the span kept) against sparsity: means, and from least to most over the seeds."""
-    settings, scale = material.settings(task), 100 if key == "span_kept" else 1
+def flops_share(run: Run) -> float | None:
+    """Returns the FLOPs of a token as a share of the dense model's."""
+    mine, dense = run.results.get("flops_per_token"), run.results["dense_flops_per_token"]
+    return None if mine is None or not dense else mine / dense
+
+
+def quality(
+    material: Material, task: str, looks: Mapping[str, Style], key: str = "value", by_flops: bool = False
+) -> Draw:
+    """Draws quality, or the share of the span kept, against sparsity or FLOPs: means, and the range over the seeds.
+
+    Args:
+        material: What is reported.
+        task: Whose points.
+        looks: Of the methods; drawn in this order, the first above the others.
+        key: ``value`` or ``span_kept``.
+        by_flops: Whether the horizontal axis is the share of the dense model's FLOPs per token.
+    """
+    scale = 100 if key == "span_kept" else 1
+    across: Callable[[Run], float | None] = flops_share if by_flops else lambda run: run.sparsity
+    drawn: dict[str, list[Setting]] = {}
+    for setting in material.settings(task):
+        if setting.values(key) and setting.values(across) and not setting.undefined:
+            drawn.setdefault(setting.method, []).append(setting)
 
     def draw(figure: Figure) -> None:
-        axes = figure.add_subplot()
-        for i, method in enumerate(dict.fromkeys(setting.method for setting in settings)):
-            mine = [setting for setting in settings if setting.method == method and setting.values(key)]
-            if not mine:
-                continue
-            means = np.array([scale * setting.mean(key) for setting in mine])
-            xs = np.array([100 * setting.sparsity for setting in mine])
-            low, high = ([scale * pick(setting.values(key)) for setting in mine] for pick in (min, max))
-            # a mean's rounding may lie beyond its only value
-            spread = np.maximum([means - low, high - means], 0)
-            style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "markersize": 5}
-            axes.errorbar(xs, means, spread, capsize=3, elinewidth=1, label=method, **style)
-        if key == "value":
-            _line(axes, material.reference(task, "dense"), "dense", "--")
-            _line(axes, material.reference(task, "floor"), "floor", ":")
-        else:
-            axes.axhline(100, color=matplotlib.rcParams["text.color"], linestyle="--", linewidth=1)
+        axes, handles, ink = figure.add_subplot(), [], matplotlib.rcParams["text.color"]
+        references = _references(material, task, key)
+        dense, floor = (float(np.mean(values)) if values else None for values in references)
+        values = {method: [scale * setting.mean(key) for setting in mine] for method, mine in drawn.items()}
+        limits = None
+        if values and (key == "span_kept" or _is_span(material.tasks[task], dense, floor)):
+            own = values.get(next(iter(looks)), [])
+            limits = _limits([value for found in values.values() for value in found], own, dense, floor)
+        for i, method in enumerate(name for name in looks if name in drawn):
+            mine, options = drawn[method], looks[method].options | {"zorder": 9 - i / 100}
+            points = sorted((100 * s.mean(across), scale * s.mean(key), s) for s in mine)
+            axes.plot([x for x, _, _ in points], [mean for _, mean, _ in points], **options)
+            for x, _, setting in points:
+                seeds = [scale * value for value in setting.values(key)]
+                if len(seeds) > 1:
+                    axes.vlines(x, min(seeds), max(seeds), color=options["color"], linewidth=1, alpha=0.7)
+            outside = limits and not any(limits[0] <= mean <= limits[1] for _, mean, _ in points)
+            label = called(mine[0]) + " (beyond the picture)" * bool(outside)
+            handles.append(Line2D([], [], **options, label=label))
+        for reference, line in zip(references, ("--", ":"), strict=True):
+            if reference:
+                axes.axhline(np.mean(reference), color=ink, linestyle=line, linewidth=1.2)
+                axes.axhspan(min(reference), max(reference), color=ink, alpha=0.08, linewidth=0)
+        if limits:
+            axes.set_ylim(*limits)
+        _name_references(axes, dense, floor)
         label = material.tasks[task] if key == "value" else "dense-to-floor span kept (%)"
-        axes.set(xlabel="FFN neurons not run (%)", ylabel=label, title=task, xlim=(-3, 103))
+        below = "FLOPs per token (% of dense)" if by_flops else "FFN sparsity (%)"
+        axes.set(xlabel=below, ylabel=label, title=task)
         axes.grid(visible=True)
-        axes.legend(fontsize=9)
+        _legend(figure, handles)
 
     return draw
 
 
-def _line(axes: Axes, values: Sequence[float], label: str, style: str) -> None:
-    if values:
-        ink = matplotlib.rcParams["text.color"]
-        axes.axhline(np.mean(values), color=ink, linestyle=style, linewidth=1, label=label)
-        axes.axhspan(min(values), max(values), color=ink, alpha=0.08, linewidth=0)
+def _references(material: Material, task: str, key: str) -> tuple[list[float], list[float]]:
+    if key == "span_kept":
+        return [100.0], [0.0]
+    return material.reference(task, "dense"), material.reference(task, "floor")
 
 
-def layers(settings: Sequence[Setting]) -> Callable[[Figure], None]:
-    """Draws the sparsity of each layer (the paper's figure 16), a row for each setting, means over the seeds."""
+def _is_span(metric: str, dense: float | None, floor: float | None) -> bool:
+    return dense is not None and floor is not None and better(metric, dense, floor)
+
+
+def _limits(values: Sequence[float], own: Sequence[float], dense: float, floor: float) -> tuple[float, float]:
+    """Returns what is seen of the vertical axis.
+
+    A few settings far beyond the floor would press the rest together: of all but LTE's, ``own``, some are left out.
+    """
+    edge = floor - BELOW * (dense - floor)
+    low, high = min(*values, dense, floor), max(*values, dense, floor)
+    if floor < dense:
+        low = max(low, min(*own, edge, np.quantile(values, HIDDEN)))
+    else:
+        high = min(high, max(*own, edge, np.quantile(values, 1 - HIDDEN)))
+    margin = 0.04 * (high - low)
+    return low - margin, high + margin
+
+
+def _name_references(axes: Axes, dense: float | None, floor: float | None) -> None:
+    named = [(value, name) for value, name in ((dense, "dense"), (floor, "floor")) if value is not None]
+    right = axes.secondary_yaxis("right")
+    right.set_yticks([value for value, _ in named], [name for _, name in named])
+    right.tick_params(length=0)
+    low, high = axes.get_ylim()
+    if len(named) == 2 and abs(named[0][0] - named[1][0]) < 0.07 * abs(high - low):
+        upper = max(named)[1]
+        for tick in right.get_yticklabels():
+            tick.set_verticalalignment("bottom" if tick.get_text() == upper else "top")
+
+
+def _legend(figure: Figure, handles: Sequence[Artist]) -> None:
+    """Puts the legend below the axes, in two columns, and makes the figure as much higher."""
+    labels = [textwrap.fill(str(handle.get_label()), LEGEND_LETTERS) for handle in handles]
+    if not labels:
+        return
+    first = (len(labels) + 1) // 2
+    lines = max(sum(label.count("\n") + 1 for label in half) for half in (labels[:first], labels[first:]))
+    figure.set_figheight(figure.get_figheight() + LINE * lines + 0.15)
+    space = {"columnspacing": 1.0, "handlelength": 2.2, "handletextpad": 0.4, "borderpad": 0.1, "labelspacing": 0.25}
+    figure.legend(list(handles), labels, loc="outside lower center", ncols=2, frameon=False, **space)
+
+
+def called(setting: Setting) -> str:
+    """Returns the name of a setting's method; an oracle is said to be one, whatever a sweep has named it."""
+    lte = setting.runs[0].lte
+    return marked(setting.method, lte) if lte.get("selector") == "kla" else setting.method
+
+
+def named(setting: Setting) -> str:
+    """Returns a setting's method and its sparsity, which is what pictures of single settings call it."""
+    # what a line is not broken at
+    return f"{called(setting)}, {100 * setting.sparsity:.0f}\N{NO-BREAK SPACE}%"
+
+
+def layers(settings: Sequence[Setting]) -> Draw:
+    """Draws the sparsity of each layer (the paper's figure 16), a row for each setting."""
 
     def draw(figure: Figure) -> None:
+        names = [textwrap.fill(named(setting), NAME_LETTERS) for setting in settings]
+        figure.set_figheight(1.2 + sum(0.1 + LINE * (name.count("\n") + 1) for name in names))
         axes = figure.add_subplot()
-        rows = [np.mean([run.results["sparsity_per_layer"] for run in setting.runs], axis=0) for setting in settings]
-        width = max(map(len, rows))
-        grid = np.full((len(rows), width), np.nan)
-        for i, row in enumerate(rows):
-            grid[i, : len(row)] = 100 * row
+        grid = [100 * np.mean(setting.values("sparsity_per_layer"), axis=0) for setting in settings]
         image = axes.imshow(grid, aspect="auto", cmap="viridis", vmin=0, vmax=100, interpolation="nearest")
-        names = [f"{setting.method}, {100 * setting.sparsity:.0f} %" for setting in settings]
-        axes.set_yticks(range(len(rows)), names, fontsize=9)
+        axes.set_yticks(range(len(names)), names)
         axes.set(xlabel="layer")
         axes.xaxis.get_major_locator().set_params(integer=True)
-        figure.colorbar(image, label="FFN neurons not run (%)")
+        figure.colorbar(image, label="FFN sparsity (%)", orientation="horizontal", fraction=0.35 / len(names))
 
     return draw
 
 
-def scores(settings: Sequence[Setting], threshold: float = 0.5) -> Callable[[Figure], None]:
-    """Draws how scores are distributed (the paper's figure 3), over all layers and seeds."""
+def scores(settings: Sequence[Setting], looks: Mapping[str, Style]) -> Draw:
+    """Draws how scores are distributed (the paper's figure 3), over all layers and seeds; dashed are the thresholds."""
 
     def draw(figure: Figure) -> None:
-        axes = figure.add_subplot()
-        for i, setting in enumerate(settings):
+        axes, handles, least = figure.add_subplot(), [], 0.1
+        for setting in settings:
             counts = np.sum([np.sum(run.histogram, axis=0) for run in setting.runs if run.histogram], axis=0)
-            shares = 100 * counts / counts.sum()
-            edges = np.linspace(0, 1, len(counts) + 1)
-            label = f"{setting.method}, {100 * setting.sparsity:.0f} %"
-            axes.stairs(np.maximum(shares, 1e-3), edges, color=COLOURS[i % len(COLOURS)], label=label, linewidth=1.5)
-        axes.axvline(threshold, color=matplotlib.rcParams["text.color"], linestyle="--", linewidth=1)
-        axes.set(xlabel="score (dashed: threshold)", ylabel="share of scores (%)", yscale="log", xlim=(0, 1))
-        axes.legend(fontsize=9)
+            shares = np.where(counts > 0, 100 * counts / counts.sum(), np.nan)
+            least = min(least, np.nanmin(shares))
+            options = looks[setting.method].options | {"marker": ""}
+            line = {key: options[key] for key in ("color", "linestyle", "linewidth")}
+            axes.stairs(shares, np.linspace(0, 1, len(counts) + 1), baseline=None, **line)
+            handles.append(Line2D([], [], **options, label=named(setting)))
+        for threshold in sorted({run.lte["threshold"] for s in settings for run in s.runs if has_threshold(run)}):
+            axes.axvline(threshold, color=matplotlib.rcParams["text.color"], linestyle="--", linewidth=1)
+        axes.set(xlabel="score", ylabel="share of scores (%)", yscale="log", xlim=(0, 1), ylim=(least / 1.5, 150))
+        # 10^-2 has letters too small to read
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.minorticks_off()
+        _legend(figure, handles)
 
     return draw
 
 
-def union(settings: Sequence[Setting]) -> Callable[[Figure], None]:
+def has_threshold(run: Run) -> bool:
+    """Says whether experts of a run were chosen by a threshold on their score."""
+    return run.lte.get("selector") == "router" and "threshold" in run.lte
+
+
+def union(settings: Sequence[Setting], looks: Mapping[str, Style]) -> Draw:
     """Draws the share of experts that no token of a batch needs, against its rows (the paper's figure 15)."""
 
     def draw(figure: Figure) -> None:
-        axes = figure.add_subplot()
-        for i, setting in enumerate(settings):
-            found = [run.results["union_sparsity"] for run in setting.runs if run.results.get("union_sparsity")]
+        axes, handles, ticks = figure.add_subplot(), [], set()
+        for setting in settings:
+            found = setting.values("union_sparsity")
             sizes = sorted({int(size) for one in found for size in one})
             means = [100 * np.mean([one[str(size)] for one in found if str(size) in one]) for size in sizes]
-            style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
-            axes.plot(sizes, means, label=f"{setting.method}, {100 * setting.sparsity:.0f} %", **style)
+            options = looks[setting.method].options
+            axes.plot(sizes, means, **options)
+            handles.append(Line2D([], [], **options, label=named(setting)))
+            ticks |= set(sizes)
         axes.set(xlabel="rows of a batch", ylabel="experts that no token needs (%)", xscale="log", ylim=(0, 100))
-        axes.set_xticks(sizes, [str(size) for size in sizes])
+        axes.set_xticks(sorted(ticks), [str(size) for size in sorted(ticks)])
         axes.minorticks_off()
         axes.grid(visible=True)
-        axes.legend(fontsize=9)
+        _legend(figure, handles)
 
     return draw
 
 
-def latency(rows: Sequence[dict[str, Any]]) -> Callable[[Figure], None]:
-    """Draws how many times faster than dense each backend is, against sparsity, and the bound that memory sets."""
+def latency(rows: Sequence[dict[str, Any]], several_files: bool = False) -> Draw:
+    """Draws how many times as fast as dense each backend is, against sparsity, and the bound that memory sets.
+
+    Args:
+        rows: Of one group of `bench.groups`.
+        several_files: Whether the title names the file.
+    """
+
+    def means(key: str, backend: str | None = None) -> tuple[list[float], list[float]]:
+        mine = [row for row in rows if backend in (None, row["backend"])]
+        at = sorted({row["sparsity"] for row in mine})
+        return [100 * x for x in at], [np.mean([row[key] for row in mine if row["sparsity"] == x]) for x in at]
 
     def draw(figure: Figure) -> None:
-        axes = figure.add_subplot()
-        backends = list(dict.fromkeys((row["backend"], row.get("dtype", "")) for row in rows))
-        for i, backend in enumerate(backends):
-            mine = sorted(
-                (row["sparsity"], row["ratio"])
-                for row in rows
-                if (row["backend"], row.get("dtype", "")) == backend and row["ratio"] is not None
-            )
-            if mine:
-                style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "markersize": 5}
-                axes.plot(*np.array([(100 * x, y) for x, y in mine]).T, label=" ".join(filter(None, backend)), **style)
-        ink = matplotlib.rcParams["text.color"]
-        bounds = sorted({(row["sparsity"], row["bound"]) for row in rows if row["bound"] is not None})
-        if bounds:
-            axes.plot(*np.array([(100 * x, y) for x, y in bounds]).T, ":", color=ink, label="bound", linewidth=1)
+        axes, handles, ink = figure.add_subplot(), [], matplotlib.rcParams["text.color"]
+        looks = list(KNOWN.values())
+        for i, backend in enumerate(dict.fromkeys(row["backend"] for row in rows)):
+            handles += axes.plot(*means("ratio", backend), **looks[i % len(looks)].options, label=backend)
+        handles += axes.plot(*means("bound"), ":", color=ink, label="bound", linewidth=1.2)
         axes.axhline(1, color=ink, linestyle="--", linewidth=1)
-        first = rows[0]
-        title = f"{first['shape']}, {first['scope']}, {first['phase']}, {first['tokens']:.0f} tokens"
-        axes.set(xlabel="sparsity (%)", ylabel="times as fast as dense", title=title, ylim=(0, None))
+        heading = textwrap.fill(title(rows, several_files), 44)
+        axes.set(xlabel="sparsity (%)", ylabel="times as fast as dense", ylim=(0, None))
+        axes.set_title(heading, fontsize=LETTERS)
         axes.grid(visible=True)
-        axes.legend(fontsize=9)
+        _legend(figure, handles)
 
     return draw

@@ -1,24 +1,18 @@
 """The tables of a report, as rows of text, and what can be said of them in plain words."""
 
-import re
-import statistics
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lte_lightning.report.collect import Material, Setting
+from lte_lightning.report.loss import figure_text, kept_text, percent, sentence, tolerance_of, tolerated
+from lte_lightning.report.material import UNTRAINED, Material, Missing, Run, Setting
+from lte_lightning.report.methods import RIVALS, marked
 from lte_lightning.sweep.table import better, mean_text
 
 GFLOP = 2**30  # as the paper counts
-# What a method may lose and still count as good as dense: the paper's of Table 1, and a point elsewhere
-TOLERANCES = {"perplexity": 0.5, "rouge": 0.05}
-TOLERANCE = 0.01
 # Two points below the sparsities that one asks a method for, since a calibrated one lands beside them
 LEVELS = (0.48, 0.68, 0.78, 0.88)
-# What the paper and its successors compare: a report says which of them it lacks
-RIVALS = (
-    *("dense", "narrower dense", "KLA", "MoEfication", "Deja Vu", "TEAL", "CATS", "D2DMoE", "softmax top-k"),
-    *("random routers", "sigma-MoE", "Wanda", "LTE"),
-)
+LINES = 20  # of a list, before it is cut
 
 
 @dataclass(frozen=True)
@@ -29,57 +23,29 @@ class Table:
     rows: list[list[str]]
 
 
-def tolerance_of(metric: str, given: float | None) -> float:
-    """Returns how much of a metric may be lost."""
-    if given is not None:
-        return given
-    return next((value for name, value in TOLERANCES.items() if metric.lower().startswith(name)), TOLERANCE)
-
-
-def dense_of(material: Material, task: str) -> float | None:
-    """Returns the mean of a task's dense figures."""
-    found = material.reference(task, "dense")
-    return statistics.fmean(found) if found else None
-
-
-def tolerated(material: Material, task: str, method: str, tolerance: float | None) -> list[Setting]:
-    """Returns the settings of a method that lose no more of a task's metric than is tolerated, by mean."""
-    dense, metric = dense_of(material, task), material.tasks[task]
-    if dense is None:
-        return []
-    limit, found = tolerance_of(metric, tolerance), []
-    for setting in material.settings(task):
-        value = setting.mean("value")
-        if setting.method == method and value is not None:
-            lost = value - dense if better(metric, 0, 1) else dense - value
-            found += [setting] if lost <= limit + 1e-9 else []
-    return found
-
-
 def flops(material: Material, tolerance: float | None) -> Table:
-    """Returns the fewest GFLOPs per token at the tolerated loss, as the paper's Table 1."""
+    """Returns the fewest GFLOPs per token at the tolerated loss, as the paper's Table 1.
+
+    A method's name bears what its figures must not be read without: that it is an oracle, or skips weights.
+    """
     tasks = list(material.tasks)
-    methods = list(dict.fromkeys(setting.method for setting in material.settings()))
     heads = ["", *(f"{task} (≤ {tolerance_of(material.tasks[task], tolerance):g} lost)" for task in tasks)]
-    dense = {
-        task: next(run.results["dense_flops_per_token"] for run in material.runs if run.results["task"] == task)
-        for task in tasks
-    }
+    dense = {task: material.of(task)[0].results["dense_flops_per_token"] for task in tasks}
     rows = [["dense", *(f"{dense[task] / GFLOP:.4g}" for task in tasks)]]
-    for method in methods:
-        cells = []
-        for task in tasks:
-            mine = tolerated(material, task, method, tolerance)
-            if not any(setting.method == method for setting in material.settings(task)):
-                cells.append("not run")
-            elif not mine:
-                cells.append("none within" if dense_of(material, task) is not None else "no dense figure")
-            else:
-                best = min(mine, key=lambda setting: setting.mean("flops_per_token"))
-                cost = best.mean("flops_per_token")
-                cells.append(f"{cost / GFLOP:.4g} ({dense[task] / cost:.2f}x, {100 * best.sparsity:.0f} % off)")
-        rows.append([method, *cells])
+    names = {setting.method: marked(setting.method, setting.runs[0].lte) for setting in material.settings()}
+    for method, name in names.items():
+        rows.append([name, *(_cell(material, task, method, tolerance, dense[task]) for task in tasks)])
     return Table(heads, rows)
+
+
+def _cell(material: Material, task: str, method: str, tolerance: float | None, dense: float) -> str:
+    found = tolerated(material, task, method, tolerance)
+    if not found.within:
+        return "none within" if found.beyond else "no dense figure" if found.unread else "not run"
+    best = min(found.within, key=lambda setting: setting.mean("flops_per_token"))
+    cost, failing = best.mean("flops_per_token"), found.failing_below(best.sparsity)
+    though = f", though not at {percent(failing)}" if failing else ""
+    return f"{cost / GFLOP:.4g} ({dense / cost:.2f}x, {100 * best.sparsity:.0f} % off{though})"
 
 
 def levels(material: Material, task: str) -> Table:
@@ -89,47 +55,68 @@ def levels(material: Material, task: str) -> Table:
     for method in dict.fromkeys(setting.method for setting in settings):
         cells = []
         for level in LEVELS:
-            mine = [s for s in settings if s.method == method and s.sparsity >= level and s.values("value")]
+            mine = [s for s in settings if s.method == method and s.sparsity >= level]
             best = None
             for setting in mine:
-                if best is None or better(metric, setting.mean("value"), best.mean("value")):
+                if not setting.undefined and (
+                    best is None or better(metric, setting.mean("value"), best.mean("value"))
+                ):
                     best = setting
-            cells.append(f"{mean_text(best.values('value'))} at {100 * best.sparsity:.0f} %" if best else "–")
+            undefined = "undefined" if mine else "–"
+            cells.append(f"{figure_text(best)} at {100 * best.sparsity:.0f} %" if best else undefined)
         rows.append([method, *cells])
     return Table(["", *(f"≥ {100 * level:.0f} % off" for level in LEVELS)], rows)
 
 
 def everything(material: Material, task: str) -> Table:
     """Returns every setting of a task with its figures, means and deviations over the seeds."""
-    heads = [
-        "method",
-        "parameters",
-        "seeds",
-        "sparsity",
-        material.tasks[task],
-        "before adaptation",
-        "span kept",
-        "GFLOPs/token",
-        "bound",
-    ]
-    timed = any(setting.values("speedup") for setting in material.settings(task))
-    heads += ["measured"] if timed else []
-    rows = []
-    for setting in material.settings(task):
-        seeds = ", ".join(str(seed) for seed in sorted({run.results["seed"] for run in setting.runs}))
-        rows.append(
-            [
-                *(setting.method, setting.label, seeds),
-                mean_text([run.sparsity for run in setting.runs], 100, " %", 1),
-                mean_text(setting.values("value")),
-                mean_text(setting.values("hard_before")),
-                mean_text(setting.values("span_kept"), 100, " %", 0),
-                mean_text(setting.values("flops_per_token"), 1 / GFLOP),
-                mean_text(setting.values("bound"), digits=2, unit="x"),
-                *([mean_text(setting.values("speedup"), digits=2, unit="x")] if timed else []),
-            ]
-        )
-    return Table(heads, rows)
+    settings = [*material.settings(task, dense=True), *material.settings(task)]
+    dense, metric = material.dense(task), material.tasks[task]
+    columns = {
+        "method": lambda s: s.method,
+        "parameters": lambda s: s.label,
+        "seeds": lambda s: ", ".join(map(str, s.seeds)),
+        "sparsity": lambda s: mean_text([run.sparsity for run in s.runs], 100, " %", 1),
+        INNER: lambda s: mean_text(s.values(_inner), 100, " %", 1),
+        metric: figure_text,
+        "lost": lambda s: "undefined" if s.undefined else mean_text(s.lost(dense)),
+        "dense start": lambda s: mean_text(s.values("dense")),
+        "before adaptation": lambda s: mean_text(s.values("hard_before")),
+        "span kept": kept_text,
+        "GFLOPs/token": lambda s: mean_text(s.values("flops_per_token"), 1 / GFLOP),
+        "bound": lambda s: mean_text(s.values("bound"), digits=2, unit="x"),
+        "measured": lambda s: mean_text(s.values("speedup"), digits=2, unit="x"),
+    }
+    wanted = {
+        INNER: any(setting.values(_inner) for setting in settings),
+        "dense start": len(starts(material, task)) > 1,
+        "measured": any(setting.values("speedup") for setting in settings),
+    }
+    shown = {head: text for head, text in columns.items() if wanted.get(head, True)}
+    return Table(list(shown), [[text(setting) for text in shown.values()] for setting in settings])
+
+
+INNER = "sparsity without the last layer"
+
+
+def _inner(run: Run) -> float | None:
+    return run.inner_sparsity
+
+
+def starts(material: Material, task: str) -> list[tuple[list[str], list[float]]]:
+    """Returns which methods start from which dense model, and its figures over the seeds."""
+    groups: list[tuple[list[str], dict[int, float]]] = []
+    for run in material.of(task):
+        own = run.results["dense"]
+        if run.role == "point" and own is not None:
+            known = next((one for one in groups if abs(one[1].get(run.seed, math.inf) - own) <= 1e-9), None)
+            same = (one for one in groups if run.method in one[0] and run.seed not in one[1])
+            known = known or next(same, None)
+            if known is None:
+                groups.append(known := ([], {}))
+            known[0].extend([run.method] if run.method not in known[0] else [])
+            known[1].setdefault(run.seed, own)
+    return [(methods, list(found.values())) for methods, found in groups]
 
 
 def versions(material: Material) -> Table:
@@ -149,36 +136,38 @@ def summary(material: Material, tolerance: float | None) -> list[str]:
     lines = []
     for task, metric in material.tasks.items():
         dense, floors = material.reference(task, "dense"), material.reference(task, "floor")
-        line = f"{task}: the dense model reaches {metric} {mean_text(dense)}" if dense else f"{task}: no dense figure"
+        line = f"{task}: no dense figure"
+        if dense:
+            kind, own = material.dense_kind(task), material.starts(task)
+            line = f"{task}: the reference ({kind}) reaches {metric} {mean_text(dense)}"
+            line += f", before that {mean_text(own)}" if kind != UNTRAINED and own else ""
         if floors:
             line += f"; with every FFN expert off and adapted alike, the floor, {mean_text(floors)}"
         lines.append(f"{line}.")
-        limit = tolerance_of(metric, tolerance)
-        for method in dict.fromkeys(setting.method for setting in material.settings(task)):
-            within = tolerated(material, task, method, tolerance)
-            if within:
-                best = max(within, key=lambda setting: setting.sparsity)
-                kept = best.values("span_kept")
-                span = f" and keeps {mean_text(kept, 100, ' %', 0)} of the span from floor to dense" if kept else ""
-                lines.append(
-                    f"{task}: {method} loses at most {limit:g} up to {100 * best.sparsity:.0f} % of the FFN neurons "
-                    f"off ({metric} {mean_text(best.values('value'))}){span}."
-                )
-            elif dense:
-                lines.append(f"{task}: {method} loses more than {limit:g} at every setting that was run.")
+        groups = starts(material, task)
+        if len(groups) > 1:
+            told = "; ".join(f"{mean_text(figures)} ({', '.join(methods)})" for methods, figures in groups)
+            lines.append(f"{task}: the methods start from different dense models, none trained on: {told}.")
+        methods = dict.fromkeys(setting.method for setting in material.settings(task))
+        lines += filter(None, (sentence(material, task, method, tolerance) for method in methods))
+        if any(setting.values(_inner) for setting in material.settings(task)):
+            lines.append(
+                f"{task}: the classifier reads the first token of the last layer alone, so a router may switch that "
+                "layer's FFN off for all other tokens at no loss. The table of all settings gives the sparsity without "
+                "the last layer, too."
+            )
     return lines
 
 
 def not_run(material: Material) -> list[str]:
     """Says what a reader might expect, and what there are no figures of."""
-    lines = [f"Not done: {name} ({status})." for name, status in material.missing[:20]]
-    if len(material.missing) > 20:
-        lines.append(f"And {len(material.missing) - 20} more points are not done.")
-    methods = {_plain(run.method) for run in material.runs}
-    absent = [name for name in RIVALS if name != "dense" and not any(_plain(name) in method for method in methods)]
-    if absent:
-        lines.append(f"No figures of: {', '.join(absent)}.")
-    single = [s for s in material.settings() if len({run.results["seed"] for run in s.runs}) < 2]
+    lines = _cut(_missing(material.missing), "kinds of points are not done")
+    reasons: dict[str, list[str]] = {}
+    for name, reason in material.left_out:
+        reasons.setdefault(reason, []).append(name)
+    lines += [f"Left out, {reason}: {_listed(names)}." for reason, names in reasons.items()]
+    lines += _absent(material)
+    single = [s for s in material.settings() if len(s.seeds) < 2]
     if single:
         lines.append(f"One seed only, so no spread is known: {len(single)} of {len(material.settings())} settings.")
     for task in material.tasks:
@@ -195,8 +184,50 @@ def not_run(material: Material) -> list[str]:
     return lines
 
 
-def _plain(name: str) -> str:
-    return re.sub(r"[^a-z0-9]", "", name.lower())
+def _absent(material: Material) -> list[str]:
+    """Which of the rivals there are no figures of: on no task, or on one of them."""
+
+    def lacking(task: str | None) -> list[str]:
+        mine = [run for run in material.of(task) if run.role == "point"]
+        return [name for name, is_it in RIVALS.items() if not any(is_it(run.lte) and not run.is_dense for run in mine)]
+
+    everywhere = lacking(None)
+    lines = [f"No figures of: {', '.join(everywhere)}."] if everywhere else []
+    for task in material.tasks:
+        if only := [name for name in lacking(task) if name not in everywhere]:
+            lines.append(f"No figures on {task} of: {', '.join(only)}.")
+    return lines
+
+
+def _missing(missing: Sequence[Missing]) -> list[str]:
+    """Says which points are not done, a line for each variant and what became of it."""
+    sweeps = {point.sweep for point in missing}
+    groups: dict[tuple[str, str, str], dict[str, list[int]]] = {}
+    for point in missing:
+        seeds = groups.setdefault((point.sweep, point.method, point.status), {}).setdefault(point.parameters, [])
+        seeds += [] if point.seed is None else [point.seed]
+    lines = []
+    for (sweep, method, status), settings in groups.items():
+        by_seeds: dict[tuple[int, ...], list[str]] = {}
+        for parameters, seeds in settings.items():
+            by_seeds.setdefault(tuple(sorted(set(seeds))), []).append(parameters)
+        told = []
+        for seeds, parameters in by_seeds.items():
+            which = f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}" if seeds else ""
+            told.append(" of ".join(filter(None, (", ".join(filter(None, parameters)), which))))
+        name = ": ".join(filter(None, (sweep if len(sweeps) > 1 else "", method, "; ".join(filter(None, told)))))
+        lines.append(f"Not done: {name} ({status}).")
+    return lines
+
+
+def _cut(lines: list[str], what: str) -> list[str]:
+    more = [f"And {len(lines) - LINES} more {what}."] if len(lines) > LINES else []
+    return lines[:LINES] + more
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - LINES} more" if len(names) > LINES else ""
+    return ", ".join(names[:LINES]) + more
 
 
 def pick(settings: Sequence[Setting], count: int) -> list[Setting]:

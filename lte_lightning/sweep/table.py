@@ -2,6 +2,8 @@
 
 import csv
 import json
+import math
+import shlex
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +14,11 @@ from lte_lightning.sweep.folder import SweepFolder
 from lte_lightning.sweep.spec import Point
 
 RUN_LAYOUT = 1  # of run.json; a run that names none was written before there were any
+# Options that are no choice of a fit's: its seed, its place, and what is shown of it
+NEUTRAL = (
+    *("run.", "seed_everything", "ckpt_path", "trainer.logger", "trainer.enable_progress_bar"),
+    *("trainer.enable_model_summary", "trainer.log_every_n_steps", "trainer.default_root_dir"),
+)
 LOWER_IS_BETTER = ("perplexity", "loss")
 FIGURES = (
     "dense",
@@ -47,7 +54,10 @@ def read_run_file(run: Path) -> dict[str, Any]:
 
 
 def read_results(run: Path) -> dict[str, Any]:
-    """Returns a run's ``results.json``, with ``value``, the hardest of its figures, and ``span_kept``.
+    """Returns a run's ``results.json``, with ``value``, what the fit has come to, and ``span_kept``.
+
+    ``value`` is ``hard`` if the expert stage ran, else ``hard_before``, or ``dense`` of a fit that selected nothing. It
+    is None where that figure is not defined (a correlation of constant predictions): no other says the same.
 
     Raises:
         UserError: If the file is missing, damaged, or written by another version.
@@ -55,11 +65,23 @@ def read_results(run: Path) -> dict[str, Any]:
     file = run / "results.json"
     try:
         results = json.loads(file.read_text())
-        results["value"] = next(
-            (results[view] for view in ("hard", "hard_before", "soft", "dense") if results[view] is not None), None
+        view = "dense"
+        if results["hard"] is not None or expert_stage_ran(results):
+            view = "hard"
+        elif results["sparsity"] is not None:
+            view = "hard_before"
+        results["value"] = value = results[view]
+        dense, floor = results["dense"], results.get("floor")
+        keys = (
+            "task",
+            "metric",
+            "sparsity_per_layer",
+            "hard_before",
+            "flops_per_token",
+            "dense_flops_per_token",
+            "seed",
         )
-        dense, hard, floor = results["dense"], results["hard"], results.get("floor")
-        _ = results["task"], results["metric"], results["sparsity"], results["dense_flops_per_token"], results["seed"]
+        _ = [results[key] for key in keys]
     except OSError as error:
         raise UserError(f"{run} has no results.json: its fit was not finished, or it is no run folder") from error
     except (ValueError, KeyError, TypeError) as error:
@@ -68,9 +90,14 @@ def read_results(run: Path) -> dict[str, Any]:
             "version that wrote it, or leave this run out"
         ) from error
     results["span_kept"] = None
-    if dense is not None and hard is not None and floor is not None and better(results["metric"], dense, floor):
-        results["span_kept"] = (hard - floor) / (dense - floor)
+    if view != "dense" and None not in (dense, value, floor) and better(results["metric"], dense, floor):
+        results["span_kept"] = (value - floor) / (dense - floor)
     return results
+
+
+def expert_stage_ran(results: dict[str, Any]) -> bool:
+    """Says whether a fit got to its expert stage, so that its ``hard`` is a figure or not defined."""
+    return "expert" in (results.get("seconds_per_stage") or {})
 
 
 def better(metric: str, one: float, other: float) -> bool:
@@ -81,26 +108,41 @@ def better(metric: str, one: float, other: float) -> bool:
 def describe(results: dict[str, Any]) -> str:
     """Says the figures of a fit in a few words."""
     words = [f"{view} {results[view]:.4f}" for view in ("dense", "hard") if results[view] is not None]
-    if results["hard"] is None and results["hard_before"] is not None:
+    if results["hard"] is None and expert_stage_ran(results):
+        words.append("hard undefined")
+    elif results["hard"] is None and results["hard_before"] is not None:
         words.append(f"hard_before {results['hard_before']:.4f}")
     if results["sparsity"] is not None:
         words.append(f"sparsity {100 * results['sparsity']:.1f} %")
     return f"{results['metric']}: {', '.join(words)}"
 
 
+def newest(run: Path) -> tuple[int, int, str]:
+    """A key to sort run folders with results by, the newest last."""
+    files = run / "results.json", run / "run.json"
+    return *(file.stat().st_mtime_ns for file in files), run.name
+
+
 def write_tables(folder: SweepFolder, points: Sequence[Point]) -> list[Path]:
-    """Writes ``table.csv``, a row for each fit, and ``table.md``, means and deviations over the seeds."""
+    """Writes ``table.csv``, a row for each fit, and ``table.md``, means and deviations over the seeds.
+
+    Of several finished runs of a fit the newest counts, as in a report. A figure that is not defined is ``nan``.
+    """
     attempts, rows = folder.attempts(), []
     keys = list(dict.fromkeys(key for point in points for key in point.parameters))
+    labels = _labels(folder, points)
     for point in points:
         row: dict[str, Any] = {"name": point.name, "role": point.role, "variant": point.variant or ""}
         row |= {key: point.parameters.get(key, "") for key in keys} | {"seed": point.seed}
-        run, known = folder.finished(point.name, attempts), folder.status(point.name)
+        whole = [run for run in attempts.get(point.name, []) if folder.finished(point.name, {point.name: [run]})]
+        run, known = max(whole, key=newest, default=None), folder.status(point.name)
         row["status"] = "done" if run else known.get("status", "missing")
         if run:
             results = read_results(run)
             row |= {"task": results["task"], "metric": results["metric"]}
             row |= {key: results.get(key) for key in FIGURES}
+            if results["hard"] is None and expert_stage_ran(results):
+                row["hard"] = math.nan
         row |= {"seconds": known.get("seconds"), "run": run.name if run else None}
         rows.append(row)
     names = ["name", "role", "variant", *keys, "seed", "status", "task", "metric", *FIGURES, "seconds", "run"]
@@ -109,25 +151,52 @@ def write_tables(folder: SweepFolder, points: Sequence[Point]) -> list[Path]:
         writer = csv.DictWriter(file, names, restval="")
         writer.writeheader()
         writer.writerows(rows)
-    files[1].write_text(_markdown(rows, keys))
+    files[1].write_text(_markdown([row | {"label": labels[row["name"]]} for row in rows], keys))
     return files
+
+
+def _labels(folder: SweepFolder, points: Sequence[Point]) -> dict[str, str]:
+    """What each fit is called over the seeds; of several starts and floors also what tells them apart."""
+    labels = {point.name: point.variant or "fit" for point in points}
+    for role in ("start", "floor"):
+        options = {point.name: _identity(folder, point.name) for point in points if point.role == role}
+        known = [one for one in options.values() if one]
+        names = sorted({key for one in known for key in one})
+        names = [key for key in names if len({one.get(key) for one in known}) > 1]
+        for name, own in options.items():
+            words = dict.fromkeys(f"{key.split('.')[-1]} {own.get(key, 'as configured')}" for key in names)
+            labels[name] = f"{role} ({', '.join(words)})" if words else role
+    return labels
+
+
+def _identity(folder: SweepFolder, name: str) -> dict[str, str]:
+    """What makes a start or a floor what it is, the seed apart, by the command that ran it; nothing if it never ran."""
+    status = folder.status(name)
+    words = shlex.split(status.get("command") or "")[2:]
+    pairs = [(key.removeprefix("--"), value) for key, value in zip(words[::2], words[1::2], strict=False)]
+    own = {key: value for key, value in pairs if not key.startswith(("config", "model.init_from", *NEUTRAL))}
+    own |= {"configs": " + ".join(Path(value).stem for key, value in pairs if key == "config")} if pairs else {}
+    start = _identity(folder, status["start"]) if status.get("start") else {}
+    return own | {f"start.{key}": value for key, value in start.items()}
 
 
 def _markdown(rows: list[dict[str, Any]], keys: list[str]) -> str:
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for row in rows:
         if row["status"] == "done":
-            label = row["variant"] or "fit" if row["role"] == "point" else row["role"]
-            groups.setdefault((row["task"], row["metric"], label, *(str(row[key]) for key in keys)), []).append(row)
-    heads = ["task", "metric", "variant", *keys, "seeds", "dense", "hard", "sparsity", "floor", "span kept", "FLOPs"]
+            identity = (row["task"], row["metric"], row["label"], *(str(row[key]) for key in keys))
+            groups.setdefault(identity, []).append(row)
+    heads = ["task", "metric", "variant", *keys, "seeds", "dense", "hard", "sparsity", "floor"]
+    heads += ["span kept", "FLOPs", "hard before"]
     lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
     for identity, members in groups.items():
         cells = [*identity, ", ".join(str(row["seed"]) for row in members)]
         cells += [mean_text([row[key] for row in members]) for key in ("dense", "hard")]
         cells.append(mean_text([row["sparsity"] for row in members], 100, " %", 1))
         cells.append(mean_text([row["floor"] for row in members]))
-        cells.append(mean_text([row["span_kept"] for row in members], 100, " %", 0))
+        cells.append(span_text([row["span_kept"] for row in members]))
         cells.append(mean_text([row["flops_per_token"] for row in members], 2.0**-30, " G"))
+        cells.append(mean_text([row["hard_before"] for row in members]))
         lines.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
     lost = [row["name"] for row in rows if row["status"] != "done"]
     tail = f"\n{len(lost)} of {len(rows)} fits are not done: {', '.join(lost)}\n" if lost else ""
@@ -135,9 +204,21 @@ def _markdown(rows: list[dict[str, Any]], keys: list[str]) -> str:
 
 
 def mean_text(values: Sequence[float | None], scale: float = 1.0, unit: str = "", digits: int = 4) -> str:
-    """Writes mean and standard deviation of the figures that there are; a dash if there are none."""
+    """Writes mean and standard deviation of the figures that there are; a dash if there are none.
+
+    A figure that is not defined is NaN, and said to be undefined: no mean leaves it out.
+    """
     found = [scale * value for value in values if value is not None and value != ""]
     if not found:
         return "–"
+    if undefined := sum(map(math.isnan, found)):
+        return "undefined" if undefined == len(found) else f"undefined in {undefined} of {len(found)}"
     spread = f" ± {statistics.stdev(found):.{digits}f}" if len(found) > 1 else ""
     return f"{statistics.fmean(found):.{digits}f}{spread}{unit}"
+
+
+def span_text(shares: Sequence[float | None]) -> str:
+    """Writes what is kept of the span from floor to dense, and over how many seeds if some have no such span."""
+    usable = sum(share is not None for share in shares)
+    few = f" ({usable} of {len(shares)} seeds)" if 0 < usable < len(shares) else ""
+    return mean_text(shares, 100, " %", 0) + few

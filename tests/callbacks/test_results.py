@@ -79,6 +79,14 @@ def test_span_kept_where_lower_is_better(dense, hard, floor, kept):
     assert found == (kept if kept is None else pytest.approx(kept))
 
 
+@pytest.mark.parametrize(("stages", "kept"), [(["router"], 0.5), (["router", "expert"], None)])
+def test_span_kept_by_a_fit_without_an_adaptation_is_that_before_it(stages, kept):
+    """With one, ``hard`` is None where it is not defined."""
+    results = {"dense": 0.9, "hard": None, "hard_before": 0.75, "floor": 0.6}
+    found = span_kept(results | {"seconds_per_stage": dict.fromkeys(stages, 1.0)})
+    assert found == (kept if kept is None else pytest.approx(kept))
+
+
 def test_floor_of_another_run(tmp_path):
     (tmp_path / "results.json").write_text(json.dumps({"floor": 0.7, "task": "cola", "hard": 0.7}))
     assert read_floor(tmp_path / "results.json") == {"floor": 0.7, "task": "cola"}

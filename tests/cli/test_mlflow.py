@@ -31,6 +31,7 @@ def test_a_fit_is_a_run_with_parameters_metrics_and_artifacts(fitted):
     assert len(client.get_metric_history(about["run_id"], "val/hard/sparsity")) == 2
     artifacts = {file.path for file in client.list_artifacts(about["run_id"])}
     assert artifacts >= {"config.yaml", "results.json", "sparsity_per_layer.png", "scores.png"}
+    assert [file.path for file in client.list_artifacts(about["run_id"], "model")] == ["model/lte_config.json"]
     assert run.info.artifact_uri == (fitted.run / "artifacts").as_uri()
 
 

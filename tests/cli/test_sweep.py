@@ -17,8 +17,12 @@ import pytest
 import yaml
 from mlflow.tracking import MlflowClient
 
+from lte_lightning.cli import main
 from lte_lightning.cli.check import check_commands
 from lte_lightning.core.errors import UserError
+from lte_lightning.report.collect import collect
+from lte_lightning.report.tables import everything
+from lte_lightning.report.tracked import collect_tracked
 from lte_lightning.sweep.folder import SweepFolder
 from lte_lightning.sweep.spec import read_sweep
 from lte_lightning.sweep.tracking import Tracker
@@ -280,6 +284,18 @@ def test_the_smoke_sweep_on_a_real_mlflow_server(server, tiny, sweep, tmp_path, 
     again = sweep(SWEEPS / "smoke.yaml", *small, tiny.task("sst2"), "--data.train_rows", 32)
     assert "4 of 4 points are done already." in again.out
     assert len(client.search_runs([experiment.experiment_id])) == 5
+    # what the server knows makes the same report as the folder, but for a weight that all have
+    tracked, local = collect_tracked(server, "sweep-smoke"), collect([folder])
+    rows = [[row[:1] + row[2:] for row in everything(one, "sst2").rows] for one in (tracked, local)]
+    assert rows[0] == rows[1]
+    assert len(rows[0]) == 2
+    assert tracked.dense("sst2") == local.dense("sst2")
+    for run in tracked.runs:
+        (same,) = (other for other in local.runs if other.name == run.name)
+        assert (run.method, run.role, run.lte, run.family) == (same.method, same.role, same.lte, "bert")
+        assert (run.results, run.histogram) == (same.results, same.histogram)
+    main(["report", "--tracking-uri", server, "--experiment", "sweep-smoke", "--out", str(tmp_path / "page")])
+    assert "constant lambda" in (tmp_path / "page" / "index.html").read_text()
 
 
 def test_an_mlflow_server_that_is_not_there(sweep_file, sweep, tmp_path, monkeypatch):

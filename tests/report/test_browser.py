@@ -1,6 +1,7 @@
 """A report in headless Chromium (nox -s browser): what a reader would see, measured by the page itself."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -25,11 +26,14 @@ MEASURE = """<script>addEventListener("load", () => {
     letters: parseFloat(getComputedStyle(document.body).fontSize),
     ink: getComputedStyle(document.body).color,
     paper: getComputedStyle(document.body).backgroundColor,
-    sticking_out: [...document.querySelectorAll("h1, h2, p, li, img, pre, .wide")]
+    folds: document.querySelectorAll("details").length,
+    folded: document.querySelectorAll("details:not([open])").length,
+    details: box([...document.querySelectorAll("h2")].find(element => element.textContent == "Details")).top,
+    sticking_out: [...document.querySelectorAll("h1, h2, h3, p, li, img, pre, .wide")]
       .filter(element => box(element).right > innerWidth + 1).map(element => element.outerHTML.slice(0, 80)),
     images: [...document.images].map(image => ({
       complete: image.complete, pixels: image.naturalWidth, source: image.currentSrc.length,
-      is_light: image.currentSrc === image.src, width: box(image).width, height: box(image).height,
+      is_light: image.currentSrc === image.src, width: box(image).width, height: box(image).height, top: box(image).top,
     })),
   };
   const out = parent.document.createElement("pre");
@@ -43,15 +47,24 @@ MEASURE = """<script>addEventListener("load", () => {
 def chromium():
     path = next(filter(None, map(shutil.which, NAMES)), None)
     if path is None:
-        pytest.skip(f"no browser: none of {', '.join(NAMES)} is installed (Debian: apt-get install chromium)")
+        # nox -s browser is there for these tests and nothing else
+        refuse = pytest.fail if os.environ.get("LTE_BROWSER") == "required" else pytest.skip
+        refuse(f"no browser: none of {', '.join(NAMES)} is installed (Debian: apt-get install chromium)")
     return path
 
 
 @pytest.fixture(scope="module")
-def page(swept, bench_csv, tmp_path_factory):
+def drawn(compared, bench_csv, tmp_path_factory, watch):
+    """A report of fifteen methods with three seeds, and its figures: each picture's light one, then its dark one."""
     out = tmp_path_factory.mktemp("out")
-    main(["report", str(swept), "--out", str(out), "--bench", str(bench_csv)])
-    return out / "index.html"
+    with watch() as figures:
+        main(["report", str(compared), "--out", str(out), "--bench", str(bench_csv)])
+    return out / "index.html", figures
+
+
+@pytest.fixture(scope="module")
+def page(drawn):
+    return drawn[0]
 
 
 @dataclass
@@ -85,17 +98,22 @@ def look(chromium, tmp_path_factory):
 
 
 @pytest.mark.parametrize(("width", "dark"), [(390, False), (390, True), (1200, False)])
-def test_every_picture_is_seen_and_nothing_sticks_out(width, dark, page, look):
+def test_every_picture_is_seen_and_nothing_sticks_out(width, dark, drawn, look, letters):
+    page, figures = drawn
     seen = look(page.read_text(), width, dark)
     measured = seen.measured
     assert seen.console == []
     assert measured["width"] == width
     assert measured["content"] <= width
     assert measured["sticking_out"] == []
-    assert len(measured["images"]) == len(list(Path(page).parent.glob("*.png"))) > 4
-    for image in measured["images"]:
+    assert len(measured["images"]) == len(figures[::2]) == len(list(Path(page).parent.glob("*.png"))) > 7
+    for image, figure in zip(measured["images"], figures[::2], strict=True):
         assert image["complete"]
-        assert image["pixels"] == 780
+        assert image["pixels"] == 840
+        assert image["height"] / image["width"] == pytest.approx(
+            figure.get_figheight() / figure.get_figwidth(), rel=0.01
+        )
+        assert letters(figure, image["width"]) >= 11
         assert image["height"] > 100
         assert 300 < image["width"] <= width
         assert image["is_light"] != dark
@@ -103,6 +121,10 @@ def test_every_picture_is_seen_and_nothing_sticks_out(width, dark, page, look):
     assert (ink > paper) == dark
     assert abs(ink - paper) > 500
     assert measured["letters"] >= 16
+    # what was found, the main pictures and their table come first, long lists are folded
+    assert measured["folded"] == measured["folds"] > 2
+    main_pictures = [image["top"] for image in measured["images"][:2]]
+    assert max(main_pictures) < measured["details"]
 
 
 def test_the_measurement_finds_what_is_wrong(page, look):

@@ -1,0 +1,120 @@
+"""Which runs belong together: experiments are told apart, settings too, and each has one run per seed."""
+
+from collections.abc import Hashable, Iterable
+from pathlib import PurePosixPath
+from typing import Any
+
+from lte_lightning.report.material import Material, Run, setting_key
+from lte_lightning.sweep.table import newest
+
+GFLOP = 2**30
+OLDER = "for a newer run of the same setting and seed is there"
+
+
+def settle(material: Material) -> None:
+    """Names the experiments of all runs, tells settings apart, leaves out double runs, and pairs spans by seed."""
+    name_experiments(material.runs)
+    _tell_apart([run for run in material.runs if run.role == "point"])
+    _drop_doubles(material)
+    for task in material.tasks:
+        dense, floor = material.dense(task), material.floor(task)
+        for run in material.of(task):
+            run.results["span_kept"] = None
+            value, most, least = run.results["value"], dense.get(run.seed), floor.get(run.seed)
+            if None not in (value, most, least) and run.better(most, least):
+                run.results["span_kept"] = (value - least) / (most - least)
+
+
+# Experiments
+
+
+def name_experiments(runs: list[Run]) -> None:
+    """Gives each run the name of its experiment, ``Run.task``: as much of task, metric and model as is needed."""
+    keys = {id(run): _experiment(run, runs) for run in runs}
+    names: dict[Hashable, str] = {}
+    for key in keys.values():
+        task, metric, *_ = key
+        same_task = {other for other in keys.values() if other[0] == task}
+        name = task if len({other[1] for other in same_task}) == 1 else f"{task}, {metric}"
+        models = sorted({other[2:] for other in same_task if other[1] == metric}, key=str)
+        names[key] = name if len(models) == 1 else f"{name}, {_model_name(key[2:], models)}"
+    taken: dict[str, Hashable] = {}
+    for key, name in names.items():
+        if name in taken:  # a path that ends alike in all that can be read
+            name = names[key] = f"{name} ({len(taken)})"
+        taken[name] = key
+    for run in runs:
+        run.task = names[keys[id(run)]]
+
+
+def _experiment(run: Run, runs: Iterable[Run]) -> tuple[Any, ...]:
+    return *_base(run), _layers(run, runs)
+
+
+def _base(run: Run) -> tuple[Any, ...]:
+    results, options = run.results, run.options
+    pretrained = options.get("model.pretrained") or options.get("start.model.pretrained")
+    return results["task"], results["metric"], pretrained, results["dense_flops_per_token"]
+
+
+def _layers(run: Run, runs: Iterable[Run]) -> int | None:
+    """How many layers a run's model has; a dense run does not say so itself, but those beside it do."""
+    if layers := run.results["sparsity_per_layer"]:
+        return len(layers)
+    like = [other for other in runs if _base(other) == _base(run) and other.results["sparsity_per_layer"]]
+    beside = [other for other in like if other.folder.parent == run.folder.parent] or like
+    found = {len(other.results["sparsity_per_layer"]) for other in beside}
+    return found.pop() if len(found) == 1 else None
+
+
+def _model_name(model: tuple[Any, ...], models: list[tuple[Any, ...]]) -> str:
+    pretrained, flops, layers = model
+    names = {str(other[0]) for other in models}
+    words = []
+    if len(names) > 1:
+        ends = [PurePosixPath(name).name for name in names]
+        words.append(PurePosixPath(str(pretrained)).name if len(set(ends)) == len(names) else str(pretrained))
+    alike = [other for other in models if other[0] == pretrained]
+    if len({other[2] for other in alike}) > 1:
+        words.append(f"{layers} layers" if layers else "layers unknown")
+    elif len(alike) > 1:
+        words.append(f"{flops / GFLOP:.4g} GFLOPs dense")
+    return ", ".join(words)
+
+
+# Settings
+
+
+def _tell_apart(runs: list[Run]) -> None:
+    """Adds what differs between the configurations of an experiment's runs of a method to their parameters."""
+    groups: dict[tuple[str, str], list[Run]] = {}
+    for run in runs:
+        groups.setdefault((run.task, run.method), []).append(run)
+    for same in groups.values():
+        known = [run.options for run in same if run.options]
+        names = list(dict.fromkeys(key for run in same for key in run.parameters))
+        rest = {key for options in known for key in options} - set(names)
+        names += sorted(key for key in rest if len(_values(key, known)) > 1)
+        for run in same:
+            given = run.options | run.parameters
+            run.parameters = {key: given.get(key) for key in names if run.options or key in run.parameters}
+
+
+def _values(key: str, known: list[dict[str, Any]]) -> set[str]:
+    # of some runs the start is not there to be asked
+    return {repr(options.get(key)) for options in known if key in options or not key.startswith("start.")}
+
+
+def _drop_doubles(material: Material) -> None:
+    groups: dict[Hashable, list[Run]] = {}
+    for run in material.runs:
+        key = (setting_key(run), run.seed) if run.role == "point" else id(run)
+        groups.setdefault(key, []).append(run)
+    doubles = set()
+    for same in groups.values():
+        kept = max(same, key=lambda run: newest(run.folder))
+        for run in same:
+            if run is not kept:
+                doubles.add(id(run))
+                material.left_out.append((run.folder.name, OLDER))
+    material.runs = [run for run in material.runs if id(run) not in doubles]

@@ -1,0 +1,207 @@
+"""What a report shows: first quality against sparsity and against cost, then the details."""
+
+import base64
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from lte_lightning.report import bench, pictures, tables
+from lte_lightning.report.material import Material, Run, Setting
+from lte_lightning.report.style import Style, ours, selectors, styles
+from lte_lightning.report.tables import Table, pick
+
+# Where methods are compared at one sparsity, and how far a setting may lie from it to be compared
+AT, REACH = 0.8, 0.15
+OWN_ROWS = 16  # of LTE in a heat map
+# Selectors whose scores are more than a yes or no
+SCORED = ("router", "softmax", "sigmamoe")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture and what it says."""
+
+    name: str
+    text: str
+    light: bytes
+    dark: bytes
+
+    @property
+    def light_uri(self) -> str:
+        """The picture for light pages, as a data URI."""
+        return f"data:image/png;base64,{base64.b64encode(self.light).decode()}"
+
+    @property
+    def dark_uri(self) -> str:
+        """The picture for dark pages, as a data URI."""
+        return f"data:image/png;base64,{base64.b64encode(self.dark).decode()}"
+
+
+@dataclass
+class Section:
+    """A heading, what it is about, pictures, tables, and tables that are shown when asked for, each with its name."""
+
+    title: str
+    text: str = ""
+    pictures: list[Picture] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+    folded: list[tuple[str, Table]] = field(default_factory=list)
+
+
+def main_sections(material: Material, tolerance: float | None) -> list[Section]:
+    """Returns what a reader sees first."""
+    looks, found = styles(material), []
+    for task, metric in material.tasks.items():
+        if not material.settings(task):
+            continue
+        section = Section(f"Quality against sparsity and cost: {task}", _how_to_read(material, task))
+        for name, axis, by_flops in (("quality", "FFN sparsity", False), ("flops", "FLOPs per token", True)):
+            draw = pictures.quality(material, task, looks, by_flops=by_flops)
+            section.pictures.append(_picture(f"{name}-{task}", f"{metric} of {task} against {axis}", draw))
+        section.tables.append(tables.levels(material, task))
+        table = tables.everything(material, task)
+        section.folded.append((f"All {len(table.rows)} settings of {task}", table))
+        found.append(section)
+    found.append(
+        Section(
+            "FLOPs per token at the same tolerated loss",
+            "In the form of the paper's Table 1: the fewest GFLOPs (2³⁰) per token of the layers' projections, routers "
+            "and predictors included, among the settings whose mean lost no more than is tolerated.",
+            tables=[tables.flops(material, tolerance)],
+        )
+    )
+    return found
+
+
+def _how_to_read(material: Material, task: str) -> str:
+    settings = material.settings(task)
+    spread = "bars span the least and the greatest over the seeds"
+    if all(len(setting.runs) < 2 for setting in settings):
+        spread = "one seed each, so no spread is known"
+    undefined = [pictures.named(setting) for setting in settings if setting.undefined]
+    return (
+        f"Means of {material.tasks[task]} on the validation rows; {spread}. Cost is FLOPs per token of the layers' "
+        "projections, routers and predictors included, as a share of the dense model's: what a method pays to know "
+        "what it may skip shows only there, and oracles pay nothing. Thin lines: the reference "
+        f"({material.dense_kind(task)}), dashed, and the floor, every FFN expert off and adapted alike, dotted; a "
+        "curve says as much as it stands above the floor, and what lies far below is beyond the picture."
+    ) + (f" Not drawn, for a seed's figure is undefined: {', '.join(undefined)}." if undefined else "")
+
+
+def detail_sections(material: Material) -> list[Section]:
+    """Returns what explains the first sections: spans, layers, scores, batches, and measured time."""
+    looks, found = styles(material), []
+    for task in material.tasks:
+        settings = material.settings(task)
+        if any(setting.values("span_kept") for setting in settings):
+            draw = pictures.quality(material, task, looks, "span_kept")
+            picture = _picture(f"span-{task}", f"share of the span kept on {task}", draw)
+            text = "How much is left of what the FFNs are good for: the floor is 0, the reference 100 %."
+            found.append(Section(f"Span kept: {task}", text, [picture]))
+        found += _layers(task, settings)
+        found += _scores(task, settings, looks)
+        found += _union(task, settings, looks)
+    return found + _latency(material)
+
+
+def nearest(settings: Sequence[Setting]) -> tuple[list[Setting], str]:
+    """Returns the setting of each method that is nearest to 80 % sparsity, and what is to be said of the choice.
+
+    A method that has none within 15 points is left out, unless all have none.
+    """
+    best: dict[str, Setting] = {}
+    for setting in sorted(settings, key=lambda setting: abs(setting.sparsity - AT)):
+        best.setdefault(setting.method, setting)
+    order = selectors(settings)
+    close = [best[method] for method in order if abs(best[method].sparsity - AT) <= REACH]
+    text = f"Of each method the setting nearest to {100 * AT:.0f} % sparsity, named by what it has."
+    chosen = close or [best[method] for method in order]
+    if lacking := [method for method in order if best[method] not in chosen]:
+        text += f" None lies within {100 * REACH:.0f} points, and so left out: {', '.join(lacking)}."
+    return chosen, text
+
+
+def _layers(task: str, settings: Sequence[Setting]) -> list[Section]:
+    # all runs of an experiment have as many layers
+    has = [setting for setting in settings if setting.values("sparsity_per_layer")]
+    if not has:
+        return []
+    chosen, text = nearest(has)
+    own = pick([setting for setting in has if setting.method == ours(has)], OWN_ROWS)
+    if own:
+        text += f" {own[0].method} at {'all its settings' if len(own) < OWN_ROWS else 'settings evenly spread'}."
+    rows = own + [setting for setting in chosen if setting.method != ours(has)]
+    picture = _picture(f"layers-{task}", f"sparsity per layer on {task}", pictures.layers(rows))
+    return [Section(f"Sparsity per layer: {task}", f"Means over the seeds. {text}", [picture])]
+
+
+def _scores(task: str, settings: Sequence[Setting], looks: Mapping[str, Style]) -> list[Section]:
+    def scored(run: Run) -> bool:
+        return run.lte.get("selector") in SCORED and sum(map(sum, run.histogram)) > 0
+
+    has = [setting for setting in settings if any(map(scored, setting.runs))]
+    if not has:
+        return []
+    chosen, text = nearest(has)
+    text = f"Of all layers and seeds. {text}"
+    if any(map(pictures.has_threshold, (run for setting in chosen for run in setting.runs))):
+        text += " Dashed: LTE's threshold; a well separated selection has few scores near it."
+    if any(run.lte.get("selector") != "router" for setting in chosen for run in setting.runs):
+        text += " Softmax and sigma-MoE keep the top experts and have no threshold; gates of the others are 0."
+    text += " Other methods have no scores, only a choice."
+    picture = _picture(f"scores-{task}", f"scores on {task}", pictures.scores(chosen, looks))
+    return [Section(f"Distribution of the scores: {task}", text, [picture])]
+
+
+def _union(task: str, settings: Sequence[Setting], looks: Mapping[str, Style]) -> list[Section]:
+    # pruned weights are the same for all tokens, and no expert is off
+    has = [s for s in settings if any(s.values("union_sparsity")) and s.runs[0].lte.get("selector") != "wanda"]
+    if not has:
+        return []
+    chosen, choice = nearest(has)
+    text = (
+        "A batch must load every expert that any of its tokens needs: all tokens of its rows in an encoder and in "
+        "classification, one token of each row where a model generates. Means over layers and seeds, on validation "
+        f"rows. {choice}"
+    )
+    picture = _picture(f"union-{task}", f"union sparsity on {task}", pictures.union(chosen, looks))
+    return [Section(f"Union sparsity: {task}", text, [picture])]
+
+
+def _latency(material: Material) -> list[Section]:
+    if not material.bench:
+        return []
+    text = (
+        "How many times as fast as dense, the router's time included. Dotted: what the bytes moved allow at most. "
+        "Dashed: dense."
+    )
+    section = Section("Latency against sparsity", text)
+    groups, several = bench.groups(material.bench), len({row["file"] for row in material.bench}) > 1
+    for i, group in enumerate(groups):
+        label = f"speed-up of {bench.title(group, several)}"
+        section.pictures.append(_picture(f"latency-{i}", label, pictures.latency(group, several)))
+    heads = list(dict.fromkeys(key for row in material.bench for key in row))
+    heads = heads if several else [key for key in heads if key != "file"]
+    cells = [[_cell(row.get(key)) for key in heads] for group in groups for row in group]
+    section.folded.append((f"All {len(cells)} figures", Table(heads, cells)))
+    return [section]
+
+
+def _cell(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value or "–")
+
+
+def names_of_runs(runs: Sequence[Run]) -> list[str]:
+    """Returns what a reader calls each run: its method and setting, and the folder where that is not enough."""
+    names = []
+    for run in runs:
+        what = {"start": "dense start", "floor": "floor"}.get(run.role, run.method)
+        setting = ", ".join(f"{key.split('.')[-1]} {value}" for key, value in run.parameters.items())
+        names.append(", ".join(filter(None, [run.task, what, setting, f"seed {run.results['seed']}"])))
+    count = Counter(names)
+    return [f"{name} ({run.folder.name})" if count[name] > 1 else name for name, run in zip(names, runs, strict=True)]
+
+
+def _picture(name: str, text: str, draw: Callable[..., None]) -> Picture:
+    safe = "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in name)
+    return Picture(safe, text, *pictures.render(draw))

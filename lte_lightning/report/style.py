@@ -1,0 +1,93 @@
+"""How methods look: each has its colour, marker and line, the same in every picture and in every report."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import matplotlib
+
+from lte_lightning.report.material import Material, Setting
+
+LIGHT = {"ink": "#1a1a1a", "paper": "#ffffff", "grid": "#d8d8d8"}
+DARK = {"ink": "#e6e6e6", "paper": "#1b1d21", "grid": "#3c4048"}
+INK = "ink"  # black on light pages, white on dark ones
+
+
+@dataclass(frozen=True)
+class Style:
+    """How the line of a method is drawn."""
+
+    colour: str
+    marker: str
+    line: str = "-"
+    width: float = 1.4
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What matplotlib's ``plot`` and ``Line2D`` are given."""
+        colour = matplotlib.rcParams["text.color"] if self.colour == INK else self.colour
+        size = 7 if self.width > 2 else 5
+        return {"color": colour, "marker": self.marker, "linestyle": self.line, "linewidth": self.width} | {
+            "markersize": size
+        }
+
+
+STRONG = Style("#e5383b", "o", width=2.6)
+# By selector, all legible on both papers. Oracles are grey and dashed, thresholds on magnitudes dash-dotted.
+KNOWN = {
+    "narrow": Style(INK, "s"),
+    "kla": Style("#858585", "D", "--"),
+    "moefication": Style("#1098a0", "v"),
+    "dejavu": Style("#3a86e8", "^"),
+    "cats": Style("#a8742a", "P", "-."),
+    "d2dmoe": Style("#a05de0", "X"),
+    "softmax": Style("#d63fa8", "<"),
+    "sigmamoe": Style("#2e9e4f", ">"),
+    "random": Style("#8a8a10", "*"),
+    "teal": Style("#d9730d", "p", "-."),
+    "wanda": Style("#6a6ff0", "h", "-."),
+}
+# What a second method of the same selector is told by
+AGAIN = (("d", ":"), ("8", "--"), ("H", "-."), ("1", ":"), ("2", "--"))
+
+
+def selectors(settings: Iterable[Setting]) -> dict[str, str]:
+    """Returns the selector of each method, LTE's first and the others in their order.
+
+    LTE is what is called so, or the first with its routers.
+    """
+    found: dict[str, str] = {}
+    for setting in settings:
+        found.setdefault(setting.method, setting.runs[0].lte.get("selector", "router"))
+    ours = "LTE" if "LTE" in found else next((name for name, selector in found.items() if selector == "router"), None)
+    return {name: found[name] for name in sorted(found, key=lambda name: name != ours)}
+
+
+def ours(settings: Iterable[Setting]) -> str | None:
+    """Returns what LTE is called among settings, None if it is not there."""
+    name, selector = next(iter(selectors(settings).items()), (None, ""))
+    return name if name == "LTE" or selector == "router" else None
+
+
+def styles(material: Material) -> dict[str, Style]:
+    """Returns how each method of the points looks, in the order of a legend.
+
+    A method looks as its selector does, a second one of the same selector differs in marker and line. Variants of
+    LTE, and selectors unknown here, take what no method of the report has.
+    """
+    methods, own = selectors(material.settings()), ours(material.settings())
+    free = [style for name, style in KNOWN.items() if name not in methods.values()] or list(KNOWN.values())
+    found: dict[str, Style] = {}
+    seen: dict[str, int] = {}
+    for method, selector in methods.items():
+        if method == own:
+            found[method] = STRONG
+            continue
+        known = KNOWN.get(selector)
+        key = selector if known else "others"
+        count = seen[key] = seen.get(key, -1) + 1
+        pool = [known] if known else free
+        turn, style = count // len(pool), pool[count % len(pool)]
+        marker, line = (style.marker, style.line) if turn == 0 else AGAIN[(turn - 1) % len(AGAIN)]
+        found[method] = replace(style, marker=marker, line=style.line if style.line == "--" else line)
+    return found

@@ -1,0 +1,165 @@
+"""Reads what a report is made of from MLflow: finished runs, with what they left there."""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from lte_lightning.core.errors import UserError
+from lte_lightning.report.collect import finish, read_run
+from lte_lightning.report.identity import OLDER
+from lte_lightning.report.material import Material
+from lte_lightning.report.sweeps import missing_point
+from lte_lightning.store import write_json
+from lte_lightning.sweep.network import reach
+from lte_lightning.sweep.table import RUN_LAYOUT, newest
+
+# What `read_run` reads, where a fit logs it
+FILES = ("results.json", "config.yaml", "model/lte_config.json")
+PARENT = "mlflow.parentRunId"
+
+
+def collect_tracked(
+    uri: str | None, experiment: str | None = None, run_ids: Sequence[str] = (), bench: Iterable[str | Path] = ()
+) -> Material:
+    """Reads finished fits from MLflow's store, and CSV files of ``lte bench``.
+
+    Args:
+        uri: The store; by default ``MLFLOW_TRACKING_URI``, or ``sqlite:///mlflow.db``.
+        experiment: The experiment whose runs are reported, all that are finished.
+        run_ids: Instead of an experiment, these runs; that of a sweep stands for all of its fits.
+        bench: See `collect`.
+
+    Raises:
+        UserError: If the store does not answer, has no such experiment or run, or a run that was named has no results.
+    """
+    if experiment is not None and run_ids:
+        raise UserError(f"--experiment {experiment} and the run {run_ids[0]} are given; name an experiment, or runs")
+    uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+    with _store(uri) as client, tempfile.TemporaryDirectory(prefix="lte-report-") as folder:
+        runs = _runs(client, uri, experiment, run_ids)
+        found = [run for run in runs if _fetch(client, run, Path(folder) / run.info.run_id)]
+        done = {_point(run) for run in found}
+        others = [run for run in runs if run not in found]
+        for run in others:
+            if run.info.run_id in run_ids:
+                raise UserError(
+                    f"run {run.info.run_id} ({_name(run)}) has no results.json, it is {_status(run)}; leave it out"
+                )
+        if not found:
+            name = experiment or ", ".join(run_ids)
+            raise UserError(f"none of the {len(runs)} runs of {name} is a finished fit; name others")
+        points = {_name(run): {"variant": run.data.tags.get("lte.variant"), "role": "point"} for run in found}
+        missing = [
+            missing_point(_name(run), points, run.data.tags.get(PARENT, ""), _status(run))
+            for run in others
+            if _point(run) not in done
+        ]
+        material = Material(missing=missing)
+        _read(found, Path(folder), material)
+        return finish(material, bench)
+
+
+@contextlib.contextmanager
+def _store(uri: str) -> Iterator[Any]:
+    """A client of the store; what goes wrong with it is said in one line."""
+    if uri.startswith(("http://", "https://")):
+        reach(uri, "the MLflow server")  # MLflow itself would try for minutes
+    elif uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///").partition("?")[0]).exists():
+        raise UserError(f"there is no MLflow database {uri}; name another by --tracking-uri")  # or it would be made
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    from mlflow.exceptions import MlflowException
+    from mlflow.tracking import MlflowClient
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield MlflowClient(uri)
+    except (MlflowException, SQLAlchemyError, OSError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"MLflow's store {uri} cannot be read: {reason}; name another by --tracking-uri") from error
+
+
+def _runs(client: Any, uri: str, experiment: str | None, run_ids: Sequence[str]) -> list[Any]:
+    """Returns the runs that were asked for, those of sweeps themselves apart, oldest first."""
+    if experiment is None and run_ids:
+        runs = [run for identity in dict.fromkeys(run_ids) for run in _run(client, uri, identity)]
+    else:
+        known = client.get_experiment_by_name(experiment) if experiment else None
+        if known is None:
+            names = sorted(one.name for one in client.search_experiments())
+            what = f"there is no experiment {experiment!r} in {uri}" if experiment else f"which runs of {uri}?"
+            raise UserError(f"{what}; name one by --experiment, or runs by their ids; it has {', '.join(names)}")
+        runs = _search(client, known.experiment_id)
+    unique = {run.info.run_id: run for run in runs if "lte.sweep" not in run.data.tags}
+    return sorted(unique.values(), key=lambda run: run.info.start_time)
+
+
+def _run(client: Any, uri: str, identity: str) -> list[Any]:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        run = client.get_run(identity)
+    except MlflowException as error:
+        raise UserError(f"there is no run {identity!r} in {uri}; give the id of one, or --experiment NAME") from error
+    if "lte.sweep" not in run.data.tags:
+        return [run]
+    return _search(client, run.info.experiment_id, f"tags.`{PARENT}` = '{identity}'")
+
+
+def _search(client: Any, experiment: str, wanted: str = "") -> list[Any]:
+    found, token = [], None
+    while True:
+        page = client.search_runs([experiment], wanted, page_token=token)
+        found, token = found + list(page), page.token
+        if not token:
+            return found
+
+
+def _fetch(client: Any, run: Any, folder: Path) -> bool:
+    """Downloads what a run left, as a run folder; says whether it has results."""
+    there = {file.path for part in (None, "model") for file in client.list_artifacts(run.info.run_id, part)}
+    if run.info.status != "FINISHED" or "results.json" not in there:
+        return False
+    for name in FILES:
+        target = folder / name
+        target.parent.mkdir(exist_ok=True)
+        if name in there:
+            # stores differ in whether they keep an artifact's folders
+            Path(client.download_artifacts(run.info.run_id, name, str(target.parent))).replace(target)
+    write_json(folder / "run.json", {"layout": RUN_LAYOUT, "name": _name(run), "run_id": run.info.run_id})
+    for name in ("results.json", "run.json"):  # which of two runs is newer
+        os.utime(folder / name, (run.info.end_time / 1000,) * 2)
+    return True
+
+
+def _read(runs: Sequence[Any], folder: Path, material: Material) -> None:
+    """Reads the folders of runs, of those of a sweep the newest of each of its points."""
+    points: dict[Any, list[Any]] = {}
+    for run in runs:
+        points.setdefault(_point(run), []).append(run)
+    for same in points.values():
+        kept = max(same, key=lambda run: newest(folder / run.info.run_id))
+        material.left_out += [(run.info.run_id, OLDER) for run in same if run is not kept]
+        # The whole configuration tells the fits of a sweep apart, too
+        point = {key: kept.data.tags.get(f"lte.{key}") for key in ("role", "variant")}
+        config = f"mlflow artifacts download --run-id {kept.info.run_id} --artifact-path config.yaml --dst-path ."
+        point |= {"command": f"{config} && lightning fit --config config.yaml"}
+        material.runs.append(read_run(folder / kept.info.run_id, point))
+
+
+def _name(run: Any) -> str:
+    return run.data.tags.get("lte.point") or run.info.run_name or run.info.run_id
+
+
+def _point(run: Any) -> tuple[str, str]:
+    """What the attempts at one point of a sweep have in common; a run outside of sweeps is alone."""
+    parent = run.data.tags.get(PARENT)
+    return (parent, _name(run)) if parent else (run.info.run_id, "")
+
+
+def _status(run: Any) -> str:
+    if run.info.status == "FINISHED":
+        return "finished without a fit's results"
+    return "running or killed" if run.info.status == "RUNNING" else run.info.status.lower()
