@@ -90,7 +90,12 @@ class Setting:
     runs: list[Run]
 
     def values(self, key: str | Callable[[Run], float | None]) -> list[float]:
-        """Returns a figure of every run that has it."""
+        """Returns a figure of every run that has it.
+
+        Of ``value`` and ``span_kept`` there are none if that of a seed is not defined: a mean over the others flatters.
+        """
+        if self.undefined and key in ("value", "span_kept"):
+            return []
         found = [key(run) if callable(key) else run.results.get(key) for run in self.runs]
         return [value for value in found if value is not None]
 
