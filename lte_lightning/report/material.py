@@ -127,8 +127,14 @@ class Setting:
 
     @property
     def label(self) -> str:
-        """The parameters in a few words."""
-        return ", ".join(f"{key.split('.')[-1]} {value}" for key, value in self.parameters.items()) or "–"
+        """The parameters in a few words: each by the end of its name, as long as tells it from the others."""
+        words = []
+        for key, value in self.parameters.items():
+            parts, others = key.split("."), [f".{other}" for other in self.parameters if other != key]
+            ends = [".".join(parts[i:]) for i in range(len(parts) - 1, -1, -1)]
+            name = next((end for end in ends if not any(other.endswith(f".{end}") for other in others)), key)
+            words.append(f"{name} {value}")
+        return ", ".join(words) or "–"
 
 
 @dataclass(frozen=True)

@@ -91,6 +91,15 @@ def test_points_that_start_from_other_models_are_no_repetition(make_points, figu
     ]
 
 
+def test_a_parameter_is_named_by_as_much_as_tells_it_from_the_others(make_points, figures, tmp_path):
+    names = ("model.lte.expert_size", "stages.expert.learning_rate", "stages.router.learning_rate", "rate")
+    point = {"name": "a", "seed": 0, "results": figures(0.9, 0.5), "parameters": dict.fromkeys(names, 1)}
+    material = collect([make_points(tmp_path / "trial", [point])])
+    assert rows_of(material, "parameters") == [
+        ["expert_size 1, expert.learning_rate 1, router.learning_rate 1, rate 1"]
+    ]
+
+
 def test_the_newest_run_of_a_point_counts_alone(make_points, figures, tmp_path):
     folder = make_points(tmp_path / "trial", [{"name": "a", "seed": 0, "results": figures(0.88, 0.5), **LTE}])
     again = shutil.copytree(folder / "a", folder / "typed-again")
