@@ -214,6 +214,15 @@ def test_missing_points_are_grouped_and_their_state_is_said(make_points, figures
     assert (alone.settings()[0].method, alone.missing) == ("KLA (oracle)", [])
 
 
+def test_points_of_a_variant_that_was_not_begun_have_its_name(make_points, figures, tmp_path):
+    names = ["Wanda_2_4_-target_sparsity=0.5-s0-0123abcd", "other_one-s0-0123abcd"]
+    folder = make_points(tmp_path / "trial", [{"name": "a", "seed": 0, "results": figures(0.9, 0.5)}], ["a", *names])
+    lines = [f"Not done: {method} of seed 0 (not started)." for method in ("Wanda 2 4: 0.5", "Wanda (2:4): 0.5")]
+    assert tables.not_run(collect([folder]))[0] == lines[0]
+    (folder / "sweep.yaml").write_text('variants: {"Wanda (2:4)": {list: [{a.b: 1}]}}')
+    assert tables.not_run(collect([folder]))[:2] == [lines[1], "Not done: other one: seed 0 (not started)."]
+
+
 def test_a_point_runs_as_long_as_its_sweep_holds_the_folder(make_points, figures, tmp_path):
     points = [{"name": "a", "seed": 0, "results": figures(0.9, 0.5)}, {"name": "b", "seed": 0, "status": "running"}]
     folder = make_points(tmp_path / "trial", points)
