@@ -71,7 +71,8 @@ def figure_text(setting: Setting) -> str:
         return mean_text(setting.values("value"))
     if len(setting.undefined) == len(setting.runs):
         return "undefined"
-    return f"{mean_text(setting.values('value'))} (undefined: seed {', '.join(map(str, setting.undefined))})"
+    values = [run.results["value"] for run in setting.runs]
+    return f"{mean_text(values)} (undefined: seed {', '.join(map(str, setting.undefined))})"
 
 
 def kept_text(setting: Setting) -> str:

@@ -90,7 +90,12 @@ class Setting:
     runs: list[Run]
 
     def values(self, key: str | Callable[[Run], float | None]) -> list[float]:
-        """Returns a figure of every run that has it."""
+        """Returns a figure of every run that has it.
+
+        Of ``value`` and ``span_kept`` there are none if that of a seed is not defined: a mean over the others flatters.
+        """
+        if self.undefined and key in ("value", "span_kept"):
+            return []
         found = [key(run) if callable(key) else run.results.get(key) for run in self.runs]
         return [value for value in found if value is not None]
 
@@ -122,8 +127,14 @@ class Setting:
 
     @property
     def label(self) -> str:
-        """The parameters in a few words."""
-        return ", ".join(f"{key.split('.')[-1]} {value}" for key, value in self.parameters.items()) or "–"
+        """The parameters in a few words: each by the end of its name, as long as tells it from the others."""
+        words = []
+        for key, value in self.parameters.items():
+            parts, others = key.split("."), [f".{other}" for other in self.parameters if other != key]
+            ends = [".".join(parts[i:]) for i in range(len(parts) - 1, -1, -1)]
+            name = next((end for end in ends if not any(other.endswith(f".{end}") for other in others)), key)
+            words.append(f"{name} {value}")
+        return ", ".join(words) or "–"
 
 
 @dataclass(frozen=True)

@@ -2,15 +2,19 @@
 
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from lte_lightning.report.material import Missing
 from lte_lightning.sweep.folder import SWEEP_FILE, SweepFolder, read_sweep_file
 
 # As `lte_lightning.sweep.spec` names its points
 POINT = re.compile(r"(?P<words>.+)-s(?P<seed>\d+)-[0-9a-f]{8}")
+COPY = "sweep.yaml"  # of the sweep file, which newer folders have
 REASON = 160  # characters of a log's line
 
 
@@ -58,11 +62,13 @@ def read_swept(path: Path) -> SweptFolder:
         if name not in seeds and _seed(name, points) in (own if _role(name, points) == "point" else shared)
     }
     attempts, running = folder.attempts(), is_running(path)
+    variants = [*_variants(path / COPY), *(point.get("variant") for point in points.values())]
     missing = []
     for name in dict.fromkeys([*planned, *points]):
         done = any((run / "results.json").exists() for run in attempts.get(name, []))
         if not done and name not in obsolete:
-            missing.append(missing_point(name, points, about.get("name", path.name), _status(folder, name, running)))
+            status = _status(folder, name, running)
+            missing.append(missing_point(name, points, about.get("name", path.name), status, variants))
     ordered = {name: points.get(name, {}) for name in dict.fromkeys([*planned, *points])}
     return SweptFolder(path, about.get("text", ""), ordered, obsolete, missing)
 
@@ -100,7 +106,9 @@ def _status(folder: SweepFolder, name: str, running: bool) -> str:
     return ": ".join([status, *(line.strip()[:REASON] for line in lines)])
 
 
-def missing_point(name: str, points: dict[str, dict[str, Any]], sweep: str, status: str) -> Missing:
+def missing_point(
+    name: str, points: dict[str, dict[str, Any]], sweep: str, status: str, variants: Iterable[str | None]
+) -> Missing:
     """Says of a point what is remembered of it, or what its name tells.
 
     Args:
@@ -108,6 +116,7 @@ def missing_point(name: str, points: dict[str, dict[str, Any]], sweep: str, stat
         points: What is remembered of the sweep's points.
         sweep: The sweep's name.
         status: What became of the point.
+        variants: Those that the sweep is known to have.
     """
     known, found = points.get(name, {}), POINT.fullmatch(name)
     values = known.get("parameters", {}).values()
@@ -116,9 +125,17 @@ def missing_point(name: str, points: dict[str, dict[str, Any]], sweep: str, stat
         # Not started: all there is are the words of its name, which a sweep made from the variant and the parameters
         words, *pairs = re.split(r"-(?=[A-Za-z_][A-Za-z_0-9.]*=)", found["words"] if found else name)
         values = [pair.partition("=")[2] for pair in pairs]
-        same = (point.get("variant") for point in points.values() if _slug(point.get("variant")) == words)
+        same = (variant for variant in variants if _slug(variant) == words)
         method = next(same, words.replace("_", " ").strip())
     return Missing(sweep, str(method), ", ".join(map(str, values)), _seed(name, points), status)
+
+
+def _variants(file: Path) -> list[str]:
+    """The variants that a sweep file names; none if it is not there or cannot be read."""
+    try:
+        return [str(name) for name in yaml.safe_load(file.read_text())["variants"]]
+    except (OSError, yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError):
+        return []
 
 
 def _slug(variant: str | None) -> str | None:

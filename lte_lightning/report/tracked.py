@@ -51,9 +51,9 @@ def collect_tracked(
         if not found:
             name = experiment or ", ".join(run_ids)
             raise UserError(f"none of the {len(runs)} runs of {name} is a finished fit; name others")
-        points = {_name(run): {"variant": run.data.tags.get("lte.variant"), "role": "point"} for run in found}
+        variants = [run.data.tags.get("lte.variant") for run in found]
         missing = [
-            missing_point(_name(run), points, run.data.tags.get(PARENT, ""), _status(run))
+            missing_point(_name(run), {}, run.data.tags.get(PARENT, ""), _status(run), variants)
             for run in others
             if _point(run) not in done
         ]

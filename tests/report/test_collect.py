@@ -91,6 +91,15 @@ def test_points_that_start_from_other_models_are_no_repetition(make_points, figu
     ]
 
 
+def test_a_parameter_is_named_by_as_much_as_tells_it_from_the_others(make_points, figures, tmp_path):
+    names = ("model.lte.expert_size", "stages.expert.learning_rate", "stages.router.learning_rate", "rate")
+    point = {"name": "a", "seed": 0, "results": figures(0.9, 0.5), "parameters": dict.fromkeys(names, 1)}
+    material = collect([make_points(tmp_path / "trial", [point])])
+    assert rows_of(material, "parameters") == [
+        ["expert_size 1, expert.learning_rate 1, router.learning_rate 1, rate 1"]
+    ]
+
+
 def test_the_newest_run_of_a_point_counts_alone(make_points, figures, tmp_path):
     folder = make_points(tmp_path / "trial", [{"name": "a", "seed": 0, "results": figures(0.88, 0.5), **LTE}])
     again = shutil.copytree(folder / "a", folder / "typed-again")
@@ -203,6 +212,15 @@ def test_missing_points_are_grouped_and_their_state_is_said(make_points, figures
     # a run of a sweep that is named alone has its variant's name, and misses nothing
     alone = collect([folder / planned[0]])
     assert (alone.settings()[0].method, alone.missing) == ("KLA (oracle)", [])
+
+
+def test_points_of_a_variant_that_was_not_begun_have_its_name(make_points, figures, tmp_path):
+    names = ["Wanda_2_4_-target_sparsity=0.5-s0-0123abcd", "other_one-s0-0123abcd"]
+    folder = make_points(tmp_path / "trial", [{"name": "a", "seed": 0, "results": figures(0.9, 0.5)}], ["a", *names])
+    lines = [f"Not done: {method} of seed 0 (not started)." for method in ("Wanda 2 4: 0.5", "Wanda (2:4): 0.5")]
+    assert tables.not_run(collect([folder]))[0] == lines[0]
+    (folder / "sweep.yaml").write_text('variants: {"Wanda (2:4)": {list: [{a.b: 1}]}}')
+    assert tables.not_run(collect([folder]))[:2] == [lines[1], "Not done: other one: seed 0 (not started)."]
 
 
 def test_a_point_runs_as_long_as_its_sweep_holds_the_folder(make_points, figures, tmp_path):
