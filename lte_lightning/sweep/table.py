@@ -9,7 +9,7 @@ from typing import Any
 
 from lte_lightning.core.errors import UserError
 from lte_lightning.sweep.folder import SweepFolder
-from lte_lightning.sweep.spec import Point
+from lte_lightning.sweep.points import Point
 
 RUN_LAYOUT = 1  # of run.json; a run that names none was written before there were any
 LOWER_IS_BETTER = ("perplexity", "loss")
