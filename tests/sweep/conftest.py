@@ -50,7 +50,12 @@ class Bench:
         return file
 
     def run(
-        self, workers: int = 1, extra: dict[str, Any] | None = None, runner: Any = None, tracker: Any = None, **more: Any
+        self,
+        workers: int = 1,
+        extra: dict[str, Any] | None = None,
+        runner: Any = None,
+        tracker: Any = None,
+        **more: Any,
     ) -> Swept:
         folder, said = SweepFolder(self.cwd / "runs" / "trial"), []
         sweep = recognise(read_sweep(self.file, extra, **more), folder)

@@ -170,7 +170,10 @@ def test_names_do_not_depend_on_where_the_sweep_lies(read, tmp_path):
         ({"start": {}, "grid": {"stages.dense.epochs": [1, 2]}}, "cannot differ between points that share one dense"),
         ({"overrides": []}, r"overrides of the sweep is \[\]; it must be a mapping"),
         ({"variants": {"a": []}}, r"variant 'a' is \[\]; it must be a mapping"),
-        ({"overrides": {"data.day": date(2026, 1, 2)}}, r"sets data\.day to datetime\.date.*, a date; put it in quotes"),
+        (
+            {"overrides": {"data.day": date(2026, 1, 2)}},
+            r"sets data\.day to datetime\.date.*, a date; put it in quotes",
+        ),
         ({"grid": {"data.day": [date(2026, 1, 2)]}}, r"grid of the sweep sets data\.day to datetime\.date"),
         ({"overrides": {"epochs": 3}}, "overrides of the sweep sets 'epochs'; options of a fit have a dot in them"),
         ({"search": {"trials": 0}}, "trials of search is 0"),
