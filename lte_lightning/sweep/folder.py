@@ -47,7 +47,8 @@ class SweepFolder:
     def hold(self, sweep: Sweep, patience: float = PATIENCE, words: Sequence[str] = ()) -> Iterator[None]:
         """Makes the folder this sweep's, and nobody else's as long as the context lasts.
 
-        The lock is inherited by the fits: as long as one of a killed sweep still runs, no second one starts the same.
+        The lock is inherited by the fits, and those of other machines lock their logs: as long as one of a killed sweep
+        still runs, no second one starts the same.
 
         Args:
             sweep: The sweep, whose file is copied here.
@@ -77,25 +78,35 @@ class SweepFolder:
             import fcntl  # not where reports are read, for Windows has none
         except ImportError as error:
             raise UserError("lte sweep needs file locks as Linux and macOS have them; run it there") from error
-        deadline = time.monotonic() + patience
-        while True:
+
+        def is_free(descriptor: int) -> bool:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
             except OSError as error:
-                holder = os.pread(lock, 32, 0).decode().strip()
-                if _is_alive(holder):
-                    raise UserError(
-                        f"another sweep (process {holder}) runs in {self.path}; wait for it, or choose another --folder"
-                    ) from error
-                if time.monotonic() > deadline:
-                    raise UserError(
-                        f"fits of a sweep that was killed (process {holder}) still run in {self.path}; end them, or "
-                        "wait for them, and start the sweep again"
-                    ) from error
-                time.sleep(0.2)
+                raise UserError(f"{self.path} cannot be locked: {error}; choose a --folder elsewhere") from error
+            return True
+
+        deadline = time.monotonic() + patience
+        while not is_free(lock):
+            holder = os.pread(lock, 32, 0).decode().strip()
+            if _is_alive(holder):
+                raise UserError(
+                    f"another sweep (process {holder}) runs in {self.path}; wait for it, or choose another --folder"
+                )
+            self._wait(deadline, f"fits of a sweep that was killed (process {holder}) still run in {self.path}")
+        for log in sorted(self.points.glob("*.log")):
+            with log.open("ab") as file:  # a shared file system locks what can be written
+                while not is_free(file.fileno()):
+                    self._wait(deadline, f"on another machine the fit {log.stem} of {self.path} still runs")
         os.ftruncate(lock, 0)
         os.pwrite(lock, str(os.getpid()).encode(), 0)
+
+    def _wait(self, deadline: float, what: str) -> None:
+        if time.monotonic() > deadline:
+            raise UserError(f"{what}; end it, or wait, and start the sweep again")
+        time.sleep(0.2)
 
     def check(self, sweep: Sweep) -> None:
         """Reads what the folder says of itself, and refuses one that is not this sweep's.
