@@ -245,6 +245,19 @@ def test_a_search_by_measured_latency(sweep_file, sweep, tmp_path):
     assert "No latency was measured" not in page
 
 
+@pytest.mark.timeout(600)
+def test_a_fit_on_a_ray_cluster(sweep_file, tmp_path):
+    """A real one, on this machine; the sweep's own process ends it."""
+    pytest.importorskip("ray", reason="Ray is not installed: pip install ray")
+    words = [sys.executable, "-m", "lte_lightning", "sweep", sweep_file(epochs=(0, 1, 1)), "--ray-address", "local"]
+    words += ["--trainer.logger", "false"]
+    process = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=500)
+    assert process.returncode == 0, process.stderr
+    (found,) = results_of(tmp_path / "runs" / "sweep-trial").values()
+    assert found["versions"]["threads"] == 1
+    assert f"hard {found['hard']:.4f}" in process.stdout
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     """A real MLflow server over HTTP; its address."""
