@@ -99,7 +99,7 @@ class SweepFolder:
         for log in sorted(self.points.glob("*.log")):
             with log.open("ab") as file:  # a shared file system locks what can be written
                 while not is_free(file.fileno()):
-                    self._wait(deadline, f"on another machine the fit {log.stem} of {self.path} still runs")
+                    self._wait(deadline, f"the fit {log.stem} of {self.path} still runs, perhaps on another machine")
         os.ftruncate(lock, 0)
         os.pwrite(lock, str(os.getpid()).encode(), 0)
 

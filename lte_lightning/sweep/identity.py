@@ -131,7 +131,7 @@ class Known:
             if one is not None and (alike or (one.role == "point" and not rivals)):
                 mine[name] = self._point(name)
         needed = {need for point in mine.values() for need in point.needs} - mine.keys() - known
-        mine |= {name: self._point(name) for name in needed if name in self._statuses}
+        mine |= {name: self._point(name) for name in needed if self._remembered(name) is not None}
         left_out = set(self._finished) - mine.keys() - known
         return sorted(mine.values(), key=lambda p: (("start", "floor", "point").index(p.role), p.name)), len(left_out)
 

@@ -246,8 +246,8 @@ def test_a_search_by_measured_latency(sweep_file, sweep, tmp_path):
 
 
 @pytest.mark.timeout(600)
-def test_a_fit_on_a_ray_cluster(sweep_file, tmp_path):
-    """A real one, on this machine; the sweep's own process ends it."""
+def test_a_fit_on_a_ray_cluster(sweep_file, lightning, tmp_path):
+    """A real one, on this machine, which the sweep's process ends; the test of docs/sweeps.md goes on with its run."""
     pytest.importorskip("ray", reason="Ray is not installed: pip install ray")
     words = [sys.executable, "-m", "lte_lightning", "sweep", sweep_file(epochs=(0, 1, 1)), "--ray-address", "local"]
     words += ["--trainer.logger", "false"]
@@ -256,6 +256,11 @@ def test_a_fit_on_a_ray_cluster(sweep_file, tmp_path):
     (found,) = results_of(tmp_path / "runs" / "sweep-trial").values()
     assert found["versions"]["threads"] == 1
     assert f"hard {found['hard']:.4f}" in process.stdout
+    (results,) = tmp_path.glob("runs/sweep-trial/*/results.json")
+    run = results.parent
+    test = lightning(tmp_path, None, "test", "--config", run / "config.yaml", "--model.init_from", run / "model")
+    assert (test.code, test.written) == (0, run / "test.json"), test.err
+    assert json.loads((run / "test.json").read_text())["accuracy"] == pytest.approx(found["hard"])
 
 
 @pytest.fixture(scope="module")

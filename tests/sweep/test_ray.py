@@ -93,7 +93,7 @@ def test_a_fit_that_outlives_its_sweep_elsewhere_is_waited_for(bench, tmp_path):
     worker.kill()
     worker.wait()
     with (
-        pytest.raises(UserError, match=r"on another machine the fit fit-s0 of .*trial still runs; end it, or wait"),
+        pytest.raises(UserError, match=r"the fit fit-s0 of .*trial still runs, perhaps on another machine; end it"),
         folder.hold(sweep, patience=0.2),
     ):
         pytest.fail("two at a time")
