@@ -128,6 +128,8 @@ class Known:
             one = self._remembered(name)
             rivals = [p for p in self._present.values() if one is not None and p.rivals(one)]
             alike = any(not one.differences(p) for p in rivals)
+            if any((p.options, p.seed) == (one.options, one.seed) for p in rivals):
+                continue  # the same fit from another start or with another floor: there is a new one for it
             if one is not None and (alike or (one.role == "point" and not rivals)):
                 mine[name] = self._point(name)
         needed = {need for point in mine.values() for need in point.needs} - mine.keys() - known

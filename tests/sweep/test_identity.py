@@ -88,6 +88,17 @@ def test_fits_of_other_options_are_left_out_of_the_tables(bench):
     assert text.count("| B |") == text.count("| A |") == 1
 
 
+def test_a_fit_that_got_a_floor_takes_the_place_of_the_one_without(bench):
+    trial = bench(start={}, variants=BOTH)
+    first = trial.run()
+    trial.content["floor"] = {}
+    swept = trial.run()
+    assert len(swept.summary.done) == 1 + 1 + 2
+    points, left_out = all_points(trial, swept)
+    assert (len(points), left_out) == (4, 2)
+    assert {point.name for point in points} & first.engine.points.keys() == {swept.summary.done[0]}
+
+
 def test_the_tables_hold_what_was_not_chosen_this_time(bench):
     trial = bench(start={}, variants=BOTH)
     trial.run(seeds=[0])
