@@ -18,6 +18,14 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     staging.replace(path)
 
 
+def result_metrics(results: dict[str, Any]) -> dict[str, float]:
+    """Returns the single figures of a ``results.json`` as MLflow's metrics."""
+    found = {key: value for key, value in results.items() if type(value) in (int, float) and key != "seed"}
+    union = results.get("union_sparsity") or {}
+    found |= {f"union_sparsity_{size}": share for size, share in union.items()}
+    return {f"results/{key}": float(value) for key, value in found.items()}
+
+
 @contextmanager
 def first_contact(uri: str) -> Iterator[None]:
     """Lets one process at a time begin a run in an embedded database, which is there whole or not at all.

@@ -26,7 +26,7 @@ from lte_lightning.callbacks.results import make_results, read_floor, results_ta
 from lte_lightning.callbacks.tracking import RunLogger, mlflow_of
 from lte_lightning.core.checkpoint import CONFIG_FILE, save_pretrained
 from lte_lightning.core.errors import UserError
-from lte_lightning.store import first_contact, write_json
+from lte_lightning.store import first_contact, result_metrics, write_json
 
 RUN_FILE = "run.json"
 LAYOUT = 1  # of a run folder: what reads runs refuses another
@@ -220,10 +220,7 @@ class Recorder(Callback):
             logger.experiment.log_artifact(logger.run_id, str(self.folder / "model" / CONFIG_FILE), "model")
             for path in files:
                 logger.experiment.log_artifact(logger.run_id, str(path))
-            scalars = {k: v for k, v in results.items() if type(v) in (int, float) and k != "seed"}
-            union = results["union_sparsity"] or {}
-            scalars |= {f"union_sparsity_{size}": share for size, share in union.items()}
-            logger.log_metrics({f"results/{key}": float(value) for key, value in scalars.items()})
+            logger.log_metrics(result_metrics(results))
 
     @rank_zero_only
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from rich.console import Console
 from rich.table import Table
 
+from lte_lightning.callbacks.machine import code, machine
 from lte_lightning.callbacks.stages import StageSchedule
 from lte_lightning.core.cost import GFLOP
 from lte_lightning.core.errors import UserError
@@ -76,9 +77,11 @@ def versions(trainer: Trainer) -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         **{name: version(name) for name in packages},
+        **code(),
         "device": str(trainer.strategy.root_device),
         "devices": trainer.world_size,
         "machine": platform.machine(),
+        **machine(trainer.strategy.root_device),
         "threads": torch.get_num_threads(),
         "precision": str(trainer.precision),
     }

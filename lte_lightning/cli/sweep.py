@@ -14,10 +14,12 @@ import yaml
 from lte_lightning.core.errors import UserError
 from lte_lightning.report.collect import collect
 from lte_lightning.sweep.engine import Engine, Runner, Summary
-from lte_lightning.sweep.folder import SweepFolder
+from lte_lightning.sweep.folder import COPY, SweepFolder
+from lte_lightning.sweep.identity import Known, recognise
 from lte_lightning.sweep.local import LocalRunner
+from lte_lightning.sweep.points import Point, Sweep, options
 from lte_lightning.sweep.search import Trials
-from lte_lightning.sweep.spec import Point, Sweep, options, read_sweep
+from lte_lightning.sweep.spec import read_sweep
 from lte_lightning.sweep.table import read_results, read_run_file, write_tables
 from lte_lightning.sweep.tracking import Tracker
 
@@ -32,14 +34,15 @@ def main(args: list[str]) -> None:
     extra = _extra(rest)
     sweep = read_sweep(given.sweep, extra, _seeds(given.seeds))
     folder = SweepFolder(given.folder or Path("runs") / f"sweep-{sweep.path.stem}")
+    sweep = recognise(sweep, folder)
     points = _chosen(sweep.points(), given.only)
     if given.dry_run:
         return _show(sweep, folder, points)
     signal.signal(signal.SIGTERM, _terminated)
     runner = _runner(given)
     found = check(sweep, folder, points)
-    with folder.hold(sweep):
-        folder.about["planned"] = [point.name for point in sweep.points()]
+    with folder.hold(sweep, words=["lte", "sweep", *args]):
+        folder.about["planned"] = [point.name for point in _all_points(sweep, folder)[0]]
         folder.save()
         if isinstance(runner, LocalRunner):
             runner.inherited = folder.lock
@@ -48,17 +51,37 @@ def main(args: list[str]) -> None:
         engine = Engine(folder, runner, tracker, trials)
         summary = None
         try:
+            if tracker:
+                tracker.begin()
             summary = engine.run(points)
         except KeyboardInterrupt:
             sys.exit(128 + signal.SIGINT)
         finally:
-            files = write_tables(folder, list(engine.points.values()))
-            files += [trials.write_front(folder.path / "front.md")] if trials else []
-            if summary and summary.done:
-                files += _draw(folder)
+            files = _write(sweep, folder, trials, bool(summary and summary.done))
             if tracker:
                 tracker.end(files, failed=summary is None or bool(summary.failed))
     _report(summary, files[1], engine)
+
+
+def _all_points(sweep: Sweep, folder: SweepFolder) -> tuple[list[Point], int]:
+    """All points of a sweep, those that were not chosen now and the trials among them; how many others there are."""
+    mine = sweep.points()
+    remembered, others = Known(folder, sweep).others(mine)
+    return mine + remembered, others
+
+
+def _write(sweep: Sweep, folder: SweepFolder, trials: Trials | None, draw: bool) -> list[Path]:
+    """Writes what there is to say about a sweep into its folder: tables, the front of a search, the report."""
+    points, others = _all_points(sweep, folder)
+    if others:
+        print(f"{others} finished fits in {folder.path} belong to other options; the tables leave them out")
+    files = write_tables(folder, points)
+    if trials:
+        try:
+            files.append(trials.write_front(folder.path / "front.md"))
+        except UserError as error:  # the storage is gone, which has stopped the sweep
+            print(error, file=sys.stderr)
+    return [*files, folder.path / COPY, *(_draw(folder) if draw else [])]
 
 
 def check(sweep: Sweep, folder: SweepFolder, points: list[Point]) -> dict[str, Any]:
@@ -75,7 +98,7 @@ def check(sweep: Sweep, folder: SweepFolder, points: list[Point]) -> dict[str, A
     first_seed = [point for point in points if point.seed == sweep.seeds[0]]
     missing = [point for point in first_seed if folder.finished(point.name, attempts) is None]
     if sweep.search:
-        missing += sweep.trial({key: _example(given) for key, given in sweep.search.parameters.items()})[:1]
+        missing += sweep.trial(sweep.search.example())[:1]
     commands = {shlex.join(point.arguments()): point for point in missing or first_seed[:1]}
     print(f"checking {len(commands)} command lines", flush=True)
     process = subprocess.run(
@@ -97,10 +120,6 @@ def check(sweep: Sweep, folder: SweepFolder, points: list[Point]) -> dict[str, A
             f"{sweep.path}: {len(wrong)} points are no possible fits; nothing was run\n" + "\n".join(wrong[:3]) + more
         )
     return {"mlflow": any(one["mlflow"] for one in found), "tracking_uri": found[0]["tracking_uri"]}
-
-
-def _example(given: dict[str, Any]) -> Any:
-    return given["choices"][0] if "choices" in given else given["low"]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -198,10 +217,11 @@ def _report(summary: Summary, table: Path, engine: Engine) -> None:
     if summary.failed or summary.blocked:
         lines = [f"  {name}: exit code {code}, {engine.folder.log(name)}" for name, code in summary.failed.items()]
         lines += [f"  {name}: not run, for a fit that it needs failed" for name in summary.blocked]
-        raise UserError(
-            f"{len(summary.failed)} of {len(engine.points)} points failed, {len(summary.blocked)} were not run; start "
-            "the sweep again to try them once more\n" + "\n".join(lines)
-        )
+        again = "start the sweep again to try them once more"
+        if engine.trials is not None:
+            again = "failed trials count, so raise trials for others; start the sweep again for what was not run"
+        counts = f"{len(summary.failed)} of {len(engine.points)} points failed, {len(summary.blocked)} were not run"
+        raise UserError("\n".join([f"{counts}; {again}", *lines]))
 
 
 def _terminated(*_: Any) -> None:

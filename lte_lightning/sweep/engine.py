@@ -1,6 +1,5 @@
 """What is run next, what became of it, and what is said about it."""
 
-import contextlib
 import os
 import shlex
 import shutil
@@ -11,8 +10,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lte_lightning.sweep.folder import SweepFolder, resumable
+from lte_lightning.sweep.points import Point, options
 from lte_lightning.sweep.search import Trials
-from lte_lightning.sweep.spec import Point, options
 from lte_lightning.sweep.table import describe, read_results
 from lte_lightning.sweep.tracking import Tracker
 
@@ -84,6 +83,8 @@ class Engine:
         except BaseException:
             self.say(f"Stopped: {len(self._running)} running points are ended, start the sweep again to go on.")
             self.runner.stop()
+            for name in self._running:
+                self.folder.remember(self.points[name], seconds=self._seconds(name))
             raise
         return self.summary
 
@@ -99,6 +100,13 @@ class Engine:
             else:
                 self._runs[point.name] = run
                 self._finish(point, run)
+        for point in list(self._pending):
+            if point.start in self._runs and not (self._runs[point.start] / "model").is_dir():
+                # Its results stay where they are, but its weights are needed once more
+                del self._runs[point.start]
+                self.summary.done.remove(point.start)
+                self._pending.insert(0, self.points[point.start])
+                self.say(f"{point.start}: its model/ is not there any more, so it is run once more.")
         if found := [point for point in points if point.name in self._runs]:
             self.say(f"{len(found)} of {len(points)} points are done already.")
 
@@ -109,17 +117,20 @@ class Engine:
                 self._pending.remove(point)
                 self.summary.blocked.append(point.name)
                 self.folder.remember(point, status="blocked")
+                # A trial of which a fit was not run is not judged: it is taken up when the sweep is started again
                 self.say(f"{self._count()} {point.name}: not run, for {lost[0]} failed")
-                self._tell_trials(point, None)
             elif all(name in self._runs for name in point.needs):
                 self._pending.remove(point)
                 self._start(point)
                 return True
         # A trial is asked for when nothing waits, so that none is proposed before the others' results are known
-        if not self._pending and self.trials is not None and (more := self.trials.ask()):
+        if not self._pending and self.trials is not None and not self._shared_failed() and (more := self.trials.ask()):
             self._add(more)
             return True
         return False
+
+    def _shared_failed(self) -> bool:
+        return any(self.points[name].role != "point" for name in self.summary.failed)
 
     def _start(self, point: Point) -> None:
         words = self.words(point)
@@ -138,9 +149,12 @@ class Engine:
 
     def words(self, point: Point) -> list[str]:
         """Returns the words of a point's command: its fit, or how its last one goes on."""
-        runs = self.folder.attempts().get(point.name, [])
+        attempts = self.folder.attempts().get(point.name, [])
+        runs = [run for run in attempts if not (run / "results.json").exists()]  # what was found is never removed
         before = self.folder.status(point.name)
         if runs and resumable(runs[-1]) and not (before.get("status") == "failed" and before.get("resumed")):
+            if self.tracker:
+                self.tracker.adopt(runs[-1])
             run = os.path.relpath(runs[-1])
             return ["fit", "--config", f"{run}/config.yaml", "--ckpt_path", f"{run}/checkpoints/last.ckpt"]
         for run in runs:  # no checkpoint, or one that led nowhere twice
@@ -164,35 +178,42 @@ class Engine:
         return self._runs.get(name) or self.folder.path / f"<run of {name}>"
 
     def _settle(self, name: str, code: int) -> None:
-        point, seconds = self.points[name], time.monotonic() - self._running.pop(name)
+        point, seconds = self.points[name], self._seconds(name)
+        del self._running[name]
         run = self.folder.finished(name)
-        seconds += self.folder.status(name).get("seconds", 0.0)
         if code == 0 and run is not None:
             self._runs[name] = run
-            self.folder.remember(point, seconds=round(seconds, 1))
+            self.folder.remember(point, seconds=seconds)
             self._finish(point, run)
             figures = describe(read_results(run))
             self.say(f"{self._count()} {name}: {figures} ({seconds:.0f} s); {self._left()} left")
             return
         self.summary.failed[name] = code
-        self.folder.remember(point, status="failed", code=code, seconds=round(seconds, 1))
+        self.folder.remember(point, status="failed", code=code, seconds=seconds)
         self.say(f"{self._count()} {name}: FAILED with exit code {code}; {self._left()} left. Its log ends with")
         for line in self.folder.last_lines(name):
             self.say(f"    {line}")
         self._tell_trials(point, None)
 
+    def _seconds(self, name: str) -> float:
+        now = time.monotonic() - self._running[name]
+        return round(now + self.folder.status(name).get("seconds", 0.0), 1)
+
     def _finish(self, point: Point, run: Path) -> None:
         self.summary.done.append(point.name)
-        if self.folder.status(point.name).get("status") != "done":
-            self.folder.remember(point, status="done", run=run.name)
-            if self.tracker:
-                self.tracker.point_done(point, run)
+        before = self.folder.status(point.name)
+        facts = {"status": "done", "run": run.name}
+        # MLflow is told before that is remembered: a sweep that is killed in between tells it again
+        if self.tracker and before.get("told") != self.tracker.parent and self.tracker.point_done(point, run):
+            facts["told"] = self.tracker.parent
+        if any(before.get(key) != value for key, value in facts.items()):
+            self.folder.remember(point, **facts)
         self._tell_trials(point, run)
 
     def _tell_trials(self, point: Point, run: Path | None) -> None:
-        if self.trials is not None:
-            with contextlib.suppress(KeyError):
-                self.trials.tell(point.name, run and read_results(run))
+        if self.trials is not None and point.role == "point":
+            for line in self.trials.tell(point.name, run and read_results(run)):
+                self.say(line)
 
     def _count(self) -> str:
         ended = len(self.summary.done) + len(self.summary.failed) + len(self.summary.blocked)

@@ -8,19 +8,24 @@ remembered for people.
 import hashlib
 import json
 import os
+import shlex
+import shutil
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from lte_lightning.core.errors import UserError
 from lte_lightning.store import write_json
-from lte_lightning.sweep.spec import Point, Sweep
+from lte_lightning.sweep.points import Point, Sweep
 
 LAYOUT = 1
 SWEEP_FILE = "sweep.json"
+COPY = "sweep.yaml"  # of the sweep file
+# What a folder of ours may hold before sweep.json does: a sweep may be killed while it writes that
+BEFORE = {"points", "lock", f"{SWEEP_FILE}.tmp"}
 # A killed sweep's fits end themselves; a new one waits for them for so many seconds
 PATIENCE = 60
 
@@ -39,15 +44,21 @@ class SweepFolder:
         self.lock: int | None = None
 
     @contextmanager
-    def hold(self, sweep: Sweep, patience: float = PATIENCE) -> Iterator[None]:
+    def hold(self, sweep: Sweep, patience: float = PATIENCE, words: Sequence[str] = ()) -> Iterator[None]:
         """Makes the folder this sweep's, and nobody else's as long as the context lasts.
 
-        The lock is inherited by the fits: as long as one of a killed sweep still runs, no second one starts the same.
+        The lock is inherited by the fits, and those of other machines lock their logs: as long as one of a killed sweep
+        still runs, no second one starts the same.
+
+        Args:
+            sweep: The sweep, whose file is copied here.
+            patience: How many seconds fits of a killed sweep are waited for.
+            words: The command that was typed; it is remembered with the working directory.
 
         Raises:
-            UserError: If the folder cannot be written, holds something else, or another sweep runs in it.
+            UserError: If the folder cannot be written, holds something else or another sweep, or one runs in it.
         """
-        self._check_content()
+        self.check(sweep)
         try:
             self.points.mkdir(parents=True, exist_ok=True)
             self.lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
@@ -55,8 +66,8 @@ class SweepFolder:
             raise UserError(f"cannot write the sweep's folder {self.path}: {error}; choose another --folder") from error
         try:
             self._take(self.lock, patience)
-            self._check_content()
-            self._begin(sweep)
+            self.check(sweep)
+            self._begin(sweep, words)
             yield
         finally:
             os.close(self.lock)
@@ -67,45 +78,74 @@ class SweepFolder:
             import fcntl  # not where reports are read, for Windows has none
         except ImportError as error:
             raise UserError("lte sweep needs file locks as Linux and macOS have them; run it there") from error
-        deadline = time.monotonic() + patience
-        while True:
+
+        def is_free(descriptor: int) -> bool:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
             except OSError as error:
-                holder = os.pread(lock, 32, 0).decode().strip()
-                if _is_alive(holder):
-                    raise UserError(
-                        f"another sweep (process {holder}) runs in {self.path}; wait for it, or choose another --folder"
-                    ) from error
-                if time.monotonic() > deadline:
-                    raise UserError(
-                        f"fits of a sweep that was killed (process {holder}) still run in {self.path}; end them, or "
-                        "wait for them, and start the sweep again"
-                    ) from error
-                time.sleep(0.2)
+                raise UserError(f"{self.path} cannot be locked: {error}; choose a --folder elsewhere") from error
+            return True
+
+        deadline = time.monotonic() + patience
+        while not is_free(lock):
+            holder = os.pread(lock, 32, 0).decode().strip()
+            if _is_alive(holder):
+                raise UserError(
+                    f"another sweep (process {holder}) runs in {self.path}; wait for it, or choose another --folder"
+                )
+            self._wait(deadline, f"fits of a sweep that was killed (process {holder}) still run in {self.path}")
+        for log in sorted(self.points.glob("*.log")):
+            with log.open("ab") as file:  # a shared file system locks what can be written
+                while not is_free(file.fileno()):
+                    self._wait(deadline, f"the fit {log.stem} of {self.path} still runs, perhaps on another machine")
         os.ftruncate(lock, 0)
         os.pwrite(lock, str(os.getpid()).encode(), 0)
 
-    def _check_content(self) -> None:
-        file = self.path / SWEEP_FILE
-        if file.exists():
-            self.about = read_sweep_file(file)
-        elif self.path.exists() and any(name.name not in ("points", "lock") for name in self.path.iterdir()):
-            raise UserError(f"{self.path} holds something else than a sweep; choose another --folder")
+    def _wait(self, deadline: float, what: str) -> None:
+        if time.monotonic() > deadline:
+            raise UserError(f"{what}; end it, or wait, and start the sweep again")
+        time.sleep(0.2)
 
-    def _begin(self, sweep: Sweep) -> None:
-        files = {os.path.relpath(file, sweep.path.parent): file for b in sweep.variants.values() for file in b.configs}
-        sums = {name: hashlib.sha256(Path(file).read_bytes()).hexdigest() for name, file in sorted(files.items())}
+    def check(self, sweep: Sweep) -> None:
+        """Reads what the folder says of itself, and refuses one that is not this sweep's.
+
+        Raises:
+            UserError: If it holds something else, another sweep, or fits whose configurations were others.
+        """
+        file = self.path / SWEEP_FILE
+        if not file.exists():
+            if self.path.exists() and any(entry.name not in BEFORE for entry in self.path.iterdir()):
+                raise UserError(f"{self.path} holds something else than a sweep; choose another --folder")
+            return
+        self.about = read_sweep_file(file)
+        name, origin = self.about.get("name"), Path(self.about.get("file") or sweep.path)
+        # A sweep may move with its repository: it is another only where both files are there, and differ
+        moved = not origin.exists() or origin.read_bytes() == sweep.path.read_bytes()
+        if name != sweep.path.stem or not (moved or origin.samefile(sweep.path)):
+            owner = origin if name == sweep.path.stem else repr(name)
+            raise UserError(f"{self.path} belongs to the sweep {owner}, not to {sweep.path}; choose another --folder")
         old = self.about.get("configs", {})
-        changed = [name for name, checksum in sums.items() if old.get(name, checksum) != checksum]
+        changed = [name for name, checksum in _sums(sweep).items() if old.get(name, checksum) != checksum]
         if changed:
             raise UserError(
                 f"{', '.join(changed)} changed since the sweep in {self.path} began, so its points would not be "
                 "comparable; put the file back, or choose another --folder"
             )
-        self.about |= {"layout": LAYOUT, "name": sweep.path.stem, "text": sweep.about, "configs": old | sums}
+
+    def _begin(self, sweep: Sweep, words: Sequence[str]) -> None:
+        configs = self.about.get("configs", {}) | _sums(sweep)
+        self.about |= {"layout": LAYOUT, "name": sweep.path.stem, "text": sweep.about, "configs": configs}
+        self.about["file"] = str(sweep.path.absolute())
+        command = {"command": shlex.join(words), "folder": os.getcwd()}
+        before = self.about.setdefault("commands", [])
+        if words and command not in [{key: known.get(key) for key in command} for known in before]:
+            before.append(command | {"began": time.strftime("%Y-%m-%d %H:%M:%S")})
         self.save()
+        staging = self.path / f"{COPY}.tmp"
+        shutil.copyfile(sweep.path, staging)
+        staging.replace(self.path / COPY)
 
     def save(self) -> None:
         """Writes ``sweep.json``."""
@@ -148,9 +188,10 @@ class SweepFolder:
         return found
 
     def finished(self, name: str, attempts: dict[str, list[Path]] | None = None) -> Path | None:
-        """Returns the run folder of a point that is done: its results are there, and its model."""
+        """Returns the run folder of a point that is done: its results are there, and best its model too."""
         runs = (self.attempts() if attempts is None else attempts).get(name, [])
-        return next((run for run in runs if _is_whole(run)), None)
+        runs = [run for run in runs if (run / "results.json").exists()]  # written last, and whole
+        return next((run for run in runs if (run / "model").is_dir()), next(iter(runs), None))
 
 
 def resumable(run: Path) -> bool:
@@ -173,9 +214,9 @@ def read_sweep_file(file: Path) -> dict[str, Any]:
     return about
 
 
-def _is_whole(run: Path) -> bool:
-    # results.json is written after model/, and whole
-    return (run / "results.json").exists() and (run / "model").is_dir()
+def _sums(sweep: Sweep) -> dict[str, str]:
+    files = {os.path.relpath(file, sweep.path.parent): file for b in sweep.variants.values() for file in b.configs}
+    return {name: hashlib.sha256(Path(file).read_bytes()).hexdigest() for name, file in sorted(files.items())}
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -8,12 +8,13 @@ from lte_lightning.core.errors import UserError
 SECONDS = 5
 
 
-def reach(address: str, what: str) -> None:
+def reach(address: str, what: str, instead: str = "start it, or give another address") -> None:
     """Connects to an address once, so that a wrong one is said at once and not after a client's many tries.
 
     Args:
         address: ``host:port``, with or without ``scheme://``.
         what: Who should listen there.
+        instead: What to do if nobody does.
 
     Raises:
         UserError: If it is no address, or nobody listens.
@@ -28,6 +29,4 @@ def reach(address: str, what: str) -> None:
     try:
         socket.create_connection((host, port), timeout=SECONDS).close()
     except OSError as error:
-        raise UserError(
-            f"cannot reach {what} at {address}: {error.strerror or error}; start it, or give another address"
-        ) from error
+        raise UserError(f"cannot reach {what} at {address}: {error.strerror or error}; {instead}") from error

@@ -1,11 +1,13 @@
 """Fits as tasks of a Ray cluster."""
 
+import contextlib
 import ctypes
 import math
 import os
 import signal
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -14,12 +16,17 @@ from lte_lightning.core.errors import UserError
 from lte_lightning.sweep.local import PROGRAM, environment
 from lte_lightning.sweep.network import reach
 
+# The variables that a fit gets from where the sweep was started
+SHIPPED = ("OMP_NUM_THREADS", "PYTHONUNBUFFERED", "PYTHONPATH", "HF_", "MLFLOW_", "TOKENIZERS_PARALLELISM")
+ANSWER = 20  # seconds that a cluster has to answer in
+
 
 class RayRunner:
     """Runs commands as tasks of a Ray cluster, which decides where.
 
     All machines see the sweep's folder, the data and this package under the same paths, as on a shared file system.
-    When the sweep ends or is killed, Ray ends its tasks.
+    When the sweep ends or is killed, Ray ends its tasks. A fit has the environment of its machine, and of the sweep's
+    the variables that begin with one of ``SHIPPED``.
 
     Args:
         address: ``host:port`` of the cluster, ``ray://host:port``, ``auto`` for the one that runs on this machine, or
@@ -49,6 +56,8 @@ class RayRunner:
             raise UserError('--ray-address needs Ray: pip install "lte-lightning[sweep]"') from error
         if address not in ("local", "auto"):
             reach(address, "a Ray cluster")  # Ray itself would try for a minute
+            if "://" not in address:
+                _check(address)
         self._ray = ray
         try:
             with warnings.catch_warnings():
@@ -78,8 +87,9 @@ class RayRunner:
 
     def start(self, name: str, words: list[str], log: Path) -> None:
         """Starts a command; what it prints is added to the log."""
-        variables = environment(self.threads)
-        variables.pop("CUDA_VISIBLE_DEVICES", None)  # Ray gives each task its own
+        # A machine has an environment of its own; it is given what the fits of this sweep have in common
+        given = environment(self.threads)
+        variables = {key: value for key, value in given.items() if key.startswith(SHIPPED)}
         command = [*self.program, *words]
         self._running[self._task.remote(command, os.getcwd(), variables, str(log))] = name
 
@@ -93,27 +103,75 @@ class RayRunner:
             print(f"{name}: {' '.join(str(error).split())[:300]}", file=sys.stderr)
             return name, -1
 
-    def stop(self) -> None:
-        """Ends all commands."""
+    def stop(self, patience: float = 60) -> None:
+        """Ends all commands, by an interrupt first, and waits until they have ended."""
         for task in self._running:
+            self._ray.cancel(task, force=False)
+        left = self._wait_for_all(patience)
+        for task in left:
             self._ray.cancel(task, force=True)
+        self._wait_for_all(10)
         self._running.clear()
         self._ray.shutdown()
 
+    def _wait_for_all(self, patience: float) -> list[Any]:
+        if not self._running:
+            return []
+        _, left = self._ray.wait(list(self._running), num_returns=len(self._running), timeout=patience)
+        return left
+
+
+def _check(address: str) -> None:
+    """Asks a cluster's head how it is: of a port that others listen at, Ray itself would wait for an answer for ever.
+
+    Raises:
+        UserError: If it is none, or says nothing.
+    """
+    command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
+    try:
+        well = subprocess.run(command, capture_output=True, timeout=ANSWER).returncode == 0
+    except subprocess.TimeoutExpired:
+        well = False
+    if not well:
+        raise UserError(
+            f"what listens at {address} does not answer as the head of a Ray cluster does; give the address that "
+            "`ray start --head` printed"
+        )
+
 
 def _run(command: list[str], cwd: str, variables: dict[str, str], log: str) -> int:
-    """Runs a command on the machine that Ray chose, with the variables of the sweep and the GPUs of the task."""
+    """Runs a command on the machine that Ray chose, with the variables of the sweep and the GPUs of the task.
 
-    def end_with_parent() -> None:  # PR_SET_PDEATHSIG: Ray kills the worker of a sweep that was killed
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+    It holds a lock on its log for as long as it runs, so that a sweep that begins anew knows whom to wait for.
+    """
+
+    def in_child() -> None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])  # Ray's workers hold interrupts back
+        if sys.platform == "linux":  # PR_SET_PDEATHSIG: Ray kills the worker of a sweep that was killed
+            ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
     with open(log, "ab") as output:
-        return subprocess.run(
+        with contextlib.suppress(ImportError, OSError):  # not every shared file system has locks
+            import fcntl
+
+            fcntl.flock(output, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        process = subprocess.Popen(
             command,
             cwd=cwd,
             env=os.environ | variables,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
-            preexec_fn=end_with_parent if sys.platform == "linux" else None,
-        ).returncode
+            preexec_fn=in_child,
+        )
+    try:
+        while process.poll() is None:  # Ray's interrupt does not reach a thread that waits for a process
+            time.sleep(0.1)
+    except BaseException:
+        process.send_signal(signal.SIGINT)  # which lets a fit keep its last checkpoint
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(50)
+        process.kill()
+        process.wait()
+        raise
+    return process.returncode

@@ -1,13 +1,16 @@
 """Points that Optuna proposes."""
 
+import math
+import statistics
 import time
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from lte_lightning.core.errors import UserError
 from lte_lightning.sweep.folder import SweepFolder
-from lte_lightning.sweep.spec import Point, Sweep
+from lte_lightning.sweep.points import Point, Sweep
 
 FOLDER = "lte folder"  # marks the trials of one sweep's folder in a storage that several share
 
@@ -17,151 +20,176 @@ class Trials:
 
     The study lives in Optuna's storage, by default a database in the sweep's folder. Several sweeps, each in a folder
     of its own, may share one storage and study: together they run the number of trials that the file asks for. A trial
-    that a killed sweep left is taken up again by the sweep of the same folder.
+    that a killed sweep left is taken up again by the sweep of the same folder. A storage that is busy is waited for.
 
     Args:
         sweep: With a search.
         folder: The sweep's folder, held.
+        patience: How many seconds a storage is waited for that others use.
 
     Raises:
-        UserError: If Optuna is not installed, or its storage cannot be used.
+        UserError: If Optuna is not installed, cannot draw from the ranges, or its storage cannot be used.
     """
 
-    def __init__(self, sweep: Sweep, folder: SweepFolder) -> None:
+    def __init__(self, sweep: Sweep, folder: SweepFolder, patience: float = 60) -> None:
         try:
             import optuna
         except ImportError as error:
             raise UserError('a search needs Optuna: pip install "lte-lightning[sweep]"') from error
-        self._optuna = optuna
-        self.sweep, self.search = sweep, sweep.search
+        self._optuna, self._states = optuna, optuna.trial.TrialState
+        self.sweep, self.search, self.patience = sweep, sweep.search, patience
         self._place = str(folder.path)
         self.storage = self.search.storage or f"sqlite:///{folder.path / 'optuna.db'}"
         self._open: dict[int, dict[str, dict[str, Any] | None]] = {}
         self._trial_of: dict[str, int] = {}
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         try:
-            self.study = optuna.create_study(
-                storage=self.storage,
-                study_name=self.search.study or sweep.path.stem,
-                directions=list(self.search.objectives.values()),
-                load_if_exists=True,
+            self._ranges = {key: self._range(given) for key, given in self.search.parameters.items()}
+        except ValueError as error:
+            raise UserError(f"{sweep.path}: Optuna cannot draw from the parameters of search: {error}") from error
+        # At the start less is lost by giving up than by waiting
+        self.study = self._ask_storage(self._open_study, min(patience, 10))
+        if [d.name.lower() for d in self.study.directions] != list(self.search.objectives.values()):
+            raise UserError(
+                f"study {self.study.study_name!r} in {self.storage} has other objectives; name another study"
             )
-            # Neither a sweep that goes on nor another that shares the study draws what was drawn before
-            place = zlib.crc32(self._place.encode()) if self.search.storage else 0
-            seed = (self.search.seed + place + len(self.study.get_trials(deepcopy=False))) % 2**32
-            self.study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=5)
-            if [d.name.lower() for d in self.study.directions] != list(self.search.objectives.values()):
-                raise UserError(
-                    f"study {self.study.study_name!r} in {self.storage} has other objectives; name another study"
-                )
-            self._left_behind = [t for t in self._running() if t.user_attrs.get(FOLDER) == self._place]
-        except self._errors() as error:
-            raise self._refusal(error) from error
+        self._left_behind = self._ask_storage(self._find_left_behind)
 
-    def _errors(self) -> tuple[type[Exception], ...]:
-        from sqlalchemy.exc import SQLAlchemyError
-
-        return (self._optuna.exceptions.StorageInternalError, SQLAlchemyError, OSError, ValueError, ImportError)
-
-    def _refusal(self, error: Exception) -> UserError:
-        if isinstance(error, UserError):
-            return error
-        reason = " ".join(str(error.__cause__ or error).split())[:300]
-        return UserError(
-            f"Optuna's storage {self.storage} cannot be used: {reason}; is it locked by another process? Wait for it, "
-            "or name another storage in the sweep file"
+    def _open_study(self) -> Any:
+        study = self._optuna.create_study(
+            storage=self.storage,
+            study_name=self.search.study or self.sweep.path.stem,
+            directions=list(self.search.objectives.values()),
+            load_if_exists=True,
         )
+        # Neither a sweep that goes on nor another that shares the study draws what was drawn before
+        place = zlib.crc32(self._place.encode()) if self.search.storage else 0
+        seed = (self.search.seed + place + len(study.get_trials(deepcopy=False))) % 2**32
+        study.sampler = self._optuna.samplers.TPESampler(seed=seed, n_startup_trials=5)
+        return study
 
-    def _running(self) -> list[Any]:
-        return self.study.get_trials(deepcopy=False, states=(self._optuna.trial.TrialState.RUNNING,))
+    def _find_left_behind(self) -> list[Any]:
+        found = []
+        for trial in self._trials(self._states.RUNNING):
+            # In a storage of its own all are this sweep's, also those of a folder that was moved since
+            if self.search.storage and trial.user_attrs.get(FOLDER) != self._place:
+                continue
+            if trial.params.keys() == self._ranges.keys():
+                found.append(trial)
+            else:  # killed while it was drawn, or drawn from another file's parameters
+                self.study.tell(trial.number, state=self._states.FAIL, skip_if_finished=True)
+        return found
+
+    def _ask_storage(self, ask: Callable[[], Any], patience: float | None = None) -> Any:
+        """Does something with the storage, as often as it takes while another process uses it."""
+        from sqlalchemy.exc import OperationalError, SQLAlchemyError
+
+        passing = (self._optuna.exceptions.StorageInternalError, OperationalError, OSError)
+        deadline = time.monotonic() + (self.patience if patience is None else patience)
+        while True:
+            try:
+                return ask()
+            except (*passing, SQLAlchemyError, ValueError, ImportError) as error:
+                if isinstance(error, passing) and time.monotonic() < deadline:
+                    time.sleep(1)
+                    continue
+                reason = " ".join(str(error.__cause__ or error).split())[:300]
+                raise UserError(
+                    f"Optuna's storage {self.storage} cannot be used: {reason}; is it locked by another process? "
+                    "Nothing is lost: wait for it and start the sweep again, or name another storage in the sweep file"
+                ) from error
+
+    def _trials(self, *states: Any) -> list[Any]:
+        return self.study.get_trials(deepcopy=False, states=states)
 
     def left(self) -> int:
         """Returns how many fits may still be proposed."""
-        return max(0, self.search.trials - self._begun()) * len(self.sweep.seeds)
+        return max(0, self.search.trials - self._ask_storage(self._begun)) * len(self.sweep.seeds)
 
     def _begun(self) -> int:
-        states = self._optuna.trial.TrialState
-        return len(self.study.get_trials(deepcopy=False, states=(states.RUNNING, states.COMPLETE, states.FAIL)))
+        # What failed before all its parameters were drawn was no trial
+        return sum(
+            trial.state != self._states.FAIL or trial.params.keys() >= self._ranges.keys()
+            for trial in self._trials(self._states.RUNNING, self._states.COMPLETE, self._states.FAIL)
+        )
 
     def ask(self) -> list[Point]:
         """Returns the points of a new trial, or of one that was left behind; none when all trials were run."""
-        try:
+        while True:
             if self._left_behind:
                 trial = self._left_behind.pop(0)
-                return self._fits(trial.number, trial.params)
-            if self._begun() >= self.search.trials:
+            elif self._ask_storage(self._begun) >= self.search.trials:
                 return []
-            asked = self.study.ask({key: self._range(given) for key, given in self.search.parameters.items()})
-            asked.set_user_attr(FOLDER, self._place)
-        except self._errors() as error:
-            raise self._refusal(error) from error
-        return self._fits(asked.number, asked.params)
+            else:
+                trial = self._draw()
+            points = [p for p in self.sweep.trial(trial.params) if p.name not in self._trial_of]
+            if points:
+                self._open[trial.number] = {}
+                self._trial_of |= {point.name: trial.number for point in points}
+                return points
+            self._ask_storage(lambda trial=trial: self._judge_again(trial))
+
+    def _draw(self) -> Any:
+        # Step by step, so that none that was interrupted is begun twice
+        trial = self._ask_storage(self.study.ask)
+        self._ask_storage(lambda: trial.set_user_attr(FOLDER, self._place))
+        for key, given in self._ranges.items():
+            self._ask_storage(lambda key=key, given=given: self._suggest(trial, key, given))
+        return trial
+
+    def _suggest(self, trial: Any, key: str, given: Any) -> None:
+        distributions = self._optuna.distributions
+        if isinstance(given, distributions.CategoricalDistribution):
+            trial.suggest_categorical(key, given.choices)
+        else:
+            suggest = trial.suggest_int if isinstance(given, distributions.IntDistribution) else trial.suggest_float
+            suggest(key, given.low, given.high, step=given.step, log=given.log)
 
     def _range(self, given: dict[str, Any]) -> Any:
         distributions = self._optuna.distributions
         if "choices" in given:
             return distributions.CategoricalDistribution(tuple(given["choices"]))
-        whole = isinstance(given["low"], int) and isinstance(given["high"], int)
+        whole = all(isinstance(given.get(key, 1), int) for key in ("low", "high", "step"))
         kind = distributions.IntDistribution if whole else distributions.FloatDistribution
         return kind(**{"step": 1 if whole else None} | given)
 
-    def _fits(self, number: int, parameters: dict[str, Any]) -> list[Point]:
-        points = [p for p in self.sweep.trial(parameters) if p.name not in self._trial_of]
-        if not points:  # proposed before in this sweep: judged the same
-            return self._again(number, parameters)
-        self._open[number] = {}
-        self._trial_of |= {point.name: number for point in points}
-        return points
-
-    def _again(self, number: int, parameters: dict[str, Any]) -> list[Point]:
-        same = [t for t in self.study.get_trials(deepcopy=False) if t.params == parameters and t.values]
+    def _judge_again(self, trial: Any) -> None:
+        """Tells of a trial that was proposed before in this sweep what was found then."""
+        same = [one for one in self._trials(self._states.COMPLETE) if one.params == trial.params]
         if same:
-            self.study.tell(number, same[0].values)
+            self.study.tell(trial.number, same[0].values, skip_if_finished=True)
         else:
-            self.study.tell(number, state=self._optuna.trial.TrialState.FAIL)
-        return self.ask()
+            self.study.tell(trial.number, state=self._states.FAIL, skip_if_finished=True)
 
-    def tell(self, name: str, results: dict[str, Any] | None) -> None:
+    def tell(self, name: str, results: dict[str, Any] | None) -> list[str]:
         """Notes the results of a point, None if it failed; the last of a trial's tells Optuna.
 
-        Raises:
-            KeyError: If the point belongs to no trial of this sweep.
-            UserError: If the results lack an objective.
+        A trial fails if one of its fits does, or if an objective is undefined in one.
+
+        Returns:
+            What there is to say about it.
         """
         number = self._trial_of[name]
         found = self._open[number]
         found[name] = results
         if len(found) < sum(owner == number for owner in self._trial_of.values()):
-            return
+            return []
+        fits = [one for one in found.values() if one is not None]
+        columns = {key: [one.get(key) for one in fits] for key in self.search.objectives}
+        undefined = [k for k, column in columns.items() if not all(map(_is_figure, column))]
+        if len(fits) < len(found) or undefined:
+            self._ask_storage(lambda: self.study.tell(number, state=self._states.FAIL, skip_if_finished=True))
+        else:
+            values = [statistics.fmean(column) for column in columns.values()]
+            self._ask_storage(lambda: self.study.tell(number, values, skip_if_finished=True))
         del self._open[number]
-        if any(one is None for one in found.values()):
-            self.study.tell(number, state=self._optuna.trial.TrialState.FAIL)
-            return
-        values = []
-        for key in self.search.objectives:
-            figures = [one.get(key) for one in found.values()]
-            if not all(isinstance(figure, int | float) for figure in figures):
-                numbers = sorted(k for k, v in next(iter(found.values())).items() if isinstance(v, int | float))
-                raise UserError(f"results.json has no figure {key!r} to search by; it has {', '.join(numbers)}")
-            values.append(sum(figures) / len(figures))
-        self._tell(number, values)
-
-    def _tell(self, number: int, values: list[float], patience: float = 60) -> None:
-        deadline = time.monotonic() + patience
-        while True:
-            try:
-                self.study.tell(number, values)
-                return
-            except self._errors() as error:  # another process writes just now
-                if time.monotonic() > deadline:
-                    raise self._refusal(error) from error
-                time.sleep(1)
+        return [f"trial {number} failed: its {key} is undefined" for key in undefined]
 
     def write_front(self, path: Path) -> Path:
         """Writes the trials that no other beats in all objectives, as a markdown table."""
         keys, objectives = list(self.search.parameters), list(self.search.objectives)
         lines = [f"| {' | '.join(['trial', *keys, *objectives])} |", f"|{'---|' * (1 + len(keys) + len(objectives))}"]
-        for trial in self.study.best_trials:
+        for trial in self._ask_storage(lambda: self.study.best_trials):
             cells = [
                 str(trial.number),
                 *(
@@ -173,3 +201,7 @@ class Trials:
             lines.append(f"| {' | '.join(cells)} |")
         path.write_text("\n".join(lines) + "\n")
         return path
+
+
+def _is_figure(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)

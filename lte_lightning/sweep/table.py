@@ -11,7 +11,7 @@ from typing import Any
 
 from lte_lightning.core.errors import UserError
 from lte_lightning.sweep.folder import SweepFolder
-from lte_lightning.sweep.spec import Point
+from lte_lightning.sweep.points import Point
 
 RUN_LAYOUT = 1  # of run.json; a run that names none was written before there were any
 # Options that are no choice of a fit's: its seed, its place, and what is shown of it

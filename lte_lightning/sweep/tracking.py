@@ -1,18 +1,19 @@
 """MLflow's view of a sweep: a parent run, whose children are the points."""
 
 import contextlib
-import json
 import os
-import subprocess
+import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from lte_lightning.core.errors import UserError
-from lte_lightning.store import first_contact
+from lte_lightning.store import first_contact, result_metrics, write_json
 from lte_lightning.sweep.folder import SweepFolder
 from lte_lightning.sweep.network import reach
-from lte_lightning.sweep.spec import Point
+from lte_lightning.sweep.points import Point
+from lte_lightning.sweep.table import read_results, read_run_file
 
 PARAMETER_LENGTH = 500  # MLflow's own limit is larger; the whole is in the child's config.yaml
 
@@ -22,7 +23,8 @@ class Tracker:
 
     Args:
         folder: The sweep's folder, held. It remembers the parent run, which a resumed sweep continues.
-        uri: MLflow's store; by default ``MLFLOW_TRACKING_URI``, or an embedded ``sqlite:///mlflow.db``.
+        uri: MLflow's store that the fits' configurations name, if they do. ``MLFLOW_TRACKING_URI`` goes before it; by
+            default it is the store of before, or an embedded ``sqlite:///mlflow.db``.
 
     Raises:
         UserError: If the store does not answer.
@@ -30,12 +32,16 @@ class Tracker:
 
     def __init__(self, folder: SweepFolder, uri: str | None = None) -> None:
         known = folder.about.get("mlflow", {})
-        uri = known.get("uri") or uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+        named = os.environ.get("MLFLOW_TRACKING_URI") or uri
+        uri = named or known.get("uri") or "sqlite:///mlflow.db"
         if uri.startswith("sqlite:///"):
             uri = f"sqlite:///{Path(uri.removeprefix('sqlite:///')).absolute()}"
+        # A sweep that changed its store and comes back finds its parent there
+        parents = known.get("parents", {}) | ({known["uri"]: known["parent"]} if known else {})
         self.folder, self.uri = folder, uri
         if uri.startswith(("http://", "https://")):
-            reach(uri, "the MLflow server")  # MLflow itself would try for minutes
+            # MLflow itself would try for minutes
+            reach(uri, "the MLflow server", "start it, or name another by MLFLOW_TRACKING_URI")
         from mlflow.exceptions import MlflowException
         from mlflow.tracking import MlflowClient
         from sqlalchemy.exc import SQLAlchemyError
@@ -44,7 +50,7 @@ class Tracker:
         try:
             with first_contact(uri):
                 self.client = MlflowClient(uri)
-                self.parent = self._parent(known.get("parent"))
+                self.parent = self._parent(parents.get(uri))
         except self._errors as error:
             reason = " ".join(str(error).split())[:300]
             raise UserError(
@@ -52,7 +58,7 @@ class Tracker:
                 "or from another version of MLflow? Name another by MLFLOW_TRACKING_URI, or record nothing with "
                 "--trainer.logger false"
             ) from error
-        folder.about["mlflow"] = {"uri": uri, "parent": self.parent}
+        folder.about["mlflow"] = {"uri": uri, "parent": self.parent, "parents": parents | {uri: self.parent}}
         folder.save()
 
     def _parent(self, known: str | None) -> str:
@@ -73,53 +79,103 @@ class Tracker:
             )
         else:
             identity = experiment.experiment_id
-        tags = {"lte.sweep": str(self.folder.about["name"])} | _git()
-        return self.client.create_run(identity, tags=tags, run_name=f"sweep {name}").info.run_id
+        return self.client.create_run(identity, run_name=f"sweep {name}").info.run_id
 
     def options(self) -> dict[str, Any]:
         """Returns the options that make a fit a child of the sweep's run."""
         return {"run.tracking_uri": self.uri, "run.parent": self.parent}
 
-    def point_done(self, point: Point, run: Path) -> None:
-        """Adds what the sweep set, and what the point is in it, to a point's run."""
+    def point_done(self, point: Point, run: Path) -> bool:
+        """Adds what the sweep set, and what the point is in it, to a point's run; says whether MLflow took it.
+
+        A fit that was killed after its results were written did not end its run: that is done for it.
+        """
         from mlflow.entities import Param, RunTag
 
-        run_id = json.loads((run / "run.json").read_text())["run_id"]
-        if run_id is None:
-            return
+        about, results = read_run_file(run), read_results(run)
+        run_id = about["run_id"]
+        if run_id is None or about["tracking_uri"] != self.uri:
+            return True  # it records nothing, or elsewhere
         values = {"seed": point.seed} | point.overrides
-        found = [Param(f"point/{key}", str(value)[:PARAMETER_LENGTH]) for key, value in values.items()]
-        tags = {"lte.point": point.name, "lte.role": point.role, "lte.variant": point.variant} | _git()
-        with self._warn(f"the parameters of {point.name}"):
-            known = [RunTag(key, value) for key, value in tags.items() if value is not None]
-            self.client.log_batch(run_id, params=found, tags=known)
+        tags = {"lte.point": point.name, "lte.role": point.role, "lte.variant": point.variant} | _code([results])
+
+        def tell() -> None:
+            known = self.client.get_run(run_id)
+            params = {f"point/{key}": str(value)[:PARAMETER_LENGTH] for key, value in values.items()}
+            new = [Param(key, value) for key, value in params.items() if key not in known.data.params]
+            self.client.log_batch(
+                run_id, params=new, tags=[RunTag(key, value) for key, value in tags.items() if value is not None]
+            )
+            if known.info.status != "FINISHED":
+                self._finish(run_id, run, results)
+
+        return self._try(f"the parameters of {point.name}", tell)
+
+    def _finish(self, run_id: str, run: Path, results: dict[str, Any]) -> None:
+        from mlflow.entities import Metric
+
+        there = {file.path for file in self.client.list_artifacts(run_id)}
+        for file in (run / "results.json", *sorted(run.glob("*.png"))):
+            if file.name not in there:
+                self.client.log_artifact(run_id, str(file))
+        now = int(time.time() * 1000)
+        self.client.log_batch(run_id, [Metric(key, value, now, 0) for key, value in result_metrics(results).items()])
+        self.client.set_terminated(run_id, "FINISHED")
+
+    def adopt(self, run: Path) -> None:
+        """Gives a fit that goes on a run in the sweep's store, if it began in another: that may not be there now."""
+        about = read_run_file(run)
+        if about["run_id"] is None or about["tracking_uri"] == self.uri:
+            return
+        experiment = self.client.get_run(self.parent).info.experiment_id
+        tags = {"mlflow.parentRunId": self.parent}
+        child = self.client.create_run(experiment, tags=tags, run_name=about["name"])
+        write_json(run / "run.json", about | {"run_id": child.info.run_id, "tracking_uri": self.uri})
 
     def forget(self, run_id: str) -> None:
         """Removes the run of an attempt that left nothing."""
         with contextlib.suppress(*self._errors):
             self.client.delete_run(run_id)
 
+    def begin(self) -> None:
+        """Notes in the parent run which sweep it is, and the command that was typed last."""
+        about = self.folder.about
+        last = about["commands"][-1] if about.get("commands") else {}
+        tags = {"lte.sweep": about["name"], "lte.command": last.get("command"), "lte.folder": last.get("folder")}
+        self._try("the sweep's command", lambda: self._tag(tags))
+
     def end(self, files: list[Path], failed: bool) -> None:
-        """Adds files to the parent run, and ends it."""
-        with self._warn("the sweep's table"):
+        """Adds files to the parent run, and the versions of the code that its fits were run with; ends it."""
+        attempts = self.folder.attempts()
+        runs = [run for name in attempts if (run := self.folder.finished(name, attempts))]
+
+        def tell() -> None:
+            self._tag(_code([read_results(run) for run in runs]))
             for file in files:
                 self.client.log_artifact(self.parent, str(file))
             self.client.set_terminated(self.parent, "FAILED" if failed else "FINISHED")
 
-    @contextlib.contextmanager
-    def _warn(self, what: str) -> Any:
+        self._try("the sweep's table", tell)
+
+    def _tag(self, tags: dict[str, Any]) -> None:
+        for key, value in tags.items():
+            if value is not None:
+                self.client.set_tag(self.parent, key, value)
+
+    def _try(self, what: str, tell: Callable[[], None]) -> bool:
         # The figures are in the sweep's folder: a store that went away is no reason to stop
         try:
-            yield
+            tell()
         except self._errors as error:
             warnings.warn(f"MLflow's store {self.uri} did not take {what}: {error}", stacklevel=3)
+            return False
+        return True
 
 
-def _git() -> dict[str, str]:
-    """The version of the code, if it lies in a git repository."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return {}
-    return {"lte.git": found.stdout.strip()}
+def _code(fits: list[dict[str, Any]]) -> dict[str, str]:
+    """Which code the fits were run with: its commit, if it lay in a repository of its own, and a hash of its files."""
+    found: dict[str, str] = {}
+    for tag, key in (("lte.git", "commit"), ("lte.code", "code")):
+        if versions := {str(one["versions"][key]) for one in fits if one.get("versions", {}).get(key)}:
+            found[tag] = ", ".join(sorted(versions))
+    return found

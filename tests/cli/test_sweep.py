@@ -24,7 +24,7 @@ from lte_lightning.report.collect import collect
 from lte_lightning.report.tables import everything
 from lte_lightning.report.tracked import collect_tracked
 from lte_lightning.sweep.folder import SweepFolder
-from lte_lightning.sweep.spec import read_sweep
+from lte_lightning.sweep.spec import OBJECTIVES, read_sweep
 from lte_lightning.sweep.tracking import Tracker
 
 SWEEPS = Path(__file__).parents[2] / "sweeps"
@@ -112,8 +112,10 @@ def test_a_wrong_command_line(words, message, sweep_file, sweep):
     ],
 )
 def test_a_run_of_another_version_is_refused_before_any_is_run(file, content, message, sweep_file, sweep, tmp_path):
-    (point,) = read_sweep(sweep_file()).points()
+    (point,) = (started := read_sweep(sweep_file())).points()
     run = tmp_path / "runs" / "sweep-trial" / "0123"
+    with SweepFolder(run.parent).hold(started):
+        pass
     (run / "model").mkdir(parents=True)
     for name, known in (("run.json", {"layout": 1}), ("results.json", {})):
         (run / name).write_text(json.dumps(known | {"name": point.name} | (content if name == file else {})))
@@ -134,6 +136,31 @@ def test_a_dry_run_prints_the_commands_and_leaves_nothing(sweep_file, sweep, tmp
     assert all(" --data.batch_size 4 " in line for line in lines)
     assert lines[-1].startswith(f"lightning fit --config {tmp_path}/tiny.yaml --seed_everything 1 --{ETA} 0.5")
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_folder_of_another_sweep_or_of_other_options_is_refused(sweep_file, sweep, tmp_path):
+    file = sweep_file(grid={ETA: [0.2, 0.5]})
+    refused = sweep(file, "--dry-run", "--" + ETA, 0.3)
+    assert refused.code == 1
+    assert f"--{ETA} cannot be given for all fits of {file}: its grid or list varies it" in refused.err
+    folder = SweepFolder(tmp_path / "runs" / "sweep-trial")
+    with folder.hold(read_sweep(file)):
+        for point in read_sweep(file).points():
+            folder.remember(point, status="done", command=shlex.join(["lightning", *point.arguments()]))
+            run = folder.path / point.name
+            run.mkdir()
+            (run / "run.json").write_text(json.dumps({"layout": 1, "name": point.name}))
+            (run / "results.json").write_text("{}")
+    done = sweep(file, "--dry-run", "--trainer.logger", "false")
+    assert (done.code, done.out.count(": done\n")) == (0, 2)
+    other = sweep(file, "--dry-run", "--data.train_rows", 5)
+    assert other.code == 1
+    assert "2 finished fits in" in other.err
+    assert "belong to other options: data.train_rows unset, now 5; use those, or choose another --folder" in other.err
+    file.rename(tmp_path / "renamed.yaml")
+    renamed = sweep(tmp_path / "renamed.yaml", "--dry-run", "--folder", "runs/sweep-trial")
+    assert renamed.code == 1
+    assert "runs/sweep-trial belongs to the sweep 'trial', not to" in renamed.err
 
 
 def test_a_variant_does_not_bring_those_whose_names_begin_alike(sweep_file, sweep):
@@ -190,6 +217,8 @@ def test_a_killed_sweep_goes_on_as_if_nothing_had_been(sweep_file, sweep, lightn
         assert again.code == 0, again.err
         assert {key: results[key] for key in VIEWS} == {key: again.results[key] for key in VIEWS}
     start, point = (found[name] for name in sorted(found, reverse=True))
+    figures = {key for key, value in point.items() if isinstance(value, int | float)} - {"seed"}
+    assert figures <= {*OBJECTIVES}
     assert point["dense"] == start["dense"]
     assert "dense" not in point["seconds_per_stage"]
 
@@ -218,6 +247,24 @@ def test_a_search_by_measured_latency(sweep_file, sweep, tmp_path):
     page = (tmp_path / "runs" / "fast" / "report" / "index.html").read_text()
     assert "<th>measured</th>" in page
     assert "No latency was measured" not in page
+
+
+@pytest.mark.timeout(600)
+def test_a_fit_on_a_ray_cluster(sweep_file, lightning, tmp_path):
+    """A real one, on this machine, which the sweep's process ends; the test of docs/sweeps.md goes on with its run."""
+    pytest.importorskip("ray", reason="Ray is not installed: pip install ray")
+    words = [sys.executable, "-m", "lte_lightning", "sweep", sweep_file(epochs=(0, 1, 1)), "--ray-address", "local"]
+    words += ["--trainer.logger", "false"]
+    process = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=500)
+    assert process.returncode == 0, process.stderr
+    (found,) = results_of(tmp_path / "runs" / "sweep-trial").values()
+    assert found["versions"]["threads"] == 1
+    assert f"hard {found['hard']:.4f}" in process.stdout
+    (results,) = tmp_path.glob("runs/sweep-trial/*/results.json")
+    run = results.parent
+    test = lightning(tmp_path, None, "test", "--config", run / "config.yaml", "--model.init_from", run / "model")
+    assert (test.code, test.written) == (0, run / "test.json"), test.err
+    assert json.loads((run / "test.json").read_text())["accuracy"] == pytest.approx(found["hard"])
 
 
 @pytest.fixture(scope="module")
@@ -261,8 +308,9 @@ def test_the_smoke_sweep_on_a_real_mlflow_server(server, tiny, sweep, tmp_path, 
     runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
     parent = runs.pop("sweep sweep-smoke")
     assert parent.info.status == "FINISHED"
+    assert "--data.train_rows 32" in parent.data.tags["lte.command"]
     files = {file.path for file in client.list_artifacts(parent.info.run_id)}
-    assert files == {"table.csv", "table.md", *(file.name for file in (folder / "report").iterdir())}
+    assert files == {"sweep.yaml", "table.csv", "table.md", *(file.name for file in (folder / "report").iterdir())}
     assert {"index.html", "quality-sst2.png"} <= files
     results = results_of(folder)
     assert runs.keys() == results.keys()
@@ -271,6 +319,7 @@ def test_the_smoke_sweep_on_a_real_mlflow_server(server, tiny, sweep, tmp_path, 
         assert run.info.status == "FINISHED"
         assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
         assert run.data.tags["lte.point"] == name
+        assert run.data.tags["lte.code"] == results[name]["versions"]["code"] == parent.data.tags["lte.code"]
         assert run.data.params["point/seed"] == "0"
         assert run.data.params["point/data.train_rows"] == "32"
         assert run.data.metrics["results/dense"] == pytest.approx(results[name]["dense"])
@@ -280,9 +329,11 @@ def test_the_smoke_sweep_on_a_real_mlflow_server(server, tiny, sweep, tmp_path, 
         == "constant lambda"
     )
     assert runs[min(runs)].data.params["point/model.efficiency_weight"] == "0.3"
-    # the same again: nothing is run, and the parent goes on
-    again = sweep(SWEEPS / "smoke.yaml", *small, tiny.task("sst2"), "--data.train_rows", 32)
-    assert "4 of 4 points are done already." in again.out
+    # a part of the same again: nothing is run, the parent goes on, and its table holds all
+    words = ("--data.train_rows", 32, "--trainer.enable_progress_bar", "false", "--only", "LTE")
+    again = sweep(SWEEPS / "smoke.yaml", *small, f"{tiny.task('sst2')}/", *words)
+    assert "3 of 3 points are done already." in again.out
+    assert "| constant lambda | 0.5 | 0.05 |" in again.out
     assert len(client.search_runs([experiment.experiment_id])) == 5
     # what the server knows makes the same report as the folder, but for a weight that all have
     tracked, local = collect_tracked(server, "sweep-smoke"), collect([folder])

@@ -13,6 +13,7 @@ import yaml
 
 from lte_lightning.sweep.engine import Engine, Summary
 from lte_lightning.sweep.folder import SweepFolder
+from lte_lightning.sweep.identity import recognise
 from lte_lightning.sweep.local import LocalRunner
 from lte_lightning.sweep.search import Trials
 from lte_lightning.sweep.spec import read_sweep
@@ -48,13 +49,20 @@ class Bench:
         file.write_text(yaml.safe_dump({"configs": ["base.yaml"]} | self.content))
         return file
 
-    def run(self, workers: int = 1, extra: dict[str, Any] | None = None, runner: Any = None) -> Swept:
-        sweep = read_sweep(self.file, extra)
+    def run(
+        self,
+        workers: int = 1,
+        extra: dict[str, Any] | None = None,
+        runner: Any = None,
+        tracker: Any = None,
+        **more: Any,
+    ) -> Swept:
         folder, said = SweepFolder(self.cwd / "runs" / "trial"), []
+        sweep = recognise(read_sweep(self.file, extra, **more), folder)
         with folder.hold(sweep, patience=5):
             runner = runner or LocalRunner(workers, (sys.executable, str(STAND_IN)), folder.lock)
             trials = Trials(sweep, folder) if sweep.search else None
-            engine = Engine(folder, runner, trials=trials, say=said.append)
+            engine = Engine(folder, runner, tracker and tracker(folder), trials, say=said.append)
             return Swept(engine.run(sweep.points()), folder, said, engine)
 
     def begin(self, workers: int = 1) -> subprocess.Popen:

@@ -179,6 +179,7 @@ def test_an_interrupt_ends_the_running_points(bench, tmp_path):
     process.send_signal(signal.SIGINT)
     assert process.wait(30) != 0
     assert set(statuses(SweepFolder(runs)).values()) == {"running"}
+    assert all(json.loads(file.read_text())["seconds"] > 0 for file in runs.glob("points/*.json"))
     with SweepFolder(runs).hold(read_sweep(trial.file), patience=0):
         pass  # nobody is left
 
@@ -255,6 +256,38 @@ def test_results_of_another_version(bench):
     (run / "results.json").write_text('{"accuracy": 0.5}')
     with pytest.raises(UserError, match=r"results\.json is damaged, or was written by another version"):
         write_tables(swept.folder, list(swept.engine.points.values()))
+
+
+def test_results_are_enough_to_be_done(bench):
+    """Model and checkpoints may be removed to save the disk's room."""
+    trial = bench(start={}, floor={}, grid={ETA: [0.5]})
+    swept = trial.run()
+    for (run,) in swept.folder.attempts().values():
+        shutil.rmtree(run / "model")
+        shutil.rmtree(run / "checkpoints")
+    before = {file: file.read_text() for file in swept.folder.path.glob("*/*") if file.is_file()}
+    again = trial.run()
+    assert again.said == ["3 of 3 points are done already."]
+    assert {file: file.read_text() for file in before} == before
+    # only what is missing needs the start's weights: that is run beside its results
+    trial.content["grid"] = {ETA: [0.5, 0.7]}
+    more = trial.run()
+    assert (len(more.summary.done), more.summary.failed) == (4, {})
+    assert more.said[0].endswith(": its model/ is not there any more, so it is run once more.")
+    assert sorted(len(runs) for runs in more.folder.attempts().values()) == [1, 1, 1, 2]
+    kept = [file for file in before if file.name == "results.json"]
+    assert {file: file.read_text() for file in kept} == {file: before[file] for file in kept}
+    (start,) = (runs for runs in more.folder.attempts().values() if len(runs) == 2)
+    assert more.folder.finished(json.loads((start[0] / "run.json").read_text())["name"]) == start[1]
+    assert trial.run().said == ["4 of 4 points are done already."]
+
+
+def test_a_sweep_killed_while_it_wrote_its_first_file(bench, tmp_path):
+    folder = tmp_path / "runs" / "trial"
+    (folder / "points").mkdir(parents=True)
+    (folder / "lock").touch()
+    (folder / "sweep.json.tmp").write_text('{"lay')
+    assert len(bench().run().summary.done) == 1
 
 
 def test_workers(bench):

@@ -2,12 +2,16 @@
 
 import json
 import socket
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from lte_lightning.core.errors import UserError
+from lte_lightning.sweep.folder import SweepFolder
+from lte_lightning.sweep.spec import read_sweep
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install ray")
 
@@ -15,6 +19,27 @@ from lte_lightning.sweep.ray import RayRunner  # noqa: E402
 
 STAND_IN = Path(__file__).parent / "stand_in.py"
 ETA = "model.efficiency_weight"
+# A fit that takes so many seconds to end once it was told to
+PATIENT = """
+import os, signal, sys, time
+def end(*_):
+    time.sleep(float(sys.argv[1]))
+    print("ended", flush=True)
+    os._exit(1)
+signal.signal(signal.SIGINT, end)
+signal.signal(signal.SIGTERM, end)
+print("began", *(f"{key}={os.environ.get(key)}" for key in ("SECRET_OF_THE_SWEEP", "HF_SOMETHING")), flush=True)
+time.sleep(100)
+"""
+
+
+def until(condition):
+    """Waits until something is so."""
+    deadline = time.monotonic() + 60
+    while not condition():
+        if time.monotonic() > deadline:
+            pytest.fail("it never came to that")
+        time.sleep(0.05)
 
 
 @pytest.fixture
@@ -40,6 +65,56 @@ def test_a_sweep_on_a_cluster(bench, runner):
     ray.shutdown()
     with pytest.raises(UserError, match=r"a fit takes 1 and 64: lower --cpus or --gpus"):
         RayRunner("local", gpus=64)
+
+
+@pytest.mark.timeout(300)
+def test_what_is_stopped_has_ended_and_has_its_machine_s_environment(runner, tmp_path, monkeypatch):
+    """A fit ends in its own time; of the sweep's environment it has what fits have in common."""
+    ray = runner(workers=1, program=(sys.executable, "-c", PATIENT))
+    monkeypatch.setenv("SECRET_OF_THE_SWEEP", "1")
+    monkeypatch.setenv("HF_SOMETHING", "2")
+    log = tmp_path / "fit.log"
+    ray.start("fit", ["1"], log)
+    until(lambda: "began" in log.read_text() if log.exists() else False)
+    ray.stop()
+    assert log.read_text().split() == ["began", "SECRET_OF_THE_SWEEP=None", "HF_SOMETHING=2", "ended"]
+
+
+def test_a_fit_that_outlives_its_sweep_elsewhere_is_waited_for(bench, tmp_path):
+    """As with a sweep that is killed and started again before Ray has noticed."""
+    trial = bench()
+    sweep, folder = read_sweep(trial.file), SweepFolder(tmp_path / "runs" / "trial")
+    with folder.hold(sweep):
+        log = folder.log("fit-s0")
+    code = "import sys; from lte_lightning.sweep.ray import _run; _run(sys.argv[2:], '.', {}, sys.argv[1])"
+    words = [sys.executable, "-c", code, str(log), sys.executable, "-c", PATIENT, "3"]
+    worker = subprocess.Popen(words)
+    until(lambda: "began" in log.read_text() if log.exists() else False)
+    worker.kill()
+    worker.wait()
+    with (
+        pytest.raises(UserError, match=r"the fit fit-s0 of .*trial still runs, perhaps on another machine; end it"),
+        folder.hold(sweep, patience=0.2),
+    ):
+        pytest.fail("two at a time")
+    with folder.hold(sweep):
+        assert log.read_text().split()[-1] == "ended"
+
+
+@pytest.mark.timeout(300)
+def test_a_cluster_by_its_address(runner):
+    runner()
+    code = "import sys; from lte_lightning.sweep.ray import RayRunner; print(RayRunner(sys.argv[1], workers=1).slots)"
+    words = [sys.executable, "-c", code, ray.get_runtime_context().gcs_address]
+    assert subprocess.run(words, capture_output=True, text=True, timeout=200).stdout.split()[-1] == "1"
+
+
+def test_a_port_that_is_no_cluster_s(monkeypatch):
+    monkeypatch.setattr("lte_lightning.sweep.ray.ANSWER", 3)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(UserError, match=rf"what listens at {address} does not answer as the head of a Ray cluster"):
+            RayRunner(address)
 
 
 def test_a_cluster_that_is_not_there():

@@ -2,6 +2,7 @@
 
 import sqlite3
 import sys
+import threading
 
 import pytest
 
@@ -89,9 +90,73 @@ def test_two_sweeps_share_a_study_and_its_number_of_trials(bench, tmp_path):
     assert states == ["COMPLETE"] * 6
 
 
+def test_an_undefined_objective_fails_its_trial_alone(bench):
+    """Without an expert stage the stand-in finds nothing for `hard`."""
+    parameters = {ETA: {"low": 0.1, "high": 1.0}, "stages.expert.epochs": {"choices": ["0", "1"]}}
+    trial = bench(search=SEARCH | {"trials": 6, "parameters": parameters})
+    swept = trial.run()
+    assert (len(swept.summary.done), swept.summary.failed) == (6, {})
+    states = {(one.params["stages.expert.epochs"], one.state.name) for one in study_of(swept).get_trials()}
+    assert states == {("0", "FAIL"), ("1", "COMPLETE")}
+    failed = sum(one.state.name == "FAIL" for one in study_of(swept).get_trials())
+    assert sum("failed: its hard is undefined" in line for line in swept.said) == failed
+    assert trial.run().summary.done == []
+
+
+def test_trials_wait_for_a_start_that_failed(bench, tmp_path):
+    """They are not judged by it: when it is there, they are run."""
+    trial = bench(start={"overrides": {"data.fail": "true"}}, search=SEARCH | {"trials": 3})
+    swept = trial.run(workers=2)
+    assert (len(swept.summary.failed), swept.summary.done) == (1, [])
+    assert {one.state.name for one in study_of(swept).get_trials()} <= {"RUNNING"}
+    (tmp_path / "mended").touch()
+    again = trial.run()
+    assert (len(again.summary.done), again.summary.failed, again.summary.blocked) == (1 + 3, {}, [])
+    assert [one.state.name for one in study_of(again).get_trials()] == ["COMPLETE"] * 3
+
+
+def test_trials_of_a_folder_that_was_moved_are_its_own(bench, tmp_path):
+    trial = bench(search=SEARCH | {"trials": 3})
+    sweep, folder = read_sweep(trial.file), SweepFolder(tmp_path / "runs" / "old")
+    with folder.hold(sweep):
+        left = Trials(sweep, folder)
+        (point,) = left.ask()
+        left.study.ask()  # killed before a parameter was drawn
+    folder.path.rename(tmp_path / "runs" / "trial")
+    swept = trial.run()
+    assert point.name in swept.summary.done
+    assert [one.state.name for one in study_of(swept).get_trials()] == ["COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
+
+
+@pytest.mark.parametrize("step", ["ask", "tell", "left"])
+def test_a_storage_that_is_locked_for_a_while_is_waited_for(step, bench, tmp_path):
+    """By another process, in the middle of a search; one that stays locked is an error, and nothing is lost."""
+    file = tmp_path / "study.db"
+    trial = bench(search=SEARCH | {"trials": 2, "storage": f"sqlite:///{file}?timeout=0"})
+    sweep, folder = read_sweep(trial.file), SweepFolder(tmp_path / "runs" / "trial")
+    with folder.hold(sweep):
+        trials = Trials(sweep, folder)
+        (point,) = trials.ask()
+        results = {"hard": 0.5, "sparsity": 0.5}
+        call = {"ask": trials.ask, "tell": lambda: trials.tell(point.name, results), "left": trials.left}[step]
+        database = sqlite3.connect(file, isolation_level=None, check_same_thread=False)
+        database.execute("BEGIN EXCLUSIVE")
+        trials.patience = 0
+        with pytest.raises(UserError, match=r"database is locked.*Nothing is lost: wait for it and start the sweep"):
+            call()
+        trials.patience = 60
+        timer = threading.Timer(1.5, database.close)  # which gives the lock back
+        timer.start()
+        call()
+        timer.join()
+        if step != "tell":
+            trials.tell(point.name, results)
+    swept = trial.run()
+    assert [one.state.name for one in study_of(swept).get_trials()] == ["COMPLETE"] * 2
+
+
 def test_bad_searches(bench, tmp_path, monkeypatch):
-    with pytest.raises(UserError, match=r"no figure 'speed' to search by; it has bound, dense"):
-        bench(search=SEARCH | {"objectives": {"speed": "maximize"}}).run()
+    bench(search=SEARCH | {"trials": 1}).run()
     with pytest.raises(UserError, match=r"study 'trial' in sqlite:.* has other objectives; name another study"):
         bench(search=SEARCH | {"objectives": {"hard": "minimize"}}).run()
     with pytest.raises(UserError, match="Optuna's storage nonsense://x cannot be used"):
@@ -99,8 +164,9 @@ def test_bad_searches(bench, tmp_path, monkeypatch):
     with sqlite3.connect(tmp_path / "locked.db", isolation_level=None) as database:
         database.execute("BEGIN EXCLUSIVE")
         storage = f"sqlite:///{tmp_path / 'locked.db'}?timeout=0"
+        sweep, folder = read_sweep(bench(search=SEARCH | {"storage": storage}).file), SweepFolder(tmp_path / "new")
         with pytest.raises(UserError, match="database is locked; is it locked by another process"):
-            bench(search=SEARCH | {"storage": storage}).run()
+            Trials(sweep, folder, patience=0)
     database.close()
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(UserError, match="a search needs Optuna: pip install"):

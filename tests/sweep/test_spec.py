@@ -1,6 +1,7 @@
 """Which fits a sweep file stands for, and what is said of a wrong one."""
 
 import re
+from datetime import date
 
 import pytest
 import yaml
@@ -117,6 +118,28 @@ def test_the_command_line_comes_last_and_is_part_of_a_point_s_name(read):
     assert [point.seed for point in read(content, seeds=[7]).points()] == [7, 7]
 
 
+@pytest.mark.parametrize(
+    ("content", "option", "why"),
+    [
+        ({"grid": {ETA: [0.1, 0.2]}}, ETA, "its grid or list varies it"),
+        ({"list": [{ETA: 0.1}]}, ETA, "its grid or list varies it"),
+        ({"variants": {"a": {}, "b": {"grid": {ETA: [0.1, 0.2]}}}}, ETA, "its grid or list varies it"),
+        ({"grid": {"model.lte": [{"expert_size": 8}]}}, "model.lte.expert_size", "its grid or list varies it"),
+        ({"grid": {"model.lte.expert_size": [8]}}, "model.lte", "its grid or list varies it"),
+        ({"variants": {"a": {}, "b": {"overrides": {ETA: 1}}}}, ETA, "its variants differ in it"),
+        (
+            {"search": {"trials": 1, "parameters": {ETA: {"choices": [1]}}, "objectives": {"hard": "maximize"}}},
+            ETA,
+            "its search varies it",
+        ),
+    ],
+)
+def test_the_command_line_cannot_make_points_of_several_names_one_fit(content, option, why, read):
+    assert read(BASE | content, {"model.efficiency_weights": 1, "model.lt": 1}).points() is not None
+    with pytest.raises(UserError, match=rf"--{option} cannot be given for all fits of .*trial\.yaml: {why}"):
+        read(BASE | content, {option: 0.3})
+
+
 def test_names_do_not_depend_on_where_the_sweep_lies(read, tmp_path):
     before = [point.name for point in read(BASE | {"grid": {ETA: [1, 2]}, "start": {}}).points()]
     (tmp_path / "sub").mkdir()
@@ -145,6 +168,14 @@ def test_names_do_not_depend_on_where_the_sweep_lies(read, tmp_path):
         ({"overrides": {"seed_everything": 3}}, "sets seed_everything; give seeds"),
         ({"start": {"epochs": 3}}, "start of the sweep has no key 'epochs'; known are overrides"),
         ({"start": {}, "grid": {"stages.dense.epochs": [1, 2]}}, "cannot differ between points that share one dense"),
+        ({"overrides": []}, r"overrides of the sweep is \[\]; it must be a mapping"),
+        ({"variants": {"a": []}}, r"variant 'a' is \[\]; it must be a mapping"),
+        (
+            {"overrides": {"data.day": date(2026, 1, 2)}},
+            r"sets data\.day to datetime\.date.*, a date; put it in quotes",
+        ),
+        ({"grid": {"data.day": [date(2026, 1, 2)]}}, r"grid of the sweep sets data\.day to datetime\.date"),
+        ({"overrides": {"epochs": 3}}, "overrides of the sweep sets 'epochs'; options of a fit have a dot in them"),
         ({"search": {"trials": 0}}, "trials of search is 0"),
         ({"search": {"trials": 3}}, "search has no parameters"),
         ({"search": {"trials": 3, "parameters": {ETA: {"low": 1}}}}, r"give low and high \(log, step\), or choices"),
@@ -169,6 +200,51 @@ def test_names_do_not_depend_on_where_the_sweep_lies(read, tmp_path):
 def test_what_no_sweep_has(content, message, read):
     with pytest.raises(UserError, match=message):
         read(BASE | content).points()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"low": 0.0, "high": 1.0, "log": True}, "with log low must be above 0"),
+        ({"low": 0.1, "high": 1.0, "log": True, "step": 0.1}, "give log or step, not both"),
+        ({"low": 1, "high": 5, "step": -1}, "step must be above 0"),
+        ({"low": 1, "high": 5, "log": "yes"}, "log is true or false"),
+        ({"low": 2, "high": 1}, "low is above high"),
+        ({"low": "1e-4", "high": 1}, "low, high and step are numbers"),
+        ({"low": True, "high": 1}, "low, high and step are numbers"),
+        ({"low": 0.0, "high": float("inf")}, "low, high and step are numbers"),
+        ({"choices": [{"a": 1}]}, "give choices as a list of numbers and words"),
+        ({"choices": []}, "give choices as a list of numbers and words"),
+    ],
+)
+def test_ranges_that_nothing_can_be_drawn_from(given, message, read):
+    search = {"trials": 1, "parameters": {ETA: given}, "objectives": {"hard": "maximize"}}
+    with pytest.raises(UserError, match=rf"model\.efficiency_weight of search is .*; {message}"):
+        read(BASE | {"search": search})
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"seed": "x"}, "seed of search is 'x'; give a whole number"),
+        ({"storage": 5}, "storage of search is 5; give a text"),
+        ({"study": ["a"]}, r"study of search is \['a'\]; give a text"),
+        ({"objectives": {"hrad": "maximize"}}, "objective hrad is no figure of a fit; did you mean hard?"),
+        ({"objectives": {"task": "maximize"}}, "objective task is no figure of a fit; known are"),
+        ({"objectives": {"latency_ms": "minimize"}}, "objective latency_ms needs run.latency_rows in overrides"),
+    ],
+)
+def test_searches_that_cannot_be(more, message, read):
+    search = {"trials": 1, "parameters": {ETA: {"low": 1, "high": 2}}, "objectives": {"hard": "maximize"}} | more
+    with pytest.raises(UserError, match=message):
+        read(BASE | {"search": search})
+
+
+def test_a_key_that_is_there_twice(read):
+    with pytest.raises(UserError, match=r"trial\.yaml is not YAML: the key 'model\.b' is there twice .*line 2"):
+        read("configs: [base.yaml]\noverrides: {model.a: 1, model.b: 2, model.b: 3}")
+    anchors = "configs: [base.yaml]\nvariants:\n  a: {overrides: &a {x.y: 1}}\n  b: {overrides: {<<: *a, x.y: 2}}"
+    assert [point.overrides["x.y"] for point in read(anchors).points()] == [1, 2]
 
 
 def test_files_that_are_none(read, tmp_path):
