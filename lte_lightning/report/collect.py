@@ -15,12 +15,12 @@ from lte_lightning.report.material import Material, Run, Setting
 from lte_lightning.report.methods import method_name
 from lte_lightning.report.sweeps import SweptFolder, read_swept
 from lte_lightning.sweep.folder import SWEEP_FILE
-from lte_lightning.sweep.table import NEUTRAL, expert_stage_ran, newest, read_results, read_run_file
+from lte_lightning.sweep.table import NO_CHOICE, expert_stage_ran, newest, read_results, read_run_file
 
 __all__ = ["Material", "Run", "Setting", "collect", "finish", "read_run"]
 
 # What tells runs apart without being a choice of theirs
-NO_PARAMETER = (*NEUTRAL, "weights_only", "model.init_from", "data.tokenizer")
+NO_PARAMETER = (*NO_CHOICE, "weights_only", "model.init_from", "data.tokenizer")
 
 
 def collect(sources: Iterable[str | Path], bench: Iterable[str | Path] = ()) -> Material:

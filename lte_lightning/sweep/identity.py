@@ -16,17 +16,8 @@ from typing import Any
 
 from lte_lightning.core.errors import UserError
 from lte_lightning.sweep.folder import SweepFolder
-from lte_lightning.sweep.points import Point, Sweep, text
+from lte_lightning.sweep.points import NEUTRAL, Point, Sweep, text
 from lte_lightning.sweep.spec import LATENCY
-
-# What cannot change a figure
-NEUTRAL = (
-    "trainer.logger",
-    "trainer.enable_progress_bar",
-    "trainer.enable_model_summary",
-    "trainer.log_every_n_steps",
-    "trainer.default_root_dir",
-)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,14 @@ from lte_lightning.core.errors import UserError
 DENSE_ONLY = {"stages.router.epochs": 0, "stages.expert.epochs": 0}
 FROM_START = {"stages.dense.epochs": 0}
 FLOOR = {"model.lte.selector": "none", "stages.router.epochs": 0}
+# What cannot change a figure
+NEUTRAL = (
+    "trainer.logger",
+    "trainer.enable_progress_bar",
+    "trainer.enable_model_summary",
+    "trainer.log_every_n_steps",
+    "trainer.default_root_dir",
+)
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,11 @@ from typing import Any
 
 from lte_lightning.core.errors import UserError
 from lte_lightning.sweep.folder import SweepFolder
-from lte_lightning.sweep.points import Point
+from lte_lightning.sweep.points import NEUTRAL, Point
 
 RUN_LAYOUT = 1  # of run.json; a run that names none was written before there were any
 # Options that are no choice of a fit's: its seed, its place, and what is shown of it
-NEUTRAL = (
-    *("run.", "seed_everything", "ckpt_path", "trainer.logger", "trainer.enable_progress_bar"),
-    *("trainer.enable_model_summary", "trainer.log_every_n_steps", "trainer.default_root_dir"),
-)
+NO_CHOICE = ("run.", "seed_everything", "ckpt_path", *NEUTRAL)
 LOWER_IS_BETTER = ("perplexity", "loss")
 FIGURES = (
     "dense",
@@ -174,7 +171,7 @@ def _identity(folder: SweepFolder, name: str) -> dict[str, str]:
     status = folder.status(name)
     words = shlex.split(status.get("command") or "")[2:]
     pairs = [(key.removeprefix("--"), value) for key, value in zip(words[::2], words[1::2], strict=False)]
-    own = {key: value for key, value in pairs if not key.startswith(("config", "model.init_from", *NEUTRAL))}
+    own = {key: value for key, value in pairs if not key.startswith(("config", "model.init_from", *NO_CHOICE))}
     own |= {"configs": " + ".join(Path(value).stem for key, value in pairs if key == "config")} if pairs else {}
     start = _identity(folder, status["start"]) if status.get("start") else {}
     return own | {f"start.{key}": value for key, value in start.items()}
