@@ -6,7 +6,7 @@ import os
 import random
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,13 @@ def seeds() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def no_store_named() -> Iterator[None]:
+    """What ``mlflow.set_tracking_uri`` leaves in the environment would be the next test's store."""
+    yield
+    os.environ.pop("MLFLOW_TRACKING_URI", None)
 
 
 CHAT_TEMPLATE = (
