@@ -4,10 +4,9 @@ from collections.abc import Hashable, Iterable
 from pathlib import PurePosixPath
 from typing import Any
 
-from lte_lightning.report.material import Material, Run, setting_key
+from lte_lightning.report.material import GFLOP, Material, Run, setting_key
 from lte_lightning.sweep.table import newest
 
-GFLOP = 2**30
 OLDER = "for a newer run of the same setting and seed is there"
 
 

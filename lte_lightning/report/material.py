@@ -10,6 +10,7 @@ from typing import Any
 from lte_lightning.report.methods import FIRST_TOKEN, GATED, Lte
 from lte_lightning.sweep.table import better, expert_stage_ran
 
+GFLOP = 2**30  # as the paper counts
 TRAINED, UNTRAINED = "dense, trained on as long as the others", "dense, not trained on"
 
 

@@ -10,11 +10,11 @@ from typing import Any
 import yaml
 
 from lte_lightning.report.material import Missing
-from lte_lightning.sweep.folder import SWEEP_FILE, SweepFolder, read_sweep_file
+from lte_lightning.sweep.folder import COPY, SWEEP_FILE, SweepFolder, read_sweep_file
+from lte_lightning.sweep.points import slug
 
-# As `lte_lightning.sweep.spec` names its points
+# As `lte_lightning.sweep.points` names them
 POINT = re.compile(r"(?P<words>.+)-s(?P<seed>\d+)-[0-9a-f]{8}")
-COPY = "sweep.yaml"  # of the sweep file, which newer folders have
 REASON = 160  # characters of a log's line
 
 
@@ -50,7 +50,7 @@ def read_swept(path: Path) -> SweptFolder:
         UserError: If its ``sweep.json`` is damaged, or of another version.
     """
     about, folder = read_sweep_file(path / SWEEP_FILE), SweepFolder(path)
-    points = {file.stem: folder.status(file.stem) for file in sorted(folder.points.glob("*.json"))}
+    points = folder.statuses()
     planned = about.get("planned", [])
     seeds = {name: _seed(name, points) for name in planned}
     # A sweep that was last started with other seeds plans nothing of the rest's, and a search none of its trials
@@ -125,7 +125,7 @@ def missing_point(
         # Not started: all there is are the words of its name, which a sweep made from the variant and the parameters
         words, *pairs = re.split(r"-(?=[A-Za-z_][A-Za-z_0-9.]*=)", found["words"] if found else name)
         values = [pair.partition("=")[2] for pair in pairs]
-        same = (variant for variant in variants if _slug(variant) == words)
+        same = (variant for variant in variants if variant and slug(variant) == words)
         method = next(same, words.replace("_", " ").strip())
     return Missing(sweep, str(method), ", ".join(map(str, values)), _seed(name, points), status)
 
@@ -136,10 +136,6 @@ def _variants(file: Path) -> list[str]:
         return [str(name) for name in yaml.safe_load(file.read_text())["variants"]]
     except (OSError, yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError):
         return []
-
-
-def _slug(variant: str | None) -> str | None:
-    return variant and re.sub(r"[^A-Za-z0-9_.=-]+", "_", variant)
 
 
 def _seed(name: str, points: dict[str, dict[str, Any]]) -> int | None:

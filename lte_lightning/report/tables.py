@@ -5,11 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lte_lightning.report.loss import figure_text, kept_text, percent, sentence, tolerance_of, tolerated
-from lte_lightning.report.material import UNTRAINED, Material, Missing, Run, Setting
+from lte_lightning.report.material import GFLOP, UNTRAINED, Material, Missing, Run, Setting
 from lte_lightning.report.methods import RIVALS, marked
 from lte_lightning.sweep.table import better, mean_text
 
-GFLOP = 2**30  # as the paper counts
 # Two points below the sparsities that one asks a method for, since a calibrated one lands beside them
 LEVELS = (0.48, 0.68, 0.78, 0.88)
 LINES = 20  # of a list, before it is cut

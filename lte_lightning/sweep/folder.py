@@ -160,6 +160,10 @@ class SweepFolder:
         except (OSError, ValueError):
             return {}
 
+    def statuses(self) -> dict[str, dict[str, Any]]:
+        """Returns what is remembered of all points, by name."""
+        return {file.stem: self.status(file.stem) for file in sorted(self.points.glob("*.json"))}
+
     def remember(self, point: Point, **facts: Any) -> None:
         """Adds to what is remembered of a point."""
         keys = ("name", "role", "variant", "parameters", "seed", "start", "floor")

@@ -7,7 +7,6 @@ keep the names that they have there.
 
 import json
 import math
-import shlex
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,7 +15,7 @@ from typing import Any
 
 from lte_lightning.core.errors import UserError
 from lte_lightning.sweep.folder import SweepFolder
-from lte_lightning.sweep.points import NEUTRAL, Point, Sweep, text
+from lte_lightning.sweep.points import NEUTRAL, Point, Sweep, read_options, text
 from lte_lightning.sweep.spec import LATENCY
 
 
@@ -57,7 +56,7 @@ class Known:
 
     def __init__(self, folder: SweepFolder, sweep: Sweep) -> None:
         self.folder = folder
-        self._statuses = {file.stem: folder.status(file.stem) for file in sorted(folder.points.glob("*.json"))}
+        self._statuses = folder.statuses()
         self._identities: dict[str, Identity | None] = {}
         attempts = folder.attempts()
         self._finished = [name for name in self._statuses if folder.finished(name, attempts)]
@@ -139,9 +138,8 @@ class Known:
             return self._identities[name]
         self._identities[name] = found = None
         status = self._statuses.get(name, {})
-        words = shlex.split(status.get("command") or "")[2:]
-        if words and {"role", "variant", "parameters", "seed"} <= status.keys():
-            pairs = [(key.removeprefix("--"), value) for key, value in zip(words[::2], words[1::2], strict=False)]
+        pairs = read_options(status.get("command"))
+        if pairs and {"role", "variant", "parameters", "seed"} <= status.keys():
             configs = [value for key, value in pairs if key == "config"]
             needs = [self._remembered(status[key]) if status.get(key) else None for key in ("start", "floor")]
             lost = any(status.get(key) and need is None for key, need in zip(("start", "floor"), needs, strict=True))

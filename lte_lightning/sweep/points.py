@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -156,13 +157,23 @@ class Sweep:
         digest = hashlib.sha256(json.dumps(same, default=str).encode()).hexdigest()[:8]
         values = [f"{key.split('.')[-1]}={text(value)}" for key, value in point.parameters.items()]
         words = [point.role if point.role != "point" else point.variant or "fit", *values]
-        slug = re.sub(r"[^A-Za-z0-9_.=-]+", "_", "-".join(words))[:80]
-        return replace(point, name=f"{slug}-s{point.seed}-{digest}")
+        return replace(point, name=f"{slug('-'.join(words))[:80]}-s{point.seed}-{digest}")
+
+
+def slug(words: str) -> str:
+    """Writes words as the name of a point has them, and so its files."""
+    return re.sub(r"[^A-Za-z0-9_.=-]+", "_", words)
 
 
 def options(values: dict[str, Any]) -> list[str]:
     """Writes options as a command line has them."""
     return [word for key, value in values.items() for word in (f"--{key}", text(value))]
+
+
+def read_options(command: str | None) -> list[tuple[str, str]]:
+    """Reads the options of a fit's command line, the two words before them apart; there may be several ``config``."""
+    words = shlex.split(command or "")[2:]
+    return [(key.removeprefix("--"), value) for key, value in zip(words[::2], words[1::2], strict=False)]
 
 
 def text(value: Any) -> str:

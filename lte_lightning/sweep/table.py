@@ -3,7 +3,6 @@
 import csv
 import json
 import math
-import shlex
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 from lte_lightning.core.errors import UserError
 from lte_lightning.sweep.folder import SweepFolder
-from lte_lightning.sweep.points import NEUTRAL, Point
+from lte_lightning.sweep.points import NEUTRAL, Point, read_options
 
 RUN_LAYOUT = 1  # of run.json; a run that names none was written before there were any
 # Options that are no choice of a fit's: its seed, its place, and what is shown of it
@@ -169,8 +168,7 @@ def _labels(folder: SweepFolder, points: Sequence[Point]) -> dict[str, str]:
 def _identity(folder: SweepFolder, name: str) -> dict[str, str]:
     """What makes a start or a floor what it is, the seed apart, by the command that ran it; nothing if it never ran."""
     status = folder.status(name)
-    words = shlex.split(status.get("command") or "")[2:]
-    pairs = [(key.removeprefix("--"), value) for key, value in zip(words[::2], words[1::2], strict=False)]
+    pairs = read_options(status.get("command"))
     own = {key: value for key, value in pairs if not key.startswith(("config", "model.init_from", *NO_CHOICE))}
     own |= {"configs": " + ".join(Path(value).stem for key, value in pairs if key == "config")} if pairs else {}
     start = _identity(folder, status["start"]) if status.get("start") else {}
