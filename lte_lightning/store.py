@@ -26,6 +26,14 @@ def result_metrics(results: dict[str, Any]) -> dict[str, float]:
     return {f"results/{key}": float(value) for key, value in found.items()}
 
 
+def mlflow_store(*named: str | None) -> str:
+    """Returns the first of MLflow's stores that is named, or ``mlflow.db`` here; of a database the absolute path."""
+    uri = next(filter(None, named), "sqlite:///mlflow.db")
+    if uri.startswith("sqlite:///"):  # who comes later may stand in another folder
+        uri = f"sqlite:///{Path(uri.removeprefix('sqlite:///')).absolute()}"
+    return uri
+
+
 @contextmanager
 def first_contact(uri: str) -> Iterator[None]:
     """Lets one process at a time begin a run in an embedded database, which is there whole or not at all.

@@ -1,7 +1,9 @@
 import threading
 import time
 
-from lte_lightning.store import hold_folder
+import pytest
+
+from lte_lightning.store import hold_folder, mlflow_store
 
 
 def test_one_at_a_time(tmp_path):
@@ -26,3 +28,17 @@ def test_one_at_a_time(tmp_path):
 def test_a_folder_that_is_not_there_is_for_others_to_refuse(tmp_path):
     with hold_folder(tmp_path / "nowhere"):
         assert not (tmp_path / "nowhere").exists()
+
+
+@pytest.mark.parametrize(
+    ("named", "store"),
+    [
+        (("http://here:5000", "http://there:5000"), "http://here:5000"),
+        (("", None, "sqlite:///there.db"), "sqlite:///{folder}/there.db"),  # an empty variable names nothing
+        (("sqlite:////elsewhere/there.db",), "sqlite:////elsewhere/there.db"),
+        ((None,), "sqlite:///{folder}/mlflow.db"),
+    ],
+)
+def test_the_first_store_that_is_named_counts(named, store, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert mlflow_store(*named) == store.format(folder=tmp_path)

@@ -133,8 +133,9 @@ def _begin_mlflow(experiment: str) -> None:
     import mlflow
 
     from lte_lightning.core.errors import UserError
+    from lte_lightning.store import mlflow_store
 
-    uri = os.environ.get("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
+    uri = mlflow_store(os.environ.get("MLFLOW_TRACKING_URI"))
     try:
         mlflow.set_tracking_uri(uri)
         mlflow.set_experiment(experiment)

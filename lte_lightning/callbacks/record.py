@@ -26,7 +26,7 @@ from lte_lightning.callbacks.results import make_results, read_floor, results_ta
 from lte_lightning.callbacks.tracking import RunLogger, mlflow_of
 from lte_lightning.core.checkpoint import CONFIG_FILE, save_pretrained
 from lte_lightning.core.errors import UserError
-from lte_lightning.store import first_contact, result_metrics, write_json
+from lte_lightning.store import first_contact, mlflow_store, result_metrics, write_json
 
 RUN_FILE = "run.json"
 LAYOUT = 1  # of a run folder: what reads runs refuses another
@@ -65,9 +65,7 @@ class Recorder(Callback):
         self.root = Path(root).absolute()
         self.experiment = experiment
         self.name = name
-        self.tracking_uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
-        if self.tracking_uri.startswith("sqlite:///"):  # a resumed run may start in another folder
-            self.tracking_uri = f"sqlite:///{Path(self.tracking_uri.removeprefix('sqlite:///')).absolute()}"
+        self.tracking_uri = mlflow_store(tracking_uri, os.environ.get("MLFLOW_TRACKING_URI"))
         self.floor = read_floor(floor_from) if floor_from else None
         self.parent = parent
         self.folder: Path | None = None

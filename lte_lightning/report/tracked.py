@@ -12,7 +12,7 @@ from lte_lightning.report.collect import finish, read_run
 from lte_lightning.report.identity import OLDER
 from lte_lightning.report.material import Material
 from lte_lightning.report.sweeps import missing_point
-from lte_lightning.store import write_json
+from lte_lightning.store import mlflow_store, write_json
 from lte_lightning.sweep.network import reach
 from lte_lightning.sweep.table import RUN_LAYOUT, newest
 
@@ -37,7 +37,7 @@ def collect_tracked(
     """
     if experiment is not None and run_ids:
         raise UserError(f"--experiment {experiment} and the run {run_ids[0]} are given; name an experiment, or runs")
-    uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+    uri = mlflow_store(uri, os.environ.get("MLFLOW_TRACKING_URI"))
     with _store(uri) as client, tempfile.TemporaryDirectory(prefix="lte-report-") as folder:
         runs = _runs(client, uri, experiment, run_ids)
         found = [run for run in runs if _fetch(client, run, Path(folder) / run.info.run_id)]

@@ -46,7 +46,7 @@ class Ranking(Selector):
         importance = self.importance(given)
         if self.rule in ("level", "common"):
             return (importance > self.level).float()
-        best = importance.topk(self.keep, dim=-1).indices
+        best = importance.topk(self.keep, dim=-1, sorted=False).indices  # sorted takes twice as long
         return torch.zeros_like(importance).scatter_(-1, best, 1.0)
 
     @property

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lte_lightning.core.errors import UserError
-from lte_lightning.store import first_contact, result_metrics, write_json
+from lte_lightning.store import first_contact, mlflow_store, result_metrics, write_json
 from lte_lightning.sweep.folder import SweepFolder
 from lte_lightning.sweep.network import reach
 from lte_lightning.sweep.points import Point
@@ -32,10 +32,7 @@ class Tracker:
 
     def __init__(self, folder: SweepFolder, uri: str | None = None) -> None:
         known = folder.about.get("mlflow", {})
-        named = os.environ.get("MLFLOW_TRACKING_URI") or uri
-        uri = named or known.get("uri") or "sqlite:///mlflow.db"
-        if uri.startswith("sqlite:///"):
-            uri = f"sqlite:///{Path(uri.removeprefix('sqlite:///')).absolute()}"
+        uri = mlflow_store(os.environ.get("MLFLOW_TRACKING_URI"), uri, known.get("uri"))
         # A sweep that changed its store and comes back finds its parent there
         parents = known.get("parents", {}) | ({known["uri"]: known["parent"]} if known else {})
         self.folder, self.uri = folder, uri
