@@ -1,8 +1,8 @@
 """Which of a folder's fits a sweep's points are, whatever their commands look like.
 
 A point's name holds a digest of all that its command says. What a fit finds does not depend on all of it: a path may
-end with a slash, and progress may be shown or not. So the fits that a folder knows are recognised by what matters, and
-keep the names that they have there.
+end with a slash, progress may be shown or not, and a stage that is skipped may have any rate. So the fits that a folder
+knows are recognised by what matters, and keep the names that they have there.
 """
 
 import json
@@ -17,6 +17,7 @@ from lte_lightning.core.errors import UserError
 from lte_lightning.sweep.folder import SweepFolder
 from lte_lightning.sweep.points import NEUTRAL, Point, Sweep, read_options, text
 from lte_lightning.sweep.spec import LATENCY
+from lte_lightning.tasks.evaluation import STAGES
 
 
 @dataclass(frozen=True)
@@ -185,6 +186,11 @@ def _identity(
         own = key in ("seed_everything", "config") or (key.startswith("run.") and key != LATENCY)
         if not own and key not in NEUTRAL and not (start and key == "model.init_from"):
             kept[key] = _plain(value)
+    lengths = ("epochs", "steps")
+    skipped = {f"stages.{stage}" for stage in STAGES for key in lengths if kept.get(f"stages.{stage}.{key}") == "0"}
+    for stage, _, last in [key.rpartition(".") for key in kept]:
+        if stage in skipped and last not in lengths:
+            del kept[f"{stage}.{last}"]
     # Their contents are compared by the folder, which knows them by longer names
     files = tuple(Path(path).name for path in configs)
     return Identity(role, variant, files, frozenset(kept.items()), seed, (start, floor), frozenset(parameters))

@@ -33,6 +33,8 @@ def all_points(trial, swept, *args, **more):
         ({}, {"trainer.logger": False, "trainer.enable_progress_bar": False}),
         ({"data.train_rows": "100"}, {"data.train_rows": 100}),
         ({"stages.expert.learning_rate": "1e-4"}, {"stages.expert.learning_rate": 0.0001}),
+        # a stage that is skipped may have any rate
+        ({"stages.dense.learning_rate": 1e-4, "stages.dense.epochs": 0}, {"stages.dense.epochs": 0}),
     ],
 )
 def test_what_changes_no_figure_changes_no_fit(before, now, bench):
