@@ -17,7 +17,6 @@ from lte_lightning.core.errors import UserError
 from lte_lightning.sweep.folder import SweepFolder
 from lte_lightning.sweep.points import NEUTRAL, Point, Sweep, read_options, text
 from lte_lightning.sweep.spec import LATENCY
-from lte_lightning.tasks.evaluation import STAGES
 
 
 @dataclass(frozen=True)
@@ -187,8 +186,9 @@ def _identity(
         if not own and key not in NEUTRAL and not (start and key == "model.init_from"):
             kept[key] = _plain(value)
     lengths = ("epochs", "steps")
-    skipped = {f"stages.{stage}" for stage in STAGES for key in lengths if kept.get(f"stages.{stage}.{key}") == "0"}
-    for stage, _, last in [key.rpartition(".") for key in kept]:
+    named = [key.rpartition(".") for key in kept if key.startswith("stages.")]
+    skipped = {stage for stage, _, last in named if last in lengths and kept[f"{stage}.{last}"] == "0"}
+    for stage, _, last in named:
         if stage in skipped and last not in lengths:
             del kept[f"{stage}.{last}"]
     # Their contents are compared by the folder, which knows them by longer names
