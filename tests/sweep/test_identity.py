@@ -65,6 +65,11 @@ def test_what_may_change_a_figure_is_another_fit(bench):
     for content, extra, message in (
         ({"data.train_rows": 10}, {"data.source": "rows"}, "data.source unset, now rows"),
         ({"data.train_rows": 1000}, {}, "data.train_rows 10, now 1000"),
+        (
+            {"data.train_rows": 10},
+            {"stages.expert.learning_rate": 1e-4},
+            "stages.expert.learning_rate unset, now 0.0001",
+        ),
     ):
         trial.content["overrides"] = content
         match = rf"3 finished fits in .*trial belong to other options: {message}; use those, or choose another --folder"
