@@ -86,6 +86,7 @@ def sentence(material: Material, task: str, method: str, tolerance: float | None
     if not found.within and not found.beyond:
         return None
     metric, best = material.tasks[task], found.sparsest
+    method = (found.within + found.beyond)[0].called
     undefined = [setting for setting in found.beyond if setting.undefined]
     if not found.within:
         if len(undefined) == len(found.beyond):

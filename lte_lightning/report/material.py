@@ -2,16 +2,17 @@
 
 import json
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lte_lightning.report.methods import FIRST_TOKEN, GATED, Lte
+from lte_lightning.report.methods import FIRST_TOKEN, GATED, LEARNS_WITH_MODEL, Lte, marked
 from lte_lightning.sweep.table import better, expert_stage_ran
 
 GFLOP = 2**30  # as the paper counts
-TRAINED, UNTRAINED = "dense, trained on as long as the others", "dense, not trained on"
+UNTRAINED = "dense, not trained on"
 
 
 @dataclass
@@ -75,6 +76,19 @@ class Run:
         reads_one = self.family in FIRST_TOKEN and str(self.options.get("model.class_path")).endswith("Classification")
         return statistics.fmean(layers[:-1]) if reads_one and layers and len(layers) > 1 else None
 
+    @property
+    def trained_on(self) -> str | None:
+        """How long the model was trained on after the dense stage, such as ``2 epochs``; None if nothing says so."""
+        stages = ("router", "expert") if self.lte.get("selector", "router") in LEARNS_WITH_MODEL else ("expert",)
+        total: Counter[str] = Counter()
+        for stage in stages:
+            epochs, steps = (self.options.get(f"stages.{stage}.{unit}") for unit in ("epochs", "steps"))
+            if epochs is None:
+                return None
+            total["epoch" if steps is None else "step"] += 0 if epochs == 0 else epochs if steps is None else steps
+        told = [f"{count} {unit}{'s' * (count != 1)}" for unit, count in total.items() if count]
+        return " and ".join(told) or "0 epochs"
+
     def better(self, one: float, other: float) -> bool:
         """Says whether a figure of its metric is better than another."""
         return better(self.results["metric"], one, other)
@@ -125,6 +139,12 @@ class Setting:
     def sparsity(self) -> float:
         """Mean sparsity over the seeds."""
         return statistics.fmean(run.sparsity for run in self.runs)
+
+    @property
+    def called(self) -> str:
+        """The name of its method; an oracle is said to be one, whatever a sweep has named it."""
+        lte = self.runs[0].lte
+        return marked(self.method, lte) if lte.get("selector") == "kla" else self.method
 
     @property
     def label(self) -> str:
@@ -213,12 +233,34 @@ class Material:
 
     def dense_kind(self, task: str) -> str:
         """Says which dense figures `dense` took."""
-        dense, trained = self.dense(task), _best(self._trained(task))
-        others = [str(seed) for seed, value in dense.items() if trained.get(seed) != value]
+        dense, found = self.dense(task), _best(self._trained(task))
+        others = [str(seed) for seed, value in dense.items() if found.get(seed) != value]
         if len(others) == len(dense):
             return UNTRAINED
         which = f"seed{'s' * (len(others) > 1)} {', '.join(others)}"
-        return f"{TRAINED}, or {UNTRAINED}, where that is better or the only one ({which})" if others else TRAINED
+        own = dict.fromkeys(filter(None, (run.trained_on for run, _ in self._trained(task))))
+        trained = f"dense, trained on{self._compared(task, own, ' as long as the others')}"
+        return f"{trained}, or {UNTRAINED}, where that is better or the only one ({which})" if others else trained
+
+    def lengths(self, task: str) -> dict[str, list[str]]:
+        """Returns how long models were trained on, as far as is known, each with the methods; the floor is one."""
+        found: dict[str, list[str]] = {}
+        for run in self.of(task):
+            name = "floor" if run.role == "floor" else run.method
+            if run.role != "start" and run.trained_on and name not in found.setdefault(run.trained_on, []):
+                found[run.trained_on].append(name)
+        return found
+
+    def floor_kind(self, task: str) -> str:
+        """Says how the floor was adapted."""
+        own = [length for length, methods in self.lengths(task).items() if "floor" in methods]
+        return f"adapted{self._compared(task, own, ' alike')}"
+
+    def _compared(self, task: str, own: Iterable[str], alike: str) -> str:
+        """Says that a length is that of all others, or which it is if they differ; nothing where none is known."""
+        if len(self.lengths(task)) == 1:
+            return alike
+        return f" for {' or '.join(own)}" if own else ""
 
     def starts(self, task: str) -> list[float]:
         """Returns the dense figure of each seed before anything was trained on, the best of several starts."""

@@ -14,7 +14,6 @@ from matplotlib.lines import Line2D
 
 from lte_lightning.report.bench import title
 from lte_lightning.report.material import Material, Run, Setting
-from lte_lightning.report.methods import marked
 from lte_lightning.report.style import DARK, KNOWN, LIGHT, Style
 from lte_lightning.sweep.table import better
 
@@ -87,14 +86,14 @@ def quality(
             limits = _limits([value for found in values.values() for value in found], own, dense, floor)
         for i, method in enumerate(name for name in looks if name in drawn):
             mine, options = drawn[method], looks[method].options | {"zorder": 9 - i / 100}
-            points = sorted((100 * s.mean(across), scale * s.mean(key), s) for s in mine)
+            points = sorted(((100 * s.mean(across), scale * s.mean(key), s) for s in mine), key=lambda point: point[:2])
             axes.plot([x for x, _, _ in points], [mean for _, mean, _ in points], **options)
             for x, _, setting in points:
                 seeds = [scale * value for value in setting.values(key)]
                 if len(seeds) > 1:
                     axes.vlines(x, min(seeds), max(seeds), color=options["color"], linewidth=1, alpha=0.7)
             outside = limits and not any(limits[0] <= mean <= limits[1] for _, mean, _ in points)
-            label = called(mine[0]) + " (beyond the picture)" * bool(outside)
+            label = mine[0].called + " (beyond the picture)" * bool(outside)
             handles.append(Line2D([], [], **options, label=label))
         for reference, line in zip(references, ("--", ":"), strict=True):
             if reference:
@@ -161,16 +160,10 @@ def _legend(figure: Figure, handles: Sequence[Artist]) -> None:
     figure.legend(list(handles), labels, loc="outside lower center", ncols=2, frameon=False, **space)
 
 
-def called(setting: Setting) -> str:
-    """Returns the name of a setting's method; an oracle is said to be one, whatever a sweep has named it."""
-    lte = setting.runs[0].lte
-    return marked(setting.method, lte) if lte.get("selector") == "kla" else setting.method
-
-
 def named(setting: Setting) -> str:
     """Returns a setting's method and its sparsity, which is what pictures of single settings call it."""
     # what a line is not broken at
-    return f"{called(setting)}, {100 * setting.sparsity:.0f}\N{NO-BREAK SPACE}%"
+    return f"{setting.called}, {100 * setting.sparsity:.0f}\N{NO-BREAK SPACE}%"
 
 
 def layers(settings: Sequence[Setting]) -> Draw:

@@ -83,8 +83,8 @@ def _how_to_read(material: Material, task: str) -> str:
         f"Means of {material.tasks[task]} on the validation rows; {spread}. Cost is FLOPs per token of the layers' "
         "projections, routers and predictors included, as a share of the dense model's: what a method pays to know "
         "what it may skip shows only there, and oracles pay nothing. Thin lines: the reference "
-        f"({material.dense_kind(task)}), dashed, and the floor, every FFN expert off and adapted alike, dotted; a "
-        "curve says as much as it stands above the floor, and what lies far below is beyond the picture."
+        f"({material.dense_kind(task)}), dashed, and the floor, every FFN expert off and {material.floor_kind(task)}, "
+        "dotted; a curve says as much as it stands above the floor, and what lies far below is beyond the picture."
     ) + (f" Not drawn, for a seed's figure is undefined: {', '.join(undefined)}." if undefined else "")
 
 

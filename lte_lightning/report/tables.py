@@ -9,8 +9,8 @@ from lte_lightning.report.material import GFLOP, UNTRAINED, Material, Missing, R
 from lte_lightning.report.methods import RIVALS, marked
 from lte_lightning.sweep.table import better, mean_text
 
-# Two points below the sparsities that one asks a method for, since a calibrated one lands beside them
-LEVELS = (0.48, 0.68, 0.78, 0.88)
+# Percent, two points below the sparsities that one asks a method for, since a calibrated one lands beside them
+LEVELS = (48, 68, 78, 88)
 LINES = 20  # of a list, before it is cut
 
 
@@ -54,7 +54,7 @@ def levels(material: Material, task: str) -> Table:
     for method in dict.fromkeys(setting.method for setting in settings):
         cells = []
         for level in LEVELS:
-            mine = [s for s in settings if s.method == method and s.sparsity >= level]
+            mine = [s for s in settings if s.method == method and round(100 * s.sparsity) >= level]
             best = None
             for setting in mine:
                 if not setting.undefined and (
@@ -63,8 +63,8 @@ def levels(material: Material, task: str) -> Table:
                     best = setting
             undefined = "undefined" if mine else "–"
             cells.append(f"{figure_text(best)} at {100 * best.sparsity:.0f} %" if best else undefined)
-        rows.append([method, *cells])
-    return Table(["", *(f"≥ {100 * level:.0f} % off" for level in LEVELS)], rows)
+        rows.append([next(s.called for s in settings if s.method == method), *cells])
+    return Table(["", *(f"≥ {level} % off" for level in LEVELS)], rows)
 
 
 def everything(material: Material, task: str) -> Table:
@@ -72,7 +72,7 @@ def everything(material: Material, task: str) -> Table:
     settings = [*material.settings(task, dense=True), *material.settings(task)]
     dense, metric = material.dense(task), material.tasks[task]
     columns = {
-        "method": lambda s: s.method,
+        "method": lambda s: s.called,
         "parameters": lambda s: s.label,
         "seeds": lambda s: ", ".join(map(str, s.seeds)),
         "sparsity": lambda s: mean_text([run.sparsity for run in s.runs], 100, " %", 1),
@@ -141,8 +141,11 @@ def summary(material: Material, tolerance: float | None) -> list[str]:
             line = f"{task}: the reference ({kind}) reaches {metric} {mean_text(dense)}"
             line += f", before that {mean_text(own)}" if kind != UNTRAINED and own else ""
         if floors:
-            line += f"; with every FFN expert off and adapted alike, the floor, {mean_text(floors)}"
+            line += f"; with every FFN expert off and {material.floor_kind(task)}, the floor, {mean_text(floors)}"
         lines.append(f"{line}.")
+        if len(lengths := material.lengths(task)) > 1:
+            told = "; ".join(f"{length} ({', '.join(methods)})" for length, methods in lengths.items())
+            lines.append(f"{task}: not all models were trained on equally long, which may help by itself: {told}.")
         groups = starts(material, task)
         if len(groups) > 1:
             told = "; ".join(f"{mean_text(figures)} ({', '.join(methods)})" for methods, figures in groups)

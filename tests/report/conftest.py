@@ -71,9 +71,10 @@ def write_run(
     found: dict[str, Any],
     selector: str = "router",
     lte: dict | None = None,
+    adapted: int = 2,
     **model: Any,
 ) -> Path:
-    """Writes a run's folder; `model` are options of its model besides the efficiency weight."""
+    """Writes a run's folder, of a fit with so many epochs after the dense ones; `model` are options of its model."""
     bins = [10 if i < 25 else 5 if i > 40 else 0 if 29 < i < 32 else 1 for i in range(50)]
     if selector not in ("router", "softmax", "sigmamoe"):
         bins = [80, *[0] * 48, 20]  # a choice, no scores
@@ -88,6 +89,11 @@ def write_run(
     (folder / "model" / "lte_config.json").write_text(json.dumps(saved))
     options = {"efficiency_weight": round(1 - (found["sparsity"] or 0), 2), "seed": 4} | model
     config = {"seed_everything": found["seed"], "run": {"name": name}, "model": {"init_args": options}}
+    router = 1 if selector in ("router", "softmax", "sigmamoe") else 0
+    config["stages"] = {
+        "router": {"epochs": router, "steps": None},
+        "expert": {"epochs": adapted - router, "steps": None},
+    }
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     return folder
 

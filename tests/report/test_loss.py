@@ -45,7 +45,7 @@ def test_a_seed_is_read_against_its_own_dense_figure(material_of, start, figures
     """0.905 is near the mean of 0.90, 0.91 and 0.92, but its own seed's dense model has 0.92."""
     material = material_of(*map(start, range(3)), ("KLA", "kla", figures(0.905, 0.8, 2)))
     assert column(material, "lost") == ["0.0150"]
-    assert said(material, "KLA") == "sst2: KLA loses more than 0.01 at every setting that was run."
+    assert said(material, "KLA") == "sst2: KLA (oracle) loses more than 0.01 at every setting that was run."
     assert tables.flops(material, None).rows[1] == ["KLA (oracle)", "none within"]
 
 
@@ -61,13 +61,13 @@ def test_an_undefined_figure_is_no_good_one(material_of, start, figures):
     values = dict(zip(column(material, "method"), column(material, "accuracy"), strict=True))
     assert values == {
         "random routers": "undefined",
-        "KLA": "undefined",
+        "KLA (oracle)": "undefined",
         "CATS": "0.9000 (undefined: seed 1)",
         "without stage 2": "0.8950",
     }
     (cats,) = (setting for setting in material.settings() if setting.method == "CATS")
     assert cats.mean("value") is None  # so that no picture has the mean of the other seeds
-    assert said(material, "KLA") == "sst2: KLA has an undefined accuracy at every setting that was run."
+    assert said(material, "KLA") == "sst2: KLA (oracle) has an undefined accuracy at every setting that was run."
     assert "undefined" in said(material, "CATS")
     assert "loses at most 0.01 up to 50 %" in said(material, "without")
     cells = dict(tables.flops(material, None).rows)
@@ -103,7 +103,7 @@ def test_dense_is_what_was_trained_on_as_long(material_of, start, figures):
     assert not any("sst2: dense, trained on" in line for line in lines)
     assert [setting.method for setting in material.settings()] == ["KLA"]
     assert [row[0] for row in tables.flops(material, None).rows] == ["dense", "KLA (oracle)"]
-    assert column(material, "method") == ["dense, trained on", "KLA"]
+    assert column(material, "method") == ["dense, trained on", "KLA (oracle)"]
     assert column(material, "lost") == ["0.0000 ± 0.0000", "0.0350 ± 0.0071"]
 
 
@@ -115,6 +115,41 @@ def test_dense_is_the_better_of_start_and_trained_on(material_of, start, figures
         "dense, trained on as long as the others, or dense, not trained on, where that is better or the only one "
         "(seed 1)"
     )
+
+
+def test_models_that_were_not_trained_on_equally_long_are_named(make_points, figures, tmp_path):
+    """LTE's router stage trains the model, that of Deja Vu its predictors alone: 2 epochs are not 2 epochs."""
+    rows = [
+        {
+            "name": "start",
+            "seed": 0,
+            "role": "start",
+            "results": figures(None, None, 0, seconds_per_stage={"dense": 1.0}),
+        },
+        {"name": "floor", "seed": 0, "role": "floor", "selector": "none", "results": figures(0.6, 1.0, floor=0.6)},
+        {"name": "lte", "seed": 0, "variant": "LTE", "results": figures(0.9, 0.5, floor=0.6)},
+        {"name": "on", "seed": 0, "variant": "on", "selector": "narrow", "results": figures(0.95, 0.0, floor=0.6)},
+    ]
+    alike = collect([make_points(tmp_path / "alike", [row | {"adapted": 2} for row in rows])])
+    assert "adapted alike" in tables.summary(alike, None)[0]
+    assert alike.dense_kind("sst2") == "dense, trained on as long as the others"
+    rows += [
+        {"name": "dv", "seed": 0, "variant": "Deja Vu", "selector": "dejavu", "results": figures(0.9, 0.5, floor=0.6)}
+    ]
+    longer = [row | {"adapted": 3 if row["name"] == "lte" else 1} for row in rows]
+    unlike = collect([make_points(tmp_path / "unlike", longer)])
+    lines = tables.summary(unlike, None)
+    assert "adapted for 1 epoch, the floor" in lines[0]
+    assert lines[1] == (
+        "sst2: not all models were trained on equally long, which may help by itself: 1 epoch (floor, on, Deja Vu); "
+        "3 epochs (LTE)."
+    )
+    assert unlike.dense_kind("sst2") == "dense, trained on for 1 epoch"
+    for file in (tmp_path / "unlike").glob("*/config.yaml"):
+        file.unlink()
+    unknown = collect([tmp_path / "unlike"])
+    assert "every FFN expert off and adapted, the floor" in tables.summary(unknown, None)[0]
+    assert unknown.dense_kind("sst2") == "dense, trained on"
 
 
 def test_a_router_that_ran_every_expert_is_still_a_method(material_of, start, figures):
@@ -144,7 +179,7 @@ def test_up_to_means_that_all_below_hold_too(material_of, start, figures):
 
     ends = material_of(start(0), *kla((0.5, 0.9), (0.7, 0.85), (0.8, 0.895), (0.9, 0.8)))
     assert said(ends, "KLA") == (
-        "sst2: KLA loses at most 0.01 up to 50 % FFN sparsity (accuracy 0.9000); at 80 % too, though not in between."
+        "sst2: KLA (oracle) loses at most 0.01 up to 50 % FFN sparsity (accuracy 0.9000); at 80 % too, though not in between."
     )
     assert tables.flops(ends, None).rows[1] == ["KLA (oracle)", "5.6 (2.14x, 80 % off, though not at 70 %)"]
 
@@ -152,7 +187,7 @@ def test_up_to_means_that_all_below_hold_too(material_of, start, figures):
 def test_a_method_that_fails_at_its_least_sparse_setting(material_of, start, figures):
     material = material_of(start(0), ("KLA", "kla", figures(0.8, 0.5)), ("KLA", "kla", figures(0.9, 0.7)))
     assert said(material, "KLA") == (
-        "sst2: KLA loses at most 0.01 at 70 % FFN sparsity, though more at 50 % (accuracy 0.9000)."
+        "sst2: KLA (oracle) loses at most 0.01 at 70 % FFN sparsity, though more at 50 % (accuracy 0.9000)."
     )
 
 

@@ -116,6 +116,24 @@ def test_quality_of_fifteen_methods(by_flops, material):
     assert axes.bbox.height > 0.55 * pictures.HEIGHT * figure.dpi
 
 
+def test_settings_that_tie_are_drawn(make_points, figures, tmp_path):
+    rows = [
+        {
+            "name": f"{rate}-{seed}",
+            "seed": seed,
+            "variant": "narrow",
+            "selector": "narrow",
+            "parameters": {"rate": rate},
+        }
+        | {"results": figures(0.8, 0.5, seed)}
+        for rate in (1, 2)
+        for seed in (0, 1)
+    ]
+    tied = collect([make_points(tmp_path / "tied", rows)])
+    figure = draw(pictures.quality(tied, "sst2", styles(tied)))
+    assert [50, 50] in [list(line.get_xdata()) for line in figure.axes[0].lines]
+
+
 def test_one_seed_has_no_spread(make_comparison, tmp_path):
     material = collect([make_comparison(tmp_path / "one", seeds=1)])
     figure = draw(pictures.quality(material, "stsb", styles(material)))

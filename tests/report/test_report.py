@@ -122,6 +122,16 @@ def test_the_best_figure_at_a_sparsity(material):
     ]
 
 
+def test_a_column_has_what_it_prints(make_points, figures, tmp_path):
+    """47.9 and 87.9 % are printed as 48 and 88 %, so the columns of 48 and 88 % have them."""
+    rows = [
+        {"name": str(s), "seed": 0, "variant": "CATS", "selector": "cats", "results": figures(1 - s / 2, s)}
+        for s in (0.479, 0.879)
+    ]
+    table = tables.levels(collect([make_points(tmp_path / "levels", rows)]), "sst2")
+    assert table.rows == [["CATS", "0.7605 at 48 %", *["0.5605 at 88 %"] * 3]]
+
+
 def test_what_was_not_run_is_said(material, swept, bench_csv):
     lines = tables.not_run(material)
     assert lines[:2] == ["Not done: LTE-never (not started).", "Not done: LTE: seed 0 (failed: error: no)."]
