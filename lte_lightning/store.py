@@ -10,12 +10,35 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lte_lightning.core.errors import UserError
+
+RUN_LAYOUT = 1  # of a run folder, in its run.json: what reads one refuses another
+
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Writes a JSON file that is there whole or not at all."""
     staging = path.with_name(f"{path.name}.tmp")
     staging.write_text(json.dumps(content, indent=2) + "\n")
     staging.replace(path)
+
+
+def read_run_file(run: Path) -> dict[str, Any]:
+    """Returns a run's ``run.json``.
+
+    Raises:
+        UserError: If it is damaged, or the run folder is of another version.
+    """
+    try:
+        about = json.loads((run / "run.json").read_text())
+        layout = about.get("layout", RUN_LAYOUT)  # one that names none was written before there were any
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{run / 'run.json'} is damaged: {error!r}; leave this run out") from error
+    if layout != RUN_LAYOUT:
+        raise UserError(
+            f"run folder {run} has layout {layout!r}, this lte-lightning reads {RUN_LAYOUT}; use the version that "
+            "wrote it, or leave this run out"
+        )
+    return about
 
 
 def result_metrics(results: dict[str, Any]) -> dict[str, float]:

@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lte_lightning.tasks.evaluation import LOWER_IS_BETTER
+from lte_lightning.figures import better
 
 
 class _Movable(ModelCheckpoint):
@@ -58,7 +58,7 @@ class BestCheckpoint(_Movable):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Watches the module's own metric, in the direction that is better."""
         self.monitor = f"val/hard/{pl_module.metric_name}"
-        if pl_module.metric_name in LOWER_IS_BETTER:
+        if better(pl_module.metric_name, 0, 1):
             self.mode, self.kth_value = "min", torch.tensor(torch.inf)
         super().setup(trainer, pl_module, stage)
 

@@ -26,10 +26,9 @@ from lte_lightning.callbacks.results import make_results, read_floor, results_ta
 from lte_lightning.callbacks.tracking import RunLogger, mlflow_of
 from lte_lightning.core.checkpoint import CONFIG_FILE, save_pretrained
 from lte_lightning.core.errors import UserError
-from lte_lightning.store import first_contact, mlflow_store, result_metrics, write_json
+from lte_lightning.store import RUN_LAYOUT, first_contact, mlflow_store, read_run_file, result_metrics, write_json
 
 RUN_FILE = "run.json"
-LAYOUT = 1  # of a run folder: what reads runs refuses another
 
 
 class Recorder(Callback):
@@ -77,10 +76,14 @@ class Recorder(Callback):
     # The run's place
 
     def resume(self, origin: str) -> None:
-        """Continues the run in whose folder a checkpoint or a model folder lies, if it lies in one."""
+        """Continues the run in whose folder a checkpoint or a model folder lies, if it lies in one.
+
+        Raises:
+            UserError: If that run is of another version, or its ``run.json`` damaged.
+        """
         folder = _find_run(origin)
         if folder is not None:
-            stored = json.loads((folder / RUN_FILE).read_text())
+            stored = read_run_file(folder)
             self.folder, self.root = folder, folder.parent.parent
             self.experiment = stored["experiment"]
             uri = stored["tracking_uri"]
@@ -144,7 +147,7 @@ class Recorder(Callback):
         if trainer.is_global_zero and not (self.folder / RUN_FILE).exists():
             about = {"run_id": logger.run_id, "tracking_uri": self.tracking_uri} if logger else {}
             about = {"run_id": None, "tracking_uri": None, "experiment": self.experiment} | about
-            write_json(self.folder / RUN_FILE, {"layout": LAYOUT, "name": self.name, **about})
+            write_json(self.folder / RUN_FILE, {"layout": RUN_LAYOUT, "name": self.name, **about})
         # Lightning would say so at every resumed fit
         warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
         for callback in trainer.checkpoint_callbacks:

@@ -15,7 +15,8 @@ from lte_lightning.callbacks.machine import code, machine
 from lte_lightning.callbacks.stages import StageSchedule
 from lte_lightning.core.cost import GFLOP
 from lte_lightning.core.errors import UserError
-from lte_lightning.tasks.evaluation import LOWER_IS_BETTER, VIEW_MODES
+from lte_lightning.figures import span_kept
+from lte_lightning.tasks.evaluation import VIEW_MODES
 
 
 def make_results(trainer: Trainer, module: LightningModule, floor: float | None = None) -> dict[str, Any]:
@@ -139,7 +140,7 @@ def results_table(results: dict[str, Any]) -> Table:
     if results["sparsity"] is not None:
         notes.append(f"FLOPs saved: {100 * (1 - sparse / dense):.1f} % (GFLOPs are 2^30, as in the paper).")
     if (kept := span_kept(results)) is not None:
-        notes.append(f"Of the span from floor to dense {100 * kept:.0f} % is kept.")
+        notes.append(f"Of the span from the floor to the dense start {100 * kept:.0f} % is kept.")
     if "speedup" in results:
         of = results["latency_of"]
         notes.append(
@@ -175,21 +176,6 @@ def test_table(task: str, found: dict[str, Any]) -> Table:
             for what, count in value.items():
                 table.add_row(f"{key}: {what}", str(count))
     return table
-
-
-def span_kept(results: dict[str, Any]) -> float | None:
-    """Returns (value - floor) / (dense - floor), or None where it means nothing.
-
-    The value is ``hard``, or ``hard_before`` of a fit without an expert stage.
-    """
-    dense, value, floor = results["dense"], results["hard"], results.get("floor")
-    if value is None and "expert" not in results.get("seconds_per_stage", {}):
-        value = results.get("hard_before")
-    if dense is None or value is None or floor is None:
-        return None
-    if dense <= floor if results.get("metric") not in LOWER_IS_BETTER else dense >= floor:
-        return None
-    return (value - floor) / (dense - floor)
 
 
 def show(table: Table) -> None:

@@ -13,6 +13,7 @@ import yaml
 
 from lte_lightning.core.errors import UserError
 from lte_lightning.report.collect import collect
+from lte_lightning.store import read_run_file
 from lte_lightning.sweep.engine import Engine, Runner, Summary
 from lte_lightning.sweep.folder import COPY, SweepFolder
 from lte_lightning.sweep.identity import Known, recognise
@@ -20,7 +21,7 @@ from lte_lightning.sweep.local import LocalRunner
 from lte_lightning.sweep.points import Point, Sweep, options
 from lte_lightning.sweep.search import Trials
 from lte_lightning.sweep.spec import read_sweep
-from lte_lightning.sweep.table import read_results, read_run_file, write_tables
+from lte_lightning.sweep.table import read_results, write_tables
 from lte_lightning.sweep.tracking import Tracker
 
 
@@ -49,7 +50,7 @@ def main(args: list[str]) -> None:
         tracker = Tracker(folder, found["tracking_uri"]) if found["mlflow"] else None
         trials = Trials(sweep, folder) if sweep.search else None
         engine = Engine(folder, runner, tracker, trials)
-        summary = None
+        summary, files = None, []
         try:
             if tracker:
                 tracker.begin()
@@ -57,9 +58,11 @@ def main(args: list[str]) -> None:
         except KeyboardInterrupt:
             sys.exit(128 + signal.SIGINT)
         finally:
-            files = _write(sweep, folder, trials, bool(summary and summary.done))
-            if tracker:
-                tracker.end(files, failed=summary is None or bool(summary.failed))
+            try:
+                files = _write(sweep, folder, trials, bool(summary and summary.done))
+            finally:
+                if tracker:
+                    tracker.end(files, failed=not files or summary is None or bool(summary.failed))
     _report(summary, files[1], engine)
 
 
@@ -88,13 +91,15 @@ def check(sweep: Sweep, folder: SweepFolder, points: list[Point]) -> dict[str, A
     """Reads the command lines of all points that are not done, in another process, before any is run.
 
     Raises:
-        UserError: If one names an option that there is not, or a value that it does not take, or one that is done was
-            written by another version.
+        UserError: If one names an option that there is not, or a value that it does not take, or a run of one, done or
+            not, was written by another version.
     """
     attempts = folder.attempts()
-    for run in filter(None, (folder.finished(point.name, attempts) for point in points)):
-        read_run_file(run)
-        read_results(run)
+    for point in points:
+        for run in attempts.get(point.name, []):
+            read_run_file(run)
+        if run := folder.finished(point.name, attempts):
+            read_results(run)
     first_seed = [point for point in points if point.seed == sweep.seeds[0]]
     missing = [point for point in first_seed if folder.finished(point.name, attempts) is None]
     if sweep.search:

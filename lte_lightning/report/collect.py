@@ -9,13 +9,15 @@ from typing import Any
 import yaml
 
 from lte_lightning.core.errors import UserError
+from lte_lightning.figures import expert_stage_ran
 from lte_lightning.report.bench import read_bench
 from lte_lightning.report.identity import OLDER, settle
 from lte_lightning.report.material import Material, Run, Setting
 from lte_lightning.report.methods import method_name
 from lte_lightning.report.sweeps import SweptFolder, read_swept
+from lte_lightning.store import read_run_file
 from lte_lightning.sweep.folder import SWEEP_FILE
-from lte_lightning.sweep.table import NO_CHOICE, expert_stage_ran, newest, read_results, read_run_file
+from lte_lightning.sweep.table import NO_CHOICE, newest, read_results
 
 __all__ = ["Material", "Run", "Setting", "collect", "finish", "read_run"]
 
@@ -34,7 +36,10 @@ def collect(sources: Iterable[str | Path], bench: Iterable[str | Path] = ()) -> 
     for source in sources:
         path = Path(source).absolute()
         if not path.is_dir():
-            raise UserError(f"there is no folder {source}; give a sweep's folder, or folders of runs")
+            raise UserError(
+                f"there is no folder {source}; give a sweep's folder, or folders of runs; ids of "
+                "MLflow runs are read with --tracking-uri"
+            )
         for folder in sorted(file.parent for file in path.rglob(SWEEP_FILE)):
             if folder not in sweeps:
                 sweeps[folder] = swept = read_swept(folder)

@@ -4,6 +4,7 @@ from collections.abc import Hashable, Iterable
 from pathlib import PurePosixPath
 from typing import Any
 
+from lte_lightning.figures import span_kept
 from lte_lightning.report.material import GFLOP, Material, Run, setting_key
 from lte_lightning.sweep.table import newest
 
@@ -18,10 +19,8 @@ def settle(material: Material) -> None:
     for task in material.tasks:
         dense, floor = material.dense(task), material.floor(task)
         for run in material.of(task):
-            run.results["span_kept"] = None
-            value, most, least = run.results["value"], dense.get(run.seed), floor.get(run.seed)
-            if None not in (value, most, least) and run.better(most, least):
-                run.results["span_kept"] = (value - least) / (most - least)
+            own = {"dense": dense.get(run.seed), "floor": floor.get(run.seed)}
+            run.results["span_kept"] = span_kept(run.results | own)
 
 
 # Experiments

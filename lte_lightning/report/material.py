@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lte_lightning.figures import better, expert_stage_ran
 from lte_lightning.report.methods import FIRST_TOKEN, GATED, LEARNS_WITH_MODEL, Lte, marked
-from lte_lightning.sweep.table import better, expert_stage_ran
 
 GFLOP = 2**30  # as the paper counts
 UNTRAINED = "dense, not trained on"

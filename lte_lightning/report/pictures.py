@@ -12,10 +12,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from lte_lightning.figures import better
 from lte_lightning.report.bench import title
 from lte_lightning.report.material import Material, Run, Setting
 from lte_lightning.report.style import DARK, KNOWN, LIGHT, Style
-from lte_lightning.sweep.table import better
 
 # Inches and points: on a phone, where a picture is 358 px wide, letters are 11.8 px high
 WIDTH, LETTERS, DPI = 4.2, 10, 200

@@ -4,10 +4,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lte_lightning.figures import better
 from lte_lightning.report.loss import figure_text, kept_text, percent, sentence, tolerance_of, tolerated
 from lte_lightning.report.material import GFLOP, UNTRAINED, Material, Missing, Run, Setting
 from lte_lightning.report.methods import RIVALS, marked
-from lte_lightning.sweep.table import better, mean_text
+from lte_lightning.sweep.table import mean_text
 
 # Percent, two points below the sparsities that one asks a method for, since a calibrated one lands beside them
 LEVELS = (48, 68, 78, 88)

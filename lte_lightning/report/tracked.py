@@ -12,9 +12,9 @@ from lte_lightning.report.collect import finish, read_run
 from lte_lightning.report.identity import OLDER
 from lte_lightning.report.material import Material
 from lte_lightning.report.sweeps import missing_point
-from lte_lightning.store import mlflow_store, write_json
-from lte_lightning.sweep.network import reach
-from lte_lightning.sweep.table import RUN_LAYOUT, newest
+from lte_lightning.store import RUN_LAYOUT, mlflow_store, write_json
+from lte_lightning.sweep.network import ask
+from lte_lightning.sweep.table import newest
 
 # What `read_run` reads, where a fit logs it
 FILES = ("results.json", "config.yaml", "model/lte_config.json")
@@ -66,7 +66,7 @@ def collect_tracked(
 def _store(uri: str) -> Iterator[Any]:
     """A client of the store; what goes wrong with it is said in one line."""
     if uri.startswith(("http://", "https://")):
-        reach(uri, "the MLflow server")  # MLflow itself would try for minutes
+        ask(uri, "the MLflow server")  # MLflow itself would try for minutes
     elif uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///").partition("?")[0]).exists():
         raise UserError(f"there is no MLflow database {uri}; name another by --tracking-uri")  # or it would be made
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")

@@ -1,11 +1,16 @@
 """Whether somebody listens."""
 
+import http.client
 import socket
+import ssl
+from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
+from urllib.request import urlopen
 
 from lte_lightning.core.errors import UserError
 
-SECONDS = 5
+SECONDS = 5  # for a connection
+PATIENCE = 20  # for an answer
 
 
 def reach(address: str, what: str, instead: str = "start it, or give another address") -> None:
@@ -30,3 +35,25 @@ def reach(address: str, what: str, instead: str = "start it, or give another add
         socket.create_connection((host, port), timeout=SECONDS).close()
     except OSError as error:
         raise UserError(f"cannot reach {what} at {address}: {error.strerror or error}; {instead}") from error
+
+
+def ask(uri: str, what: str, instead: str = "give another address") -> None:
+    """Asks a web server for anything once, so that one that never answers is said so within seconds.
+
+    Args:
+        uri: ``http://`` or ``https://`` and so on.
+        what: Who should answer there.
+        instead: What to do if nobody does.
+
+    Raises:
+        UserError: If it is no address, nobody listens, or who listens does not answer.
+    """
+    reach(uri, what, instead)
+    try:
+        urlopen(f"{uri.rstrip('/')}/health", timeout=PATIENCE).close()
+    except HTTPError as error:
+        error.close()  # an answer, too: not every server has that page, or shows it to strangers
+    except (URLError, OSError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", error)
+        if not isinstance(reason, ssl.SSLError):  # whom to trust is for the client to say
+            raise UserError(f"{what} at {uri} does not answer: {reason or type(error).__name__}; {instead}") from error

@@ -197,9 +197,11 @@ def _wrong_range(given: dict[str, Any]) -> str | None:
 def _check_extra(extra: dict[str, Any], variants: dict[Any, Block], search: Search | None, path: Path) -> None:
     """Options of every fit must leave alone what tells fits apart: a point would be called what it is not."""
     varied: dict[str, str] = {}
-    for key in {key for block in variants.values() for key in block.overrides}:
-        if len({repr(block.overrides.get(key)) for block in variants.values()}) > 1:
-            varied[key] = "its variants differ in it"
+    for what in ("overrides", "start", "floor"):
+        given = [options for block in variants.values() if (options := getattr(block, what)) is not None]
+        for key in {key for options in given for key in options}:
+            if len({repr(options.get(key)) for options in given}) > 1:
+                varied[key] = f"its {'variants' if what == 'overrides' else f'{what}s'} differ in it"
     for block in variants.values():
         varied |= {key: "its grid or list varies it" for point in block.points for key in point}
     varied |= dict.fromkeys(search.parameters if search else (), "its search varies it")
@@ -214,15 +216,23 @@ def _check_extra(extra: dict[str, Any], variants: dict[Any, Block], search: Sear
 
 def _check_options(values: dict[str, Any], path: Path, where: str) -> None:
     for key, value in values.items():
-        if key.startswith(OWN) and key != LATENCY:
-            hint = "give seeds" if key == "seed_everything" else "the sweep sets it itself"
-            raise UserError(f"{path}: {where} sets {key}; {hint}")
+        for name in _names(key, value):
+            if name.startswith(OWN) and name != LATENCY:
+                hint = "give seeds" if name == "seed_everything" else "the sweep sets it itself"
+                raise UserError(f"{path}: {where} sets {name}; {hint}")
         if "." not in key and not isinstance(value, dict):
             raise UserError(f"{path}: {where} sets {key!r}; options of a fit have a dot in them, as data.task has")
         if not _is_plain(value):
             raise UserError(
                 f"{path}: {where} sets {key} to {value!r}, a {type(value).__name__}; put it in quotes if it is a text"
             )
+
+
+def _names(key: str, value: Any) -> list[str]:
+    """An option's name; of a mapping those of the options in it."""
+    if not isinstance(value, dict) or not value:
+        return [key]
+    return [name for inner, item in value.items() for name in _names(f"{key}.{inner}", item)]
 
 
 def _is_plain(value: Any) -> bool:

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from lte_lightning.core.errors import UserError
+from lte_lightning.figures import expert_stage_ran, final_view, span_kept
 from lte_lightning.sweep.folder import SweepFolder
 from lte_lightning.sweep.points import NEUTRAL, Point, read_options
 
-RUN_LAYOUT = 1  # of run.json; a run that names none was written before there were any
 # Options that are no choice of a fit's: its seed, its place, and what is shown of it
 NO_CHOICE = ("run.", "seed_everything", "ckpt_path", *NEUTRAL)
-LOWER_IS_BETTER = ("perplexity", "loss")
 FIGURES = (
     "dense",
     "soft",
@@ -30,30 +29,10 @@ FIGURES = (
 )
 
 
-def read_run_file(run: Path) -> dict[str, Any]:
-    """Returns a run's ``run.json``.
-
-    Raises:
-        UserError: If it is damaged, or the run folder is of another version.
-    """
-    try:
-        about = json.loads((run / "run.json").read_text())
-        layout = about.get("layout", RUN_LAYOUT)
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{run / 'run.json'} is damaged: {error!r}; leave this run out") from error
-    if layout != RUN_LAYOUT:
-        raise UserError(
-            f"run folder {run} has layout {layout!r}, this lte-lightning reads {RUN_LAYOUT}; use the version that "
-            "wrote it, or leave this run out"
-        )
-    return about
-
-
 def read_results(run: Path) -> dict[str, Any]:
     """Returns a run's ``results.json``, with ``value``, what the fit has come to, and ``span_kept``.
 
-    ``value`` is ``hard`` if the expert stage ran, else ``hard_before``, or ``dense`` of a fit that selected nothing. It
-    is None where that figure is not defined (a correlation of constant predictions): no other says the same.
+    ``value`` is that of `final_view`, None where it is not defined.
 
     Raises:
         UserError: If the file is missing, damaged, or written by another version.
@@ -61,13 +40,8 @@ def read_results(run: Path) -> dict[str, Any]:
     file = run / "results.json"
     try:
         results = json.loads(file.read_text())
-        view = "dense"
-        if results["hard"] is not None or expert_stage_ran(results):
-            view = "hard"
-        elif results["sparsity"] is not None:
-            view = "hard_before"
-        results["value"] = value = results[view]
-        dense, floor = results["dense"], results.get("floor")
+        results["value"] = results[final_view(results)]
+        results["span_kept"] = span_kept(results)
         keys = (
             "task",
             "metric",
@@ -85,20 +59,7 @@ def read_results(run: Path) -> dict[str, Any]:
             f"{file} is damaged, or was written by another version of lte-lightning: {error!r} is not there; use the "
             "version that wrote it, or leave this run out"
         ) from error
-    results["span_kept"] = None
-    if view != "dense" and None not in (dense, value, floor) and better(results["metric"], dense, floor):
-        results["span_kept"] = (value - floor) / (dense - floor)
     return results
-
-
-def expert_stage_ran(results: dict[str, Any]) -> bool:
-    """Says whether a fit got to its expert stage, so that its ``hard`` is a figure or not defined."""
-    return "expert" in (results.get("seconds_per_stage") or {})
-
-
-def better(metric: str, one: float, other: float) -> bool:
-    """Says whether a figure of a metric is better than another."""
-    return one < other if metric.startswith(LOWER_IS_BETTER) else one > other
 
 
 def describe(results: dict[str, Any]) -> str:
@@ -182,7 +143,7 @@ def _markdown(rows: list[dict[str, Any]], keys: list[str]) -> str:
             identity = (row["task"], row["metric"], row["label"], *(str(row[key]) for key in keys))
             groups.setdefault(identity, []).append(row)
     heads = ["task", "metric", "variant", *keys, "seeds", "dense", "hard", "sparsity", "floor"]
-    heads += ["span kept", "FLOPs", "hard before"]
+    heads += ["span kept, of the dense start", "FLOPs", "hard before"]
     lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
     for identity, members in groups.items():
         cells = [*identity, ", ".join(str(row["seed"]) for row in members)]

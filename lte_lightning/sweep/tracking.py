@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from lte_lightning.core.errors import UserError
-from lte_lightning.store import first_contact, mlflow_store, result_metrics, write_json
+from lte_lightning.store import first_contact, mlflow_store, read_run_file, result_metrics, write_json
 from lte_lightning.sweep.folder import SweepFolder
-from lte_lightning.sweep.network import reach
+from lte_lightning.sweep.network import ask
 from lte_lightning.sweep.points import Point
-from lte_lightning.sweep.table import read_results, read_run_file
+from lte_lightning.sweep.table import read_results
 
 PARAMETER_LENGTH = 500  # MLflow's own limit is larger; the whole is in the child's config.yaml
 
@@ -38,7 +38,7 @@ class Tracker:
         self.folder, self.uri = folder, uri
         if uri.startswith(("http://", "https://")):
             # MLflow itself would try for minutes
-            reach(uri, "the MLflow server", "start it, or name another by MLFLOW_TRACKING_URI")
+            ask(uri, "the MLflow server", "start it, or name another by MLFLOW_TRACKING_URI")
         from mlflow.exceptions import MlflowException
         from mlflow.tracking import MlflowClient
         from sqlalchemy.exc import SQLAlchemyError

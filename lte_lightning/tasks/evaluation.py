@@ -19,7 +19,6 @@ from lte_lightning.tasks.sparsity import SparsityMeter
 
 Stage = Literal["dense", "router", "expert"]
 STAGES: tuple[Stage, ...] = ("dense", "router", "expert")
-LOWER_IS_BETTER = frozenset({"perplexity"})
 # What a validation measures in each stage; only "hard" epochs compete for the best checkpoint.
 VIEWS = {"dense": ("dense",), "router": ("soft", "hard_before"), "expert": ("hard",)}
 VIEW_MODES = {"dense": "dense", "soft": "soft", "hard_before": "hard", "hard": "hard"}

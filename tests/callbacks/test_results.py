@@ -4,8 +4,9 @@ import json
 import pytest
 from rich.console import Console
 
-from lte_lightning.callbacks.results import read_floor, results_table, span_kept
+from lte_lightning.callbacks.results import read_floor, results_table
 from lte_lightning.core.errors import UserError
+from lte_lightning.figures import span_kept
 
 RESULTS = {
     "task": "sst2",
@@ -62,7 +63,7 @@ def test_table_of_a_dense_fit():
 def test_table_with_the_floor():
     text = text_of(RESULTS | {"floor": 0.8})
     assert row(text, "floor: no expert at all")[:2] == ["0.8000", "100.0 %"]
-    assert "Of the span from floor to dense 80 % is kept" in text
+    assert "Of the span from the floor to the dense start 80 % is kept" in text
 
 
 @pytest.mark.parametrize(
@@ -70,7 +71,9 @@ def test_table_with_the_floor():
     [(0.9, 0.88, 0.8, 0.8), (0.9, 0.8, 0.8, 0.0), (0.8, 0.8, 0.85, None), (None, 0.8, 0.7, None)],
 )
 def test_span_kept(dense, hard, floor, kept):
-    assert span_kept({"dense": dense, "hard": hard, "floor": floor}) == (kept if kept is None else pytest.approx(kept))
+    assert span_kept({"metric": "accuracy", "dense": dense, "hard": hard, "floor": floor}) == (
+        kept if kept is None else pytest.approx(kept)
+    )
 
 
 @pytest.mark.parametrize(("dense", "hard", "floor", "kept"), [(10.0, 12.0, 20.0, 0.8), (10.0, 12.0, 9.0, None)])
@@ -82,7 +85,7 @@ def test_span_kept_where_lower_is_better(dense, hard, floor, kept):
 @pytest.mark.parametrize(("stages", "kept"), [(["router"], 0.5), (["router", "expert"], None)])
 def test_span_kept_by_a_fit_without_an_adaptation_is_that_before_it(stages, kept):
     """With one, ``hard`` is None where it is not defined."""
-    results = {"dense": 0.9, "hard": None, "hard_before": 0.75, "floor": 0.6}
+    results = {"metric": "accuracy", "dense": 0.9, "hard": None, "hard_before": 0.75, "floor": 0.6}
     found = span_kept(results | {"seconds_per_stage": dict.fromkeys(stages, 1.0)})
     assert found == (kept if kept is None else pytest.approx(kept))
 

@@ -1,5 +1,6 @@
 """A fit that was cut short and resumed, or cut in three, ends in the same weights as one that ran through."""
 
+import json
 import shutil
 
 import pytest
@@ -100,3 +101,15 @@ def test_weights_move_in_every_stage(whole, tiny, lightning, tmp_path):
     other = lightning(tmp_path, tiny.config(epochs=EPOCHS, seed_everything=2), "fit")
     mine, theirs = weights(whole), weights(other)
     assert [name for name in mine if name.endswith("weight") and torch.equal(mine[name], theirs[name])] == []
+
+
+def test_a_run_of_another_version_is_not_resumed(whole, tiny, lightning, tmp_path):
+    run = tmp_path / "runs" / "lte" / whole.run.name
+    shutil.copytree(whole.run, run)
+    about = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(about | {"layout": 7}))
+    before = sorted(run.parents[1].rglob("*"))
+    refused = lightning(tmp_path, tiny.config(epochs=EPOCHS), "fit", "--ckpt_path", run / "checkpoints" / "last.ckpt")
+    assert refused.code == 1
+    assert f"run folder {run} has layout 7, this lte-lightning reads 1" in refused.err
+    assert sorted(run.parents[1].rglob("*")) == before

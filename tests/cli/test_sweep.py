@@ -9,6 +9,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from pathlib import Path
@@ -105,20 +106,27 @@ def test_a_wrong_command_line(words, message, sweep_file, sweep):
 
 
 @pytest.mark.parametrize(
-    ("file", "content", "message"),
+    ("files", "message"),
     [
-        ("run.json", {"layout": 7}, "has layout 7, this lte-lightning reads 1; use the version that wrote it"),
-        ("results.json", {}, "results.json is damaged, or was written by another version of lte-lightning"),
+        (
+            {"run.json": {"layout": 7}, "results.json": {}},
+            "has layout 7, this lte-lightning reads 1; use the version that wrote it",
+        ),
+        (
+            {"run.json": {"layout": 1}, "results.json": {}},
+            "results.json is damaged, or was written by another version of lte-lightning",
+        ),
+        ({"run.json": {"layout": 7}}, "has layout 7"),  # not finished: it would be removed, and done afresh
     ],
 )
-def test_a_run_of_another_version_is_refused_before_any_is_run(file, content, message, sweep_file, sweep, tmp_path):
+def test_a_run_of_another_version_is_refused_before_any_is_run(files, message, sweep_file, sweep, tmp_path):
     (point,) = (started := read_sweep(sweep_file())).points()
     run = tmp_path / "runs" / "sweep-trial" / "0123"
     with SweepFolder(run.parent).hold(started):
         pass
     (run / "model").mkdir(parents=True)
-    for name, known in (("run.json", {"layout": 1}), ("results.json", {})):
-        (run / name).write_text(json.dumps(known | {"name": point.name} | (content if name == file else {})))
+    for name, known in files.items():
+        (run / name).write_text(json.dumps(known | {"name": point.name}))
     before = sorted(tmp_path.rglob("*"))
     outcome = sweep(sweep_file())
     assert outcome.code == 1
@@ -356,6 +364,28 @@ def test_an_mlflow_server_that_is_not_there(sweep_file, sweep, tmp_path, monkeyp
     outcome = sweep(sweep_file(), "--trainer.logger", "true")
     assert outcome.code == 1
     assert f"cannot reach the MLflow server at http://127.0.0.1:{port}" in outcome.err
+    assert not list(tmp_path.glob("runs/*/*/run.json"))
+
+
+@pytest.mark.parametrize("says", ["nothing", "nonsense"])
+def test_who_listens_but_is_no_mlflow_server(says, sweep_file, sweep, tmp_path, monkeypatch):
+    """MLflow itself would try for many minutes."""
+    monkeypatch.setattr("lte_lightning.sweep.network.PATIENCE", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        if says == "nonsense":
+
+            def answer() -> None:
+                for _ in range(2):  # once to be reached, once to be asked
+                    connection, _ = other.accept()
+                    connection.sendall(b"220 mail.example.org ESMTP\r\n")
+                    connection.close()
+
+            threading.Thread(target=answer, daemon=True).start()
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri := f"http://127.0.0.1:{other.getsockname()[1]}")
+        outcome = sweep(sweep_file(), "--trainer.logger", "true")
+    assert outcome.code == 1
+    assert f"the MLflow server at {uri} does not answer: " in outcome.err
+    assert "start it, or name another by MLFLOW_TRACKING_URI" in outcome.err
     assert not list(tmp_path.glob("runs/*/*/run.json"))
 
 

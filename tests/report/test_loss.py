@@ -179,7 +179,8 @@ def test_up_to_means_that_all_below_hold_too(material_of, start, figures):
 
     ends = material_of(start(0), *kla((0.5, 0.9), (0.7, 0.85), (0.8, 0.895), (0.9, 0.8)))
     assert said(ends, "KLA") == (
-        "sst2: KLA (oracle) loses at most 0.01 up to 50 % FFN sparsity (accuracy 0.9000); at 80 % too, though not in between."
+        "sst2: KLA (oracle) loses at most 0.01 up to 50 % FFN sparsity (accuracy 0.9000); at 80 % too, though not in "
+        "between."
     )
     assert tables.flops(ends, None).rows[1] == ["KLA (oracle)", "5.6 (2.14x, 80 % off, though not at 70 %)"]
 

@@ -1,29 +1,64 @@
-"""The sweep files that compare methods."""
+"""The sweep files: in each every method, and the floor, adapts the model as long as LTE does."""
 
 from pathlib import Path
 
 import pytest
+import yaml
 
+from lte_lightning.report.methods import LEARNS_WITH_MODEL
+from lte_lightning.sweep.points import Point
 from lte_lightning.sweep.spec import read_sweep
 
-FILES = sorted((Path(__file__).parents[2] / "sweeps").glob("compare-*.yaml"))
-WITH_THE_TASK = ("router", "softmax", "sigmamoe")  # learn in the router stage, and the model's weights with them
+FILES = sorted((Path(__file__).parents[2] / "sweeps").glob("*.yaml"))
+COMPARISONS = [file for file in FILES if file.stem.startswith("compare-")]
+SHORTER = ("without stage 2",)  # an ablation of just that
+
+
+def plans(point: Point) -> dict[str, dict]:
+    """The stages of a fit, as its configurations and options give them."""
+    found: dict[str, dict] = {"router": {}, "expert": {}}
+    for config in point.configs:
+        stages = yaml.safe_load(Path(config).read_text()).get("stages", {})
+        stages = yaml.safe_load((Path(config).parent / stages).read_text()) if isinstance(stages, str) else stages
+        for stage, plan in found.items():
+            plan |= stages.get(stage, {})
+    for key, value in point.overrides.items():
+        if key.startswith(("stages.router.", "stages.expert.")):
+            _, stage, option = key.split(".", 2)
+            found[stage][option] = value
+    return found
+
+
+def stages_of_the_model(point: Point) -> dict[str, dict]:
+    """The plans of those stages that train the model's weights."""
+    learns = point.overrides.get("model.lte.selector", "router") in LEARNS_WITH_MODEL
+    found = {stage: plan for stage, plan in plans(point).items() if stage == "expert" or learns}
+    return {stage: plan for stage, plan in found.items() if plan["epochs"] != 0}
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_every_method_adapts_the_model_as_long_and_at_the_same_rate(file):
-    unit = "steps" if "e2e" in file.stem else "epochs"
-    trained, rates = {}, {"router": set(), "expert": set()}
-    for point in read_sweep(file).points():
-        if point.role == "start":
-            continue
-        options = point.overrides
-        stages = ["expert"]
-        if options.get("model.lte.selector", "router") in WITH_THE_TASK and options.get("stages.router.epochs") != 0:
-            stages.append("router")
-        trained[point.name] = sum(options[f"stages.{stage}.{unit}"] for stage in stages)
-        for stage in stages:
-            rates[stage].add(options.get(f"stages.{stage}.learning_rate"))
-    assert len(trained) > 20
-    assert len(set(trained.values())) == 1, trained
+def test_every_method_and_the_floor_adapt_the_model_as_long(file):
+    sweep = read_sweep(file)
+    points = sweep.points() + (sweep.trial(sweep.search.example()) if sweep.search else [])
+    lengths: dict[tuple[str, ...], dict[str, tuple[int, int]]] = {}
+    for point in points:
+        if point.role != "start" and point.variant not in SHORTER:
+            stages = stages_of_the_model(point).values()
+            steps = sum(plan.get("steps") or 0 for plan in stages)
+            epochs = sum(plan["epochs"] for plan in stages if not plan.get("steps"))
+            lengths.setdefault(point.configs, {})[point.name] = (epochs, steps)
+    assert lengths
+    for found in lengths.values():
+        assert len(found) > 1
+        assert len(set(found.values())) == 1, found
+
+
+@pytest.mark.parametrize("file", COMPARISONS, ids=lambda file: file.stem)
+def test_every_method_adapts_the_model_at_the_same_rate(file):
+    rates: dict[str, set[float]] = {"router": set(), "expert": set()}
+    points = [point for point in read_sweep(file).points() if point.role != "start"]
+    assert len(points) > 20
+    for point in points:
+        for stage, plan in stages_of_the_model(point).items():
+            rates[stage].add(plan["learning_rate"])
     assert {len(found) for found in rates.values()} == {1}, rates

@@ -128,6 +128,16 @@ def test_the_command_line_comes_last_and_is_part_of_a_point_s_name(read):
         ({"grid": {"model.lte.expert_size": [8]}}, "model.lte", "its grid or list varies it"),
         ({"variants": {"a": {}, "b": {"overrides": {ETA: 1}}}}, ETA, "its variants differ in it"),
         (
+            {"start": {}, "variants": {"a": {}, "b": {"start": {"overrides": {"model.activation": "relu"}}}}},
+            "model.activation",
+            "its starts differ in it",
+        ),
+        (
+            {"floor": {}, "variants": {"a": {}, "b": {"floor": {"overrides": {"stages.expert.epochs": 4}}}}},
+            "stages.expert.epochs",
+            "its floors differ in it",
+        ),
+        (
             {"search": {"trials": 1, "parameters": {ETA: {"choices": [1]}}, "objectives": {"hard": "maximize"}}},
             ETA,
             "its search varies it",
@@ -165,6 +175,7 @@ def test_names_do_not_depend_on_where_the_sweep_lies(read, tmp_path):
         ({"configs": ["none.yaml"]}, r"names .*none\.yaml, which is not there; paths are relative to the sweep file"),
         ({"configs": None}, "names no configs"),
         ({"grid": {"run.root": ["a"]}}, r"grid of the sweep sets run\.root; the sweep sets it itself"),
+        ({"overrides": {"run": {"floor_from": "x"}}}, r"sets run\.floor_from; the sweep sets it itself"),
         ({"overrides": {"seed_everything": 3}}, "sets seed_everything; give seeds"),
         ({"start": {"epochs": 3}}, "start of the sweep has no key 'epochs'; known are overrides"),
         ({"start": {}, "grid": {"stages.dense.epochs": [1, 2]}}, "cannot differ between points that share one dense"),
