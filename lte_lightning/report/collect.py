@@ -15,6 +15,7 @@ from lte_lightning.report.identity import OLDER, settle
 from lte_lightning.report.material import Material, Run, Setting
 from lte_lightning.report.methods import method_name
 from lte_lightning.report.sweeps import SweptFolder, read_swept
+from lte_lightning.report.tested import tested
 from lte_lightning.store import read_run_file
 from lte_lightning.sweep.folder import SWEEP_FILE
 from lte_lightning.sweep.table import NO_CHOICE, newest, read_results
@@ -66,6 +67,7 @@ def finish(material: Material, bench: Iterable[str | Path]) -> Material:
     if not material.runs:
         name, reason = material.left_out[0]
         raise UserError(f"none of the runs counts: {name} is {reason}; start the sweep again, or name others")
+    material.runs += [other for run in material.runs for other in tested(run)]
     settle(material)
     for file in bench:
         material.bench += read_bench(Path(file))

@@ -114,5 +114,5 @@ def _drop_doubles(material: Material) -> None:
         for run in same:
             if run is not kept:
                 doubles.add(id(run))
-                material.left_out.append((run.folder.name, OLDER))
+                material.left_out += [(run.folder.name, OLDER)] if run.test is None else []
     material.runs = [run for run in material.runs if id(run) not in doubles]

@@ -31,6 +31,7 @@ class Run:
         options: Its configuration, flat, without what differs between runs that are the same but for the seed.
         lte: What its ``lte_config.json`` says of its selection.
         family: The ``model_type`` of its model, if known.
+        test: The file of the test that its figures are of; None of the fit's own.
         task: The experiment that it belongs to: task, metric and model, by the shortest name that tells them apart.
     """
 
@@ -45,6 +46,7 @@ class Run:
     options: dict[str, Any] = field(default_factory=dict)
     lte: Lte = field(default_factory=dict)
     family: str | None = None
+    test: str | None = None
     task: str = ""
 
     @property
@@ -213,6 +215,11 @@ class Material:
     def of(self, task: str | None) -> list[Run]:
         """Returns the runs of one of `tasks`."""
         return [run for run in self.runs if task in (None, run.task)]
+
+    @property
+    def fits(self) -> list[Run]:
+        """Each fit once, without what tests have found of it."""
+        return [run for run in self.runs if run.test is None]
 
     @property
     def tasks(self) -> dict[str, str]:

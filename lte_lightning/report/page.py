@@ -48,7 +48,7 @@ def write_report(material: Material, out: str | Path, title: str, tolerance: flo
         not_run=tables.not_run(material),
         sections=sections,
         details=details,
-        commands=list(zip(names_of_runs(material.runs), [run.command for run in material.runs], strict=True)),
+        commands=list(zip(names_of_runs(material.fits), [run.command for run in material.fits], strict=True)),
         versions=tables.versions(material),
         here=_here(),
         written=time.strftime("%Y-%m-%d"),

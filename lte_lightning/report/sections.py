@@ -79,8 +79,9 @@ def _how_to_read(material: Material, task: str) -> str:
     if all(len(setting.runs) < 2 for setting in settings):
         spread = "one seed each, so no spread is known"
     undefined = [pictures.named(setting) for setting in settings if setting.undefined]
+    rows = "the rows of lightning test" if any(run.test for run in material.of(task)) else "the validation rows"
     return (
-        f"Means of {material.tasks[task]} on the validation rows; {spread}. Cost is FLOPs per token of the layers' "
+        f"Means of {material.tasks[task]} on {rows}; {spread}. Cost is FLOPs per token of the layers' "
         "projections, routers and predictors included, as a share of the dense model's: what a method pays to know "
         "what it may skip shows only there, and oracles pay nothing. Thin lines: the reference "
         f"({material.dense_kind(task)}), dashed, and the floor, every FFN expert off and {material.floor_kind(task)}, "

@@ -121,7 +121,7 @@ def starts(material: Material, task: str) -> list[tuple[list[str], list[float]]]
 
 def versions(material: Material) -> Table:
     """Returns the versions and machines that the runs had, each with their number."""
-    found = [run.results.get("versions", {}) for run in material.runs]
+    found = [run.results.get("versions", {}) for run in material.fits]
     names = list(dict.fromkeys(name for one in found for name in one))
     groups: dict[tuple[str, ...], int] = {}
     for one in found:

@@ -4,6 +4,7 @@ import contextlib
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from lte_lightning.report.collect import finish, read_run
 from lte_lightning.report.identity import OLDER
 from lte_lightning.report.material import Material
 from lte_lightning.report.sweeps import missing_point
+from lte_lightning.report.tested import TESTS
 from lte_lightning.store import RUN_LAYOUT, mlflow_store, write_json
 from lte_lightning.sweep.network import ask
 from lte_lightning.sweep.table import newest
@@ -122,7 +124,7 @@ def _fetch(client: Any, run: Any, folder: Path) -> bool:
     there = {file.path for part in (None, "model") for file in client.list_artifacts(run.info.run_id, part)}
     if run.info.status != "FINISHED" or "results.json" not in there:
         return False
-    for name in FILES:
+    for name in (*FILES, *(file for file in there if fnmatch(file, TESTS))):
         target = folder / name
         target.parent.mkdir(exist_ok=True)
         if name in there:

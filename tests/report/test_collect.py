@@ -267,3 +267,40 @@ def test_what_lacks_on_one_task_is_said(make_points, figures, tmp_path):
     lines = tables.not_run(collect([tmp_path]))
     assert "No figures on cola of: random routers." in lines
     assert "No figures on rte of: TEAL." in lines
+
+
+def test_what_tests_have_found_is_an_experiment_of_its_own(make_points, figures, tmp_path):
+    """ROUGE-L of the fits' own task, and MMLU; each read against the tested start and floor."""
+    rows = [
+        ("start", "start", "router", figures(None, None, 0, dense=3.0, seconds_per_stage={"dense": 1.0}), 0.70),
+        ("floor", "floor", "none", figures(9.0, 1.0, floor=9.0), 0.30),
+        ("lte", "point", "router", figures(3.2, 0.5, floor=9.0), 0.66),
+        ("kla", "point", "kla", figures(3.3, 0.5, floor=9.0), None),
+    ]
+    points = [
+        {"name": name, "seed": 0, "role": role, "selector": selector, "variant": name if role == "point" else None}
+        | {"results": found | {"task": "e2e", "metric": "perplexity"}}
+        for name, role, selector, found, _ in rows
+    ]
+    folder = make_points(tmp_path / "tests", points)
+    for name, *_, rouge in rows:
+        if rouge is not None:
+            tests = {"perplexity": 1.0, "rouge_l": rouge, "bleu": 60.0, "sparsity": 0.4 if name == "lte" else 0.0}
+            (folder / name / "test.json").write_text(json.dumps(tests))
+            (folder / name / "test-mmlu.json").write_text(json.dumps({"macro_accuracy": rouge - 0.2, "accuracy": 0.5}))
+    material = collect([folder])
+    assert material.tasks == {"e2e, perplexity": "perplexity", "e2e, rouge_l": "rouge_l", "mmlu": "macro_accuracy"}
+    (setting,) = material.settings("e2e, rouge_l")
+    assert (setting.method, setting.sparsity, setting.mean("value")) == ("lte", 0.4, 0.66)
+    assert setting.mean("span_kept") == pytest.approx(0.9)
+    assert setting.lost(material.dense("e2e, rouge_l")) == [pytest.approx(0.04)]
+    assert material.floor("mmlu") == {0: pytest.approx(0.1)}
+    table = tables.flops(material, None)
+    cells = dict(zip(table.heads, next(row for row in table.rows if row[0] == "lte"), strict=True))
+    assert cells["e2e, rouge_l (≤ 0.05 lost)"].endswith("40 % off)")
+    assert cells["mmlu (≤ 0.01 lost)"] == "none within"
+    assert len(material.settings("e2e, perplexity")) == 2
+    assert len(material.fits) == len(rows)
+    (folder / "lte" / "test.json").write_text("[")
+    with pytest.raises(UserError, match=r"test\.json is damaged: .*; test the run again, or remove it"):
+        collect([folder])
