@@ -15,7 +15,7 @@ from lte_lightning.core.errors import UserError
 from lte_lightning.report.collect import collect
 from lte_lightning.store import read_run_file
 from lte_lightning.sweep.engine import Engine, Runner, Summary
-from lte_lightning.sweep.folder import COPY, SweepFolder
+from lte_lightning.sweep.folder import COPY, FRONT, SweepFolder
 from lte_lightning.sweep.identity import Known, recognise
 from lte_lightning.sweep.local import LocalRunner
 from lte_lightning.sweep.points import Point, Sweep, options
@@ -81,7 +81,7 @@ def _write(sweep: Sweep, folder: SweepFolder, trials: Trials | None, draw: bool)
     files = write_tables(folder, points)
     if trials:
         try:
-            files.append(trials.write_front(folder.path / "front.md"))
+            files.append(trials.write_front(folder.path / FRONT))
         except UserError as error:  # the storage is gone, which has stopped the sweep
             print(error, file=sys.stderr)
     return [*files, folder.path / COPY, *(_draw(folder) if draw else [])]
@@ -121,9 +121,9 @@ def check(sweep: Sweep, folder: SweepFolder, points: list[Point]) -> dict[str, A
     ]
     if wrong:
         more = f"\n({len(wrong) - 3} more)" if len(wrong) > 3 else ""
-        raise UserError(
-            f"{sweep.path}: {len(wrong)} points are no possible fits; nothing was run\n" + "\n".join(wrong[:3]) + more
-        )
+        what = "fit" if len(wrong) == 1 else "fits"
+        lines = "\n".join(wrong[:3])
+        raise UserError(f"{sweep.path}: {len(wrong)} {what} cannot be run; nothing was\n{lines}{more}")
     return {"mlflow": any(one["mlflow"] for one in found), "tracking_uri": found[0]["tracking_uri"]}
 
 
@@ -218,6 +218,8 @@ def _report(summary: Summary, table: Path, engine: Engine) -> None:
     print(table.read_text(), end="")
     if summary.done:
         print(engine.folder.path / "report" / "index.html")
+    if engine.trials is not None:
+        print(engine.folder.path / FRONT)
     print(table, flush=True)
     if summary.failed or summary.blocked:
         lines = [f"  {name}: exit code {code}, {engine.folder.log(name)}" for name, code in summary.failed.items()]

@@ -45,6 +45,7 @@ def collect(sources: Iterable[str | Path], bench: Iterable[str | Path] = ()) -> 
             if folder not in sweeps:
                 sweeps[folder] = swept = read_swept(folder)
                 material.missing += swept.missing
+                material.typed += swept.typed
                 material.about += [swept.text] if swept.text and swept.text not in material.about else []
         files = [path / "results.json"] if (path / "results.json").exists() else sorted(path.rglob("results.json"))
         runs = [file.parent for file in files if (file.parent / "run.json").exists()]

@@ -154,9 +154,10 @@ class Setting:
         words = []
         for key, value in self.parameters.items():
             parts, others = key.split("."), [f".{other}" for other in self.parameters if other != key]
-            ends = [".".join(parts[i:]) for i in range(len(parts) - 1, -1, -1)]
+            least = 2 if parts[0] == "stages" else 1  # epochs of which stage
+            ends = [".".join(parts[i:]) for i in range(len(parts) - least, -1, -1)]
             name = next((end for end in ends if not any(other.endswith(f".{end}") for other in others)), key)
-            words.append(f"{name} {value}")
+            words.append(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}")
         return ", ".join(words) or "–"
 
 
@@ -189,6 +190,7 @@ class Material:
         missing: Points of sweeps that are not done.
         left_out: Names of runs that were found and do not count, each with why.
         about: What the sweeps say of themselves.
+        typed: The sweeps' commands, each with the folder where it was typed.
     """
 
     runs: list[Run] = field(default_factory=list)
@@ -196,6 +198,7 @@ class Material:
     missing: list[Missing] = field(default_factory=list)
     left_out: list[tuple[str, str]] = field(default_factory=list)
     about: list[str] = field(default_factory=list)
+    typed: list[tuple[str, str]] = field(default_factory=list)
 
     def settings(self, task: str | None = None, dense: bool = False) -> list[Setting]:
         """Returns the points by method and parameters, each method's in the order of sparsity.

@@ -46,7 +46,7 @@ def _selects(selector: str) -> Callable[[Lte], bool]:
 # MoEfication, whose router is learned
 RIVALS: dict[str, Callable[[Lte], bool]] = {
     "narrower dense": _selects("narrow"),
-    "KLA": lambda lte: lte.get("selector") == "kla" and not _is_group(lte),
+    "KLA of single neurons": lambda lte: lte.get("selector") == "kla" and not _is_group(lte),
     "MoEfication's ground truth": lambda lte: lte.get("selector") == "kla" and _is_group(lte),
     **{NAMES[key]: _selects(key) for key in ("moefication", "dejavu", "teal", "cats", "d2dmoe", "softmax", "random")},
     **{NAMES[key]: _selects(key) for key in ("sigmamoe", "wanda", "router")},

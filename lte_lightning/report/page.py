@@ -49,6 +49,7 @@ def write_report(material: Material, out: str | Path, title: str, tolerance: flo
         sections=sections,
         details=details,
         commands=list(zip(names_of_runs(material.fits), [run.command for run in material.fits], strict=True)),
+        typed=material.typed,
         versions=tables.versions(material),
         here=_here(),
         written=time.strftime("%Y-%m-%d"),

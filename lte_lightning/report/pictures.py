@@ -79,7 +79,7 @@ def quality(
         axes, handles, ink = figure.add_subplot(), [], matplotlib.rcParams["text.color"]
         references = _references(material, task, key)
         dense, floor = (float(np.mean(values)) if values else None for values in references)
-        values = {method: [scale * setting.mean(key) for setting in mine] for method, mine in drawn.items()}
+        values = {method: [scale * value for s in mine for value in s.values(key)] for method, mine in drawn.items()}
         limits = None
         if values and (key == "span_kept" or _is_span(material.tasks[task], dense, floor)):
             own = values.get(next(iter(looks)), [])

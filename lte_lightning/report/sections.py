@@ -81,12 +81,21 @@ def _how_to_read(material: Material, task: str) -> str:
     undefined = [pictures.named(setting) for setting in settings if setting.undefined]
     rows = "the rows of lightning test" if any(run.test for run in material.of(task)) else "the validation rows"
     return (
-        f"Means of {material.tasks[task]} on {rows}; {spread}. Cost is FLOPs per token of the layers' "
-        "projections, routers and predictors included, as a share of the dense model's: what a method pays to know "
-        "what it may skip shows only there, and oracles pay nothing. Thin lines: the reference "
+        f"{_subject(material, task)} Means of {material.tasks[task]} on {rows}; {spread}. Cost is FLOPs per token of "
+        "the layers' projections, routers and predictors included, as a share of the dense model's: what a method pays "
+        "to know what it may skip shows only there, and oracles pay nothing. Thin lines: the reference "
         f"({material.dense_kind(task)}), dashed, and the floor, every FFN expert off and {material.floor_kind(task)}, "
         "dotted; a curve says as much as it stands above the floor, and what lies far below is beyond the picture."
     ) + (f" Not drawn, for a seed's figure is undefined: {', '.join(undefined)}." if undefined else "")
+
+
+def _subject(material: Material, task: str) -> str:
+    """Says which model on which data a section is about."""
+    runs = material.of(task)
+    models = [run.options.get("model.pretrained") or run.options.get("start.model.pretrained") for run in runs]
+    found = {"Model": models, "Data": [run.results.get("data") for run in runs]}
+    named = {what: ", ".join(dict.fromkeys(map(str, filter(None, names)))) for what, names in found.items()}
+    return " ".join(f"{what}: {names}." for what, names in named.items() if names)
 
 
 def detail_sections(material: Material) -> list[Section]:
@@ -105,10 +114,10 @@ def detail_sections(material: Material) -> list[Section]:
     return found + _latency(material)
 
 
-def nearest(settings: Sequence[Setting]) -> tuple[list[Setting], str]:
+def nearest(settings: Sequence[Setting], shown: str | None = None) -> tuple[list[Setting], str]:
     """Returns the setting of each method that is nearest to 80 % sparsity, and what is to be said of the choice.
 
-    A method that has none within 15 points is left out, unless all have none.
+    A method that has none within 15 points is left out, unless all have none. One is ``shown`` anyway.
     """
     best: dict[str, Setting] = {}
     for setting in sorted(settings, key=lambda setting: abs(setting.sparsity - AT)):
@@ -117,7 +126,9 @@ def nearest(settings: Sequence[Setting]) -> tuple[list[Setting], str]:
     close = [best[method] for method in order if abs(best[method].sparsity - AT) <= REACH]
     text = f"Of each method the setting nearest to {100 * AT:.0f} % sparsity, named by what it has."
     chosen = close or [best[method] for method in order]
-    if lacking := [method for method in order if best[method] not in chosen]:
+    if not close:
+        text += f" None lies within {100 * REACH:.0f} points of that."
+    if lacking := [method for method in order if best[method] not in chosen and method != shown]:
         text += f" None lies within {100 * REACH:.0f} points, and so left out: {', '.join(lacking)}."
     return chosen, text
 
@@ -127,7 +138,7 @@ def _layers(task: str, settings: Sequence[Setting]) -> list[Section]:
     has = [setting for setting in settings if setting.values("sparsity_per_layer")]
     if not has:
         return []
-    chosen, text = nearest(has)
+    chosen, text = nearest(has, shown=ours(has))
     own = pick([setting for setting in has if setting.method == ours(has)], OWN_ROWS)
     if own:
         text += f" {own[0].method} at {'all its settings' if len(own) < OWN_ROWS else 'settings evenly spread'}."

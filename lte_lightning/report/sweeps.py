@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from lte_lightning.report.material import Missing
-from lte_lightning.sweep.folder import COPY, SWEEP_FILE, SweepFolder, read_sweep_file
+from lte_lightning.sweep.folder import COPY, FRONT, SWEEP_FILE, SweepFolder, read_sweep_file
 from lte_lightning.sweep.points import slug
 
 # As `lte_lightning.sweep.points` names them
@@ -28,6 +28,7 @@ class SweptFolder:
         points: What is remembered of each of its points, by name, in the order of the sweep's file.
         obsolete: Names of those that the sweep's file no longer asks for.
         missing: The points that are asked for and not done.
+        typed: The commands that ran it, each with the folder where it was typed.
     """
 
     path: Path
@@ -35,6 +36,7 @@ class SweptFolder:
     points: dict[str, dict[str, Any]]
     obsolete: set[str]
     missing: list[Missing]
+    typed: list[tuple[str, str]]
 
     def left_out(self, name: str | None) -> str | None:
         """Says why a run of this name does not count; None if it does."""
@@ -70,11 +72,12 @@ def read_swept(path: Path) -> SweptFolder:
             status = _status(folder, name, running)
             missing.append(missing_point(name, points, about.get("name", path.name), status, variants))
     ordered = {name: points.get(name, {}) for name in dict.fromkeys([*planned, *points])}
-    return SweptFolder(path, about.get("text", ""), ordered, obsolete, missing)
+    typed = [(known["command"], known["folder"]) for known in about.get("commands", [])]
+    return SweptFolder(path, about.get("text", ""), ordered, obsolete, missing, typed)
 
 
 def _is_search(path: Path) -> bool:
-    return any((path / name).exists() for name in ("optuna.db", "front.md"))
+    return any((path / name).exists() for name in ("optuna.db", FRONT))
 
 
 def is_running(path: Path) -> bool:
@@ -119,15 +122,15 @@ def missing_point(
         variants: Those that the sweep is known to have.
     """
     known, found = points.get(name, {}), POINT.fullmatch(name)
-    values = known.get("parameters", {}).values()
+    values = [f"{key.split('.')[-1]} {value}" for key, value in known.get("parameters", {}).items()]
     method = known.get("variant") or (known.get("role") if known.get("role") != "point" else "fit")
     if known.get("role") is None:
         # Not started: all there is are the words of its name, which a sweep made from the variant and the parameters
         words, *pairs = re.split(r"-(?=[A-Za-z_][A-Za-z_0-9.]*=)", found["words"] if found else name)
-        values = [pair.partition("=")[2] for pair in pairs]
+        values = [pair.replace("=", " ", 1) for pair in pairs]
         same = (variant for variant in variants if variant and slug(variant) == words)
         method = next(same, words.replace("_", " ").strip())
-    return Missing(sweep, str(method), ", ".join(map(str, values)), _seed(name, points), status)
+    return Missing(sweep, str(method), ", ".join(values), _seed(name, points), status)
 
 
 def _variants(file: Path) -> list[str]:

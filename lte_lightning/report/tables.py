@@ -1,6 +1,8 @@
 """The tables of a report, as rows of text, and what can be said of them in plain words."""
 
 import math
+import statistics
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,6 +14,8 @@ from lte_lightning.sweep.table import mean_text
 
 # Percent, two points below the sparsities that one asks a method for, since a calibrated one lands beside them
 LEVELS = (48, 68, 78, 88)
+# Options with which a fit sees a part of the rows
+PARTS = ("data.train_rows", "trainer.limit_train_batches", "trainer.limit_val_batches")
 LINES = 20  # of a list, before it is cut
 
 
@@ -65,7 +69,7 @@ def levels(material: Material, task: str) -> Table:
             undefined = "undefined" if mine else "–"
             cells.append(f"{figure_text(best)} at {100 * best.sparsity:.0f} %" if best else undefined)
         rows.append([next(s.called for s in settings if s.method == method), *cells])
-    return Table(["", *(f"≥ {level} % off" for level in LEVELS)], rows)
+    return Table(["best mean at FFN sparsity", *(f"≥ {level} % off" for level in LEVELS)], rows)
 
 
 def everything(material: Material, task: str) -> Table:
@@ -84,7 +88,7 @@ def everything(material: Material, task: str) -> Table:
         "before adaptation": lambda s: mean_text(s.values("hard_before")),
         "span kept": kept_text,
         "GFLOPs/token": lambda s: mean_text(s.values("flops_per_token"), 1 / GFLOP),
-        "bound": lambda s: mean_text(s.values("bound"), digits=2, unit="x"),
+        "bound by bytes moved": lambda s: mean_text(s.values("bound"), digits=2, unit="x"),
         "measured": lambda s: mean_text(s.values("speedup"), digits=2, unit="x"),
     }
     wanted = {
@@ -125,7 +129,7 @@ def versions(material: Material) -> Table:
     names = list(dict.fromkeys(name for one in found for name in one))
     groups: dict[tuple[str, ...], int] = {}
     for one in found:
-        key = tuple(str(one.get(name, "")) for name in names)
+        key = tuple("–" if one.get(name) is None else str(one[name]) for name in names)
         groups[key] = groups.get(key, 0) + 1
     heads = ["", *(f"{count} runs" for count in groups.values())]
     return Table(heads, [[name, *(key[i] for key in groups)] for i, name in enumerate(names)])
@@ -147,6 +151,12 @@ def summary(material: Material, tolerance: float | None) -> list[str]:
         if len(lengths := material.lengths(task)) > 1:
             told = "; ".join(f"{length} ({', '.join(methods)})" for length, methods in lengths.items())
             lines.append(f"{task}: not all models were trained on equally long, which may help by itself: {told}.")
+        lost = [found for setting in material.settings(task) if (found := setting.lost(material.dense(task)))]
+        if dense and material.dense_kind(task) == UNTRAINED and any(statistics.fmean(found) < 0 for found in lost):
+            lines.append(
+                f"{task}: some settings are better than the reference; they were trained on and it was not, as a fit "
+                "of the selector narrow at target_sparsity 0 would be."
+            )
         groups = starts(material, task)
         if len(groups) > 1:
             told = "; ".join(f"{mean_text(figures)} ({', '.join(methods)})" for methods, figures in groups)
@@ -170,6 +180,7 @@ def not_run(material: Material) -> list[str]:
         reasons.setdefault(reason, []).append(name)
     lines += [f"Left out, {reason}: {_listed(names)}." for reason, names in reasons.items()]
     lines += _absent(material)
+    lines += _parts(material)
     single = [s for s in material.settings() if len(s.seeds) < 2]
     if single:
         lines.append(f"One seed only, so no spread is known: {len(single)} of {len(material.settings())} settings.")
@@ -199,6 +210,15 @@ def _absent(material: Material) -> list[str]:
     for task in material.tasks:
         if only := [name for name in lacking(task) if name not in everywhere]:
             lines.append(f"No figures on {task} of: {', '.join(only)}.")
+    return lines
+
+
+def _parts(material: Material) -> list[str]:
+    """Which runs were trained or measured on a part of the rows alone."""
+    lines = []
+    for key in PARTS:
+        given = Counter(str(run.options[key]) for run in material.fits if run.options.get(key) not in (None, 1.0))
+        lines += [f"All rows: {key} is {value} in {n} of {len(material.fits)} fits." for value, n in given.items()]
     return lines
 
 

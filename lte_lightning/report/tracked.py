@@ -1,6 +1,7 @@
 """Reads what a report is made of from MLflow: finished runs, with what they left there."""
 
 import contextlib
+import json
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -146,6 +147,7 @@ def _read(runs: Sequence[Any], folder: Path, material: Material) -> None:
         material.left_out += [(run.info.run_id, OLDER) for run in same if run is not kept]
         # The whole configuration tells the fits of a sweep apart, too
         point = {key: kept.data.tags.get(f"lte.{key}") for key in ("role", "variant")}
+        point["parameters"] = json.loads(kept.data.tags.get("lte.parameters", "{}"))
         config = f"mlflow artifacts download --run-id {kept.info.run_id} --artifact-path config.yaml --dst-path ."
         point |= {"command": f"{config} && lightning fit --config config.yaml"}
         material.runs.append(read_run(folder / kept.info.run_id, point))

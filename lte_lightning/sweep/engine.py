@@ -217,7 +217,7 @@ class Engine:
 
     def _count(self) -> str:
         ended = len(self.summary.done) + len(self.summary.failed) + len(self.summary.blocked)
-        return f"[{ended}/{max(len(self.points), ended)}]"
+        return f"[{ended}/{ended + self._left()}]"
 
     def _left(self) -> int:
         further = self.trials.left() if self.trials else 0

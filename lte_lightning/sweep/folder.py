@@ -24,6 +24,7 @@ from lte_lightning.sweep.points import Point, Sweep
 LAYOUT = 1
 SWEEP_FILE = "sweep.json"
 COPY = "sweep.yaml"  # of the sweep file
+FRONT = "front.md"  # the best trials of a search
 # What a folder of ours may hold before sweep.json does: a sweep may be killed while it writes that
 BEFORE = {"points", "lock", f"{SWEEP_FILE}.tmp"}
 # A killed sweep's fits end themselves; a new one waits for them for so many seconds

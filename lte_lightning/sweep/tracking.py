@@ -1,6 +1,7 @@
 """MLflow's view of a sweep: a parent run, whose children are the points."""
 
 import contextlib
+import json
 import os
 import time
 import warnings
@@ -94,7 +95,8 @@ class Tracker:
         if run_id is None or about["tracking_uri"] != self.uri:
             return True  # it records nothing, or elsewhere
         values = {"seed": point.seed} | point.overrides
-        tags = {"lte.point": point.name, "lte.role": point.role, "lte.variant": point.variant} | _code([results])
+        tags = {"lte.point": point.name, "lte.role": point.role, "lte.variant": point.variant}
+        tags |= {"lte.parameters": json.dumps(point.parameters)} | _code([results])
 
         def tell() -> None:
             known = self.client.get_run(run_id)

@@ -80,7 +80,7 @@ def test_points_that_cannot_be_are_found_before_any_is_run(sweep_file, sweep, tm
     outcome = sweep(sweep_file(variants=variants))
     assert outcome.code == 1
     head, *lines = outcome.err.splitlines()
-    assert head.endswith("trial.yaml: 3 points are no possible fits; nothing was run")
+    assert head.endswith("trial.yaml: 3 fits cannot be run; nothing was")
     assert re.match("typo-s0-.*unknown name 'efficiency_wieght'; did you mean efficiency_weight", lines[1])
     assert re.match("stage-s0-.*unknown option --stages.rooter.epochs; did you mean --stages.router.epochs", lines[0])
     assert re.match("value-efficiency_weight=-1-s0-.*efficiency_weight is -1.0; it must be a finite number", lines[2])

@@ -197,10 +197,10 @@ def test_missing_points_are_grouped_and_their_state_is_said(make_points, figures
     folder = make_points(tmp_path / "up" / "trial", points, planned)
     (folder / "points" / "LTE-b.log").write_text("$ lightning fit\nTraceback\nRuntimeError: out of memory\n")
     expected = [
-        "Not done: LTE: 0.5 of seed 0 (stopped before it was done).",
-        "Not done: LTE: 0.5 of seed 1 (failed: RuntimeError: out of memory).",
-        "Not done: LTE: 0.5 of seed 2 (not run, for a fit that it needs failed).",
-        "Not done: KLA (oracle): 0.5, 0.7 of seeds 1, 2 (not started).",
+        "Not done: LTE: efficiency_weight 0.5 of seed 0 (stopped before it was done).",
+        "Not done: LTE: efficiency_weight 0.5 of seed 1 (failed: RuntimeError: out of memory).",
+        "Not done: LTE: efficiency_weight 0.5 of seed 2 (not run, for a fit that it needs failed).",
+        "Not done: KLA (oracle): target_sparsity 0.5, target_sparsity 0.7 of seeds 1, 2 (not started).",
         "Not done: fit: seed 3 (not started).",
     ]
     assert tables.not_run(collect([folder]))[:5] == expected
@@ -217,7 +217,10 @@ def test_missing_points_are_grouped_and_their_state_is_said(make_points, figures
 def test_points_of_a_variant_that_was_not_begun_have_its_name(make_points, figures, tmp_path):
     names = ["Wanda_2_4_-target_sparsity=0.5-s0-0123abcd", "other_one-s0-0123abcd"]
     folder = make_points(tmp_path / "trial", [{"name": "a", "seed": 0, "results": figures(0.9, 0.5)}], ["a", *names])
-    lines = [f"Not done: {method} of seed 0 (not started)." for method in ("Wanda 2 4: 0.5", "Wanda (2:4): 0.5")]
+    lines = [
+        f"Not done: {method} of seed 0 (not started)."
+        for method in ("Wanda 2 4: target_sparsity 0.5", "Wanda (2:4): target_sparsity 0.5")
+    ]
     assert tables.not_run(collect([folder]))[0] == lines[0]
     (folder / "sweep.yaml").write_text('variants: {"Wanda (2:4)": {list: [{a.b: 1}]}}')
     assert tables.not_run(collect([folder]))[:2] == [lines[1], "Not done: other one: seed 0 (not started)."]

@@ -67,8 +67,8 @@ def test_an_experiment_is_reported_as_its_folder_is(store):
     assert shown(material) == shown(collect([folder]))
     assert [run.role for run in material.runs] == ["start"] + ["point"] * 4
     assert tables.not_run(material)[:2] == [
-        "Not done: KLA: 0.9 of seed 1 (failed).",
-        "Not done: KLA: 0.9 of seed 0 (running or killed).",
+        "Not done: KLA: target_sparsity 0.9 of seed 1 (failed).",
+        "Not done: KLA: target_sparsity 0.9 of seed 0 (running or killed).",
     ]
     assert re.fullmatch(
         r"mlflow artifacts download --run-id \w{32} --artifact-path config.yaml --dst-path . && "
