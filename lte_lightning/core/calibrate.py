@@ -27,7 +27,8 @@ def calibrate(model: PreTrainedModel, batches: Iterator[Batch], tokens: int) -> 
 
     Levels are set where they will be used: a layer's behind layers that leave out what theirs tell them to, and a level
     common to all layers by what the whole model leaves out. A level from the dense model would miss the sparsity that
-    is asked for, since sparse layers hand on other activations.
+    is asked for, since sparse layers hand on other activations. TEAL's are from the dense model all the same, as its
+    authors' are, and so is a fixed choice.
 
     Args:
         model: A converted model, in eval mode; its mode is ``dense`` afterwards.

@@ -26,7 +26,7 @@ from lte_lightning.core.ffn import (
 from lte_lightning.core.fused import put_together, take_apart
 from lte_lightning.core.grouping import Grouping, expert_count, group_neurons
 from lte_lightning.core.sparse import lay_out
-from lte_lightning.selection import RANKINGS, SELECTORS, FfnShape, Gates, Router, Selector
+from lte_lightning.selection import RANKINGS, SELECTORS, FfnShape, Gates, Ranking, Router, Selector
 
 
 def convert(
@@ -47,7 +47,8 @@ def convert(
 
     Raises:
         UnsupportedModelError: If the family, or the type of a projection, is unknown.
-        UserError: If the expert size does not divide the FFN width, or the model has been converted before.
+        UserError: If the expert size does not divide the FFN width, too few experts are left for the sparsity asked
+            for, or the model has been converted before.
     """
     config = config or LteConfig()
     if expert_ffns(model):
@@ -66,7 +67,7 @@ def convert(
     generator = torch.Generator().manual_seed(config.seed or 0)
     selectors = [_make_selector(config, parts, generator) for parts in all_parts]
     for selector in selectors:
-        _check_gates(config, selector)
+        _check_target(config, selector)
     for (layer, stack), parts, selector in zip(sites, all_parts, selectors, strict=True):
         threshold = 0.0 if selector.scales else config.threshold
         ffn = ExpertFfn(parts, config.expert_size, selector.to(parts.up.weight.device), threshold)
@@ -253,12 +254,20 @@ def _check_pruning(model: PreTrainedModel, config: LteConfig, all_parts: Sequenc
             )
 
 
-def _check_gates(config: LteConfig, selector: Selector) -> None:
-    if isinstance(selector, Gates) and selector.keep < 1:
-        raise UserError(
-            f"target_sparsity {config.target_sparsity} keeps none of {selector.shape.experts} experts, and selector "
-            f"{config.selector!r} would have nothing to learn; lower it, or make experts smaller"
-        )
+def _check_target(config: LteConfig, selector: Selector) -> None:
+    if not isinstance(selector, Ranking) or selector.reachable:
+        return
+    experts, kept, so = selector.shape.experts, "none", "would be 'none', the floor"
+    if isinstance(selector, Gates):
+        so = "would have nothing to learn"
+    elif selector.rule == "common":
+        kept, so = "less than one", "runs at least the best of each token"
+    nearest = 1000 * (experts - 1) // experts / 1000  # rounded down, so that it is accepted
+    raise UserError(
+        f"target_sparsity {config.target_sparsity} keeps {kept} of {experts} experts, and selector "
+        f"{config.selector!r} {so}; lower it to {nearest:g}, or make experts smaller (expert_size is "
+        f"{config.expert_size})"
+    )
 
 
 def _require_activations(activations: Sequence[torch.Tensor] | None) -> Sequence[torch.Tensor]:

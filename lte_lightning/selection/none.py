@@ -11,6 +11,11 @@ class NoExperts(Ranking):
     A task on which a model adapted like this loses little says little about any way to select experts.
     """
 
+    @property
+    def reachable(self) -> bool:
+        """Whether the sparsity can be met: yes, it is 1."""
+        return True
+
     def forward(self, given: torch.Tensor) -> torch.Tensor:
         """Returns zeros of shape [B, T, E], float32."""
         return torch.zeros((*given.shape[:-1], self.shape.experts), dtype=torch.float32, device=given.device)

@@ -50,6 +50,13 @@ class Ranking(Selector):
         return torch.zeros_like(importance).scatter_(-1, best, 1.0)
 
     @property
+    def reachable(self) -> bool:
+        """Whether the sparsity asked for leaves an expert to run: at least one does, by any rule but ``level``."""
+        if self.rule == "common":  # the largest share of a token is 1, and exceeds every level
+            return (1.0 - self.sparsity) * self.shape.experts > 1.0 - 1e-6
+        return self.rule == "level" or self.keep > 0
+
+    @property
     def calibrates(self) -> bool:
         """Whether `calibrate` must be called before the first choice."""
         return self.rule != "top"

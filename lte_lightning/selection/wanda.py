@@ -29,6 +29,11 @@ class Wanda(Ranking):
         return self.density.float().expand(*scores_BTE.shape[:-1], 1)
 
     @property
+    def reachable(self) -> bool:
+        """Whether the sparsity can be met: yes, it is one of weights."""
+        return True
+
+    @property
     def calibrates(self) -> bool:
         """Whether training rows are needed: yes, for the norms of the inputs."""
         return True

@@ -3,8 +3,12 @@
 import json
 
 import pytest
+import torch
+from torch.nn import functional
+from transformers import BertTokenizerFast
 
 from lte_lightning.core.checkpoint import from_pretrained
+from lte_lightning.core.convert import expert_ffns, set_mode
 from lte_lightning.core.cost import flops_per_token
 
 LEARNED = ("d2dmoe", "dejavu", "moefication")
@@ -84,6 +88,35 @@ def test_the_activation_of_a_trained_model_stays(dense, tiny, lightning, tmp_pat
     fit = lightning(tmp_path, tiny.config(epochs=(0, 1, 1), **swap), "fit")
     assert fit.code == 1
     assert "was trained with activation 'gelu', and activation says 'relu'" in fit.err
+
+
+def test_levels_are_those_of_the_training_rows(dense, tiny, lightning, tmp_path):
+    texts = {"train": "the film was good", "validation": "dog sat in it and ran"}
+    (tmp_path / "rows").mkdir()
+    for split, text in texts.items():
+        rows = [{"sentence": text, "label": i % 2} for i in range(16)]
+        (tmp_path / "rows" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = {
+        "model.init_args.lte": {"expert_size": 8, "selector": "cats", "target_sparsity": 0.5},
+        "model.init_args.init_from": str(dense.run / "model"),
+        "data.init_args.source": str(tmp_path / "rows"),
+        "stages.expert.learning_rate": 0.0,  # the weights stay those that were calibrated
+    }
+    fit = lightning(tmp_path, tiny.config(epochs=(0, 0, 1), **model), "fit")
+    assert fit.code == 0, fit.err
+
+    calibrated, tokenizer = from_pretrained(fit.run / "model").eval(), BertTokenizerFast.from_pretrained(tiny.model)
+    set_mode(calibrated, "hard")
+    ffns, given, levels = list(expert_ffns(calibrated).values()), {}, {}
+    for ffn in ffns:
+        ffn.register_forward_pre_hook(lambda ffn, inputs: given.update({ffn: inputs[0][0]}))
+    for split, text in texts.items():
+        with torch.no_grad():
+            calibrated(**tokenizer(text, return_tensors="pt"))
+            masses = [functional.gelu(ffn.up(given[ffn])).abs().unflatten(1, (-1, 8)).sum(2).flatten() for ffn in ffns]
+        levels[split] = [float(mass.sort().values[len(mass) // 2 - 1]) for mass in masses]
+    assert [float(ffn.selector.level) for ffn in ffns] == pytest.approx(levels["train"], rel=1e-4)
+    assert levels["validation"] != pytest.approx(levels["train"], rel=1e-2)
 
 
 def test_more_adaptation_keeps_the_calibration(dense, tiny, lightning, tmp_path):

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -299,6 +301,43 @@ def test_bad_settings_change_nothing(build, row_family, kwargs, message):
     with pytest.raises(UserError, match=message):
         converted(model, **kwargs)
     assert_same(before, snapshot(model))
+
+
+OUT_OF_REACH = [
+    ("dejavu", 0.92, "none", "would be 'none', the floor"),
+    ("kla", 0.92, "none", "would be 'none', the floor"),
+    ("moefication", 0.92, "none", "would be 'none', the floor"),
+    ("narrow", 0.92, "none", "would be 'none', the floor"),
+    ("random", 0.92, "none", "would be 'none', the floor"),
+    ("sigmamoe", 0.92, "none", "would have nothing to learn"),
+    ("softmax", 0.92, "none", "would have nothing to learn"),
+    ("d2dmoe", 0.84, "less than one", "runs at least the best of each token"),
+]
+
+
+@pytest.mark.parametrize(("selector", "target", "kept", "so"), OUT_OF_REACH)
+def test_a_sparsity_that_leaves_no_expert_changes_nothing(selector, target, kept, so, build):
+    model = build("bert")
+    before = snapshot(model)
+    message = f"target_sparsity {target} keeps {kept} of 6 experts, and selector '{selector}' {so}; lower it to 0.833, "
+    with pytest.raises(UserError, match=re.escape(message) + r"or make experts smaller \(expert_size is 16\)"):
+        converted(model, selector=selector, target_sparsity=target)
+    assert_same(before, snapshot(model))
+
+
+@pytest.mark.parametrize(
+    ("selector", "target"),
+    [
+        *[(selector, 0.833) for selector, *_ in OUT_OF_REACH],  # what the message says
+        *[(selector, 0.91) for selector, *_ in OUT_OF_REACH if selector != "d2dmoe"],  # one of six, by rounding
+        ("d2dmoe", 5 / 6),
+        ("cats", 0.99),  # none for most tokens
+        ("wanda", 0.99),  # all, with few weights
+        ("none", None),
+    ],
+)
+def test_a_sparsity_that_can_be_met_or_nearly_is_taken(selector, target, build):
+    assert len(expert_ffns(converted(build("bert"), selector=selector, target_sparsity=target))) == 2
 
 
 @pytest.mark.parametrize("part", ["up", "down"])

@@ -8,7 +8,6 @@ import torch
 from lte_lightning import LteConfig, convert, from_pretrained, save_pretrained, set_mode
 from lte_lightning.core.convert import expert_ffns, selector_parameters
 from lte_lightning.core.cost import token_cost
-from lte_lightning.core.errors import UserError
 from lte_lightning.core.sparse import set_backend
 from lte_lightning.core.trace import RouterTrace
 from lte_lightning.kernels import dispatch
@@ -136,16 +135,6 @@ def test_a_sparse_backend_leaves_them_to_the_masks_and_says_so(gated, batch, mon
     set_backend(model, "reference")
     torch.testing.assert_close(logits(model, batch), expected)
     assert "NoisySoftmax scales experts, which no sparse backend does" in " ".join(caplog.messages)
-
-
-@pytest.mark.parametrize("selector", KINDS)
-def test_a_sparsity_without_experts_changes_nothing(selector, build):
-    model = build("bert")
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    with pytest.raises(UserError, match=rf"0\.95 keeps none of 6 experts, and selector '{selector}' .* lower it"):
-        convert(model, LteConfig(16, "kmeans", selector, 0.95), progress=False)
-    assert not expert_ffns(model)
-    assert all(value.equal(model.state_dict()[key]) for key, value in before.items())
 
 
 def test_noise_weights_are_charged_to_nobody(gated):
