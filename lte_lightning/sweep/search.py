@@ -42,6 +42,8 @@ class Trials:
         self.storage = self.search.storage or f"sqlite:///{folder.path / 'optuna.db'}"
         self._open: dict[int, dict[str, dict[str, Any] | None]] = {}
         self._trial_of: dict[str, int] = {}
+        self._twins: dict[int, list[int]] = {}  # of an open trial, those drawn since that are the same
+        self._found: dict[int, list[float] | None] = {}  # what trials were told, None if they failed
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         try:
             self._ranges = {key: self._range(given) for key, given in self.search.parameters.items()}
@@ -122,12 +124,16 @@ class Trials:
                 return []
             else:
                 trial = self._draw()
-            points = [p for p in self.sweep.trial(trial.params) if p.name not in self._trial_of]
-            if points:
+            points = self.sweep.trial(trial.params)
+            if new := [point for point in points if point.name not in self._trial_of]:
                 self._open[trial.number] = {}
-                self._trial_of |= {point.name: trial.number for point in points}
-                return points
-            self._ask_storage(lambda trial=trial: self._judge_again(trial))
+                self._trial_of |= {point.name: trial.number for point in new}
+                return new
+            twin = self._trial_of[points[0].name]
+            if twin in self._open:
+                self._twins.setdefault(twin, []).append(trial.number)
+            else:
+                self._judge(trial.number, self._found[twin])
 
     def _draw(self) -> Any:
         # Step by step, so that none that was interrupted is begun twice
@@ -153,18 +159,15 @@ class Trials:
         kind = distributions.IntDistribution if whole else distributions.FloatDistribution
         return kind(**{"step": 1 if whole else None} | given)
 
-    def _judge_again(self, trial: Any) -> None:
-        """Tells of a trial that was proposed before in this sweep what was found then."""
-        same = [one for one in self._trials(self._states.COMPLETE) if one.params == trial.params]
-        if same:
-            self.study.tell(trial.number, same[0].values, skip_if_finished=True)
-        else:
-            self.study.tell(trial.number, state=self._states.FAIL, skip_if_finished=True)
+    def _judge(self, number: int, values: list[float] | None) -> None:
+        state = self._states.FAIL if values is None else None
+        self._ask_storage(lambda: self.study.tell(number, values, state=state, skip_if_finished=True))
 
     def tell(self, name: str, results: dict[str, Any] | None) -> list[str]:
         """Notes the results of a point, None if it failed; the last of a trial's tells Optuna.
 
-        A trial fails if one of its fits does, or if an objective is undefined in one.
+        A trial fails if one of its fits does, or if an objective is undefined in one. Trials that were drawn meanwhile
+        and are the same are told the same.
 
         Returns:
             What there is to say about it.
@@ -177,13 +180,15 @@ class Trials:
         fits = [one for one in found.values() if one is not None]
         columns = {key: [one.get(key) for one in fits] for key in self.search.objectives}
         undefined = [k for k, column in columns.items() if not all(map(_is_figure, column))]
-        if len(fits) < len(found) or undefined:
-            self._ask_storage(lambda: self.study.tell(number, state=self._states.FAIL, skip_if_finished=True))
-        else:
-            values = [statistics.fmean(column) for column in columns.values()]
-            self._ask_storage(lambda: self.study.tell(number, values, skip_if_finished=True))
+        failed = len(fits) < len(found) or bool(undefined)
+        values = None if failed else [statistics.fmean(column) for column in columns.values()]
+        twins = self._twins.get(number, [])
+        for one in (number, *twins):
+            self._judge(one, values)
+        self._found[number] = values
         del self._open[number]
-        return [f"trial {number} failed: its {key} is undefined" for key in undefined]
+        said = [f"trial {number} failed: its {key} is undefined" for key in undefined]
+        return said + [f"trial {twin} failed: it is the same as trial {number}" for twin in twins if failed]
 
     def write_front(self, path: Path) -> Path:
         """Writes the trials that no other beats in all objectives, as a markdown table."""

@@ -56,6 +56,26 @@ def test_trials_are_run_told_and_not_repeated(bench, tmp_path):
     assert len(trial.run().summary.done) == 2 + 2
 
 
+def test_a_trial_like_one_that_runs_is_told_the_same(bench, tmp_path):
+    """They wait for it, also in a sweep that goes on after it was killed; if it fails, they do."""
+    trial = bench(search=SEARCH | {"parameters": {ETA: {"choices": [0.2, 0.8]}}})
+    sweep, folder = read_sweep(trial.file), SweepFolder(tmp_path / "runs" / "trial")
+    with folder.hold(sweep):
+        for _ in range(2):
+            trials = Trials(sweep, folder)
+            (one,), (other,) = trials.ask(), trials.ask()
+            assert trials.ask() == []  # the other four are like these
+            assert [trial.state.name for trial in trials.study.get_trials()] == ["RUNNING"] * 6
+        assert trials.tell(one.name, {"hard": 0.5, "sparsity": 0.25}) == []
+        said = trials.tell(other.name, None)
+    found = [(trial.params, trial.values) for trial in trials.study.get_trials()]
+    assert {one.parameters[ETA], other.parameters[ETA]} == {0.2, 0.8}
+    assert all(values == ([0.5, 0.25] if params == one.parameters else None) for params, values in found)
+    failed = [trial.number for trial in trials.study.get_trials() if trial.state.name == "FAIL"]
+    assert said == [f"trial {twin} failed: it is the same as trial {failed[0]}" for twin in failed[1:]]
+    assert 0 < len(said) < 4  # so that there were twins of both
+
+
 def test_a_failed_trial_is_told_and_counts(bench):
     parameters = {ETA: {"low": 0.1, "high": 1.0}, "data.fail": {"choices": ["true"]}}
     swept = bench(search=SEARCH | {"trials": 3, "parameters": parameters}).run()
