@@ -12,7 +12,7 @@ from lte_lightning.core.errors import UserError
 from lte_lightning.sweep.folder import SweepFolder
 from lte_lightning.sweep.points import Point, Sweep
 
-FOLDER = "lte folder"  # marks the trials of one sweep's folder in a storage that several share
+FOLDER = "lte folder"  # marks the trials of one sweep's folder, by its id, in a storage that several share
 
 
 class Trials:
@@ -38,7 +38,7 @@ class Trials:
             raise UserError('a search needs Optuna: pip install "lte-lightning[sweep]"') from error
         self._optuna, self._states = optuna, optuna.trial.TrialState
         self.sweep, self.search, self.patience = sweep, sweep.search, patience
-        self._place = str(folder.path)
+        self._owner: str = folder.about["id"]
         self.storage = self.search.storage or f"sqlite:///{folder.path / 'optuna.db'}"
         self._open: dict[int, dict[str, dict[str, Any] | None]] = {}
         self._trial_of: dict[str, int] = {}
@@ -65,8 +65,8 @@ class Trials:
             load_if_exists=True,
         )
         # Neither a sweep that goes on nor another that shares the study draws what was drawn before
-        place = zlib.crc32(self._place.encode()) if self.search.storage else 0
-        seed = (self.search.seed + place + len(study.get_trials(deepcopy=False))) % 2**32
+        owner = zlib.crc32(self._owner.encode()) if self.search.storage else 0
+        seed = (self.search.seed + owner + len(study.get_trials(deepcopy=False))) % 2**32
         study.sampler = self._optuna.samplers.TPESampler(seed=seed, n_startup_trials=5)
         return study
 
@@ -74,7 +74,7 @@ class Trials:
         found = []
         for trial in self._trials(self._states.RUNNING):
             # In a storage of its own all are this sweep's, also those of a folder that was moved since
-            if self.search.storage and trial.user_attrs.get(FOLDER) != self._place:
+            if self.search.storage and trial.user_attrs.get(FOLDER) != self._owner:
                 continue
             if trial.params.keys() == self._ranges.keys():
                 found.append(trial)
@@ -138,7 +138,7 @@ class Trials:
     def _draw(self) -> Any:
         # Step by step, so that none that was interrupted is begun twice
         trial = self._ask_storage(self.study.ask)
-        self._ask_storage(lambda: trial.set_user_attr(FOLDER, self._place))
+        self._ask_storage(lambda: trial.set_user_attr(FOLDER, self._owner))
         for key, given in self._ranges.items():
             self._ask_storage(lambda key=key, given=given: self._suggest(trial, key, given))
         return trial

@@ -110,6 +110,41 @@ def test_two_sweeps_share_a_study_and_its_number_of_trials(bench, tmp_path):
     assert states == ["COMPLETE"] * 6
 
 
+def test_folders_of_the_same_path_on_two_machines_share_a_study(bench, tmp_path):
+    """Each runs its own trials: neither takes up what the other is at, and both know their own again."""
+    shared = SEARCH | {"storage": f"sqlite:///{tmp_path / 'shared.db'}"}
+    sweep, path = read_sweep(bench(search=shared).file), tmp_path / "runs" / "trial"
+
+    def ask():
+        folder = SweepFolder(path)
+        with folder.hold(sweep):
+            return [point.name for point in Trials(sweep, folder).ask()]
+
+    here = ask()
+    path.rename(tmp_path / "disk of the first")
+    there = ask()
+    assert there != here
+    assert ask() == there
+    path.rename(tmp_path / "disk of the second")
+    (tmp_path / "disk of the first").rename(path)
+    assert ask() == here
+
+
+def test_a_folder_of_an_earlier_version_knows_its_trials_by_its_path(bench, tmp_path):
+    trial = bench(search=SEARCH | {"trials": 2, "storage": f"sqlite:///{tmp_path / 'shared.db'}"})
+    sweep, folder = read_sweep(trial.file), SweepFolder(tmp_path / "runs" / "trial")
+    with folder.hold(sweep):
+        folder.about["id"] = str(folder.path)
+        left = Trials(sweep, folder).ask()
+        del folder.about["id"]
+        folder.save()
+    for _ in range(2):  # also when it was started by this version since, and killed again
+        again = SweepFolder(folder.path)
+        with again.hold(sweep):
+            assert Trials(sweep, again).ask() == left
+    assert left[0].name in trial.run().summary.done
+
+
 def test_an_undefined_objective_fails_its_trial_alone(bench):
     """Without an expert stage the stand-in finds nothing for `hard`."""
     parameters = {ETA: {"low": 0.1, "high": 1.0}, "stages.expert.epochs": {"choices": ["0", "1"]}}
