@@ -1,6 +1,7 @@
 """Points that Optuna proposes."""
 
 import math
+import re
 import statistics
 import time
 import zlib
@@ -53,7 +54,7 @@ class Trials:
         self.study = self._ask_storage(self._open_study, min(patience, 10))
         if [d.name.lower() for d in self.study.directions] != list(self.search.objectives.values()):
             raise UserError(
-                f"study {self.study.study_name!r} in {self.storage} has other objectives; name another study"
+                f"study {self.study.study_name!r} in {_address(self.storage)} has other objectives; name another study"
             )
         self._left_behind = self._ask_storage(self._find_left_behind)
 
@@ -95,11 +96,21 @@ class Trials:
                 if isinstance(error, passing) and time.monotonic() < deadline:
                     time.sleep(1)
                     continue
-                reason = " ".join(str(error.__cause__ or error).split())[:300]
-                raise UserError(
-                    f"Optuna's storage {self.storage} cannot be used: {reason}; is it locked by another process? "
-                    "Nothing is lost: wait for it and start the sweep again, or name another storage in the sweep file"
-                ) from error
+                raise self._unusable(error, isinstance(error, passing)) from error
+
+    def _unusable(self, error: Exception, may_pass: bool) -> UserError:
+        # What follows the first @ in a password is taken for a host and a port, and quoted as such
+        reason = re.sub(r"\S*@", "***@", " ".join(str(error.__cause__ or error).split()))[:300]
+        if may_pass:
+            way_out = (
+                "is it locked by another process, or out of reach? Nothing is lost: wait for it and start the sweep "
+                "again, or name another storage in the sweep file"
+            )
+        elif isinstance(error, ImportError):
+            way_out = 'install the driver of that database (for psycopg: pip install "psycopg[binary]")'
+        else:
+            way_out = f"check storage and study of search in {self.sweep.path}"
+        return UserError(f"Optuna's storage {_address(self.storage)} cannot be used: {reason}; {way_out}")
 
     def _trials(self, *states: Any) -> list[Any]:
         return self.study.get_trials(deepcopy=False, states=states)
@@ -206,6 +217,11 @@ class Trials:
             lines.append(f"| {' | '.join(cells)} |")
         path.write_text("\n".join(lines) + "\n")
         return path
+
+
+def _address(storage: str) -> str:
+    """Writes a storage as messages may show it: without what stands before its host, and its options."""
+    return re.sub(r"\?.*", "?***", re.sub(r"^([\w+]*:?/*).*@", r"\1***@", storage))
 
 
 def _is_figure(value: Any) -> bool:

@@ -1,5 +1,6 @@
 """Points that Optuna proposes: asked, told, resumed, shared."""
 
+import re
 import sqlite3
 import sys
 import threading
@@ -208,6 +209,31 @@ def test_a_storage_that_is_locked_for_a_while_is_waited_for(step, bench, tmp_pat
             trials.tell(point.name, results)
     swept = trial.run()
     assert [one.state.name for one in study_of(swept).get_trials()] == ["COMPLETE"] * 2
+
+
+@pytest.mark.parametrize(
+    ("storage", "shown", "hint"),
+    [
+        ("postgresql+psycopg://me:SECRET@host/db", "postgresql+psycopg://***@host/db", "install the driver"),
+        ("postgresql+psycopg://me:p@SEC:SECRET@host/db", "postgresql+psycopg://***@host/db", "check storage"),
+        ("nonsense://host/db?user=me&password=SECRET", "nonsense://host/db?***", "check storage"),
+        ("postgresql:/me:SECRET@host/db", "postgresql:/***@host/db", "check storage"),
+        ("me:SECRET@host/db", "me:***@host/db", "check storage"),
+        ("sqlite:////not/there?timeout=0", "sqlite:////not/there?***", "is it locked by another process"),
+    ],
+)
+def test_a_storage_that_cannot_be_used_is_named_without_its_password(
+    storage, shown, hint, bench, tmp_path, monkeypatch
+):
+    """Only what may pass is said to be locked, perhaps."""
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    sweep = read_sweep(bench(search=SEARCH | {"storage": storage}).file)
+    with pytest.raises(UserError, match=re.escape(f"Optuna's storage {shown} cannot be used: ")) as caught:
+        Trials(sweep, SweepFolder(tmp_path / "new"), patience=0)
+    message = str(caught.value)
+    assert "SECRET" not in message
+    assert f"; {hint}" in message
+    assert ("locked" in message) == ("locked" in hint)
 
 
 def test_bad_searches(bench, tmp_path, monkeypatch):
