@@ -11,6 +11,7 @@ import os
 import shlex
 import shutil
 import time
+import uuid
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -41,7 +42,8 @@ class SweepFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).absolute()
         self.points = self.path / "points"
-        self.about: dict[str, Any] = {}
+        # Until the folder says otherwise. Other machines may have one of the same path: a search must tell them apart
+        self.about: dict[str, Any] = {"id": uuid.uuid4().hex}
         self.lock: int | None = None
 
     @contextmanager
@@ -120,7 +122,8 @@ class SweepFolder:
             if self.path.exists() and any(entry.name not in BEFORE for entry in self.path.iterdir()):
                 raise UserError(f"{self.path} holds something else than a sweep; choose another --folder")
             return
-        self.about = read_sweep_file(file)
+        # Earlier versions marked a search's trials with the path: those of such a folder stay its own
+        self.about = {"id": str(self.path)} | read_sweep_file(file)
         name, origin = self.about.get("name"), Path(self.about.get("file") or sweep.path)
         # A sweep may move with its repository: it is another only where both files are there, and differ
         moved = not origin.exists() or origin.read_bytes() == sweep.path.read_bytes()

@@ -1,6 +1,7 @@
 """Points that Optuna proposes."""
 
 import math
+import re
 import statistics
 import time
 import zlib
@@ -12,7 +13,7 @@ from lte_lightning.core.errors import UserError
 from lte_lightning.sweep.folder import SweepFolder
 from lte_lightning.sweep.points import Point, Sweep
 
-FOLDER = "lte folder"  # marks the trials of one sweep's folder in a storage that several share
+FOLDER = "lte folder"  # marks the trials of one sweep's folder, by its id, in a storage that several share
 
 
 class Trials:
@@ -38,10 +39,12 @@ class Trials:
             raise UserError('a search needs Optuna: pip install "lte-lightning[sweep]"') from error
         self._optuna, self._states = optuna, optuna.trial.TrialState
         self.sweep, self.search, self.patience = sweep, sweep.search, patience
-        self._place = str(folder.path)
+        self._owner: str = folder.about["id"]
         self.storage = self.search.storage or f"sqlite:///{folder.path / 'optuna.db'}"
         self._open: dict[int, dict[str, dict[str, Any] | None]] = {}
         self._trial_of: dict[str, int] = {}
+        self._twins: dict[int, list[int]] = {}  # of an open trial, those drawn since that are the same
+        self._found: dict[int, list[float] | None] = {}  # what trials were told, None if they failed
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         try:
             self._ranges = {key: self._range(given) for key, given in self.search.parameters.items()}
@@ -51,7 +54,7 @@ class Trials:
         self.study = self._ask_storage(self._open_study, min(patience, 10))
         if [d.name.lower() for d in self.study.directions] != list(self.search.objectives.values()):
             raise UserError(
-                f"study {self.study.study_name!r} in {self.storage} has other objectives; name another study"
+                f"study {self.study.study_name!r} in {_address(self.storage)} has other objectives; name another study"
             )
         self._left_behind = self._ask_storage(self._find_left_behind)
 
@@ -63,8 +66,8 @@ class Trials:
             load_if_exists=True,
         )
         # Neither a sweep that goes on nor another that shares the study draws what was drawn before
-        place = zlib.crc32(self._place.encode()) if self.search.storage else 0
-        seed = (self.search.seed + place + len(study.get_trials(deepcopy=False))) % 2**32
+        owner = zlib.crc32(self._owner.encode()) if self.search.storage else 0
+        seed = (self.search.seed + owner + len(study.get_trials(deepcopy=False))) % 2**32
         study.sampler = self._optuna.samplers.TPESampler(seed=seed, n_startup_trials=5)
         return study
 
@@ -72,7 +75,7 @@ class Trials:
         found = []
         for trial in self._trials(self._states.RUNNING):
             # In a storage of its own all are this sweep's, also those of a folder that was moved since
-            if self.search.storage and trial.user_attrs.get(FOLDER) != self._place:
+            if self.search.storage and trial.user_attrs.get(FOLDER) != self._owner:
                 continue
             if trial.params.keys() == self._ranges.keys():
                 found.append(trial)
@@ -93,11 +96,21 @@ class Trials:
                 if isinstance(error, passing) and time.monotonic() < deadline:
                     time.sleep(1)
                     continue
-                reason = " ".join(str(error.__cause__ or error).split())[:300]
-                raise UserError(
-                    f"Optuna's storage {self.storage} cannot be used: {reason}; is it locked by another process? "
-                    "Nothing is lost: wait for it and start the sweep again, or name another storage in the sweep file"
-                ) from error
+                raise self._unusable(error, isinstance(error, passing)) from error
+
+    def _unusable(self, error: Exception, may_pass: bool) -> UserError:
+        # What follows the first @ in a password is taken for a host and a port, and quoted as such
+        reason = re.sub(r"\S*@", "***@", " ".join(str(error.__cause__ or error).split()))[:300]
+        if may_pass:
+            way_out = (
+                "is it locked by another process, or out of reach? Nothing is lost: wait for it and start the sweep "
+                "again, or name another storage in the sweep file"
+            )
+        elif isinstance(error, ImportError):
+            way_out = 'install the driver of that database (for psycopg: pip install "psycopg[binary]")'
+        else:
+            way_out = f"check storage and study of search in {self.sweep.path}"
+        return UserError(f"Optuna's storage {_address(self.storage)} cannot be used: {reason}; {way_out}")
 
     def _trials(self, *states: Any) -> list[Any]:
         return self.study.get_trials(deepcopy=False, states=states)
@@ -122,17 +135,21 @@ class Trials:
                 return []
             else:
                 trial = self._draw()
-            points = [p for p in self.sweep.trial(trial.params) if p.name not in self._trial_of]
-            if points:
+            points = self.sweep.trial(trial.params)
+            if new := [point for point in points if point.name not in self._trial_of]:
                 self._open[trial.number] = {}
-                self._trial_of |= {point.name: trial.number for point in points}
-                return points
-            self._ask_storage(lambda trial=trial: self._judge_again(trial))
+                self._trial_of |= {point.name: trial.number for point in new}
+                return new
+            twin = self._trial_of[points[0].name]
+            if twin in self._open:
+                self._twins.setdefault(twin, []).append(trial.number)
+            else:
+                self._judge(trial.number, self._found[twin])
 
     def _draw(self) -> Any:
         # Step by step, so that none that was interrupted is begun twice
         trial = self._ask_storage(self.study.ask)
-        self._ask_storage(lambda: trial.set_user_attr(FOLDER, self._place))
+        self._ask_storage(lambda: trial.set_user_attr(FOLDER, self._owner))
         for key, given in self._ranges.items():
             self._ask_storage(lambda key=key, given=given: self._suggest(trial, key, given))
         return trial
@@ -153,18 +170,15 @@ class Trials:
         kind = distributions.IntDistribution if whole else distributions.FloatDistribution
         return kind(**{"step": 1 if whole else None} | given)
 
-    def _judge_again(self, trial: Any) -> None:
-        """Tells of a trial that was proposed before in this sweep what was found then."""
-        same = [one for one in self._trials(self._states.COMPLETE) if one.params == trial.params]
-        if same:
-            self.study.tell(trial.number, same[0].values, skip_if_finished=True)
-        else:
-            self.study.tell(trial.number, state=self._states.FAIL, skip_if_finished=True)
+    def _judge(self, number: int, values: list[float] | None) -> None:
+        state = self._states.FAIL if values is None else None
+        self._ask_storage(lambda: self.study.tell(number, values, state=state, skip_if_finished=True))
 
     def tell(self, name: str, results: dict[str, Any] | None) -> list[str]:
         """Notes the results of a point, None if it failed; the last of a trial's tells Optuna.
 
-        A trial fails if one of its fits does, or if an objective is undefined in one.
+        A trial fails if one of its fits does, or if an objective is undefined in one. Trials that were drawn meanwhile
+        and are the same are told the same.
 
         Returns:
             What there is to say about it.
@@ -177,13 +191,15 @@ class Trials:
         fits = [one for one in found.values() if one is not None]
         columns = {key: [one.get(key) for one in fits] for key in self.search.objectives}
         undefined = [k for k, column in columns.items() if not all(map(_is_figure, column))]
-        if len(fits) < len(found) or undefined:
-            self._ask_storage(lambda: self.study.tell(number, state=self._states.FAIL, skip_if_finished=True))
-        else:
-            values = [statistics.fmean(column) for column in columns.values()]
-            self._ask_storage(lambda: self.study.tell(number, values, skip_if_finished=True))
+        failed = len(fits) < len(found) or bool(undefined)
+        values = None if failed else [statistics.fmean(column) for column in columns.values()]
+        twins = self._twins.get(number, [])
+        for one in (number, *twins):
+            self._judge(one, values)
+        self._found[number] = values
         del self._open[number]
-        return [f"trial {number} failed: its {key} is undefined" for key in undefined]
+        said = [f"trial {number} failed: its {key} is undefined" for key in undefined]
+        return said + [f"trial {twin} failed: it is the same as trial {number}" for twin in twins if failed]
 
     def write_front(self, path: Path) -> Path:
         """Writes the trials that no other beats in all objectives, as a markdown table."""
@@ -201,6 +217,11 @@ class Trials:
             lines.append(f"| {' | '.join(cells)} |")
         path.write_text("\n".join(lines) + "\n")
         return path
+
+
+def _address(storage: str) -> str:
+    """Writes a storage as messages may show it: without what stands before its host, and its options."""
+    return re.sub(r"\?.*", "?***", re.sub(r"^([\w+]*:?/*).*@", r"\1***@", storage))
 
 
 def _is_figure(value: Any) -> bool:

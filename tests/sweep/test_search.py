@@ -1,5 +1,6 @@
 """Points that Optuna proposes: asked, told, resumed, shared."""
 
+import re
 import sqlite3
 import sys
 import threading
@@ -56,6 +57,26 @@ def test_trials_are_run_told_and_not_repeated(bench, tmp_path):
     assert len(trial.run().summary.done) == 2 + 2
 
 
+def test_a_trial_like_one_that_runs_is_told_the_same(bench, tmp_path):
+    """They wait for it, also in a sweep that goes on after it was killed; if it fails, they do."""
+    trial = bench(search=SEARCH | {"parameters": {ETA: {"choices": [0.2, 0.8]}}})
+    sweep, folder = read_sweep(trial.file), SweepFolder(tmp_path / "runs" / "trial")
+    with folder.hold(sweep):
+        for _ in range(2):
+            trials = Trials(sweep, folder)
+            (one,), (other,) = trials.ask(), trials.ask()
+            assert trials.ask() == []  # the other four are like these
+            assert [trial.state.name for trial in trials.study.get_trials()] == ["RUNNING"] * 6
+        assert trials.tell(one.name, {"hard": 0.5, "sparsity": 0.25}) == []
+        said = trials.tell(other.name, None)
+    found = [(trial.params, trial.values) for trial in trials.study.get_trials()]
+    assert {one.parameters[ETA], other.parameters[ETA]} == {0.2, 0.8}
+    assert all(values == ([0.5, 0.25] if params == one.parameters else None) for params, values in found)
+    failed = [trial.number for trial in trials.study.get_trials() if trial.state.name == "FAIL"]
+    assert said == [f"trial {twin} failed: it is the same as trial {failed[0]}" for twin in failed[1:]]
+    assert 0 < len(said) < 4  # so that there were twins of both
+
+
 def test_a_failed_trial_is_told_and_counts(bench):
     parameters = {ETA: {"low": 0.1, "high": 1.0}, "data.fail": {"choices": ["true"]}}
     swept = bench(search=SEARCH | {"trials": 3, "parameters": parameters}).run()
@@ -88,6 +109,41 @@ def test_two_sweeps_share_a_study_and_its_number_of_trials(bench, tmp_path):
         theirs.tell(elsewhere.name, {"hard": 0.5, "sparsity": 0.5})
     states = [one.state.name for one in study_of(swept).get_trials()]
     assert states == ["COMPLETE"] * 6
+
+
+def test_folders_of_the_same_path_on_two_machines_share_a_study(bench, tmp_path):
+    """Each runs its own trials: neither takes up what the other is at, and both know their own again."""
+    shared = SEARCH | {"storage": f"sqlite:///{tmp_path / 'shared.db'}"}
+    sweep, path = read_sweep(bench(search=shared).file), tmp_path / "runs" / "trial"
+
+    def ask():
+        folder = SweepFolder(path)
+        with folder.hold(sweep):
+            return [point.name for point in Trials(sweep, folder).ask()]
+
+    here = ask()
+    path.rename(tmp_path / "disk of the first")
+    there = ask()
+    assert there != here
+    assert ask() == there
+    path.rename(tmp_path / "disk of the second")
+    (tmp_path / "disk of the first").rename(path)
+    assert ask() == here
+
+
+def test_a_folder_of_an_earlier_version_knows_its_trials_by_its_path(bench, tmp_path):
+    trial = bench(search=SEARCH | {"trials": 2, "storage": f"sqlite:///{tmp_path / 'shared.db'}"})
+    sweep, folder = read_sweep(trial.file), SweepFolder(tmp_path / "runs" / "trial")
+    with folder.hold(sweep):
+        folder.about["id"] = str(folder.path)
+        left = Trials(sweep, folder).ask()
+        del folder.about["id"]
+        folder.save()
+    for _ in range(2):  # also when it was started by this version since, and killed again
+        again = SweepFolder(folder.path)
+        with again.hold(sweep):
+            assert Trials(sweep, again).ask() == left
+    assert left[0].name in trial.run().summary.done
 
 
 def test_an_undefined_objective_fails_its_trial_alone(bench):
@@ -153,6 +209,31 @@ def test_a_storage_that_is_locked_for_a_while_is_waited_for(step, bench, tmp_pat
             trials.tell(point.name, results)
     swept = trial.run()
     assert [one.state.name for one in study_of(swept).get_trials()] == ["COMPLETE"] * 2
+
+
+@pytest.mark.parametrize(
+    ("storage", "shown", "hint"),
+    [
+        ("postgresql+psycopg://me:SECRET@host/db", "postgresql+psycopg://***@host/db", "install the driver"),
+        ("postgresql+psycopg://me:p@SEC:SECRET@host/db", "postgresql+psycopg://***@host/db", "check storage"),
+        ("nonsense://host/db?user=me&password=SECRET", "nonsense://host/db?***", "check storage"),
+        ("postgresql:/me:SECRET@host/db", "postgresql:/***@host/db", "check storage"),
+        ("me:SECRET@host/db", "me:***@host/db", "check storage"),
+        ("sqlite:////not/there?timeout=0", "sqlite:////not/there?***", "is it locked by another process"),
+    ],
+)
+def test_a_storage_that_cannot_be_used_is_named_without_its_password(
+    storage, shown, hint, bench, tmp_path, monkeypatch
+):
+    """Only what may pass is said to be locked, perhaps."""
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    sweep = read_sweep(bench(search=SEARCH | {"storage": storage}).file)
+    with pytest.raises(UserError, match=re.escape(f"Optuna's storage {shown} cannot be used: ")) as caught:
+        Trials(sweep, SweepFolder(tmp_path / "new"), patience=0)
+    message = str(caught.value)
+    assert "SECRET" not in message
+    assert f"; {hint}" in message
+    assert ("locked" in message) == ("locked" in hint)
 
 
 def test_bad_searches(bench, tmp_path, monkeypatch):
