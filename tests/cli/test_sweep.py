@@ -352,6 +352,7 @@ def test_the_smoke_sweep_on_a_real_mlflow_server(server, tiny, sweep, tmp_path, 
     for run in tracked.runs:
         (same,) = (other for other in local.runs if other.name == run.name)
         assert (run.method, run.role, run.lte, run.family) == (same.method, same.role, same.lte, "bert")
+        assert run.parameters == same.parameters
         assert (run.results, run.histogram) == (same.results, same.histogram)
     main(["report", "--tracking-uri", server, "--experiment", "sweep-smoke", "--out", str(tmp_path / "page")])
     assert "constant lambda" in (tmp_path / "page" / "index.html").read_text()

@@ -13,6 +13,7 @@ from lte_lightning.cli import main
 from lte_lightning.core.errors import UserError
 from lte_lightning.report import tables
 from lte_lightning.report.collect import collect
+from lte_lightning.report.page import write_report
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +143,35 @@ def test_what_was_not_run_is_said(material, swept, bench_csv):
     assert any("No latency was measured" in line for line in lines)
     assert not any("No latency" in line for line in tables.not_run(collect([swept], [bench_csv])))
     assert not any("One seed only" in line for line in lines)
+
+
+def test_fits_on_a_part_of_the_rows_are_said(swept):
+    material = collect([swept])
+    assert not any("All rows" in line for line in tables.not_run(material))
+    for run, rows in zip(material.runs, (100, 100, None), strict=False):
+        run.options |= {"data.train_rows": rows, "trainer.limit_val_batches": 1.0}
+    assert f"All rows: data.train_rows is 100 in 2 of {len(material.runs)} fits." in tables.not_run(material)
+    assert not any("limit_val_batches" in line for line in tables.not_run(material))
+
+
+def test_the_page_has_the_sweep_s_commands_its_model_and_its_data(make_points, figures, tmp_path):
+    typed = [{"command": "lte sweep a.yaml --workers 2", "folder": "/a/folder", "began": "2026-01-01 00:00:00"}]
+    row = {"name": "LTE-a", "seed": 0, "variant": "LTE", "pretrained": "some/model", "results": figures(0.9, 0.5)}
+    folder = make_points(tmp_path / "trial", [row], commands=typed)
+    said = " ".join(" ".join(read(write_report(collect([folder]), tmp_path / "page", "Trial").parent).text).split())
+    assert "In /a/folder lte sweep a.yaml --workers 2" in said
+    assert "Model: some/model. Data: x. Means of accuracy" in said
+
+
+def test_a_reference_that_was_not_trained_on_is_said_to_be_surpassed(make_points, figures, tmp_path):
+    rows = [
+        {"name": "start", "seed": 0, "role": "start", "results": figures(None, None, seconds_per_stage={"dense": 1.0})},
+        {"name": "LTE-a", "seed": 0, "variant": "LTE", "results": figures(0.95, 0.5)},
+    ]
+    assert (
+        "some settings are better than the reference"
+        in tables.summary(collect([make_points(tmp_path / "trial", rows)]), None)[1]
+    )
 
 
 def test_perplexity_is_better_when_lower(make_sweep, tmp_path):
