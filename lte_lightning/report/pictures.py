@@ -24,8 +24,8 @@ LINE = 0.175  # of text
 LEGEND_LETTERS, NAME_LETTERS = 22, 22  # before a label is broken
 MADE_BY = "lte report"  # in each picture, so that it can be told from other people's
 # How far below the floor a picture goes on, as a share of the span from floor to dense; and of how many settings, at
-# most, it may leave out what lies below that
-BELOW, HIDDEN = 0.15, 0.15
+# most, it may leave out what lies below that; and how many times as far away as the others a floor is left out
+BELOW, HIDDEN, FAR = 0.15, 0.15, 5
 
 Draw = Callable[[Figure], None]
 
@@ -124,24 +124,29 @@ def _is_span(metric: str, dense: float | None, floor: float | None) -> bool:
 def _limits(values: Sequence[float], own: Sequence[float], dense: float, floor: float) -> tuple[float, float]:
     """Returns what is seen of the vertical axis.
 
-    A few settings far beyond the floor would press the rest together: of all but LTE's, ``own``, some are left out.
+    A few settings far beyond the floor would press the rest together: of all but LTE's, ``own``, some are left out. So
+    would a floor far below all of them.
     """
-    edge = floor - BELOW * (dense - floor)
-    low, high = min(*values, dense, floor), max(*values, dense, floor)
-    if floor < dense:
-        low = max(low, min(*own, edge, np.quantile(values, HIDDEN)))
-    else:
-        high = min(high, max(*own, edge, np.quantile(values, 1 - HIDDEN)))
-    margin = 0.04 * (high - low)
-    return low - margin, high + margin
+    sign = 1 if floor < dense else -1
+    high, top = sign * dense, max(sign * value for value in (*values, dense))
+    all_but_few = min([*(sign * value for value in own), np.quantile([sign * value for value in values], HIDDEN)])
+    low = all_but_few
+    if high - sign * floor <= FAR * (top - all_but_few):
+        edge = sign * floor - BELOW * (high - sign * floor)
+        low = max(min(sign * value for value in (*values, dense, floor)), min(edge, all_but_few))
+    margin = 0.04 * (top - low)
+    bottom, ceiling = sorted((sign * (low - margin), sign * (top + margin)))
+    return bottom, ceiling
 
 
 def _name_references(axes: Axes, dense: float | None, floor: float | None) -> None:
+    low, high = axes.get_ylim()
     named = [(value, name) for value, name in ((dense, "dense"), (floor, "floor")) if value is not None]
+    # one beyond the picture is named at its edge, with its figure
+    named = [(min(max(v, low), high), name if low <= v <= high else f"{name}\n{v:.3g}") for v, name in named]
     right = axes.secondary_yaxis("right")
     right.set_yticks([value for value, _ in named], [name for _, name in named])
     right.tick_params(length=0)
-    low, high = axes.get_ylim()
     if len(named) == 2 and abs(named[0][0] - named[1][0]) < 0.07 * abs(high - low):
         upper = max(named)[1]
         for tick in right.get_yticklabels():

@@ -180,6 +180,19 @@ def test_what_is_seen_of_the_vertical_axis(sign):
     low, high = seen(near, [0.9], floor=0.899)  # hardly a span
     assert low < 0.83
     assert high > 0.92
+    low, high = seen([0.1, *near], [0.9], floor=-80)  # a floor far away would press all together
+    assert 0.75 < low < 0.82
+    assert 0.92 < high < 0.95
+
+
+def test_a_floor_beyond_the_picture_is_named_at_its_edge(compared):
+    material = collect([compared])
+    for run in material.runs:
+        run.results["floor"] = -80.0
+    (axes,) = draw(pictures.quality(material, "stsb", styles(material))).axes
+    assert axes.get_ylim()[0] > 0.3
+    (right,) = axes.child_axes
+    assert [label.get_text() for label in right.get_yticklabels()] == ["dense", "floor\n-80"]
 
 
 def test_details_compare_methods_near_one_sparsity(material):
