@@ -87,7 +87,8 @@ class Run:
             epochs, steps = (self.options.get(f"stages.{stage}.{unit}") for unit in ("epochs", "steps"))
             if epochs is None:
                 return None
-            total["epoch" if steps is None else "step"] += 0 if epochs == 0 else epochs if steps is None else steps
+            unit, length = ("epoch", epochs) if steps is None else ("step", steps)
+            total[unit] += length if epochs else 0
         told = [f"{count} {unit}{'s' * (count != 1)}" for unit, count in total.items() if count]
         return " and ".join(told) or "0 epochs"
 

@@ -140,9 +140,9 @@ def summary(material: Material, tolerance: float | None) -> list[str]:
     lines = []
     for task, metric in material.tasks.items():
         dense, floors = material.reference(task, "dense"), material.reference(task, "floor")
-        line = f"{task}: no dense figure"
+        line, kind = f"{task}: no dense figure", material.dense_kind(task)
         if dense:
-            kind, own = material.dense_kind(task), material.starts(task)
+            own = material.starts(task)
             line = f"{task}: the reference ({kind}) reaches {metric} {mean_text(dense)}"
             line += f", before that {mean_text(own)}" if kind != UNTRAINED and own else ""
         if floors:
@@ -151,8 +151,9 @@ def summary(material: Material, tolerance: float | None) -> list[str]:
         if len(lengths := material.lengths(task)) > 1:
             told = "; ".join(f"{length} ({', '.join(methods)})" for length, methods in lengths.items())
             lines.append(f"{task}: not all models were trained on equally long, which may help by itself: {told}.")
-        lost = [found for setting in material.settings(task) if (found := setting.lost(material.dense(task)))]
-        if dense and material.dense_kind(task) == UNTRAINED and any(statistics.fmean(found) < 0 for found in lost):
+        of_seeds = material.dense(task)
+        lost = [found for setting in material.settings(task) if (found := setting.lost(of_seeds))]
+        if kind == UNTRAINED and any(statistics.fmean(found) < 0 for found in lost):
             lines.append(
                 f"{task}: some settings are better than the reference; they were trained on and it was not, as a fit "
                 "of the selector narrow at target_sparsity 0 would be."
@@ -217,7 +218,9 @@ def _parts(material: Material) -> list[str]:
     """Which runs were trained or measured on a part of the rows alone."""
     lines = []
     for key in PARTS:
-        given = Counter(str(run.options[key]) for run in material.fits if run.options.get(key) not in (None, 1.0))
+        values = [run.options.get(key) for run in material.fits]
+        # of batches 1.0 are all, and 1 is one
+        given = Counter(str(value) for value in values if value is not None and str(value) != "1.0")
         lines += [f"All rows: {key} is {value} in {n} of {len(material.fits)} fits." for value, n in given.items()]
     return lines
 

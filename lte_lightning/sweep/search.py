@@ -193,7 +193,7 @@ class Trials:
         undefined = [k for k, column in columns.items() if not all(map(_is_figure, column))]
         failed = len(fits) < len(found) or bool(undefined)
         values = None if failed else [statistics.fmean(column) for column in columns.values()]
-        twins = self._twins.get(number, [])
+        twins = self._twins.pop(number, [])
         for one in (number, *twins):
             self._judge(one, values)
         self._found[number] = values
