@@ -144,8 +144,8 @@ class Engine:
             resumed="--ckpt_path" in words,
             began=time.strftime("%Y-%m-%d %H:%M:%S"),
         )
+        self._running[point.name] = time.monotonic()  # before it runs: an interrupt may come at any moment
         self.runner.start(point.name, words, self.folder.log(point.name))
-        self._running[point.name] = time.monotonic()
 
     def words(self, point: Point) -> list[str]:
         """Returns the words of a point's command: its fit, or how its last one goes on."""
