@@ -175,7 +175,7 @@ class Engine:
         return given | (self.tracker.options() if self.tracker else {})
 
     def _run(self, name: str) -> Path:
-        return self._runs.get(name) or self.folder.path / f"<run of {name}>"
+        return self._runs.get(name) or self.folder.finished(name) or self.folder.path / f"<run of {name}>"
 
     def _settle(self, name: str, code: int) -> None:
         point, seconds = self.points[name], self._seconds(name)

@@ -13,6 +13,7 @@ import time
 import pytest
 
 from lte_lightning.core.errors import UserError
+from lte_lightning.sweep.engine import Engine
 from lte_lightning.sweep.folder import SweepFolder
 from lte_lightning.sweep.local import LocalRunner, cores
 from lte_lightning.sweep.spec import read_sweep
@@ -64,6 +65,16 @@ def test_every_point_is_run_once_after_what_it_needs(bench, monkeypatch):
     assert {name: [run.name for run in found] for name, found in again.folder.attempts().items()} == {
         name: [run.name for run in found] for name, found in runs.items()
     }
+
+
+def test_a_command_that_is_only_shown_names_runs_that_are_done(bench):
+    trial = bench(start={}, grid={ETA: [0.1]})
+    points = read_sweep(trial.file).points()
+    before = Engine(SweepFolder("runs/trial"), LocalRunner()).place(points[-1])
+    assert before["model.init_from"] == f"runs/trial/<run of {points[0].name}>/model"
+    swept = trial.run()
+    (run,) = swept.folder.attempts()[points[0].name]
+    assert Engine(swept.folder, LocalRunner()).place(points[-1])["model.init_from"] == f"runs/trial/{run.name}/model"
 
 
 def test_new_points_join_and_old_ones_stay(bench):
