@@ -70,7 +70,8 @@ def training_memory(model: PreTrainedModel, tokens: int, precision: str = "bf16-
       up, their product), F more for the scaled neurons of soft mode and E scores
     - activations ``b_a N L A``; with gradient checkpointing ``b_a N (L D + A)``, the inputs of all layers and one layer
       that is being computed again
-    - a language model's head adds ``N V (b_a + 8)``: the logits, their float32 copy and its gradient
+    - a language model's head adds ``N V (b_a + 8)``: the logits, their float32 copy and its gradient; less where only a
+      part of the tokens has a label, for the others get no logits
 
     It assumes attention that does not keep its scores (``sdpa`` or flash attention) and an activation that is one
     operation; then it was within 15 % of what autograd kept of Llama and BERT. GPT-2's ``gelu_new`` is written out in

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-IGNORED = -100  # the label of what carries no loss
+from lte_lightning.core.head import IGNORED
 
 
 class CollateAnswers:

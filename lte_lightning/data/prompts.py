@@ -12,9 +12,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
+from lte_lightning.core.head import IGNORED
 from lte_lightning.data.base import require_at_least
 from lte_lightning.data.packaged import DataError
-from lte_lightning.data.padding import IGNORED, CollateAnswers, CollatePrompts
+from lte_lightning.data.padding import CollateAnswers, CollatePrompts
 from lte_lightning.data.streaming import Mark, StreamingData
 from lte_lightning.data.text import fingerprint, is_encoder_decoder, load_tokenizer
 

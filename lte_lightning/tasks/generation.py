@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, Generation
 
 from lte_lightning.core.convert import set_mode
 from lte_lightning.core.errors import UserError
-from lte_lightning.data.padding import IGNORED
+from lte_lightning.core.head import IGNORED
 from lte_lightning.data.text import is_encoder_decoder
 from lte_lightning.tasks.evaluation import VIEW_MODES, VIEWS
 from lte_lightning.tasks.language_model import LanguageModel

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lte_lightning.core.errors import UserError
 from lte_lightning.core.families import EXAMPLES
+from lte_lightning.core.head import IGNORED, run_where_asked
 from lte_lightning.tasks.base import LteModule
 from lte_lightning.tasks.lora import Lora, add_lora, merge_lora
 
@@ -123,14 +124,15 @@ class LanguageModel(LteModule):
         return Perplexity()
 
     def run_model(self, batch: dict[str, torch.Tensor]) -> Any:
-        """Returns the model's outputs; how many words a batch has is not for the model."""
-        return self.net(**{key: value for key, value in batch.items() if key != "words"})
+        """Returns the model's outputs, a decoder's logits only where there are labels; words are not for the model."""
+        inputs = {key: value for key, value in batch.items() if key != "words"}
+        return self.net(**inputs) if self.net.config.is_encoder_decoder else run_where_asked(self.net, inputs)
 
     def outputs_for_metric(self, outputs: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """Returns the sum of the losses, the number of tokens that have one, and that of words if known."""
         # A decoder's first label is never asked for: nothing stands before it.
         labels = batch["labels"] if self.net.config.is_encoder_decoder else batch["labels"][:, 1:]
-        tokens = (labels != -100).sum()
+        tokens = (labels != IGNORED).sum()
         found = (outputs.loss.detach() * tokens, tokens)
         return (*found, batch["words"]) if "words" in batch else found
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torchmetrics import Metric
 
+from lte_lightning.core.head import run_where_asked
 from lte_lightning.data.mmlu import LETTERS, QUESTION_KEYS
 from lte_lightning.tasks.language_model import LanguageModel
 
@@ -56,12 +57,12 @@ class Mmlu(LanguageModel):
         return SubjectAccuracy(self.trainer.datamodule.subjects)
 
     def run_model(self, batch: dict[str, torch.Tensor]) -> Any:
-        """Returns the model's outputs."""
-        return self.net(**{key: value for key, value in batch.items() if key not in QUESTION_KEYS})
+        """Returns the model's outputs, with the logits before the answer's letter alone."""
+        return run_where_asked(self.net, {key: value for key, value in batch.items() if key not in QUESTION_KEYS})
 
     def outputs_for_metric(self, outputs: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """Returns the chosen letters, the right ones, and the subjects; keeps the likelihoods."""
-        likelihoods_B4 = self._likelihoods(outputs, batch)
+        likelihoods_B4 = outputs.logits[0].float().log_softmax(-1)[:, self.trainer.datamodule.letter_ids]
         chosen_B = likelihoods_B4.argmax(-1)
         for row, subject, answer, chosen, likelihoods in zip(
             batch["row"], batch["subject"], batch["answer"], chosen_B, likelihoods_B4, strict=True
@@ -76,12 +77,6 @@ class Mmlu(LanguageModel):
                 }
             )
         return chosen_B, batch["answer"], batch["subject"]
-
-    def _likelihoods(self, outputs: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        # the last real token is the answer's letter: what is asked for stands before it
-        asked_B = batch["attention_mask"].sum(1) - 2
-        logits_BV = outputs.logits[torch.arange(len(asked_B), device=asked_B.device), asked_B].float()
-        return logits_BV.log_softmax(-1)[:, self.trainer.datamodule.letter_ids]
 
     def on_test_start(self) -> None:
         """Begins without predictions."""

@@ -132,6 +132,11 @@ def generative_family(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+@pytest.fixture(params=DECODERS)
+def decoder_family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
 @pytest.fixture(params=ENCODER_DECODERS)
 def seq2seq_family(request: pytest.FixtureRequest) -> str:
     return request.param
