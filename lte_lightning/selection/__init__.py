@@ -6,12 +6,20 @@ router reach a sparsity that is asked for, and share a constructor: sizes, spars
 """
 
 from lte_lightning.selection.base import FfnShape, Selector
-from lte_lightning.selection.gates import Gates, NoisySoftmax, SigmaMoe
-from lte_lightning.selection.magnitude import Cats, KeepLargest, Narrow, RandomRouter
+from lte_lightning.selection.cats import Cats
+from lte_lightning.selection.chance import RandomRouter
+from lte_lightning.selection.d2dmoe import D2dmoe
+from lte_lightning.selection.dejavu import DejaVu
+from lte_lightning.selection.gates import Gates
+from lte_lightning.selection.kla import KeepLargest
+from lte_lightning.selection.moefication import Moefication
+from lte_lightning.selection.narrow import Narrow
 from lte_lightning.selection.none import NoExperts
-from lte_lightning.selection.predictor import D2dmoe, DejaVu, Moefication, Predictor
+from lte_lightning.selection.predictor import Predictor
 from lte_lightning.selection.ranking import Ranking
 from lte_lightning.selection.router import Router
+from lte_lightning.selection.sigmamoe import SigmaMoe
+from lte_lightning.selection.softmax import NoisySoftmax
 from lte_lightning.selection.teal import Teal
 from lte_lightning.selection.wanda import Wanda
 

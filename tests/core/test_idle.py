@@ -7,7 +7,7 @@ from lte_lightning import LteConfig, convert, set_backend, set_mode
 from lte_lightning.core.convert import expert_ffns
 from lte_lightning.core.ffn import weight_rows
 from lte_lightning.selection import RANKINGS, FfnShape, Selector
-from lte_lightning.selection.gates import SigmaMoe
+from lte_lightning.selection.sigmamoe import SigmaMoe
 
 IDLE = slice(16, 32)  # the neurons of the second expert
 

@@ -2,7 +2,9 @@ import pytest
 import torch
 
 from lte_lightning.selection import RANKINGS, FfnShape
-from lte_lightning.selection.predictor import D2dmoe, DejaVu, Moefication
+from lte_lightning.selection.d2dmoe import D2dmoe
+from lte_lightning.selection.dejavu import DejaVu
+from lte_lightning.selection.moefication import Moefication
 
 D, F, E, N = 8, 24, 6, 40
 SHAPE = FfnShape(D, E)

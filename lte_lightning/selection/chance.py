@@ -1,0 +1,30 @@
+"""Routers that choose by chance."""
+
+import math
+
+import torch
+
+from lte_lightning.selection.base import FfnShape
+from lte_lightning.selection.ranking import Ranking
+
+
+class RandomRouter(Ranking):
+    """Routers that are never trained (the paper's figure 12): the top experts of a random linear map.
+
+    Charged D * E multiply-adds, like LTE's. No oracle.
+    """
+
+    weight: torch.Tensor
+
+    def __init__(self, shape: FfnShape, sparsity: float, generator: torch.Generator | None = None) -> None:
+        super().__init__(shape, sparsity, generator)
+        weight_ED = torch.randn(shape.experts, shape.width, generator=generator) / math.sqrt(shape.width)
+        self.register_buffer("weight", weight_ED)
+
+    def importance(self, given: torch.Tensor) -> torch.Tensor:
+        """Returns random projections of the input."""
+        return torch.nn.functional.linear(given, self.weight.to(given.dtype)).float()
+
+    def flops_per_token(self) -> int:
+        """Returns 2 D E."""
+        return 2 * self.weight.numel()

@@ -1,0 +1,45 @@
+"""D2DMoE: experts whose predicted output is large enough beside their token's largest."""
+
+import torch
+from torch.nn import functional
+
+from lte_lightning.selection.predictor import Predictor
+
+
+class D2dmoe(Predictor):
+    """D2DMoE (Szatkowski et al. 2024): regresses the norm of each expert's output; dynamic-k.
+
+    Experts run whose predicted norm exceeds a share of their token's largest; the share is one for all layers, as the
+    authors', and calibrated. The network is two layers, 128 wide, with ReLU inside and the absolute value at its end;
+    squared error in units of the layer's mean. Before that the authors fine-tune the dense model towards sparse
+    activations, which is left out: all methods start from the same model. Charged 128 * (D + E) multiply-adds. No
+    oracle.
+    """
+
+    rule = "common"
+
+    def inner_width(self) -> int:
+        """Returns 128."""
+        return 128
+
+    def inner(self, first: torch.Tensor) -> torch.Tensor:
+        """Applies ReLU."""
+        return first.relu()
+
+    def predict(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns the norms [..., E], float32."""
+        return super().predict(x).abs()
+
+    def importance(self, given: torch.Tensor) -> torch.Tensor:
+        """Returns the predicted norms, each as a share of its token's largest."""
+        norms = self.predict(given)
+        return norms / norms.amax(-1, keepdim=True).clamp_min(1e-9)
+
+    def imitation_loss(self, x_ND: torch.Tensor, hidden_NF: torch.Tensor, down_FD: torch.Tensor) -> torch.Tensor:
+        """Returns the mean squared error."""
+        down_ESD = down_FD.float().unflatten(0, (self.shape.experts, -1))
+        hidden_NES = hidden_NF.float().unflatten(-1, (self.shape.experts, -1))
+        # |h W| by the Gram matrix of W: [E, S, S] instead of outputs [N, E, D]
+        gram_ESS = down_ESD @ down_ESD.mT
+        norm_NE = torch.einsum("nes,est,net->ne", hidden_NES, gram_ESS, hidden_NES).clamp_min(0.0).sqrt()
+        return functional.mse_loss(self.predict(x_ND), norm_NE / norm_NE.mean().clamp_min(1e-9))

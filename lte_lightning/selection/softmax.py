@@ -1,0 +1,44 @@
+"""Noisy top-k softmax gating."""
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from lte_lightning.selection.base import FfnShape
+from lte_lightning.selection.gates import Gates
+
+
+class NoisySoftmax(Gates):
+    """Noisy top-k softmax gating (Shazeer et al. 2017; section 3.2 of the paper, which finds that it fails).
+
+    Gates are the softmax over the k largest of ``x W_g + softplus(x W_noise) * N(0, 1)``, and sum to 1; the noise is
+    there only while the gates learn. Both matrices start at zero. The balance loss is the original's importance loss,
+    the squared coefficient of variation of the experts' summed gates, at its weight of 0.1. With gates around 1/k a
+    dense model's experts are scaled down to nearly nothing from the first step: the failure that the paper describes.
+    The load loss, which for the same purpose estimates how many tokens each expert gets, is left out: the authors
+    found that either does. Charged D * E multiply-adds. No oracle.
+    """
+
+    balance_weight = 0.1
+
+    def __init__(self, shape: FfnShape, sparsity: float, generator: torch.Generator | None = None) -> None:
+        super().__init__(shape, sparsity, generator)
+        self.weight = nn.Parameter(torch.zeros(shape.experts, shape.width))
+        self.noise_weight = nn.Parameter(torch.zeros(shape.experts, shape.width))
+
+    def importance(self, given: torch.Tensor) -> torch.Tensor:
+        """Returns the logits, with noise while they are trained."""
+        logits = self.logits(given)
+        if not self.learning:
+            return logits
+        spread = functional.softplus(functional.linear(given, self.noise_weight.to(given.dtype)).float())
+        return logits + spread * torch.randn_like(logits)
+
+    def gate(self, best: torch.Tensor) -> torch.Tensor:
+        """Returns the softmax over those that are kept."""
+        return best.softmax(-1)
+
+    def balance_loss(self, x_ND: torch.Tensor, gates_NE: torch.Tensor) -> torch.Tensor:
+        """Returns the squared coefficient of variation of the gates' sums over the tokens."""
+        importance_E = gates_NE.sum(0)
+        return importance_E.var(correction=0) / importance_E.mean().square().clamp_min(1e-9)
