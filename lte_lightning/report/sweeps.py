@@ -99,8 +99,8 @@ def is_running(path: Path) -> bool:
 
 def _status(folder: SweepFolder, name: str, running: bool) -> str:
     status = folder.status(name).get("status", "not started")
-    if status == "running":
-        return "running" if running else "stopped before it was done"
+    if status == "stopped" or (status == "running" and not running):  # a sweep that is killed says nothing
+        return "stopped before it was done"
     if status == "done":
         return "done, but its run is gone"
     if status == "blocked":

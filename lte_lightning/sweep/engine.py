@@ -84,7 +84,7 @@ class Engine:
             self.say(f"Stopped: {len(self._running)} running points are ended, start the sweep again to go on.")
             self.runner.stop()
             for name in self._running:
-                self.folder.remember(self.points[name], seconds=self._seconds(name))
+                self.folder.remember(self.points[name], status="stopped", seconds=self._seconds(name))
             raise
         return self.summary
 

@@ -227,16 +227,19 @@ def test_points_of_a_variant_that_was_not_begun_have_its_name(make_points, figur
 
 
 def test_a_point_runs_as_long_as_its_sweep_holds_the_folder(make_points, figures, tmp_path):
-    points = [{"name": "a", "seed": 0, "results": figures(0.9, 0.5)}, {"name": "b", "seed": 0, "status": "running"}]
+    stopped = "stopped before it was done"
+    points = [{"name": "a", "seed": 0, "results": figures(0.9, 0.5)}]
+    points += [{"name": status, "seed": 0, "status": status} for status in ("running", "stopped")]
     folder = make_points(tmp_path / "trial", points)
     lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT)
     fcntl.flock(lock, fcntl.LOCK_EX)
-    for owner, status in (("1", "running"), (str(os.getpid()), "stopped before it was done")):
+    # the second was stopped with an earlier call, when this one runs others alone
+    for owner, status in (("1", "running"), (str(os.getpid()), stopped)):
         os.ftruncate(lock, 0)
         os.pwrite(lock, owner.encode(), 0)
-        assert [point.status for point in collect([folder]).missing] == [status]
+        assert [point.status for point in collect([folder]).missing] == [status, stopped]
     os.close(lock)
-    assert [point.status for point in collect([folder]).missing] == ["stopped before it was done"]
+    assert [point.status for point in collect([folder]).missing] == [stopped, stopped]
 
 
 @pytest.mark.parametrize(
