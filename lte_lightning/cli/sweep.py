@@ -181,9 +181,10 @@ def _chosen(points: list[Point], only: list[str] | None) -> list[Point]:
     variants = {point.variant for point in points}
     begins = tuple(name for name in only if name not in variants)
     mine = [p for p in points if p.role == "point" and (p.variant in only or p.name.startswith(begins))]
-    if not mine:
+    lost = [name for name in only if not any(p.variant == name or p.name.startswith(name) for p in mine)]
+    if lost:
         known = sorted({point.variant or point.name for point in points if point.role == "point"})
-        raise UserError(f"no point is called {' or '.join(only)}; there are {', '.join(known)}")
+        raise UserError(f"no point is called {' or '.join(lost)}; there are {', '.join(known)}")
     needed = {name for point in mine for name in point.needs}
     return [point for point in points if point in mine or point.name in needed]
 

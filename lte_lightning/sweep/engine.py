@@ -15,6 +15,8 @@ from lte_lightning.sweep.search import Trials
 from lte_lightning.sweep.table import describe, read_results
 from lte_lightning.sweep.tracking import Tracker
 
+SIGNALS = 128  # exit codes above it, and below 0, are those of signals
+
 
 class Runner(Protocol):
     """Runs commands somewhere."""
@@ -152,7 +154,9 @@ class Engine:
         attempts = self.folder.attempts().get(point.name, [])
         runs = [run for run in attempts if not (run / "results.json").exists()]  # what was found is never removed
         before = self.folder.status(point.name)
-        if runs and resumable(runs[-1]) and not (before.get("status") == "failed" and before.get("resumed")):
+        # A signal, or a machine that was lost, says nothing against the checkpoint
+        failed = before.get("status") == "failed" and 0 < before.get("code", 1) < SIGNALS
+        if runs and resumable(runs[-1]) and not (failed and before.get("resumed")):
             if self.tracker:
                 self.tracker.adopt(runs[-1])
             run = os.path.relpath(runs[-1])
@@ -181,19 +185,26 @@ class Engine:
         point, seconds = self.points[name], self._seconds(name)
         del self._running[name]
         run = self.folder.finished(name)
-        if code == 0 and run is not None:
+        # A start whose model is needed once more has old results; what else has them is done, however it ended
+        if run is not None and (code == 0 or (run / "model").is_dir()):
             self._runs[name] = run
             self.folder.remember(point, seconds=seconds)
             self._finish(point, run)
             figures = describe(read_results(run))
             self.say(f"{self._count()} {name}: {figures} ({seconds:.0f} s); {self._left()} left")
+            if code:
+                self.say(f"    It has its results, and ended with exit code {code} nevertheless. Its log ends with")
+                self._say_last_lines(name)
             return
         self.summary.failed[name] = code
         self.folder.remember(point, status="failed", code=code, seconds=seconds)
         self.say(f"{self._count()} {name}: FAILED with exit code {code}; {self._left()} left. Its log ends with")
+        self._say_last_lines(name)
+        self._tell_trials(point, None)
+
+    def _say_last_lines(self, name: str) -> None:
         for line in self.folder.last_lines(name):
             self.say(f"    {line}")
-        self._tell_trials(point, None)
 
     def _seconds(self, name: str) -> float:
         now = time.monotonic() - self._running[name]

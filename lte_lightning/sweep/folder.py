@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from lte_lightning.core.errors import UserError
 from lte_lightning.store import write_json
 from lte_lightning.sweep.points import Point, Sweep
@@ -223,8 +225,30 @@ def read_sweep_file(file: Path) -> dict[str, Any]:
 
 
 def _sums(sweep: Sweep) -> dict[str, str]:
-    files = {os.path.relpath(file, sweep.path.parent): file for b in sweep.variants.values() for file in b.configs}
-    return {name: hashlib.sha256(Path(file).read_bytes()).hexdigest() for name, file in sorted(files.items())}
+    """Checksums of the configurations, and of the files that those are made of."""
+    files: set[Path] = set()
+    for file in {file for block in sweep.variants.values() for file in block.configs}:
+        _add_with_parts(Path(file), files)
+    names = {os.path.relpath(file, sweep.path.parent): file for file in files}
+    return {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in sorted(names.items())}
+
+
+def _add_with_parts(file: Path, files: set[Path]) -> None:
+    if file in files:
+        return
+    files.add(file)
+    try:
+        waiting = [yaml.safe_load(file.read_text())]
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return  # the fits will say so
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict | list):
+            waiting += value.values() if isinstance(value, dict) else value
+        elif isinstance(value, str) and value.endswith((".yaml", ".yml")):
+            part = Path(os.path.normpath(file.parent / value))
+            if part.is_file():
+                _add_with_parts(part, files)
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -95,6 +95,7 @@ def test_points_that_cannot_be_are_found_before_any_is_run(sweep_file, sweep, tm
         (["--data.source"], "--data.source has no value"),
         (["--run.root", "x"], "the command line sets run.root; the sweep sets it itself"),
         (["--only", "nobody"], "no point is called nobody; there are fit-s0"),
+        (["--only", "fit", "--only", "nobody"], "no point is called nobody; there are fit-s0"),
         (["--seeds", "0,x"], "--seeds is '0,x'; give whole numbers, such as 0,1,2"),
         (["--workers", "0"], "workers is 0; it must be at least 1"),
     ],

@@ -1,6 +1,7 @@
 """Does to a run folder what `lightning fit` does, in milliseconds: the engine's tests start it in place of a fit.
 
-`--data.step 0.2` is how long it takes, in two halves: after the first it has a checkpoint. `--data.fail true` fails.
+`--data.step 0.2` is how long it takes, in two halves: after the first it has a checkpoint. `--data.fail true` fails,
+`--data.late true` when the results are there.
 """
 
 import json
@@ -64,6 +65,8 @@ def main() -> None:
     } | ({} if floor is None else {"floor": floor})
     (run / "results.json").write_text(json.dumps(results))
     print(run / "results.json")
+    if given.get("--data.late") == "true":
+        sys.exit("error: the server has gone")
 
 
 if __name__ == "__main__":

@@ -211,6 +211,41 @@ def test_a_checkpoint_that_leads_nowhere_is_dropped_at_the_second_failure(bench,
     assert last.folder.log(name).read_text().count("$ lightning fit") == 3
 
 
+def test_a_checkpoint_is_kept_when_its_fit_was_killed(bench, tmp_path):
+    trial = bench(overrides={"data.stop": "true"})
+    first = trial.run()
+    ((name, _),) = first.summary.failed.items()
+    (point,) = first.engine.points.values()
+    for code in (-9, 137, -1):  # a signal, one behind a shell, a machine of a cluster that was lost
+        first.folder.remember(point, resumed=True, code=code)
+        assert "--ckpt_path" in first.engine.words(point), code
+    (tmp_path / "mended").touch()
+    last = trial.run()
+    assert last.summary.done == [name]
+    assert "resumed" in last.log("")
+
+
+def test_a_fit_that_has_its_results_is_done_however_it_ended(bench):
+    trial = bench(start={}, overrides={"data.late": "true"}, grid={ETA: [0.5]})
+    swept = trial.run()
+    assert (len(swept.summary.done), swept.summary.failed) == (2, {})
+    assert [line.strip() for line in swept.said if "exit code" in line or "server" in line] == [
+        "It has its results, and ended with exit code 1 nevertheless. Its log ends with",
+        "error: the server has gone",
+    ] * 2
+    (start,) = [point for point in swept.engine.points.values() if point.role == "start"]
+    shutil.rmtree(swept.folder.finished(start.name) / "model")
+    assert trial.run().summary.failed == {}
+    # old results without a model are not those of a start that was run once more, and failed
+    again = SweepFolder(swept.folder.path)
+    engine = Engine(again, LocalRunner(), say=swept.said.append)
+    engine.points[start.name], engine._running[start.name] = start, 0.0
+    for run in again.attempts()[start.name]:
+        shutil.rmtree(run / "model", ignore_errors=True)
+    engine._settle(start.name, 1)
+    assert engine.summary.failed == {start.name: 1}
+
+
 def test_a_damaged_checkpoint_is_no_checkpoint(bench, tmp_path):
     trial = bench(overrides={"data.stop": "true"})
     first = trial.run()
@@ -250,6 +285,25 @@ def test_a_base_configuration_that_changed(bench, tmp_path, monkeypatch):
     with (
         pytest.raises(UserError, match=r"base\.yaml changed since the sweep in .* began"),
         SweepFolder(tmp_path / "runs" / "trial").hold(sweep),
+    ):
+        pytest.fail("went on")
+
+
+def test_a_part_of_a_base_configuration_that_changed(tmp_path):
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    (tmp_path / "base.yaml").write_text("model: parts/model.yaml\ndata: {files: [train.yaml, parts/model.yaml]}\n")
+    (parts / "model.yaml").write_text("lte: deeper.yml\n")
+    (parts / "deeper.yml").write_text("expert_size: 32\n")
+    file, folder = tmp_path / "trial.yaml", SweepFolder(tmp_path / "runs" / "trial")
+    file.write_text("configs: [base.yaml]\n")
+    for _ in range(2):
+        with folder.hold(read_sweep(file)):
+            pass
+    (parts / "deeper.yml").write_text("expert_size: 16\n")
+    with (
+        pytest.raises(UserError, match=r"parts/deeper\.yml changed since the sweep in .* began"),
+        folder.hold(read_sweep(file)),
     ):
         pytest.fail("went on")
 
