@@ -79,7 +79,7 @@ def _store(uri: str) -> Iterator[Any]:
 
     try:
         yield MlflowClient(uri)
-    except (MlflowException, SQLAlchemyError, OSError) as error:
+    except (MlflowException, SQLAlchemyError, OSError, ImportError) as error:  # the last: a driver is missing
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"MLflow's store {uri} cannot be read: {reason}; name another by --tracking-uri") from error
 

@@ -68,15 +68,16 @@ class RayRunner:
             raise UserError(
                 f"cannot join a Ray cluster at {address!r}: {reason}; start one, or leave it out"
             ) from error
-        room = ray.cluster_resources()
-        slots = math.floor(room.get("CPU", 0) / cpus)
-        if gpus:
-            slots = min(slots, math.floor(room.get("GPU", 0) / gpus))
+        # Each machine's room by itself: a fit that none can hold would wait for ever
+        machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        rooms = [(machine.get("CPU", 0), machine.get("GPU", 0)) for machine in machines]
+        slots = sum(math.floor(min(c / cpus, g / gpus if gpus else math.inf)) for c, g in rooms)
         if slots < 1:
             ray.shutdown()
+            found = ", ".join(f"{c:g} cores and {g:g} GPUs" for c, g in sorted(set(rooms), reverse=True))
             raise UserError(
-                f"the Ray cluster has {room.get('CPU', 0):g} cores and {room.get('GPU', 0):g} GPUs, and a fit takes "
-                f"{cpus} and {gpus:g}: lower --cpus or --gpus"
+                f"no machine of the Ray cluster has room for a fit: there are some of {found}, and a fit takes {cpus} "
+                f"and {gpus:g}: lower --cpus or --gpus"
             )
         self.slots = min(slots, workers or slots)
         self.program, self.threads = program, cpus

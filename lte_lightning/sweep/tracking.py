@@ -49,12 +49,15 @@ class Tracker:
             with first_contact(uri):
                 self.client = MlflowClient(uri)
                 self.parent = self._parent(parents.get(uri))
-        except self._errors as error:
+        except (*self._errors, ImportError) as error:
             reason = " ".join(str(error).split())[:300]
+            if isinstance(error, ImportError):
+                cause = "install the database's driver, which is what is missing."
+            else:
+                cause = "is it locked by another process, or from another version of MLflow?"
             raise UserError(
-                f"MLflow's store {uri} cannot be used: {reason}; is it locked by another process, "
-                "or from another version of MLflow? Name another by MLFLOW_TRACKING_URI, or record nothing with "
-                "--trainer.logger false"
+                f"MLflow's store {uri} cannot be used: {reason}; {cause} Name another by MLFLOW_TRACKING_URI, or "
+                "record nothing with --trainer.logger false"
             ) from error
         folder.about["mlflow"] = {"uri": uri, "parent": self.parent, "parents": parents | {uri: self.parent}}
         folder.save()

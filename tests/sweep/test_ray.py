@@ -15,6 +15,8 @@ from lte_lightning.sweep.spec import read_sweep
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install ray")
 
+from ray.cluster_utils import Cluster  # noqa: E402
+
 from lte_lightning.sweep.ray import RayRunner  # noqa: E402
 
 STAND_IN = Path(__file__).parent / "stand_in.py"
@@ -65,6 +67,21 @@ def test_a_sweep_on_a_cluster(bench, runner):
     ray.shutdown()
     with pytest.raises(UserError, match=r"a fit takes 1 and 64: lower --cpus or --gpus"):
         RayRunner("local", gpus=64)
+
+
+@pytest.mark.timeout(300)
+def test_a_fit_has_room_on_one_machine_or_on_none():
+    """Two machines of two cores have no room for three, which Ray would wait for without a word."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
+    try:
+        cluster.add_node(num_cpus=2)
+        cluster.wait_for_nodes()
+        with pytest.raises(UserError, match=r"no machine .* there are some of 2 cores and 0 GPUs, and a fit takes 3"):
+            RayRunner(cluster.address, cpus=3)
+        assert RayRunner(cluster.address, cpus=2).slots == 2
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
 
 
 @pytest.mark.timeout(300)

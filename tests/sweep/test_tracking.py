@@ -1,6 +1,7 @@
 """What MLflow is told of a sweep, by a real store, and when another takes its place."""
 
 import json
+from importlib.util import find_spec
 
 import pytest
 from mlflow.tracking import MlflowClient
@@ -100,3 +101,11 @@ def test_a_store_named_now_takes_the_place_of_the_one_before(bench, store, tmp_p
     with folder.hold(recognise(read_sweep(trial.file), folder)):
         assert Tracker(folder).parent == kept["parent"]
         assert folder.about["mlflow"]["parents"][gone] == "cd"
+
+
+@pytest.mark.skipif(find_spec("pymysql") is not None, reason="the driver that shall be missing is here")
+def test_a_database_without_its_driver(bench):
+    folder = bench().run().folder
+    message = r"cannot be used: No module named 'pymysql'; install the database's driver"
+    with folder.hold(read_sweep(bench().file)), pytest.raises(UserError, match=message):
+        Tracker(folder, "mysql+pymysql://nobody@127.0.0.1/runs")
