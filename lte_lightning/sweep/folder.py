@@ -120,6 +120,8 @@ class SweepFolder:
             UserError: If it holds something else, another sweep, or fits whose configurations were others.
         """
         file = self.path / SWEEP_FILE
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"{self.path} is a file, not a sweep's folder; choose another --folder")
         if not file.exists():
             if self.path.exists() and any(entry.name not in BEFORE for entry in self.path.iterdir()):
                 raise UserError(f"{self.path} holds something else than a sweep; choose another --folder")
@@ -216,6 +218,8 @@ def read_sweep_file(file: Path) -> dict[str, Any]:
         UserError: If it is damaged, or of another version.
     """
     about = _read(file)
+    if not about:
+        raise UserError(f"{file} is damaged: it holds no JSON of a sweep; put it back, or choose another folder")
     if about.get("layout") != LAYOUT:
         raise UserError(
             f"{file} has layout {about.get('layout')!r}, this lte-lightning reads {LAYOUT}; use the version that wrote "

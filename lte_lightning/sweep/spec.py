@@ -6,6 +6,7 @@ that is laid over it. Every variant is crossed with every combination of the gri
 
 import difflib
 import itertools
+import json
 import math
 import os
 from collections.abc import Hashable
@@ -37,7 +38,7 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()
         for key, _ in node.value:
-            if key.tag != "tag:yaml.org,2002:merge":
+            if key.tag != "tag:yaml.org,2002:merge" and isinstance(key, yaml.ScalarNode):
                 if key.value in seen:
                     raise yaml.constructor.ConstructorError(
                         problem=f"the key {key.value!r} is there twice", problem_mark=key.start_mark
@@ -60,10 +61,13 @@ def read_sweep(path: str | Path, extra: dict[str, Any] | None = None, seeds: lis
     path = Path(path)
     try:
         content = yaml.load(path.read_text(), _Loader)
+        json.dumps(content, skipkeys=True, default=str)  # an alias may stand within what it stands for
     except OSError as error:
         raise UserError(f"cannot read the sweep file {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read: something in it contains itself, or lies too deep") from error
     _check_keys(content, SWEEP, path, "the sweep")
     _check_options(extra or {}, path, "the command line")
     base = _block(content, Block(), path, "the sweep")

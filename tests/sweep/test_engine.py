@@ -275,6 +275,16 @@ def test_a_folder_of_something_else(bench, tmp_path):
     with pytest.raises(UserError, match="holds something else than a sweep; choose another --folder"):
         bench().run()
     assert [file.name for file in (tmp_path / "runs" / "trial").iterdir()] == ["thesis.txt"]
+    with pytest.raises(UserError, match=r"thesis\.txt is a file, not a sweep's folder; choose another --folder"):
+        SweepFolder(tmp_path / "runs" / "trial" / "thesis.txt").check(read_sweep(bench().file))
+
+
+def test_a_damaged_folder(bench, tmp_path):
+    trial = bench()
+    trial.run()
+    (tmp_path / "runs" / "trial" / "sweep.json").write_text("")
+    with pytest.raises(UserError, match=r"sweep\.json is damaged: it holds no JSON of a sweep"):
+        trial.run()
 
 
 def test_a_base_configuration_that_changed(bench, tmp_path, monkeypatch):

@@ -261,6 +261,11 @@ def test_a_key_that_is_there_twice(read):
 def test_files_that_are_none(read, tmp_path):
     with pytest.raises(UserError, match=r"trial\.yaml is not YAML: .*line 1"):
         read("a: [")
+    with pytest.raises(UserError, match=r"trial\.yaml is not YAML: .*unhashable key"):
+        read("? [1, 2]\n: 3")
+    for content in ("overrides: &all {model.a: *all}", f"about: {'[' * 2000}{']' * 2000}"):
+        with pytest.raises(UserError, match=r"trial\.yaml cannot be read: something in it contains itself, or"):
+            read(f"configs: [base.yaml]\n{content}")
     with pytest.raises(UserError, match=r"cannot read the sweep file .*nowhere\.yaml: No such file"):
         read_sweep(tmp_path / "nowhere.yaml")
     with pytest.raises(UserError, match=re.escape("the sweep is None; it must be a mapping")):
