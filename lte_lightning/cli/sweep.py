@@ -178,13 +178,16 @@ def _extra(words: list[str]) -> dict[str, Any]:
 def _chosen(points: list[Point], only: list[str] | None) -> list[Point]:
     if not only:
         return points
+    candidates = [point for point in points if point.role == "point"]
     variants = {point.variant for point in points}
-    begins = tuple(name for name in only if name not in variants)
-    mine = [p for p in points if p.role == "point" and (p.variant in only or p.name.startswith(begins))]
-    lost = [name for name in only if not any(p.variant == name or p.name.startswith(name) for p in mine)]
-    if lost:
-        known = sorted({point.variant or point.name for point in points if point.role == "point"})
+
+    def is_called(point: Point, name: str) -> bool:
+        return point.variant == name if name in variants else point.name.startswith(name)
+
+    if lost := [name for name in only if not any(is_called(point, name) for point in candidates)]:
+        known = sorted({point.variant or point.name for point in candidates})
         raise UserError(f"no point is called {' or '.join(lost)}; there are {', '.join(known)}")
+    mine = [point for point in candidates if any(is_called(point, name) for name in only)]
     needed = {name for point in mine for name in point.needs}
     return [point for point in points if point in mine or point.name in needed]
 
