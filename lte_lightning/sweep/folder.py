@@ -217,12 +217,14 @@ def read_sweep_file(file: Path) -> dict[str, Any]:
     Raises:
         UserError: If it is damaged, or of another version.
     """
-    about = _read(file)
-    if not about:
-        raise UserError(f"{file} is damaged: it holds no JSON of a sweep; put it back, or choose another folder")
-    if about.get("layout") != LAYOUT:
+    try:
+        about = json.loads(file.read_text())
+        layout = about.get("layout")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{file} is damaged: {error!r}; put it back, or choose another folder") from error
+    if layout != LAYOUT:
         raise UserError(
-            f"{file} has layout {about.get('layout')!r}, this lte-lightning reads {LAYOUT}; use the version that wrote "
+            f"{file} has layout {layout!r}, this lte-lightning reads {LAYOUT}; use the version that wrote "
             "it, or choose another folder"
         )
     return about

@@ -282,9 +282,10 @@ def test_a_folder_of_something_else(bench, tmp_path):
 def test_a_damaged_folder(bench, tmp_path):
     trial = bench()
     trial.run()
-    (tmp_path / "runs" / "trial" / "sweep.json").write_text("")
-    with pytest.raises(UserError, match=r"sweep\.json is damaged: it holds no JSON of a sweep"):
-        trial.run()
+    for content in ("", "[]"):
+        (tmp_path / "runs" / "trial" / "sweep.json").write_text(content)
+        with pytest.raises(UserError, match=r"sweep\.json is damaged: .*; put it back, or choose another folder"):
+            trial.run()
 
 
 def test_a_base_configuration_that_changed(bench, tmp_path, monkeypatch):
