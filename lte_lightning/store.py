@@ -5,6 +5,7 @@ MLflow itself makes that as if nobody else did, and as if it were never interrup
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,16 +58,46 @@ def mlflow_store(*named: str | None) -> str:
     return uri
 
 
+def shown(address: str) -> str:
+    """Returns a store's address as messages and files may have it: of a server, without its user, password, options."""
+    if re.match(r"(sqlite|file):|[./]", address):
+        return address
+    return re.sub(r"\?.*", "?***", re.sub(r"^([\w+]*:?/*).*@", r"\1***@", address))
+
+
+def whole(address: str) -> str:
+    """Returns an address that was not kept without its password.
+
+    Raises:
+        UserError: If it was.
+    """
+    if "***" in address:
+        raise UserError(
+            f"MLflow's store {address} was kept without its password: give its whole address by MLFLOW_TRACKING_URI, "
+            "or record nothing with --trainer.logger false"
+        )
+    return address
+
+
+def reason(error: BaseException) -> str:
+    """Returns what a store's client says of an error, on one line, and without a password."""
+    # What follows the first @ in a password is taken for a host and a port, and quoted as such
+    return re.sub(r"\S*@", "***@", " ".join(str(error).split()))[:300]
+
+
 @contextmanager
 def first_contact(uri: str) -> Iterator[None]:
     """Lets one process at a time begin a run in an embedded database, which is there whole or not at all.
 
     Of fits that begin together all but one would fail, and one that is killed while the tables are made would leave a
-    database that nobody can use. Other stores see to that themselves.
+    database that nobody can use. Other stores see to that themselves. MLflow prints where a run can be seen, but of an
+    address with a password not even that.
 
     Args:
         uri: ``sqlite:///PATH``, or any other of MLflow's stores.
     """
+    if uri != shown(uri):
+        os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
     if not uri.startswith("sqlite:///"):
         yield
         return

@@ -3,7 +3,7 @@ import time
 
 import pytest
 
-from lte_lightning.store import hold_folder, mlflow_store
+from lte_lightning.store import hold_folder, mlflow_store, reason, shown
 
 
 def test_one_at_a_time(tmp_path):
@@ -42,3 +42,22 @@ def test_a_folder_that_is_not_there_is_for_others_to_refuse(tmp_path):
 def test_the_first_store_that_is_named_counts(named, store, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert mlflow_store(*named) == store.format(folder=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("address", "kept"),
+    [
+        ("http://here:5000", "http://here:5000"),
+        ("https://me:SECRET@here/mlflow", "https://***@here/mlflow"),
+        ("postgresql://me:a@SECRET/b@here/runs?password=SECRET", "postgresql://***@here/runs?***"),
+        ("sqlite:////home/me@work/mlflow.db?timeout=5", "sqlite:////home/me@work/mlflow.db?timeout=5"),
+        ("file:///home/me@work/mlruns", "file:///home/me@work/mlruns"),
+        ("./me@work", "./me@work"),
+    ],
+)
+def test_what_is_shown_of_an_address(address, kept):
+    assert shown(address) == shown(kept) == kept
+
+
+def test_a_reason_shows_no_password():
+    assert reason(OSError("could not\n translate me:SECRET@here")) == "could not translate ***@here"

@@ -133,14 +133,14 @@ def _begin_mlflow(experiment: str) -> None:
     import mlflow
 
     from lte_lightning.core.errors import UserError
-    from lte_lightning.store import mlflow_store
+    from lte_lightning.store import mlflow_store, reason, shown
 
     uri = mlflow_store(os.environ.get("MLFLOW_TRACKING_URI"))
     try:
         mlflow.set_tracking_uri(uri)
         mlflow.set_experiment(experiment)
     except mlflow.MlflowException as error:
-        raise UserError(f"MLflow at {uri} cannot be used: {error}") from error
+        raise UserError(f"MLflow at {shown(uri)} cannot be used: {reason(error)}") from error
 
 
 def _one_of(text: str, known: Sequence[str], what: str) -> list[str]:

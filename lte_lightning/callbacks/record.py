@@ -26,7 +26,16 @@ from lte_lightning.callbacks.results import make_results, read_floor, results_ta
 from lte_lightning.callbacks.tracking import RunLogger, mlflow_of
 from lte_lightning.core.checkpoint import CONFIG_FILE, save_pretrained
 from lte_lightning.core.errors import UserError
-from lte_lightning.store import RUN_LAYOUT, first_contact, mlflow_store, read_run_file, result_metrics, write_json
+from lte_lightning.store import (
+    RUN_LAYOUT,
+    first_contact,
+    mlflow_store,
+    read_run_file,
+    result_metrics,
+    shown,
+    whole,
+    write_json,
+)
 
 RUN_FILE = "run.json"
 
@@ -41,7 +50,8 @@ class Recorder(Callback):
         root: Folder of all runs.
         experiment: Name of the MLflow experiment and of the folder below the root.
         name: Name of the MLflow run; the time of its start if not given.
-        tracking_uri: MLflow's store; by default ``MLFLOW_TRACKING_URI`` or an embedded ``sqlite:///mlflow.db``.
+        tracking_uri: MLflow's store; by default ``MLFLOW_TRACKING_URI`` or an embedded ``sqlite:///mlflow.db``. What
+            is given here is kept in the run's files: an address with a password is taken from the variable alone.
         floor_from: A ``results.json`` whose ``floor`` (every expert off, adapted alike) is reported with this run's.
         parent: Id of the MLflow run that this one belongs to, a sweep's.
         latency_rows: After a fit, measure how many times as fast as its dense twin the saved model is on so many
@@ -60,6 +70,11 @@ class Recorder(Callback):
     ) -> None:
         if latency_rows is not None and latency_rows < 1:
             raise UserError(f"latency_rows is {latency_rows}; it is a number of rows, at least 1")
+        if tracking_uri and tracking_uri != shown(tracking_uri):
+            raise UserError(
+                f"run.tracking_uri is {shown(tracking_uri)}, and what *** stands for would be kept in the run's files: "
+                "give the whole address by MLFLOW_TRACKING_URI"
+            )
         self.latency_rows = latency_rows
         self.root = Path(root).absolute()
         self.experiment = experiment
@@ -87,6 +102,8 @@ class Recorder(Callback):
             self.folder, self.root = folder, folder.parent.parent
             self.experiment = stored["experiment"]
             uri = stored["tracking_uri"]
+            if uri == shown(self.tracking_uri):  # its password is kept nowhere
+                uri = self.tracking_uri
             # a copied run's embedded store may have stayed elsewhere: then MLflow gets a new run
             if uri and (not uri.startswith("sqlite:///") or Path(uri.removeprefix("sqlite:///")).exists()):
                 self.tracking_uri, self.run_id = uri, stored["run_id"]
@@ -96,7 +113,7 @@ class Recorder(Callback):
         self._check_root()
         embedded = self.tracking_uri.startswith("sqlite:")  # a server decides where its artifacts are
         location = (self.root / self.experiment).as_uri() if embedded else None
-        with first_contact(self.tracking_uri):
+        with first_contact(whole(self.tracking_uri)):
             logger = RunLogger(
                 experiment_name=self.experiment,
                 # of MLflow's own making it would be the same for all: it is drawn after the seed was set
@@ -111,7 +128,7 @@ class Recorder(Callback):
         if known != location and self.run_id is None:
             logger.experiment.delete_run(logger.run_id)
             raise UserError(
-                f"experiment {self.experiment!r} in {self.tracking_uri} keeps its runs in {known}, not in "
+                f"experiment {self.experiment!r} in {shown(self.tracking_uri)} keeps its runs in {known}, not in "
                 f"{location}; choose another run.experiment, run.root or run.tracking_uri"
             )
         return logger
@@ -145,7 +162,7 @@ class Recorder(Callback):
             self._fresh = True
         self.folder.mkdir(parents=True, exist_ok=True)
         if trainer.is_global_zero and not (self.folder / RUN_FILE).exists():
-            about = {"run_id": logger.run_id, "tracking_uri": self.tracking_uri} if logger else {}
+            about = {"run_id": logger.run_id, "tracking_uri": shown(self.tracking_uri)} if logger else {}
             about = {"run_id": None, "tracking_uri": None, "experiment": self.experiment} | about
             write_json(self.folder / RUN_FILE, {"layout": RUN_LAYOUT, "name": self.name, **about})
         # Lightning would say so at every resumed fit

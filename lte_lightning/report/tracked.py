@@ -15,7 +15,7 @@ from lte_lightning.report.identity import OLDER
 from lte_lightning.report.material import Material
 from lte_lightning.report.sweeps import missing_point
 from lte_lightning.report.tested import TESTS
-from lte_lightning.store import RUN_LAYOUT, mlflow_store, write_json
+from lte_lightning.store import RUN_LAYOUT, mlflow_store, reason, shown, write_json
 from lte_lightning.sweep.network import ask
 from lte_lightning.sweep.table import newest
 
@@ -42,7 +42,7 @@ def collect_tracked(
         raise UserError(f"--experiment {experiment} and the run {run_ids[0]} are given; name an experiment, or runs")
     uri = mlflow_store(uri, os.environ.get("MLFLOW_TRACKING_URI"))
     with _store(uri) as client, tempfile.TemporaryDirectory(prefix="lte-report-") as folder:
-        runs = _runs(client, uri, experiment, run_ids)
+        runs = _runs(client, shown(uri), experiment, run_ids)
         found = [run for run in runs if _fetch(client, run, Path(folder) / run.info.run_id)]
         done = {_point(run) for run in found}
         others = [run for run in runs if run not in found]
@@ -80,32 +80,32 @@ def _store(uri: str) -> Iterator[Any]:
     try:
         yield MlflowClient(uri)
     except (MlflowException, SQLAlchemyError, OSError, ImportError) as error:  # the last: a driver is missing
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"MLflow's store {uri} cannot be read: {reason}; name another by --tracking-uri") from error
+        message = f"MLflow's store {shown(uri)} cannot be read: {reason(error)}; name another by --tracking-uri"
+        raise UserError(message) from error
 
 
-def _runs(client: Any, uri: str, experiment: str | None, run_ids: Sequence[str]) -> list[Any]:
+def _runs(client: Any, store: str, experiment: str | None, run_ids: Sequence[str]) -> list[Any]:
     """Returns the runs that were asked for, those of sweeps themselves apart, oldest first."""
     if experiment is None and run_ids:
-        runs = [run for identity in dict.fromkeys(run_ids) for run in _run(client, uri, identity)]
+        runs = [run for identity in dict.fromkeys(run_ids) for run in _run(client, store, identity)]
     else:
         known = client.get_experiment_by_name(experiment) if experiment else None
         if known is None:
             names = sorted(one.name for one in client.search_experiments())
-            what = f"there is no experiment {experiment!r} in {uri}" if experiment else f"which runs of {uri}?"
+            what = f"there is no experiment {experiment!r} in {store}" if experiment else f"which runs of {store}?"
             raise UserError(f"{what}; name one by --experiment, or runs by their ids; it has {', '.join(names)}")
         runs = _search(client, known.experiment_id)
     unique = {run.info.run_id: run for run in runs if "lte.sweep" not in run.data.tags}
     return sorted(unique.values(), key=lambda run: run.info.start_time)
 
 
-def _run(client: Any, uri: str, identity: str) -> list[Any]:
+def _run(client: Any, store: str, identity: str) -> list[Any]:
     from mlflow.exceptions import MlflowException
 
     try:
         run = client.get_run(identity)
     except MlflowException as error:
-        raise UserError(f"there is no run {identity!r} in {uri}; give the id of one, or --experiment NAME") from error
+        raise UserError(f"there is no run {identity!r} in {store}; give the id of one, or --experiment NAME") from error
     if "lte.sweep" not in run.data.tags:
         return [run]
     return _search(client, run.info.experiment_id, f"tags.`{PARENT}` = '{identity}'")

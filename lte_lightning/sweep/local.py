@@ -48,7 +48,7 @@ class LocalRunner:
                 stderr=subprocess.STDOUT,
                 env=environment(self.threads),
                 pass_fds=() if self.inherited is None else (self.inherited,),
-                preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+                preexec_fn=_in_child if os.name == "posix" else None,
             )
 
     def wait(self) -> tuple[str, int]:
@@ -84,6 +84,7 @@ def environment(threads: int) -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
 
 
-def _end_with_parent() -> None:
-    # PR_SET_PDEATHSIG: when a sweep is killed, its fits get a SIGTERM from the kernel
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+def _in_child() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background job ignores interrupts, and so would its fits
+    if sys.platform == "linux":  # PR_SET_PDEATHSIG: when a sweep is killed, its fits get a SIGTERM from the kernel
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)

@@ -1,6 +1,7 @@
 """Whether somebody listens."""
 
 import http.client
+import re
 import socket
 import ssl
 from urllib.error import HTTPError, URLError
@@ -8,6 +9,7 @@ from urllib.parse import urlsplit
 from urllib.request import urlopen
 
 from lte_lightning.core.errors import UserError
+from lte_lightning.store import shown
 
 SECONDS = 5  # for a connection
 PATIENCE = 20  # for an answer
@@ -30,11 +32,11 @@ def reach(address: str, what: str, instead: str = "start it, or give another add
     except ValueError:
         host = port = None
     if not host or not port:
-        raise UserError(f"{address!r} is no address of {what}; give host:port")
+        raise UserError(f"{shown(address)!r} is no address of {what}; give host:port")
     try:
         socket.create_connection((host, port), timeout=SECONDS).close()
     except OSError as error:
-        raise UserError(f"cannot reach {what} at {address}: {error.strerror or error}; {instead}") from error
+        raise UserError(f"cannot reach {what} at {shown(address)}: {error.strerror or error}; {instead}") from error
 
 
 def ask(uri: str, what: str, instead: str = "give another address") -> None:
@@ -50,10 +52,12 @@ def ask(uri: str, what: str, instead: str = "give another address") -> None:
     """
     reach(uri, what, instead)
     try:
-        urlopen(f"{uri.rstrip('/')}/health", timeout=PATIENCE).close()
+        urlopen(re.sub("//.*@", "//", f"{uri.rstrip('/')}/health"), timeout=PATIENCE).close()  # it takes no password
     except HTTPError as error:
         error.close()  # an answer, too: not every server has that page, or shows it to strangers
     except (URLError, OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
         if not isinstance(reason, ssl.SSLError):  # whom to trust is for the client to say
-            raise UserError(f"{what} at {uri} does not answer: {reason or type(error).__name__}; {instead}") from error
+            raise UserError(
+                f"{what} at {shown(uri)} does not answer: {reason or type(error).__name__}; {instead}"
+            ) from error

@@ -148,6 +148,7 @@ def _run(command: list[str], cwd: str, variables: dict[str, str], log: str) -> i
 
     def in_child() -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])  # Ray's workers hold interrupts back
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         if sys.platform == "linux":  # PR_SET_PDEATHSIG: Ray kills the worker of a sweep that was killed
             ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 

@@ -1,7 +1,6 @@
 """Points that Optuna proposes."""
 
 import math
-import re
 import statistics
 import time
 import zlib
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lte_lightning.core.errors import UserError
+from lte_lightning.store import reason, shown
 from lte_lightning.sweep.folder import SweepFolder
 from lte_lightning.sweep.points import Point, Sweep
 
@@ -54,7 +54,7 @@ class Trials:
         self.study = self._ask_storage(self._open_study, min(patience, 10))
         if [d.name.lower() for d in self.study.directions] != list(self.search.objectives.values()):
             raise UserError(
-                f"study {self.study.study_name!r} in {_address(self.storage)} has other objectives; name another study"
+                f"study {self.study.study_name!r} in {shown(self.storage)} has other objectives; name another study"
             )
         self._left_behind = self._ask_storage(self._find_left_behind)
 
@@ -99,8 +99,7 @@ class Trials:
                 raise self._unusable(error, isinstance(error, passing)) from error
 
     def _unusable(self, error: Exception, may_pass: bool) -> UserError:
-        # What follows the first @ in a password is taken for a host and a port, and quoted as such
-        reason = re.sub(r"\S*@", "***@", " ".join(str(error.__cause__ or error).split()))[:300]
+        cause = reason(error.__cause__ or error)
         if may_pass:
             way_out = (
                 "is it locked by another process, or out of reach? Nothing is lost: wait for it and start the sweep "
@@ -110,7 +109,7 @@ class Trials:
             way_out = 'install the driver of that database (for psycopg: pip install "psycopg[binary]")'
         else:
             way_out = f"check storage and study of search in {self.sweep.path}"
-        return UserError(f"Optuna's storage {_address(self.storage)} cannot be used: {reason}; {way_out}")
+        return UserError(f"Optuna's storage {shown(self.storage)} cannot be used: {cause}; {way_out}")
 
     def _trials(self, *states: Any) -> list[Any]:
         return self.study.get_trials(deepcopy=False, states=states)
@@ -217,11 +216,6 @@ class Trials:
             lines.append(f"| {' | '.join(cells)} |")
         path.write_text("\n".join(lines) + "\n")
         return path
-
-
-def _address(storage: str) -> str:
-    """Writes a storage as messages may show it: without what stands before its host, and its options."""
-    return re.sub(r"\?.*", "?***", re.sub(r"^([\w+]*:?/*).*@", r"\1***@", storage))
 
 
 def _is_figure(value: Any) -> bool:

@@ -10,7 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from lte_lightning.core.errors import UserError
-from lte_lightning.store import first_contact, mlflow_store, read_run_file, result_metrics, write_json
+from lte_lightning.store import (
+    first_contact,
+    mlflow_store,
+    read_run_file,
+    reason,
+    result_metrics,
+    shown,
+    whole,
+    write_json,
+)
 from lte_lightning.sweep.folder import SweepFolder
 from lte_lightning.sweep.network import ask
 from lte_lightning.sweep.points import Point
@@ -36,7 +45,7 @@ class Tracker:
         uri = mlflow_store(os.environ.get("MLFLOW_TRACKING_URI"), uri, known.get("uri"))
         # A sweep that changed its store and comes back finds its parent there
         parents = known.get("parents", {}) | ({known["uri"]: known["parent"]} if known else {})
-        self.folder, self.uri = folder, uri
+        self.folder, self.uri, self.name = folder, whole(uri), shown(uri)  # files and messages have the second
         if uri.startswith(("http://", "https://")):
             # MLflow itself would try for minutes
             ask(uri, "the MLflow server", "start it, or name another by MLFLOW_TRACKING_URI")
@@ -48,18 +57,18 @@ class Tracker:
         try:
             with first_contact(uri):
                 self.client = MlflowClient(uri)
-                self.parent = self._parent(parents.get(uri))
+                self.parent = self._parent(parents.get(self.name))
         except (*self._errors, ImportError) as error:
-            reason = " ".join(str(error).split())[:300]
             if isinstance(error, ImportError):
                 cause = "install the database's driver, which is what is missing."
             else:
                 cause = "is it locked by another process, or from another version of MLflow?"
             raise UserError(
-                f"MLflow's store {uri} cannot be used: {reason}; {cause} Name another by MLFLOW_TRACKING_URI, or "
-                "record nothing with --trainer.logger false"
+                f"MLflow's store {self.name} cannot be used: {reason(error)}; {cause} Name another by "
+                "MLFLOW_TRACKING_URI, or record nothing with --trainer.logger false"
             ) from error
-        folder.about["mlflow"] = {"uri": uri, "parent": self.parent, "parents": parents | {uri: self.parent}}
+        parents |= {self.name: self.parent}
+        folder.about["mlflow"] = {"uri": self.name, "parent": self.parent, "parents": parents}
         folder.save()
 
     def _parent(self, known: str | None) -> str:
@@ -75,7 +84,7 @@ class Tracker:
             identity = self.client.create_experiment(name, artifact_location=location)
         elif location and experiment.artifact_location != location:
             raise UserError(
-                f"experiment {name!r} in {self.uri} keeps its runs in {experiment.artifact_location}, not in "
+                f"experiment {name!r} in {self.name} keeps its runs in {experiment.artifact_location}, not in "
                 f"{location}; choose another --folder, or another MLFLOW_TRACKING_URI"
             )
         else:
@@ -84,7 +93,8 @@ class Tracker:
 
     def options(self) -> dict[str, Any]:
         """Returns the options that make a fit a child of the sweep's run."""
-        return {"run.tracking_uri": self.uri, "run.parent": self.parent}
+        # An address with a password comes from the environment, which the fit has, too
+        return {"run.tracking_uri": self.uri if self.uri == self.name else None, "run.parent": self.parent}
 
     def point_done(self, point: Point, run: Path) -> bool:
         """Adds what the sweep set, and what the point is in it, to a point's run; says whether MLflow took it.
@@ -95,7 +105,7 @@ class Tracker:
 
         about, results = read_run_file(run), read_results(run)
         run_id = about["run_id"]
-        if run_id is None or about["tracking_uri"] != self.uri:
+        if run_id is None or about["tracking_uri"] != self.name:
             return True  # it records nothing, or elsewhere
         values = {"seed": point.seed} | point.overrides
         tags = {"lte.point": point.name, "lte.role": point.role, "lte.variant": point.variant}
@@ -125,14 +135,34 @@ class Tracker:
         self.client.set_terminated(run_id, "FINISHED")
 
     def adopt(self, run: Path) -> None:
-        """Gives a fit that goes on a run in the sweep's store, if it began in another: that may not be there now."""
+        """Gives a fit that goes on a run in the sweep's store, if it has none there.
+
+        It began in another store, or the store's database was replaced since.
+        """
         about = read_run_file(run)
-        if about["run_id"] is None or about["tracking_uri"] == self.uri:
+        if about["run_id"] is None:
             return
-        experiment = self.client.get_run(self.parent).info.experiment_id
-        tags = {"mlflow.parentRunId": self.parent}
-        child = self.client.create_run(experiment, tags=tags, run_name=about["name"])
-        write_json(run / "run.json", about | {"run_id": child.info.run_id, "tracking_uri": self.uri})
+
+        def tell() -> None:
+            if about["tracking_uri"] == self.name and self._has(about["run_id"]):
+                return
+            experiment = self.client.get_run(self.parent).info.experiment_id
+            tags = {"mlflow.parentRunId": self.parent}
+            child = self.client.create_run(experiment, tags=tags, run_name=about["name"])
+            write_json(run / "run.json", about | {"run_id": child.info.run_id, "tracking_uri": self.name})
+
+        self._try(f"that {about['name']} goes on", tell)
+
+    def _has(self, run_id: str) -> bool:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self.client.get_run(run_id)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return False
+        return True
 
     def forget(self, run_id: str) -> None:
         """Removes the run of an attempt that left nothing."""
@@ -169,7 +199,7 @@ class Tracker:
         try:
             tell()
         except self._errors as error:
-            warnings.warn(f"MLflow's store {self.uri} did not take {what}: {error}", stacklevel=3)
+            warnings.warn(f"MLflow's store {self.name} did not take {what}: {reason(error)}", stacklevel=3)
             return False
         return True
 

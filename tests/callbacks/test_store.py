@@ -1,5 +1,6 @@
 """Runs that begin at the same moment in a folder without a database."""
 
+import json
 import multiprocessing
 
 import pytest
@@ -40,3 +41,21 @@ def test_fits_that_begin_together_share_a_new_database(tmp_path):
 def test_latency_on_no_rows():
     with pytest.raises(UserError, match="latency_rows is 0; it is a number of rows, at least 1"):
         Recorder(latency_rows=0)
+
+
+def test_a_password_is_taken_from_the_environment_alone(tmp_path, monkeypatch):
+    """What a run keeps of an address has none, and is completed by the variable when the run goes on."""
+    address = "postgresql://me:SECRET@host/runs"
+    with pytest.raises(UserError, match=r"run\.tracking_uri is postgresql://\*\*\*@host/runs, and what .* by MLFLOW_"):
+        Recorder(tracking_uri=address)
+    (tmp_path / "run.json").write_text(
+        json.dumps({"experiment": "x", "run_id": "ab", "tracking_uri": "postgresql://***@host/runs"})
+    )
+    forgetful = Recorder(root=str(tmp_path))
+    forgetful.resume(str(tmp_path / "checkpoints" / "last.ckpt"))
+    with pytest.raises(UserError, match=r"postgresql://\*\*\*@host/runs was kept without its password: give its whole"):
+        forgetful.make_logger()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    recorder = Recorder()
+    recorder.resume(str(tmp_path / "checkpoints" / "last.ckpt"))
+    assert (recorder.tracking_uri, recorder.run_id) == (address, "ab")

@@ -24,6 +24,7 @@ from lte_lightning.core.errors import UserError
 from lte_lightning.report.collect import collect
 from lte_lightning.report.tables import everything
 from lte_lightning.report.tracked import collect_tracked
+from lte_lightning.store import read_run_file
 from lte_lightning.sweep.folder import SweepFolder
 from lte_lightning.sweep.spec import OBJECTIVES, read_sweep
 from lte_lightning.sweep.tracking import Tracker
@@ -305,7 +306,7 @@ def server(tmp_path_factory):
 
 @pytest.mark.timeout(600)
 def test_the_smoke_sweep_on_a_real_mlflow_server(server, tiny, sweep, tmp_path, monkeypatch):
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.replace("//", "//me:SECRET@"))
     small = ["--model.pretrained", tiny.model, "--model.lte.expert_size", 8, "--trainer.accelerator", "cpu"]
     small += ["--data.class_path", "lte_lightning.data.GlueData", "--data.task", "sst2", "--data.source"]
     outcome = sweep(SWEEPS / "smoke.yaml", *small, tiny.task("sst2"), "--data.train_rows", 32)
@@ -344,6 +345,13 @@ def test_the_smoke_sweep_on_a_real_mlflow_server(server, tiny, sweep, tmp_path, 
     assert "3 of 3 points are done already." in again.out
     assert "| constant lambda | 0.5 | 0.05 |" in again.out
     assert len(client.search_runs([experiment.experiment_id])) == 5
+    # the password is in nothing that was kept, or shown
+    assert not [file for file in tmp_path.rglob("*") if file.is_file() and b"SECRET" in file.read_bytes()]
+    assert "SECRET" not in outcome.out + outcome.err + str([run.to_dictionary() for run in (parent, *runs.values())])
+    address = server.replace("//", "//***@")
+    assert {read_run_file(run)["tracking_uri"] for run in (path.parent for path in folder.glob("*/run.json"))} == {
+        address
+    }
     # what the server knows makes the same report as the folder, but for a weight that all have
     tracked, local = collect_tracked(server, "sweep-smoke"), collect([folder])
     rows = [[row[:1] + row[2:] for row in everything(one, "sst2").rows] for one in (tracked, local)]

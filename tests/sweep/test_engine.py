@@ -196,6 +196,22 @@ def test_an_interrupt_ends_the_running_points(bench, tmp_path):
         pass  # nobody is left
 
 
+def test_fits_of_a_background_job_hear_an_interrupt(tmp_path):
+    """A shell lets its background jobs ignore interrupts, and what they start inherits that."""
+    words = [sys.executable, "-c", "import signal; print('ready', flush=True); signal.pause()"]
+    runner, log = LocalRunner(program=()), tmp_path / "log"
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        runner.start("fit", words, log)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    (process,) = runner._running.values()
+    until(lambda: log.read_text() == "ready\n")
+    runner.stop()
+    assert process.returncode == -signal.SIGINT  # not killed for want of an answer
+    assert "KeyboardInterrupt" in log.read_text()
+
+
 def test_a_checkpoint_that_leads_nowhere_is_dropped_at_the_second_failure(bench, tmp_path):
     trial = bench(overrides={"data.stop": "true"})
     first = trial.run()

@@ -219,7 +219,7 @@ def test_a_storage_that_is_locked_for_a_while_is_waited_for(step, bench, tmp_pat
         ("nonsense://host/db?user=me&password=SECRET", "nonsense://host/db?***", "check storage"),
         ("postgresql:/me:SECRET@host/db", "postgresql:/***@host/db", "check storage"),
         ("me:SECRET@host/db", "me:***@host/db", "check storage"),
-        ("sqlite:////not/there?timeout=0", "sqlite:////not/there?***", "is it locked by another process"),
+        ("sqlite:////not/there?timeout=0", "sqlite:////not/there?timeout=0", "is it locked by another process"),
     ],
 )
 def test_a_storage_that_cannot_be_used_is_named_without_its_password(

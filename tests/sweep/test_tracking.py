@@ -103,6 +103,31 @@ def test_a_store_named_now_takes_the_place_of_the_one_before(bench, store, tmp_p
         assert folder.about["mlflow"]["parents"][gone] == "cd"
 
 
+def test_a_store_whose_database_was_replaced(bench, store, tmp_path):
+    """A fit that goes on is a child of the new parent, as is the parent itself."""
+    trial = bench(overrides={"data.stop": "true"})
+    folder = SweepFolder(tmp_path / "runs" / "trial")
+    ((name, _),) = trial.run().summary.failed.items()
+    (run,) = folder.attempts()[name]
+    about = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(about | {"run_id": "ab" * 16, "tracking_uri": store}))
+    (tmp_path / "mended").touch()
+    swept = trial.run(tracker=lambda folder: Tracker(folder, store))
+    assert swept.summary.done == [name]
+    (child,) = MlflowClient(store).search_runs(["1"], "tags.`lte.role` = 'point'")
+    assert child.info.run_id == json.loads((run / "run.json").read_text())["run_id"]
+    assert child.data.tags["mlflow.parentRunId"] == swept.folder.about["mlflow"]["parent"]
+
+
+def test_an_address_that_was_kept_without_its_password(bench, tmp_path):
+    trial = bench()
+    folder = trial.run().folder
+    with folder.hold(recognise(read_sweep(trial.file), folder)):
+        folder.about["mlflow"] = {"uri": "postgresql://***@host/runs", "parent": "ab"}
+        with pytest.raises(UserError, match=r"store postgresql://\*\*\*@host/runs was kept without its password: give"):
+            Tracker(folder)
+
+
 @pytest.mark.skipif(find_spec("pymysql") is not None, reason="the driver that shall be missing is here")
 def test_a_database_without_its_driver(bench):
     folder = bench().run().folder
