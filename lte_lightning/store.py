@@ -19,7 +19,10 @@ RUN_LAYOUT = 1  # of a run folder, in its run.json: what reads one refuses anoth
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Writes a JSON file that is there whole or not at all."""
     staging = path.with_name(f"{path.name}.tmp")
-    staging.write_text(json.dumps(content, indent=2) + "\n")
+    with staging.open("w") as file:
+        file.write(json.dumps(content, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())  # or after a power cut the new name may be of an empty file
     staging.replace(path)
 
 

@@ -31,8 +31,12 @@ def main(args: list[str]) -> None:
     Raises:
         UserError: If something is wrong with the sweep, or a point failed.
     """
-    given, rest = _parser().parse_known_args(args)
-    extra = _extra(rest)
+    mine, extra = _split(args)
+    given, unknown = _parser().parse_known_args(mine)
+    if unknown:
+        raise UserError(
+            f"lte sweep has no option {unknown[0]!r} (see lte sweep --help); options of the fits have a dot in them"
+        )
     sweep = read_sweep(given.sweep, extra, _seeds(given.seeds))
     folder = SweepFolder(given.folder or Path("runs") / f"sweep-{sweep.path.stem}")
     sweep = recognise(sweep, folder)
@@ -103,7 +107,7 @@ def check(sweep: Sweep, folder: SweepFolder, points: list[Point]) -> dict[str, A
     first_seed = [point for point in points if point.seed == sweep.seeds[0]]
     missing = [point for point in first_seed if folder.finished(point.name, attempts) is None]
     if sweep.search:
-        missing += sweep.trial(sweep.search.example())[:1]
+        missing += [sweep.trial(one)[0] for one in sweep.search.examples()]
     commands = {shlex.join(point.arguments()): point for point in missing or first_seed[:1]}
     print(f"checking {len(commands)} command lines", flush=True)
     process = subprocess.run(
@@ -157,22 +161,23 @@ def _seeds(text: str | None) -> list[int] | None:
         raise UserError(f"--seeds is {text!r}; give whole numbers, such as 0,1,2") from None
 
 
-def _extra(words: list[str]) -> dict[str, Any]:
-    """The options of every fit: ``--key value`` or ``--key=value``."""
-    found: dict[str, Any] = {}
-    rest = list(words)
+def _split(args: list[str]) -> tuple[list[str], dict[str, Any]]:
+    """This command's own words, and the options of every fit: ``--key value`` or ``--key=value``, with a dot in it."""
+    mine: list[str] = []
+    extra: dict[str, Any] = {}
+    rest = list(args)
     while rest:
-        key, equals, value = rest.pop(0).partition("=")
+        word = rest.pop(0)
+        key, equals, value = word.partition("=")
         if not key.startswith("--") or "." not in key:
-            raise UserError(
-                f"lte sweep has no option {key!r} (see lte sweep --help); options of the fits have a dot in them"
-            )
+            mine.append(word)
+            continue
         if not equals:
             if not rest:
                 raise UserError(f"{key} has no value")
             value = rest.pop(0)
-        found[key.removeprefix("--")] = yaml.safe_load(value) if value in ("true", "false", "null") else value
-    return found
+        extra[key.removeprefix("--")] = yaml.safe_load(value) if value in ("true", "false", "null") else value
+    return mine, extra
 
 
 def _chosen(points: list[Point], only: list[str] | None) -> list[Point]:

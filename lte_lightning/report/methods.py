@@ -25,6 +25,7 @@ NAMES = {
 MARKS = {
     "kla": "oracle",
     "cats": "pays for the whole gate",
+    "d2dmoe": "without its sparsity fine-tuning",
     "teal": "skips weights, not neurons",
     "wanda": "skips weights, not neurons, and as if zeros were skipped",
 }

@@ -67,7 +67,7 @@ class Known:
                 self._names.setdefault(found, name)
         self._present = identities(sweep.points())
         if sweep.search:
-            self._present |= identities([*sweep.points(), *sweep.trial(sweep.search.example())])
+            self._present |= identities([*sweep.points(), *sweep.trial(sweep.search.examples()[0])])
         counts = Counter(self._present.values())
         self._doubtful = {one for one, count in counts.items() if count > 1}
 

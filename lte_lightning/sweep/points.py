@@ -74,10 +74,13 @@ class Search:
     study: str | None = None
     seed: int = 0
 
-    def example(self) -> dict[str, Any]:
-        """Parameters as a trial may have them."""
-        ranges = self.parameters.items()
-        return {key: given["choices"][0] if "choices" in given else given["low"] for key, given in ranges}
+    def examples(self) -> list[dict[str, Any]]:
+        """Parameters as trials may have them: among them is every choice, and both ends of every range."""
+        ranges = {key: given.get("choices") or [given["low"], given["high"]] for key, given in self.parameters.items()}
+        return [
+            {key: values[i % len(values)] for key, values in ranges.items()}
+            for i in range(max(map(len, ranges.values())))
+        ]
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,7 @@ def prepare_choice(module: MeasuredModule) -> None:
         return
     was_training = module.training
     module.eval()
-    loaders = module.trainer.datamodule.val_dataloader()
+    loaders = module.trainer.datamodule.val_dataloader() if module.trainer.limit_val_batches else []
     with torch.no_grad(), module.trainer.precision_plugin.val_step_context():
         calibrate(module.net, _runs(module), CALIBRATION_TOKENS)
         for i, loader in enumerate(loaders if isinstance(loaders, list) else [loaders]):
@@ -84,13 +84,14 @@ def prepare_choice(module: MeasuredModule) -> None:
             count = min(len(loader), limit) if isinstance(limit, int) else int(len(loader) * limit)
             for batch in islice(loader, count):
                 module.measure("hard_before", _moved(module, batch), i)
-    found = module.read_meters("hard_before")
-    module.measured["hard_before"] = {key: json_value(value) for key, value in found.items()}
     module.train(was_training)
     module.apply_stage()
-    rank_zero_info(
-        f"before adaptation: {module.metric_name} {found[module.metric_name]:.4f}, sparsity {found['sparsity']:.4f}"
-    )
+    if loaders:
+        found = module.read_meters("hard_before")
+        module.measured["hard_before"] = {key: json_value(value) for key, value in found.items()}
+        rank_zero_info(
+            f"before adaptation: {module.metric_name} {found[module.metric_name]:.4f}, sparsity {found['sparsity']:.4f}"
+        )
 
 
 def _runs(module: MeasuredModule) -> Iterator[tuple[Callable[[], object], tuple[torch.Tensor, ...]]]:

@@ -42,6 +42,14 @@ def test_a_baseline_reaches_the_sparsity_it_is_asked_for(name, dense, tiny, ligh
     assert tested.code == 0, tested.err
 
 
+def test_a_baseline_without_validation(dense, tiny, lightning, tmp_path):
+    lte = {"expert_size": 8, "selector": "cats", "target_sparsity": 0.5}
+    given = {"model.init_args.lte": lte, "model.init_args.init_from": str(dense.run / "model")}
+    fit = lightning(tmp_path, tiny.config(epochs=(0, 0, 1), **given, **{"trainer.limit_val_batches": 0}), "fit")
+    assert fit.code == 0, fit.err
+    assert (fit.results["hard_before"], fit.results["hard"]) == (None, None)
+
+
 def test_training_a_predictor_changes_nothing_else(dense, tiny, lightning, tmp_path):
     lte = {"expert_size": 8, "selector": "moefication", "target_sparsity": 0.5}
     config = tiny.config(

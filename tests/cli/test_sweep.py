@@ -45,8 +45,7 @@ def test_every_sweep_s_points_are_instantiated(path, monkeypatch):
     sweep = read_sweep(path, {"trainer.accelerator": "cpu", "trainer.devices": 1}, seeds=[0])
     points = sweep.points()
     if sweep.search:
-        ranges = sweep.search.parameters.items()
-        points += sweep.trial({key: given.get("low", given.get("choices", [None])[0]) for key, given in ranges})
+        points += [point for one in sweep.search.examples() for point in sweep.trial(one)]
     assert sweep.about
     assert {point.role for point in points} == {"start", "floor", "point"}
     found = check_commands([point.arguments() for point in points])
@@ -86,6 +85,15 @@ def test_points_that_cannot_be_are_found_before_any_is_run(sweep_file, sweep, tm
     assert re.match("stage-s0-.*unknown option --stages.rooter.epochs; did you mean --stages.router.epochs", lines[0])
     assert re.match("value-efficiency_weight=-1-s0-.*efficiency_weight is -1.0; it must be a finite number", lines[2])
     assert len(lines) == 3
+    assert not (tmp_path / "runs").exists()
+
+
+def test_every_choice_of_a_search_is_looked_at(sweep_file, sweep, tmp_path):
+    search = {"trials": 9, "parameters": {"model.lte.grouping": {"choices": ["kmeans", "kmaens"]}}}
+    outcome = sweep(sweep_file(search=search | {"objectives": {"hard": "maximize"}}))
+    assert outcome.code == 1
+    assert "1 fit cannot be run; nothing was" in outcome.err
+    assert re.search("(?s)\nfit-grouping=kmaens-s0-.*Got value: kmaens", outcome.err)
     assert not (tmp_path / "runs").exists()
 
 
@@ -139,7 +147,7 @@ def test_a_run_of_another_version_is_refused_before_any_is_run(files, message, s
 def test_a_dry_run_prints_the_commands_and_leaves_nothing(sweep_file, sweep, tmp_path):
     file = sweep_file(start={}, grid={ETA: [0.2, 0.5]}, seeds=[0, 1])
     before = sorted(tmp_path.iterdir())
-    outcome = sweep(file, "--dry-run", "--data.batch_size", 4, "--only", "fit-efficiency_weight=0.5")
+    outcome = sweep("--data.batch_size", 4, file, "--dry-run", "--only", "fit-efficiency_weight=0.5")
     assert outcome.code == 0, outcome.err
     lines = [line for line in outcome.out.splitlines() if line.startswith("lightning fit")]
     assert len(lines) == 2 + 2

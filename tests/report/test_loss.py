@@ -194,7 +194,8 @@ def test_a_method_that_fails_at_its_least_sparse_setting(material_of, start, fig
 
 def test_marks_follow_from_the_selector(material_of, figures):
     found = figures(0.9, 0.5)
-    names = {"one": "kla", "two (oracle)": "kla", "three": "teal", "four": "wanda", "five": "cats", "six": "narrow"}
+    selectors = ("kla", "kla", "teal", "wanda", "cats", "narrow", "d2dmoe")
+    names = dict(zip(("one", "two (oracle)", "three", "four", "five", "six", "seven"), selectors, strict=True))
     rows = tables.flops(material_of(*((name, selector, found) for name, selector in names.items())), None).rows
     assert [row[0] for row in rows[1:]] == [
         "one (oracle)",
@@ -203,6 +204,7 @@ def test_marks_follow_from_the_selector(material_of, figures):
         "four (skips weights, not neurons, and as if zeros were skipped)",
         "five (pays for the whole gate)",
         "six",
+        "seven (without its sparsity fine-tuning)",
     ]
 
 

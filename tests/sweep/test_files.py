@@ -39,7 +39,9 @@ def stages_of_the_model(point: Point) -> dict[str, dict]:
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_every_method_and_the_floor_adapt_the_model_as_long(file):
     sweep = read_sweep(file)
-    points = sweep.points() + (sweep.trial(sweep.search.example()) if sweep.search else [])
+    points = sweep.points() + (
+        [point for one in sweep.search.examples() for point in sweep.trial(one)] if sweep.search else []
+    )
     lengths: dict[tuple[str, ...], dict[str, tuple[int, int]]] = {}
     for point in points:
         if point.role != "start" and point.variant not in SHORTER:
