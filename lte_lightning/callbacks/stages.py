@@ -38,7 +38,9 @@ class StagePlan:
         router_learning_rate: Peak rate of the routers, a group of their own, where they are trained.
         router_weight_decay: Weight decay of the routers.
         warmup: Share of the stage in which the rates rise linearly from 0.
-        schedule: ``linear`` decay to 0 at the stage's end, or ``constant``.
+        schedule: ``linear`` decay from the peak to ``final`` at the stage's end, or ``constant``.
+        final: Share of the peak rates that is left at the end of a linear decay. With what is left as the next stage's
+            peak, and no warmup there, one decay goes through both.
         optimizer: Optimizer class; its rates come from the fields above.
     """
 
@@ -50,6 +52,7 @@ class StagePlan:
     router_weight_decay: float = 0.1
     warmup: float = 0.06
     schedule: str = "linear"
+    final: float = 0.0
     optimizer: OptimizerFactory = AdamW
 
     def __post_init__(self) -> None:
@@ -62,11 +65,23 @@ class StagePlan:
             raise UserError(f"unknown schedule {self.schedule!r}; there are linear and constant")
         if not 0.0 <= self.warmup < 1.0:
             raise UserError(f"warmup is {self.warmup}; it is a share of the stage, 0 <= warmup < 1")
+        if not 0.0 <= self.final <= 1.0:
+            raise UserError(f"final is {self.final}; it is a share of the peak rates, 0 <= final <= 1")
 
     @property
     def skipped(self) -> bool:
         """Says whether the stage is left out."""
         return self.epochs == 0 or self.steps == 0
+
+    def factor(self, step: int, steps: int) -> float:
+        """Returns the share of the peak rates that a step has, of a stage of so many."""
+        warmup = round(self.warmup * steps)
+        if step < warmup:
+            return step / warmup
+        if self.schedule == "constant":
+            return 1.0
+        left = max(0.0, (steps - step) / max(steps - warmup, 1))
+        return self.final + (1.0 - self.final) * left
 
 
 @dataclass(frozen=True)
@@ -296,16 +311,8 @@ class StageSchedule(Callback):
                 f"stages.{module.stage}.optimizer.init_args.fused to false"
             )
         steps = self.steps(module.stage)
-        warmup = round(plan.warmup * steps)
-
-        def factor(step: int) -> float:
-            if step < warmup:
-                return step / warmup
-            if plan.schedule == "constant":
-                return 1.0
-            return max(0.0, (steps - step) / max(steps - warmup, 1))
-
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
+        scheduler = LambdaLR(optimizer, lambda step: plan.factor(step, steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
 def _rewrap(trainer: Trainer) -> None:

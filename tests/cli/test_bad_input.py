@@ -66,6 +66,7 @@ def refused(lightning, tmp_path):
         ("stages.dense.epochs", -1, "cannot last epochs=-1", 1),
         ("stages.dense.learning_rate", -0.01, "learning_rate is -0.01; it must be 0 or more, and finite", 1),
         ("stages.dense.schedule", "cosine", "unknown schedule 'cosine'; there are linear and constant", 1),
+        ("stages.expert.final", -0.1, "final is -0.1; it is a share of the peak rates, 0 <= final <= 1", 1),
         ("run.floor_from", "none.json", "none.json gives no floor", 1),
     ],
 )

@@ -18,6 +18,7 @@ PLAN = [
     "router_weight_decay",
     "warmup",
     "schedule",
+    "final",
     "optimizer",
 ]
 LANGUAGE_DATA = ("GenerationData", "InstructData", "LanguageModelData", "MmluData")

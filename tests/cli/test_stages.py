@@ -58,7 +58,8 @@ def of(seen, stage):
 
 
 def test_epochs_modes_groups_rates(watch, tiny):
-    config = tiny.config(epochs=(1, 3, 2), **{"stages.router.warmup": 0.25, "stages.expert.schedule": "constant"})
+    given = {"stages.dense.final": 0.2, "stages.router.warmup": 0.25, "stages.expert.schedule": "constant"}
+    config = tiny.config(epochs=(1, 3, 2), **given)
     seen = watch(config)
     assert [step.stage for step in seen.steps] == 8 * ["dense"] + 24 * ["router"] + 16 * ["expert"]
     modes = {"dense": {"dense"}, "router": {"soft"}, "expert": {"hard"}}
@@ -74,7 +75,7 @@ def test_epochs_modes_groups_rates(watch, tiny):
     factors = [i / 6 for i in range(6)] + [(24 - i) / 18 for i in range(6, 24)]
     assert [step.rates[0] for step in of(seen, "router")] == pytest.approx([5e-3 * f for f in factors])
     assert [step.rates[1] for step in of(seen, "router")] == pytest.approx([0.01 * f for f in factors])
-    assert [step.rates[0] for step in of(seen, "dense")] == pytest.approx([5e-3 * (8 - i) / 8 for i in range(8)])
+    assert [step.rates[0] for step in of(seen, "dense")] == pytest.approx([5e-3 * (1 - 0.1 * i) for i in range(8)])
     assert [step.rates[0] for step in of(seen, "expert")] == pytest.approx([0.0, *15 * [5e-3]])  # warm-up 0.06
 
     # lambda: nothing in the first half of the router stage, then a ramp to 0.5.

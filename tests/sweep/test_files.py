@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from lte_lightning.callbacks.stages import StagePlan
 from lte_lightning.report.methods import LEARNS_WITH_MODEL
 from lte_lightning.sweep.points import Point
 from lte_lightning.sweep.spec import read_sweep
@@ -55,12 +56,29 @@ def test_every_method_and_the_floor_adapt_the_model_as_long(file):
         assert len(set(found.values())) == 1, found
 
 
-@pytest.mark.parametrize("file", COMPARISONS, ids=lambda file: file.stem)
+def adaptations(file: Path) -> list[dict[str, dict]]:
+    found = [stages_of_the_model(point) for point in read_sweep(file).points() if point.role != "start"]
+    assert len(found) > 20
+    return found
+
+
+@pytest.mark.parametrize("file", [file for file in COMPARISONS if "e2e" not in file.stem], ids=lambda file: file.stem)
 def test_every_method_adapts_the_model_at_the_same_rate(file):
     rates: dict[str, set[float]] = {"router": set(), "expert": set()}
-    points = [point for point in read_sweep(file).points() if point.role != "start"]
-    assert len(points) > 20
-    for point in points:
-        for stage, plan in stages_of_the_model(point).items():
+    for stages in adaptations(file):
+        for stage, plan in stages.items():
             rates[stage].add(plan["learning_rate"])
     assert {len(found) for found in rates.values()} == {1}, rates
+
+
+def test_every_method_adapts_a_language_model_at_the_same_rate_in_every_step():
+    """A decay goes on from one stage into the next."""
+    curves = []
+    for stages in adaptations(next(file for file in COMPARISONS if file.stem == "compare-e2e")):
+        curve: list[float] = []
+        for given in stages.values():
+            plan = StagePlan(**{key: value for key, value in given.items() if key != "optimizer"})
+            curve += [plan.learning_rate * plan.factor(step, plan.steps) for step in range(plan.steps)]
+        curves.append(curve)
+    assert (len(curves[0]), max(curves[0])) == (400, 1e-3)
+    assert all(curve == pytest.approx(curves[0], abs=1e-6) for curve in curves)
