@@ -170,10 +170,12 @@ def _run(command: list[str], cwd: str, variables: dict[str, str], log: str) -> i
         while process.poll() is None:  # Ray's interrupt does not reach a thread that waits for a process
             time.sleep(0.1)
     except BaseException:
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ray may interrupt again what does not end at once
         process.send_signal(signal.SIGINT)  # which lets a fit keep its last checkpoint
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(50)
         process.kill()
         process.wait()
+        signal.signal(signal.SIGINT, before)
         raise
     return process.returncode
