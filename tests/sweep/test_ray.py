@@ -86,7 +86,7 @@ def test_a_fit_has_room_on_one_machine_or_on_none():
 
 @pytest.mark.timeout(300)
 def test_what_is_stopped_has_ended_and_has_its_machine_s_environment(runner, tmp_path, monkeypatch):
-    """A fit ends in its own time, however often Ray interrupts it; it has of the sweep's environment what all fits have."""
+    """A fit ends in its own time, however often it is interrupted, and has what fits of a sweep have in common."""
     ray = runner(workers=1, program=(sys.executable, "-c", PATIENT))
     monkeypatch.setenv("SECRET_OF_THE_SWEEP", "1")
     monkeypatch.setenv("HF_SOMETHING", "2")
