@@ -1,9 +1,10 @@
 """Callbacks: when stages change, what is kept, what is recorded."""
 
 from lte_lightning.callbacks.checkpoints import BestCheckpoint, LastCheckpoint
+from lte_lightning.callbacks.plan import StagePlan
 from lte_lightning.callbacks.progress import EpochLines, StageProgressBar
 from lte_lightning.callbacks.record import Recorder
-from lte_lightning.callbacks.stages import StagePlan, StageSchedule
+from lte_lightning.callbacks.stages import StageSchedule
 
 __all__ = [
     "BestCheckpoint",

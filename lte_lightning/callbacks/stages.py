@@ -1,9 +1,6 @@
 """When a run moves from stage to stage, and how each one optimises."""
 
-import math
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,94 +9,25 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from lte_lightning.callbacks.plan import Epoch, StagePlan, lay_out
 from lte_lightning.core.convert import selector_parameters
 from lte_lightning.core.errors import UserError
+from lte_lightning.core.observe import imitates
 from lte_lightning.tasks.baselines import check_baseline
 from lte_lightning.tasks.evaluation import STAGES, Stage
 
 _STREAM_EPOCH = 1000  # batches of a stream, after which it is validated and saved
 
-OptimizerFactory = Callable[[Iterable], Optimizer]
-
-
-@dataclass(frozen=True)
-class StagePlan:
-    """Length and optimisation of one stage.
-
-    Args:
-        epochs: Passes over the training data; 0 skips the stage.
-        steps: Optimizer steps, instead of ``epochs`` passes; the data is repeated as needed, and validated after each
-            pass. Of a stream, ``trainer.limit_train_batches`` batches are a pass, 1000 by default.
-        learning_rate: Peak rate of the model's weights.
-        weight_decay: Weight decay of the model's weights.
-        router_learning_rate: Peak rate of the routers, a group of their own, where they are trained.
-        router_weight_decay: Weight decay of the routers.
-        warmup: Share of the stage in which the rates rise linearly from 0.
-        schedule: ``linear`` decay from the peak to ``final`` at the stage's end, or ``constant``.
-        final: Share of the peak rates that is left at the end of a linear decay. With what is left as the next stage's
-            peak, and no warmup there, one decay goes through both.
-        optimizer: Optimizer class; its rates come from the fields above.
-    """
-
-    epochs: int = 3
-    steps: int | None = None
-    learning_rate: float = 5e-5
-    weight_decay: float = 0.0
-    router_learning_rate: float = 0.01
-    router_weight_decay: float = 0.1
-    warmup: float = 0.06
-    schedule: str = "linear"
-    final: float = 0.0
-    optimizer: OptimizerFactory = AdamW
-
-    def __post_init__(self) -> None:
-        if self.epochs < 0 or (self.steps is not None and self.steps < 0):
-            raise UserError(f"a stage cannot last epochs={self.epochs}, steps={self.steps}; use 0 to skip it")
-        for name in ("learning_rate", "weight_decay", "router_learning_rate", "router_weight_decay"):
-            if not 0.0 <= getattr(self, name) < math.inf:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be 0 or more, and finite")
-        if self.schedule not in ("linear", "constant"):
-            raise UserError(f"unknown schedule {self.schedule!r}; there are linear and constant")
-        if not 0.0 <= self.warmup < 1.0:
-            raise UserError(f"warmup is {self.warmup}; it is a share of the stage, 0 <= warmup < 1")
-        if not 0.0 <= self.final <= 1.0:
-            raise UserError(f"final is {self.final}; it is a share of the peak rates, 0 <= final <= 1")
-
-    @property
-    def skipped(self) -> bool:
-        """Says whether the stage is left out."""
-        return self.epochs == 0 or self.steps == 0
-
-    def factor(self, step: int, steps: int) -> float:
-        """Returns the share of the peak rates that a step has, of a stage of so many."""
-        warmup = round(self.warmup * steps)
-        if step < warmup:
-            return step / warmup
-        if self.schedule == "constant":
-            return 1.0
-        left = max(0.0, (steps - step) / max(steps - warmup, 1))
-        return self.final + (1.0 - self.final) * left
-
-
-@dataclass(frozen=True)
-class _Span:
-    """A stage's place in the fit: it covers the epochs [first, first + epochs)."""
-
-    stage: Stage
-    first: int
-    epochs: int
-    batches: int
-    last_epoch_batches: int
-
 
 class StageSchedule(Callback):
     """Runs the stages one after the other in one fit: dense fine-tuning, routers with the model, adaptation.
 
-    Each stage starts with a fresh optimizer and schedule. Randomness restarts with every epoch from the seed, the stage
-    and the epoch in the stage, so a resumed run, or one fit per stage, repeats an uninterrupted one exactly.
+    Each stage starts with a fresh optimizer and schedule. Where a stage in steps has ended within a pass over the data,
+    a next one in steps goes on with the rest of it, so that the model learns from no row twice while others have not
+    come at all. Randomness restarts with every epoch from the seed, the stage and the epoch in the stage: a resumed run
+    repeats an uninterrupted one exactly, and so does one fit per stage, if the stages are whole passes.
 
     Args:
         dense: Fine-tuning of the plain model; skip it when starting from a fine-tuned one.
@@ -120,7 +48,8 @@ class StageSchedule(Callback):
             raise UserError("all three stages are skipped; give one of them epochs or steps")
         self.seed = seed
         self.seconds: dict[str, float] = {}
-        self._spans: list[_Span] = []
+        self._per_pass = 0
+        self._epochs: list[Epoch] = []
         self._start_step = 0
         self._next_epoch = 0
         self._epoch_began = 0.0
@@ -133,7 +62,7 @@ class StageSchedule(Callback):
     # Length
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Lays the stages out over epochs and tells the trainer how long the fit is."""
+        """Checks that the trainer can switch stages, and counts the batches of a pass."""
         if stage != "fit":
             return
         pl_module.schedule = self
@@ -148,15 +77,11 @@ class StageSchedule(Callback):
                 f"stages cannot be switched under {type(trainer.strategy).__name__}; use trainer.strategy ddp"
             )
         self._accumulate = trainer.accumulate_grad_batches
-        self._spans = self._lay_out(self._batches_per_epoch(trainer))
-        last = self._spans[-1]
-        total = last.first + last.epochs
-        # -1, the command line's default, leaves the length to the stages; any other value is an upper limit
-        trainer.fit_loop.max_epochs = total if trainer.max_epochs == -1 else min(total, trainer.max_epochs)
+        self._per_pass = self._batches_per_pass(trainer)
         if any(plan.steps for plan in self.plans.values()):
             trainer.reload_dataloaders_every_n_epochs = 1  # so that a stage's last epoch can be cut short
 
-    def _batches_per_epoch(self, trainer: Trainer) -> int:
+    def _batches_per_pass(self, trainer: Trainer) -> int:
         length, limit = sized_len(trainer.datamodule.train_dataloader()), trainer.limit_train_batches
         if length is None and not isinstance(limit, int):
             if limit != 1.0:
@@ -173,52 +98,32 @@ class StageSchedule(Callback):
             raise UserError(f"limit_train_batches {limit} leaves none of the {length} training batches; raise it")
         return batches
 
-    def _lay_out(self, per_epoch: int) -> list[_Span]:
-        spans, first = [], 0
-        for stage in self.stages:
-            plan = self.plans[stage]
-            epochs, last = plan.epochs, per_epoch
-            if plan.steps is not None:
-                steps_per_epoch = math.ceil(per_epoch / self._accumulate)
-                epochs = math.ceil(plan.steps / steps_per_epoch)
-                last = min(per_epoch, (plan.steps - (epochs - 1) * steps_per_epoch) * self._accumulate)
-            spans.append(_Span(stage, first, epochs, per_epoch, last))
-            first += epochs
-        return spans
-
-    def _span(self, epoch: int) -> _Span:
-        return next((s for s in self._spans if epoch < s.first + s.epochs), self._spans[-1])
+    def _epoch(self, epoch: int) -> Epoch:
+        return self._epochs[min(epoch, len(self._epochs) - 1)]
 
     def place(self, epoch: int) -> tuple[Stage, int, int]:
         """Returns the stage that an epoch of the fit belongs to, its epoch in that stage (from 0), and of how many."""
-        span = self._span(epoch)
-        return span.stage, epoch - span.first, span.epochs
-
-    def _position(self, epoch: int) -> int:
-        # the stage and the epoch in it, as one number: the same in one fit and in one fit per stage
-        stage, done, _ = self.place(epoch)
-        return STAGES.index(stage) * 100_000 + done
+        now = self._epoch(epoch)
+        return now.stage, now.number, sum(each.stage == now.stage for each in self._epochs)
 
     def _limit(self, trainer: Trainer, epoch: int) -> None:
-        span = self._span(epoch)
-        is_last = epoch == span.first + span.epochs - 1
-        trainer.limit_train_batches = span.last_epoch_batches if is_last else span.batches
+        trainer.limit_train_batches = self._epoch(epoch).batches
         # Before the epoch begins: of a loader without length, Lightning takes the first batch even earlier
         if hasattr(trainer.datamodule, "begin"):
-            trainer.datamodule.begin(STAGES.index(span.stage), (epoch - span.first) * span.batches)
+            trainer.datamodule.begin(self._epoch(epoch).seen)
 
     def steps(self, stage: Stage) -> int:
         """Returns the number of optimizer steps of a stage."""
-        for span in self._spans:
-            if span.stage == stage:
-                whole = (span.epochs - 1) * math.ceil(span.batches / self._accumulate)
-                return whole + math.ceil(span.last_epoch_batches / self._accumulate)
-        return 0
+        return self.plans[stage].length(self._per_pass, self._accumulate)
 
     # Switching
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Checks that the model fits the stages: it has not passed the first one, unless this resumes a fit."""
+        """Lays the stages out; checks that the model has not passed the first one, unless this resumes a fit."""
+        self._epochs = lay_out(self.plans, self._per_pass, self._accumulate, imitates(pl_module.net))
+        total = len(self._epochs)
+        # -1, the command line's default, leaves the length to the stages; any other value is an upper limit
+        trainer.fit_loop.max_epochs = total if trainer.max_epochs == -1 else min(total, trainer.max_epochs)
         self._limit(trainer, self._next_epoch)
         if "router" in self.stages and not list(selector_parameters(pl_module.net)):
             selector = pl_module.net.lte_config.selector
@@ -247,12 +152,12 @@ class StageSchedule(Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Enters the stage that this epoch belongs to, and chooses the order of its data."""
         self._epoch_began = time.perf_counter()
-        span = self._span(trainer.current_epoch)
-        ahead = STAGES.index(span.stage) - STAGES.index(pl_module.stage)
+        now = self._epoch(trainer.current_epoch)
+        ahead = STAGES.index(now.stage) - STAGES.index(pl_module.stage)
         # The stage of a fit's first epoch may be the one that the model was saved in: it too gets a fresh optimizer
-        if ahead > 0 or (ahead == 0 and trainer.current_epoch == span.first):
+        if ahead > 0 or (ahead == 0 and now.number == 0):
             groups = pl_module.stage == "dense" and ahead > 0
-            pl_module.enter_stage(span.stage)
+            pl_module.enter_stage(now.stage)
             self._start_step = trainer.global_step
             _rewrap(trainer)
             trainer.strategy.setup_optimizers(trainer)
@@ -260,15 +165,15 @@ class StageSchedule(Callback):
                 self._add_seconds("grouping", self._epoch_began)
                 self._epoch_began = time.perf_counter()
         sampler = getattr(trainer.train_dataloader, "batch_sampler", None)
-        if hasattr(sampler, "set_epoch"):
-            sampler.set_epoch(self._position(trainer.current_epoch))
+        if hasattr(sampler, "begin"):
+            sampler.begin(now.order, now.seen % self._per_pass)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Seeds the epoch, and tells the module how far the stage has come."""
         # Not when the epoch starts: the data loader's iterator draws a number, in a run's first epoch before that
         if batch_idx == 0:
-            position = self._position(trainer.current_epoch)
-            torch.manual_seed((self.seed * 1_000_003 + position) * 1_009 + trainer.global_rank)
+            place = self._epoch(trainer.current_epoch).place
+            torch.manual_seed((self.seed * 1_000_003 + place) * 1_009 + trainer.global_rank)
         done = trainer.global_step - self._start_step
         pl_module.stage_progress = done / max(self.steps(pl_module.stage), 1)
 

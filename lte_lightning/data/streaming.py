@@ -15,15 +15,14 @@ from lte_lightning.data.text import BucketBatchSampler
 
 Mark = tuple[int, ...]  # where a tokenised row begins: the pass over the data, the row, perhaps the token in it
 _CHUNK = 256  # rows tokenised at a time
-_MOST_BUFFERS = 100_000_000  # more than any stage has
 
 
 class StreamedBatches(TorchStream):
     """Batches of an endless stream of tokenised rows.
 
     The stream is cut into buffers. A buffer is shuffled and cut into batches of similar length, as `BucketBatchSampler`
-    does it with a whole data set. What a batch holds depends on the seed, the stage and the batch's number alone, so
-    that any batch can be gone to. Every process reads the whole stream and takes its own batches.
+    does it with a whole data set. What a batch holds depends on the seed and the batch's number alone, so that any
+    batch can be gone to. Every process reads the whole stream and takes its own batches.
 
     Args:
         rows: `rows(mark)` tokenises from a mark on: it yields each row, a dictionary with its `length`, behind its own
@@ -31,7 +30,7 @@ class StreamedBatches(TorchStream):
         first: The mark of the first row.
         buffer: Rows to shuffle at a time at least; it is rounded up to whole batches of all processes.
         batch_size: Rows per batch and process.
-        seed: With the stage and the number of the buffer, decides the shuffling.
+        seed: With the number of the buffer, decides the shuffling.
         replicas: Number of processes.
         rank: Which of them this is.
     """
@@ -53,21 +52,20 @@ class StreamedBatches(TorchStream):
         self._marks: dict[int, Mark] = {0: first}
         self._held: tuple[int, list[dict[str, Any]]] = (-1, [])
         self._next: Iterator[tuple[Mark, dict[str, Any]]] = iter(())
-        self._place = (0, 0)
+        self._first = 0
 
-    def begin(self, stage: int, batch: int) -> None:
-        """Go to a batch of a stage, counted from 0 in this process; the next iteration begins there."""
-        self._place = (stage, batch)
+    def begin(self, batch: int) -> None:
+        """Go to a batch, counted from 0 in this process; the next iteration begins there."""
+        self._first = batch
 
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
         """Yields batches, as lists of rows, without end."""
-        stage, batch = self._place
-        buffer, done = divmod(batch, self._batches)
+        buffer, done = divmod(self._first, self._batches)
         while True:
             rows = self._buffer(buffer)
             sampler = BucketBatchSampler([row["length"] for row in rows], *self._order)
-            sampler.set_epoch(stage * _MOST_BUFFERS + buffer)
-            for indices in islice(sampler, done, None):
+            sampler.begin(buffer, done)
+            for indices in sampler:
                 yield [rows[i] for i in indices]
             buffer, done = buffer + 1, 0
 
@@ -193,10 +191,10 @@ class StreamingData(TextData):
         expect_no_workers()
         return DataLoader(self._stream, batch_size=None, collate_fn=self.collate())
 
-    def begin(self, stage: int, batch: int) -> None:
-        """Go to a batch of a stage, both counted from 0, if there is a stream."""
+    def begin(self, batch: int) -> None:
+        """Go to a batch, counted from 0, if there is a stream."""
         if self._stream is not None:
-            self._stream.begin(stage, batch)
+            self._stream.begin(batch)
 
     def state_dict(self) -> dict[str, Any]:
         return {"stream": self._stream.state_dict()} if self._stream else {}

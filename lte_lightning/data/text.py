@@ -51,7 +51,7 @@ class BucketBatchSampler(Sampler[list[int]]):
         self.seed = seed
         self.num_replicas = num_replicas
         self.rank = rank
-        self.epoch = 0
+        self.begin(0, 0)
 
     @property
     def sampler(self) -> "BucketBatchSampler":
@@ -60,7 +60,12 @@ class BucketBatchSampler(Sampler[list[int]]):
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the shuffling of the next iteration."""
+        self.begin(epoch, 0)
+
+    def begin(self, epoch: int, batch: int) -> None:
+        """Choose the shuffling of the next iteration, and with which of this process's training batches it begins."""
         self.epoch = epoch
+        self.first = batch
 
     def __len__(self) -> int:
         if self.shuffle:
@@ -73,7 +78,7 @@ class BucketBatchSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         if self.shuffle:
             batches = self._shuffled()
-            for turn in range(self.rank, len(self) * self.num_replicas, self.num_replicas):
+            for turn in range(self.rank, len(self) * self.num_replicas, self.num_replicas)[self.first :]:
                 yield batches[turn % len(batches)]
         else:
             mine = self._longest_first(np.arange(len(self.lengths)))[self.rank :: self.num_replicas]

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lte_lightning.callbacks import StagePlan, StageSchedule
 from lte_lightning.cli.training import make_cli
 
 CONF = Path(__file__).parents[2] / "conf" / "glue"
@@ -40,15 +39,6 @@ def test_weights_that_give_no_finite_validation_loss_are_refused(tiny, lightning
     assert "loss is" in fit.err
     assert "stage 'dense'" in fit.err
     assert not list(tmp_path.glob("runs/*/*"))
-
-
-@pytest.mark.parametrize(("steps", "epochs", "last"), [(5, 2, 6), (3, 1, 8), (1, 1, 3), (6, 2, 8)])
-def test_steps_are_kept_when_accumulation_does_not_divide_the_epoch(steps, epochs, last):
-    schedule = StageSchedule(StagePlan(steps=steps), StagePlan(epochs=0), StagePlan(epochs=0))
-    schedule._accumulate = 3  # an epoch of 8 batches is 3 optimizer steps, the last of 2 batches
-    schedule._spans = schedule._lay_out(8)
-    (span,) = schedule._spans
-    assert (span.epochs, span.last_epoch_batches, schedule.steps("dense")) == (epochs, last, steps)
 
 
 def test_best_is_not_resumed_from(tiny, lightning, tmp_path):

@@ -6,7 +6,11 @@ import shutil
 import pytest
 import torch
 
+from lte_lightning.data.text import BucketBatchSampler
+
 EPOCHS = (2, 2, 2)
+# Of eight batches a pass: the second stage does the other five of the first pass, the third goes on in the second pass.
+STEPS = {"stages.dense.steps": 3, "stages.router.steps": 7, "stages.expert.steps": 4}
 
 
 def figures(outcome):
@@ -41,6 +45,46 @@ def test_killed_in_the_middle_of_the_epoch_after(epoch, whole, tiny, lightning, 
     assert resumed.code == 0, resumed.err
     assert_same(weights(resumed), weights(whole))
     assert figures(resumed) == figures(whole)
+
+
+@pytest.fixture(scope="module")
+def in_steps(tiny, lightning, tmp_path_factory):
+    """The uninterrupted fit of stages that are no whole passes, and the rows of its batches."""
+    drawn, rows = [], BucketBatchSampler.__iter__
+
+    def watched(self):
+        for batch in rows(self):
+            if self.shuffle:
+                drawn.append(batch)
+            yield batch
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BucketBatchSampler, "__iter__", watched)
+        outcome = lightning(tmp_path_factory.mktemp("steps"), tiny.config(**STEPS), "fit")
+    assert outcome.code == 0, outcome.err
+    return outcome, drawn
+
+
+def test_stages_in_steps_go_on_in_the_pass(in_steps):
+    _, drawn = in_steps
+    assert len(drawn) == 3 + 5 + 2 + 4
+    first, second = ([row for batch in part for row in batch] for part in (drawn[:8], drawn[8:]))
+    assert sorted(first) == list(range(64))
+    assert len(second) == len(set(second)) == 48
+    assert first[:48] != second
+
+
+@pytest.mark.parametrize("step", [4, 9, 12])
+def test_killed_in_a_stage_that_goes_on_in_a_pass(step, in_steps, tiny, lightning, tmp_path, break_at):
+    break_at(step, RuntimeError("power cut"))
+    with pytest.raises(RuntimeError, match="power cut"):
+        lightning(tmp_path, tiny.config(**STEPS), "fit")
+    break_at(-1, RuntimeError())
+    (last,) = tmp_path.glob("runs/*/*/checkpoints/last.ckpt")
+    resumed = lightning(tmp_path, tiny.config(**STEPS), "fit", "--ckpt_path", last)
+    assert resumed.code == 0, resumed.err
+    assert_same(weights(resumed), weights(in_steps[0]))
+    assert figures(resumed) == figures(in_steps[0])
 
 
 def test_stopped_at_the_end_of_a_stage(whole, tiny, lightning, tmp_path):

@@ -98,8 +98,8 @@ def test_constant_lambda(watch, tiny):
 @pytest.mark.parametrize(
     ("steps", "accumulate", "epochs"),
     [
-        # Eight batches an epoch: five steps end within the first, twelve within the second, 16 with it.
-        ((5, 12, 16), 1, {"dense": [0], "router": [1, 2], "expert": [3, 4]}),
+        # Eight batches a pass: 5; the rest of 3, 8 and 1; the rest of 7, 8 and 1.
+        ((5, 12, 16), 1, {"dense": [0], "router": [1, 2, 3], "expert": [4, 5, 6]}),
         ((3, 5, 4), 2, {"dense": [0], "router": [1, 2], "expert": [3]}),
     ],
 )

@@ -43,6 +43,18 @@ def test_shuffling_is_decided_by_seed_and_epoch():
     assert batches(1, 2) != batches(2, 1)
 
 
+@pytest.mark.parametrize("replicas", [1, 2, 3])
+def test_a_pass_may_be_begun_in_its_middle(replicas):
+    for rank in range(replicas):
+        sampler = BucketBatchSampler(LENGTHS, 8, True, 0, replicas, rank)
+        sampler.begin(2, 0)
+        whole = list(sampler)
+        sampler.begin(2, 17)
+        assert list(sampler) == whole[17:]
+        sampler.set_epoch(2)
+        assert list(sampler) == whole
+
+
 def test_the_epoch_counts_from_the_first_batch_on():
     sampler = BucketBatchSampler(LENGTHS, 8, True, seed=0)
     first = list(sampler)

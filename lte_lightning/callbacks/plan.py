@@ -1,0 +1,133 @@
+"""How long the stages are and how each one optimises, and which epochs they make."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from torch.optim import AdamW, Optimizer
+
+from lte_lightning.core.errors import UserError
+from lte_lightning.tasks.evaluation import STAGES, Stage
+
+OptimizerFactory = Callable[[Iterable], Optimizer]
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """Length and optimisation of one stage.
+
+    Args:
+        epochs: Passes over the training data; 0 skips the stage.
+        steps: Optimizer steps, instead of ``epochs`` passes; the data is repeated as needed, and validated after each
+            pass. Of a stream, ``trainer.limit_train_batches`` batches are a pass, 1000 by default.
+        learning_rate: Peak rate of the model's weights.
+        weight_decay: Weight decay of the model's weights.
+        router_learning_rate: Peak rate of the routers, a group of their own, where they are trained.
+        router_weight_decay: Weight decay of the routers.
+        warmup: Share of the stage in which the rates rise linearly from 0.
+        schedule: ``linear`` decay from the peak to ``final`` at the stage's end, or ``constant``.
+        final: Share of the peak rates that is left at the end of a linear decay. With what is left as the next stage's
+            peak, and no warmup there, one decay goes through both.
+        optimizer: Optimizer class; its rates come from the fields above.
+    """
+
+    epochs: int = 3
+    steps: int | None = None
+    learning_rate: float = 5e-5
+    weight_decay: float = 0.0
+    router_learning_rate: float = 0.01
+    router_weight_decay: float = 0.1
+    warmup: float = 0.06
+    schedule: str = "linear"
+    final: float = 0.0
+    optimizer: OptimizerFactory = AdamW
+
+    def __post_init__(self) -> None:
+        if self.epochs < 0 or (self.steps is not None and self.steps < 0):
+            raise UserError(f"a stage cannot last epochs={self.epochs}, steps={self.steps}; use 0 to skip it")
+        for name in ("learning_rate", "weight_decay", "router_learning_rate", "router_weight_decay"):
+            if not 0.0 <= getattr(self, name) < math.inf:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be 0 or more, and finite")
+        if self.schedule not in ("linear", "constant"):
+            raise UserError(f"unknown schedule {self.schedule!r}; there are linear and constant")
+        if not 0.0 <= self.warmup < 1.0:
+            raise UserError(f"warmup is {self.warmup}; it is a share of the stage, 0 <= warmup < 1")
+        if not 0.0 <= self.final <= 1.0:
+            raise UserError(f"final is {self.final}; it is a share of the peak rates, 0 <= final <= 1")
+
+    @property
+    def skipped(self) -> bool:
+        """Says whether the stage is left out."""
+        return self.epochs == 0 or self.steps == 0
+
+    def length(self, per_pass: int, accumulate: int) -> int:
+        """Returns the stage's optimizer steps, for so many batches in a pass and so many in a step."""
+        return self.epochs * math.ceil(per_pass / accumulate) if self.steps is None else self.steps
+
+    def factor(self, step: int, steps: int) -> float:
+        """Returns the share of the peak rates that a step has, of a stage of so many."""
+        warmup = round(self.warmup * steps)
+        if step < warmup:
+            return step / warmup
+        if self.schedule == "constant":
+            return 1.0
+        left = max(0.0, (steps - step) / max(steps - warmup, 1))
+        return self.final + (1.0 - self.final) * left
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What one epoch of a fit does: a pass over the training data, or a part of one.
+
+    Args:
+        stage: The stage that it belongs to.
+        number: Its number in the stage, from 0.
+        batches: Its batches.
+        order: Seeds the order of the pass: the `place` of the epoch that began it.
+        seen: Batches before it, in that pass and in those before.
+    """
+
+    stage: Stage
+    number: int
+    batches: int
+    order: int
+    seen: int
+
+    @property
+    def place(self) -> int:
+        """The stage and the number in it as one number, the same in one fit and in one fit per stage."""
+        return _place(self.stage, self.number)
+
+
+def lay_out(plans: Mapping[Stage, StagePlan], per_pass: int, accumulate: int, imitating: bool) -> list[Epoch]:
+    """Returns the epochs of a fit.
+
+    A stage in epochs begins with a new pass. One in steps goes on with what earlier stages have left of the last pass,
+    so that the model learns from no row twice while others have not come at all.
+
+    Args:
+        plans: The plan of every stage.
+        per_pass: Batches in a pass.
+        accumulate: Batches in an optimizer step; the last step of an epoch takes what is left.
+        imitating: In the router stage predictors learn alone, so the next one goes on where the model has stopped.
+    """
+    epochs: list[Epoch] = []
+    seen, order = 0, 0
+    for stage in (stage for stage in STAGES if not plans[stage].skipped):
+        if plans[stage].steps is None:
+            seen = math.ceil(seen / per_pass) * per_pass
+        before, left, number = (seen, order), plans[stage].length(per_pass, accumulate), 0
+        while left > 0:
+            start = seen % per_pass
+            if start == 0:
+                order = _place(stage, number)
+            batches = min(per_pass - start, left * accumulate)
+            epochs.append(Epoch(stage, number, batches, order, seen))
+            seen, left, number = seen + batches, left - math.ceil(batches / accumulate), number + 1
+        if stage == "router" and imitating:
+            seen, order = before
+    return epochs
+
+
+def _place(stage: Stage, number: int) -> int:
+    return STAGES.index(stage) * 100_000 + number
