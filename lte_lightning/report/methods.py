@@ -61,6 +61,8 @@ def method_name(lte: Lte) -> str:
         return "MoEfication, ground truth (oracle)"
     if selector == "narrow" and lte.get("target_sparsity") == 0:
         return "dense, trained on"
+    if selector == "narrow" and lte.get("expert_size") == 1:
+        return "narrower dense, single neurons"
     return NAMES.get(selector, selector)
 
 

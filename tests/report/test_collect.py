@@ -246,6 +246,7 @@ def test_a_point_runs_as_long_as_its_sweep_holds_the_folder(make_points, figures
     ("lte", "method", "rival"),
     [
         ({"selector": "narrow", "target_sparsity": 0.5}, "narrower dense", "narrower dense"),
+        ({"selector": "narrow", "expert_size": 1}, "narrower dense, single neurons", "narrower dense"),
         ({"selector": "softmax"}, "noisy top-k softmax", "noisy top-k softmax"),
         ({"selector": "random"}, "random routers", "random routers"),
         ({"selector": "kla", "expert_size": 1}, "KLA (oracle)", "KLA"),
