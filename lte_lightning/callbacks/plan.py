@@ -9,6 +9,8 @@ from torch.optim import AdamW, Optimizer
 from lte_lightning.core.errors import UserError
 from lte_lightning.tasks.evaluation import STAGES, Stage
 
+_MOST_EPOCHS = 100_000  # of a stage
+
 OptimizerFactory = Callable[[Iterable], Optimizer]
 
 
@@ -19,7 +21,8 @@ class StagePlan:
     Args:
         epochs: Passes over the training data; 0 skips the stage.
         steps: Optimizer steps, instead of ``epochs`` passes; the data is repeated as needed, and validated after each
-            pass. Of a stream, ``trainer.limit_train_batches`` batches are a pass, 1000 by default.
+            pass and at the stage's end. Of a stream, ``trainer.limit_train_batches`` batches are a pass, 1000 by
+            default.
         learning_rate: Peak rate of the model's weights.
         weight_decay: Weight decay of the model's weights.
         router_learning_rate: Peak rate of the routers, a group of their own, where they are trained.
@@ -62,6 +65,8 @@ class StagePlan:
 
     def length(self, per_pass: int, accumulate: int) -> int:
         """Returns the stage's optimizer steps, for so many batches in a pass and so many in a step."""
+        if self.skipped:
+            return 0
         return self.epochs * math.ceil(per_pass / accumulate) if self.steps is None else self.steps
 
     def factor(self, step: int, steps: int) -> float:
@@ -83,51 +88,63 @@ class Epoch:
         stage: The stage that it belongs to.
         number: Its number in the stage, from 0.
         batches: Its batches.
-        order: Seeds the order of the pass: the `place` of the epoch that began it.
-        seen: Batches before it, in that pass and in those before.
+        order: Seeds the order of the pass: the `key` of the epoch that began it.
+        start: Batches of the pass that earlier epochs have taken.
+        seen: Batches of all earlier epochs that the model has learned from.
     """
 
     stage: Stage
     number: int
     batches: int
     order: int
+    start: int
     seen: int
 
     @property
-    def place(self) -> int:
+    def key(self) -> int:
         """The stage and the number in it as one number, the same in one fit and in one fit per stage."""
-        return _place(self.stage, self.number)
+        return _key(self.stage, self.number)
 
 
-def lay_out(plans: Mapping[Stage, StagePlan], per_pass: int, accumulate: int, imitating: bool) -> list[Epoch]:
+def lay_out(
+    plans: Mapping[Stage, StagePlan], per_pass: int, accumulate: int, goes_on: bool, imitating: bool
+) -> list[Epoch]:
     """Returns the epochs of a fit.
 
-    A stage in epochs begins with a new pass. One in steps goes on with what earlier stages have left of the last pass,
-    so that the model learns from no row twice while others have not come at all.
+    A stage in epochs begins with a new pass. One in steps goes on with what earlier stages have left of the last pass.
 
     Args:
         plans: The plan of every stage.
         per_pass: Batches in a pass.
         accumulate: Batches in an optimizer step; the last step of an epoch takes what is left.
-        imitating: In the router stage predictors learn alone, so the next one goes on where the model has stopped.
+        goes_on: Whether the data can be begun within a pass; if not, every stage begins with a new one.
+        imitating: In the router stage predictors learn alone, so the expert stage goes on where the model has stopped.
+
+    Raises:
+        UserError: A stage has too many passes.
     """
     epochs: list[Epoch] = []
-    seen, order = 0, 0
+    order = start = seen = 0
     for stage in (stage for stage in STAGES if not plans[stage].skipped):
-        if plans[stage].steps is None:
-            seen = math.ceil(seen / per_pass) * per_pass
-        before, left, number = (seen, order), plans[stage].length(per_pass, accumulate), 0
+        before = order, start, seen
+        if plans[stage].steps is None or not goes_on:
+            start = 0
+        number, left = 0, plans[stage].length(per_pass, accumulate)
+        if left * accumulate >= per_pass * _MOST_EPOCHS:
+            raise UserError(f"the {stage} stage is too long: it would have {_MOST_EPOCHS:,} epochs or more; shorten it")
         while left > 0:
-            start = seen % per_pass
             if start == 0:
-                order = _place(stage, number)
+                order = _key(stage, number)
             batches = min(per_pass - start, left * accumulate)
-            epochs.append(Epoch(stage, number, batches, order, seen))
-            seen, left, number = seen + batches, left - math.ceil(batches / accumulate), number + 1
+            epochs.append(Epoch(stage, number, batches, order, start, seen))
+            seen += batches
+            start = (start + batches) % per_pass
+            left -= math.ceil(batches / accumulate)
+            number += 1
         if stage == "router" and imitating:
-            seen, order = before
+            order, start, seen = before
     return epochs
 
 
-def _place(stage: Stage, number: int) -> int:
-    return STAGES.index(stage) * 100_000 + number
+def _key(stage: Stage, number: int) -> int:
+    return STAGES.index(stage) * _MOST_EPOCHS + number

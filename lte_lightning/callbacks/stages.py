@@ -24,10 +24,10 @@ _STREAM_EPOCH = 1000  # batches of a stream, after which it is validated and sav
 class StageSchedule(Callback):
     """Runs the stages one after the other in one fit: dense fine-tuning, routers with the model, adaptation.
 
-    Each stage starts with a fresh optimizer and schedule. Where a stage in steps has ended within a pass over the data,
-    a next one in steps goes on with the rest of it, so that the model learns from no row twice while others have not
-    come at all. Randomness restarts with every epoch from the seed, the stage and the epoch in the stage: a resumed run
-    repeats an uninterrupted one exactly, and so does one fit per stage, if the stages are whole passes.
+    Each stage starts with a fresh optimizer and schedule. One in epochs begins with a new pass over the data; one in
+    steps goes on with what the model has not seen of the last pass; of a stream, every stage reads on. Randomness
+    restarts with every epoch from the seed, the stage and the epoch in the stage: a resumed run repeats an
+    uninterrupted one exactly, and so does one fit per stage, if stages are whole passes, and not of a stream.
 
     Args:
         dense: Fine-tuning of the plain model; skip it when starting from a fine-tuned one.
@@ -49,9 +49,12 @@ class StageSchedule(Callback):
         self.seed = seed
         self.seconds: dict[str, float] = {}
         self._per_pass = 0
+        self._goes_on = False
+        self._most = -1
         self._epochs: list[Epoch] = []
         self._start_step = 0
         self._next_epoch = 0
+        self._done: list[list[Any]] | None = None  # epochs, by the checkpoint that is resumed
         self._epoch_began = 0.0
 
     @property
@@ -62,7 +65,7 @@ class StageSchedule(Callback):
     # Length
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Checks that the trainer can switch stages, and counts the batches of a pass."""
+        """Checks that the trainer can switch stages, lays them out over epochs, and tells it how long the fit is."""
         if stage != "fit":
             return
         pl_module.schedule = self
@@ -77,12 +80,16 @@ class StageSchedule(Callback):
                 f"stages cannot be switched under {type(trainer.strategy).__name__}; use trainer.strategy ddp"
             )
         self._accumulate = trainer.accumulate_grad_batches
-        self._per_pass = self._batches_per_pass(trainer)
+        loader = trainer.datamodule.train_dataloader()
+        self._goes_on = hasattr(getattr(loader, "batch_sampler", None), "begin")
+        self._per_pass = self._batches_per_pass(trainer, sized_len(loader))
+        self._most = trainer.max_epochs
+        self._lay_out(trainer, imitating=False)
         if any(plan.steps for plan in self.plans.values()):
             trainer.reload_dataloaders_every_n_epochs = 1  # so that a stage's last epoch can be cut short
 
-    def _batches_per_pass(self, trainer: Trainer) -> int:
-        length, limit = sized_len(trainer.datamodule.train_dataloader()), trainer.limit_train_batches
+    def _batches_per_pass(self, trainer: Trainer, length: int | None) -> int:
+        limit = trainer.limit_train_batches
         if length is None and not isinstance(limit, int):
             if limit != 1.0:
                 raise UserError(f"limit_train_batches is {limit}, a share of an endless stream; give a whole number")
@@ -98,6 +105,18 @@ class StageSchedule(Callback):
             raise UserError(f"limit_train_batches {limit} leaves none of the {length} training batches; raise it")
         return batches
 
+    def _lay_out(self, trainer: Trainer, imitating: bool) -> None:
+        self._epochs = lay_out(self.plans, self._per_pass, self._accumulate, self._goes_on, imitating)
+        total = len(self._epochs)
+        # -1, the command line's default, leaves the length to the stages; any other value is an upper limit
+        trainer.fit_loop.max_epochs = total if self._most == -1 else min(total, self._most)
+        shortest, every = min(self._epochs, key=lambda epoch: epoch.batches), trainer.val_check_interval
+        if isinstance(every, int) and every > shortest.batches:
+            raise UserError(
+                f"val_check_interval is {every}, but the {shortest.stage} stage has an epoch of {shortest.batches} "
+                "batches, after which it is validated anyway; leave val_check_interval, or give it as a share (0.5)"
+            )
+
     def _epoch(self, epoch: int) -> Epoch:
         return self._epochs[min(epoch, len(self._epochs) - 1)]
 
@@ -106,9 +125,9 @@ class StageSchedule(Callback):
         now = self._epoch(epoch)
         return now.stage, now.number, sum(each.stage == now.stage for each in self._epochs)
 
-    def _limit(self, trainer: Trainer, epoch: int) -> None:
+    def _prepare(self, trainer: Trainer, epoch: int) -> None:
         trainer.limit_train_batches = self._epoch(epoch).batches
-        # Before the epoch begins: of a loader without length, Lightning takes the first batch even earlier
+        # Before the epoch begins: of a stream, Lightning takes the first batch even earlier
         if hasattr(trainer.datamodule, "begin"):
             trainer.datamodule.begin(self._epoch(epoch).seen)
 
@@ -119,12 +138,15 @@ class StageSchedule(Callback):
     # Switching
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Lays the stages out; checks that the model has not passed the first one, unless this resumes a fit."""
-        self._epochs = lay_out(self.plans, self._per_pass, self._accumulate, imitates(pl_module.net))
-        total = len(self._epochs)
-        # -1, the command line's default, leaves the length to the stages; any other value is an upper limit
-        trainer.fit_loop.max_epochs = total if trainer.max_epochs == -1 else min(total, trainer.max_epochs)
-        self._limit(trainer, self._next_epoch)
+        """Checks that the model fits the stages: it has not passed the first one, unless this resumes a fit."""
+        if imitates(pl_module.net):
+            self._lay_out(trainer, imitating=True)
+        if trainer.ckpt_path is not None and self._done != self._before(self._next_epoch):
+            raise UserError(
+                f"{trainer.ckpt_path} was written by a fit of other stages, batches or data, or by an earlier version; "
+                "resume with the options that it was begun with, or begin anew without it"
+            )
+        self._prepare(trainer, self._next_epoch)
         if "router" in self.stages and not list(selector_parameters(pl_module.net)):
             selector = pl_module.net.lte_config.selector
             raise UserError(f"selector {selector!r} has nothing to train; set stages.router.epochs to 0")
@@ -165,15 +187,17 @@ class StageSchedule(Callback):
                 self._add_seconds("grouping", self._epoch_began)
                 self._epoch_began = time.perf_counter()
         sampler = getattr(trainer.train_dataloader, "batch_sampler", None)
-        if hasattr(sampler, "begin"):
-            sampler.begin(now.order, now.seen % self._per_pass)
+        if self._goes_on:
+            sampler.begin(now.order, now.start)
+        elif hasattr(sampler, "set_epoch"):
+            sampler.set_epoch(now.key)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Seeds the epoch, and tells the module how far the stage has come."""
         # Not when the epoch starts: the data loader's iterator draws a number, in a run's first epoch before that
         if batch_idx == 0:
-            place = self._epoch(trainer.current_epoch).place
-            torch.manual_seed((self.seed * 1_000_003 + place) * 1_009 + trainer.global_rank)
+            key = self._epoch(trainer.current_epoch).key
+            torch.manual_seed((self.seed * 1_000_003 + key) * 1_009 + trainer.global_rank)
         done = trainer.global_step - self._start_step
         pl_module.stage_progress = done / max(self.steps(pl_module.stage), 1)
 
@@ -181,20 +205,25 @@ class StageSchedule(Callback):
         """Counts the stage's time, and sets the length of the next epoch."""
         self._add_seconds(pl_module.stage, self._epoch_began)
         self._next_epoch = trainer.current_epoch + 1
-        self._limit(trainer, self._next_epoch)
+        self._prepare(trainer, self._next_epoch)
 
     def _add_seconds(self, what: str, since: float) -> None:
         self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - since
 
+    def _before(self, epoch: int) -> list[list[Any]]:
+        return [[done.stage, done.batches, done.start, done.seen] for done in self._epochs[:epoch]]
+
     def state_dict(self) -> dict[str, Any]:
-        """Where the current stage began, and the time spent so far."""
-        return {"start_step": self._start_step, "next_epoch": self._next_epoch, "seconds": dict(self.seconds)}
+        """Where the current stage began, the epochs that are done, and the time spent so far."""
+        state = {"start_step": self._start_step, "next_epoch": self._next_epoch, "seconds": dict(self.seconds)}
+        return state | {"done": self._before(self._next_epoch)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes up where the checkpoint left."""
         self._start_step = state_dict["start_step"]
         self._next_epoch = state_dict["next_epoch"]
         self.seconds = dict(state_dict["seconds"])
+        self._done = state_dict.get("done")
 
     # Optimisation
 

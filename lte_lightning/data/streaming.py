@@ -52,15 +52,15 @@ class StreamedBatches(TorchStream):
         self._marks: dict[int, Mark] = {0: first}
         self._held: tuple[int, list[dict[str, Any]]] = (-1, [])
         self._next: Iterator[tuple[Mark, dict[str, Any]]] = iter(())
-        self._first = 0
+        self._batch = 0
 
     def begin(self, batch: int) -> None:
         """Go to a batch, counted from 0 in this process; the next iteration begins there."""
-        self._first = batch
+        self._batch = batch
 
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
         """Yields batches, as lists of rows, without end."""
-        buffer, done = divmod(self._first, self._batches)
+        buffer, done = divmod(self._batch, self._batches)
         while True:
             rows = self._buffer(buffer)
             sampler = BucketBatchSampler([row["length"] for row in rows], *self._order)

@@ -51,7 +51,8 @@ class BucketBatchSampler(Sampler[list[int]]):
         self.seed = seed
         self.num_replicas = num_replicas
         self.rank = rank
-        self.begin(0, 0)
+        self.epoch = 0
+        self.first = 0
 
     @property
     def sampler(self) -> "BucketBatchSampler":

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from torch.utils.data import BatchSampler, DataLoader
 
 from lte_lightning.cli.training import make_cli
+from lte_lightning.data import GlueData
 
 CONF = Path(__file__).parents[2] / "conf" / "glue"
 
@@ -39,6 +41,39 @@ def test_weights_that_give_no_finite_validation_loss_are_refused(tiny, lightning
     assert "loss is" in fit.err
     assert "stage 'dense'" in fit.err
     assert not list(tmp_path.glob("runs/*/*"))
+
+
+def test_a_sampler_of_ones_own_is_told_the_epoch(tiny, lightning, tmp_path, monkeypatch):
+    """It cannot be begun within a pass, so every stage begins with a new one."""
+    told, drawn = [], []
+
+    class Own(BatchSampler):
+        def set_epoch(self, epoch):
+            told.append(epoch)
+
+        def __iter__(self):
+            for batch in super().__iter__():
+                drawn.append(batch)
+                yield batch
+
+    def loader(self):
+        rows = self._ready["train"][0]
+        return DataLoader(rows, batch_sampler=Own(range(len(rows)), 8, False), collate_fn=self.collate())
+
+    monkeypatch.setattr(GlueData, "train_dataloader", loader)
+    options = {"stages.dense.steps": 3, "stages.router.steps": 9, "stages.expert.steps": 2}
+    fit = lightning(tmp_path, tiny.config(**options), "fit")
+    assert fit.code == 0, fit.err
+    assert told == [0, 100_000, 100_001, 200_000]
+    assert [batch[0] // 8 for batch in drawn] == [0, 1, 2, *range(8), 0, 0, 1]
+
+
+def test_validating_less_often_than_an_epoch_ends(tiny, lightning, tmp_path):
+    options = {"stages.dense.steps": 5, "stages.router.steps": 8, "trainer.val_check_interval": 4}
+    fit = lightning(tmp_path, tiny.config(**options), "fit")
+    assert fit.code == 1
+    assert "val_check_interval is 4, but the router stage has an epoch of 3 batches" in fit.err
+    assert not list(tmp_path.glob("runs/*/*/checkpoints/*"))
 
 
 def test_best_is_not_resumed_from(tiny, lightning, tmp_path):

@@ -87,6 +87,35 @@ def test_killed_in_a_stage_that_goes_on_in_a_pass(step, in_steps, tiny, lightnin
     assert figures(resumed) == figures(in_steps[0])
 
 
+@pytest.mark.parametrize("older", [False, True])
+def test_a_checkpoint_of_other_epochs_is_refused(older, tiny, lightning, tmp_path):
+    stopped = lightning(tmp_path, tiny.config(**STEPS, **{"trainer.max_epochs": 2}), "fit")
+    last = stopped.run / "checkpoints" / "last.ckpt"
+    options = STEPS
+    if older:  # epochs were cut otherwise
+        content = torch.load(last, weights_only=True)
+        (schedule,) = (state for name, state in content["callbacks"].items() if name.startswith("StageSchedule"))
+        del schedule["done"]
+        torch.save(content, last)
+    else:
+        options = STEPS | {"stages.dense.steps": 4}
+    before = last.read_bytes()
+    resumed = lightning(tmp_path, tiny.config(**options), "fit", "--ckpt_path", last)
+    assert resumed.code == 1
+    assert "was written by a fit of other stages, batches or data, or by an earlier version" in resumed.err
+    assert "Traceback" not in resumed.err
+    assert last.read_bytes() == before
+
+
+def test_later_stages_may_change(in_steps, tiny, lightning, tmp_path):
+    options = STEPS | {"stages.expert.steps": 20}
+    stopped = lightning(tmp_path, tiny.config(**options, **{"trainer.max_epochs": 2}), "fit")
+    last = stopped.run / "checkpoints" / "last.ckpt"
+    resumed = lightning(tmp_path, tiny.config(**STEPS), "fit", "--ckpt_path", last)
+    assert resumed.code == 0, resumed.err
+    assert_same(weights(resumed), weights(in_steps[0]))
+
+
 def test_stopped_at_the_end_of_a_stage(whole, tiny, lightning, tmp_path):
     stopped = lightning(tmp_path, tiny.config(epochs=EPOCHS, **{"trainer.max_epochs": 2}), "fit")
     last = stopped.run / "checkpoints" / "last.ckpt"

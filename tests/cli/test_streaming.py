@@ -39,7 +39,7 @@ def whole(tiny_lm, lightning, tmp_path_factory):
 def test_steps_and_passes(whole):
     last = weights(whole.run)
     assert last["global_step"] == 7 + 6 + 4
-    assert last["epoch"] == 3 + 3 + 2 - 1  # of 3, 3, 1; 2, 3, 1; 2, 2 batches
+    assert last["epoch"] == 3 + 2 + 2 - 1
     # the stages' 17 batches of 8 rows are 6 buffers of 24; the set has 60 rows
     marks = {0: [0, 0], 1: [0, 24], 2: [0, 48], 3: [1, 12], 4: [1, 36], 5: [2, 0]}
     assert last["GenerationData"]["stream"]["marks"] == marks
@@ -55,7 +55,7 @@ def test_a_test_reads_no_training_rows(whole, tiny_lm, lightning, tmp_path):
     assert tested.results["perplexity"] == pytest.approx(whole.results["hard"], rel=1e-5)
 
 
-@pytest.mark.parametrize(("step", "row"), [(4, 0), (8, 48), (12, 12), (16, 36)])
+@pytest.mark.parametrize(("step", "row"), [(4, 0), (8, 48), (12, 12), (16, 0)])
 def test_killed_in_the_middle_of_a_stage(step, row, whole, tiny_lm, lightning, tmp_path, break_at, monkeypatch):
     """The pass that was cut short is done again, from the batch it began with.
 
