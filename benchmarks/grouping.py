@@ -6,7 +6,7 @@ import time
 import torch
 from torch.nn.functional import normalize
 
-from lte_lightning.core.grouping import expert_count, group_neurons
+from lte_lightning.core.model.grouping import expert_count, group_neurons
 
 
 def structured(neurons: int, width: int, seed: int) -> torch.Tensor:

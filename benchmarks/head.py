@@ -11,7 +11,7 @@ import time
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lte_lightning.core.head import IGNORED, run_where_asked
+from lte_lightning.core.model.head import IGNORED, run_where_asked
 
 
 def main() -> None:

@@ -13,8 +13,8 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 import lte_lightning
-from lte_lightning.core.convert import selector_parameters
-from lte_lightning.core.cost import flops_per_token
+from lte_lightning.core.accounting.cost import flops_per_token
+from lte_lightning.core.model.convert import selector_parameters
 from lte_lightning.data.packaged import MODEL, resolve
 
 

@@ -57,12 +57,12 @@ class Layer:
         return functional.linear(hidden_NF, self.dense_down_DF)
 
     def router(self, x_ND: torch.Tensor) -> torch.Tensor:
-        from lte_lightning.kernels.triton_router import route_triton
+        from lte_lightning.kernels.triton.router import route_triton
 
         return route_triton(x_ND, self.router_ED, None, 0.5)
 
     def experts(self, x_ND: torch.Tensor) -> torch.Tensor:
-        from lte_lightning.kernels.triton_ffn import run_triton
+        from lte_lightning.kernels.triton.ffn import run_triton
 
         return run_triton(x_ND, self.mask_NE, self.weights)
 

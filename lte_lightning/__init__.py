@@ -4,11 +4,11 @@ The public API: `convert` a model, train it (see the ``lightning`` command), `sa
 `restore`; `set_backend` chooses what computes the selected experts; `RouterTrace` reads what the routers decide.
 """
 
-from lte_lightning.core.checkpoint import from_pretrained, save_pretrained
-from lte_lightning.core.config import LteConfig
-from lte_lightning.core.convert import convert, restore, set_mode
-from lte_lightning.core.sparse import set_backend
-from lte_lightning.core.trace import RouterTrace
+from lte_lightning.core.model.checkpoint import from_pretrained, save_pretrained
+from lte_lightning.core.model.config import LteConfig
+from lte_lightning.core.model.convert import convert, restore, set_mode
+from lte_lightning.core.model.storage import set_backend
+from lte_lightning.core.routing.trace import RouterTrace
 
 __version__ = "0.1.0"
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lte_lightning.core.errors import UserError
+from lte_lightning.errors import UserError
 
 RUN_LAYOUT = 1  # of a run folder, in its run.json: what reads one refuses another
 

@@ -54,7 +54,7 @@ def make_parser(prog: str = "lte bench") -> argparse.ArgumentParser:
 
 def main(args: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code; what the user can put right is said in one message."""
-    from lte_lightning.core.errors import UserError
+    from lte_lightning.errors import UserError
 
     options = make_parser().parse_args(args)
     try:
@@ -77,7 +77,7 @@ def run(options: argparse.Namespace) -> "list[Figure]":
     from lte_lightning.bench.measure import measure
     from lte_lightning.bench.rivals import make_rivals
     from lte_lightning.bench.subject import DTYPES, make_subject
-    from lte_lightning.core.errors import UserError
+    from lte_lightning.errors import UserError
     from lte_lightning.kernels.dispatch import BACKENDS
 
     scopes = _one_of(options.scope, ("ffn", "model"), "scope")
@@ -132,7 +132,7 @@ def run(options: argparse.Namespace) -> "list[Figure]":
 def _begin_mlflow(experiment: str) -> None:
     import mlflow
 
-    from lte_lightning.core.errors import UserError
+    from lte_lightning.errors import UserError
     from lte_lightning.store import mlflow_store, reason, shown
 
     uri = mlflow_store(os.environ.get("MLFLOW_TRACKING_URI"))
@@ -144,7 +144,7 @@ def _begin_mlflow(experiment: str) -> None:
 
 
 def _one_of(text: str, known: Sequence[str], what: str) -> list[str]:
-    from lte_lightning.core.errors import UserError
+    from lte_lightning.errors import UserError
 
     values = dict.fromkeys(text.split(","))
     for value in values:
@@ -154,7 +154,7 @@ def _one_of(text: str, known: Sequence[str], what: str) -> list[str]:
 
 
 def _numbers(text: str) -> list[float]:
-    from lte_lightning.core.errors import UserError
+    from lte_lightning.errors import UserError
 
     try:
         values = [float(word) for word in text.split(",")]
@@ -166,7 +166,7 @@ def _numbers(text: str) -> list[float]:
 
 
 def _tokens(text: str) -> tuple[int, int]:
-    from lte_lightning.core.errors import UserError
+    from lte_lightning.errors import UserError
 
     words = text.split("x")
     if not all(word.isdecimal() and int(word) > 0 for word in words) or len(words) > 2:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from lte_lightning.core.errors import UserError
+from lte_lightning.errors import UserError
 
 Clock = Callable[[], float]
 # "cpu" is the time of the calling thread alone: what other processes took from it is left out.

@@ -16,10 +16,10 @@ from transformers import DynamicCache
 from lte_lightning.bench.machine import Clock, clock_on
 from lte_lightning.bench.rivals import GATHERING, Rival, with_dense_down
 from lte_lightning.bench.subject import Subject, dense_blocks
-from lte_lightning.core.errors import UserError
-from lte_lightning.core.ffn import Projection, find_layers
-from lte_lightning.core.sparse import choose_for, set_backend
-from lte_lightning.kernels.cpu_ffn import library
+from lte_lightning.core.model.parts import Projection, find_layers
+from lte_lightning.core.model.storage import choose_for, set_backend
+from lte_lightning.errors import UserError
+from lte_lightning.kernels.cpu.ffn import library
 from lte_lightning.kernels.dispatch import autocast_dtype
 from lte_lightning.kernels.layout import ExpertWeights
 

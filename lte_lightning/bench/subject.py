@@ -12,14 +12,14 @@ from torch import nn
 from transformers import AutoModel, LlamaConfig, PreTrainedConfig, PreTrainedModel, RobertaConfig
 
 from lte_lightning.bench.machine import cache_bytes
-from lte_lightning.core.checkpoint import from_pretrained, is_lte, read_lte_config
-from lte_lightning.core.config import LteConfig
-from lte_lightning.core.convert import convert, expert_ffns, restore, set_mode
-from lte_lightning.core.errors import UserError
-from lte_lightning.core.expert_ffn import ExpertFfn
-from lte_lightning.core.families import EXAMPLES
-from lte_lightning.core.ffn import find_layers, find_parts, find_row
-from lte_lightning.core.sparse import route, set_backend
+from lte_lightning.core.model.checkpoint import from_pretrained, is_lte, read_lte_config
+from lte_lightning.core.model.config import LteConfig
+from lte_lightning.core.model.convert import convert, expert_ffns, restore, set_mode
+from lte_lightning.core.model.experts import ExpertFfn
+from lte_lightning.core.model.families import EXAMPLES
+from lte_lightning.core.model.parts import find_layers, find_parts, find_row
+from lte_lightning.core.model.storage import route, set_backend
+from lte_lightning.errors import UserError
 from lte_lightning.kernels.dispatch import Backend
 from lte_lightning.selection import RANKINGS, Router, Selector, Wanda
 

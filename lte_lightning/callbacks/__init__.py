@@ -1,16 +1,14 @@
-"""Callbacks: when stages change, what is kept, what is recorded."""
+"""Callbacks: when stages change, and what is kept."""
 
 from lte_lightning.callbacks.checkpoints import BestCheckpoint, LastCheckpoint
 from lte_lightning.callbacks.plan import StagePlan
 from lte_lightning.callbacks.progress import EpochLines, StageProgressBar
-from lte_lightning.callbacks.record import Recorder
 from lte_lightning.callbacks.stages import StageSchedule
 
 __all__ = [
     "BestCheckpoint",
     "EpochLines",
     "LastCheckpoint",
-    "Recorder",
     "StagePlan",
     "StageProgressBar",
     "StageSchedule",

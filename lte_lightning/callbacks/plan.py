@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch.optim import AdamW, Optimizer
 
-from lte_lightning.core.errors import UserError
+from lte_lightning.errors import UserError
 from lte_lightning.tasks.evaluation import STAGES, Stage
 
 _MOST_EPOCHS = 100_000  # of a stage

@@ -12,9 +12,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim.lr_scheduler import LambdaLR
 
 from lte_lightning.callbacks.plan import Epoch, StagePlan, lay_out
-from lte_lightning.core.convert import selector_parameters
-from lte_lightning.core.errors import UserError
-from lte_lightning.core.observe import imitates
+from lte_lightning.core.model.convert import selector_parameters
+from lte_lightning.core.routing.observe import imitates
+from lte_lightning.errors import UserError
 from lte_lightning.tasks.baselines import check_baseline
 from lte_lightning.tasks.evaluation import STAGES, Stage
 

@@ -5,7 +5,7 @@ import signal
 import sys
 from importlib import import_module
 
-from lte_lightning.core.errors import UserError
+from lte_lightning.errors import UserError
 
 TRAINING = "lte_lightning.cli.training"
 # Name: module, help. The module's main(arguments) runs the command; it is imported only for its own command, so what

@@ -10,7 +10,7 @@ from typing import NoReturn
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import LightningArgumentParser
 
-from lte_lightning.core.config import LteConfig
+from lte_lightning.core.model.config import LteConfig
 from lte_lightning.tasks.base import LteModule
 
 

@@ -2,7 +2,7 @@
 
 import argparse
 
-from lte_lightning.core.errors import UserError
+from lte_lightning.errors import UserError
 from lte_lightning.report.collect import collect
 from lte_lightning.report.material import Material
 from lte_lightning.report.page import write_report

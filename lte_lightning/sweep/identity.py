@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lte_lightning.core.errors import UserError
+from lte_lightning.errors import UserError
 from lte_lightning.sweep.folder import SweepFolder
 from lte_lightning.sweep.points import NEUTRAL, Point, Sweep, read_options, text
 from lte_lightning.sweep.spec import LATENCY

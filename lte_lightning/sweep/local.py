@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from lte_lightning.core.errors import UserError
+from lte_lightning.errors import UserError
 
 PROGRAM = (sys.executable, "-m", "lte_lightning")
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lte_lightning.core.errors import UserError
+from lte_lightning.errors import UserError
 
 # A start trains the plain model and nothing else; the points go on from its weights.
 DENSE_ONLY = {"stages.router.epochs": 0, "stages.expert.epochs": 0}

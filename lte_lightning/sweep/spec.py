@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from lte_lightning.core.errors import UserError
+from lte_lightning.errors import UserError
 from lte_lightning.sweep.points import Block, Search, Sweep
 
 BLOCK = {"configs", "overrides", "grid", "list", "start", "floor"}

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lte_lightning.core.errors import UserError
+from lte_lightning.errors import UserError
 from lte_lightning.figures import expert_stage_ran, final_view, span_kept
 from lte_lightning.sweep.folder import SweepFolder
 from lte_lightning.sweep.points import NEUTRAL, Point, read_options

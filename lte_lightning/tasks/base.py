@@ -7,14 +7,14 @@ from typing import Any, ClassVar
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from lte_lightning.core.config import LteConfig
-from lte_lightning.core.convert import group_experts
-from lte_lightning.core.errors import UserError
-from lte_lightning.core.losses import SEPARABILITY_EPSILON
-from lte_lightning.core.observe import balances, imitates
-from lte_lightning.core.prune import hold_zeros
-from lte_lightning.core.trace import RouterTrace
+from lte_lightning.core.model.config import LteConfig
+from lte_lightning.core.model.convert import group_experts
+from lte_lightning.core.routing.losses import SEPARABILITY_EPSILON
+from lte_lightning.core.routing.observe import balances, imitates
+from lte_lightning.core.routing.prune import hold_zeros
+from lte_lightning.core.routing.trace import RouterTrace
 from lte_lightning.data.packaged import resolve
+from lte_lightning.errors import UserError
 from lte_lightning.kernels.dispatch import Backend
 from lte_lightning.tasks.baselines import activations_to_group_by, imitate, prepare_choice
 from lte_lightning.tasks.evaluation import MeasuredModule, Stage

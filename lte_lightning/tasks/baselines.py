@@ -7,16 +7,16 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from lte_lightning.core.calibrate import calibrate, needs_calibration
-from lte_lightning.core.convert import groups_by_activation
-from lte_lightning.core.errors import UserError
-from lte_lightning.core.observe import (
+from lte_lightning.core.model.convert import groups_by_activation
+from lte_lightning.core.routing.calibrate import calibrate, needs_calibration
+from lte_lightning.core.routing.observe import (
     imitates,
     imitation_loss,
     learns_with_task,
     neuron_activations,
     rankings,
 )
+from lte_lightning.errors import UserError
 from lte_lightning.tasks.evaluation import MeasuredModule, Stage, json_value
 
 # Calibrated on, or grouped by, so many tokens of the training rows; their neurons' importance is held in memory, a

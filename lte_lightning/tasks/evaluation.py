@@ -9,11 +9,11 @@ from torch import nn
 from torchmetrics import Metric
 from transformers import PreTrainedModel
 
-from lte_lightning.core.convert import expert_ffns, selector_parameters, set_mode
-from lte_lightning.core.cost import GFLOP, speedup_bound, token_cost
-from lte_lightning.core.errors import UserError
-from lte_lightning.core.sparse import set_backend
-from lte_lightning.core.trace import RouterTrace
+from lte_lightning.core.accounting.cost import GFLOP, speedup_bound, token_cost
+from lte_lightning.core.model.convert import expert_ffns, selector_parameters, set_mode
+from lte_lightning.core.model.storage import set_backend
+from lte_lightning.core.routing.trace import RouterTrace
+from lte_lightning.errors import UserError
 from lte_lightning.kernels.dispatch import Backend
 from lte_lightning.tasks.sparsity import SparsityMeter
 

@@ -8,10 +8,10 @@ from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig
 
-from lte_lightning.core.convert import set_mode
-from lte_lightning.core.errors import UserError
-from lte_lightning.core.head import IGNORED
+from lte_lightning.core.model.convert import set_mode
+from lte_lightning.core.model.head import IGNORED
 from lte_lightning.data.text import is_encoder_decoder
+from lte_lightning.errors import UserError
 from lte_lightning.tasks.evaluation import VIEW_MODES, VIEWS
 from lte_lightning.tasks.language_model import LanguageModel
 

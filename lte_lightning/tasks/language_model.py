@@ -8,9 +8,9 @@ import torch
 from torchmetrics import Metric
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lte_lightning.core.errors import UserError
-from lte_lightning.core.families import EXAMPLES
-from lte_lightning.core.head import IGNORED, run_where_asked
+from lte_lightning.core.model.families import EXAMPLES
+from lte_lightning.core.model.head import IGNORED, run_where_asked
+from lte_lightning.errors import UserError
 from lte_lightning.tasks.base import LteModule
 from lte_lightning.tasks.lora import Lora, add_lora, merge_lora
 

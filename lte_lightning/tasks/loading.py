@@ -10,10 +10,10 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
-from lte_lightning.core.checkpoint import from_pretrained, is_lte, read_description
-from lte_lightning.core.config import LteConfig
-from lte_lightning.core.convert import convert, expert_ffns, restore
-from lte_lightning.core.errors import UserError
+from lte_lightning.core.model.checkpoint import from_pretrained, is_lte, read_description
+from lte_lightning.core.model.config import LteConfig
+from lte_lightning.core.model.convert import convert, expert_ffns, restore
+from lte_lightning.errors import UserError
 
 _STAGE_OF_MODE = {"dense": "dense", "soft": "router", "hard": "expert"}
 

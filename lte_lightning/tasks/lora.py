@@ -6,9 +6,9 @@ from importlib.util import find_spec
 from torch import nn
 from transformers import PreTrainedModel
 
-from lte_lightning.core.convert import expert_ffns, lte_config
-from lte_lightning.core.errors import UserError
-from lte_lightning.core.ffn import Projection, find_layers
+from lte_lightning.core.model.convert import expert_ffns, lte_config
+from lte_lightning.core.model.parts import Projection, find_layers
+from lte_lightning.errors import UserError
 
 
 @dataclass

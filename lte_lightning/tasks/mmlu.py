@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torchmetrics import Metric
 
-from lte_lightning.core.head import run_where_asked
+from lte_lightning.core.model.head import run_where_asked
 from lte_lightning.data.mmlu import LETTERS, QUESTION_KEYS
 from lte_lightning.tasks.language_model import LanguageModel
 

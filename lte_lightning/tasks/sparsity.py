@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torchmetrics import Metric
 
-from lte_lightning.core.trace import RouterTrace
+from lte_lightning.core.routing.trace import RouterTrace
 
 BINS = 50
 UNION_SIZES = tuple(2**k for k in range(8))  # rows of the batches whose union is counted

@@ -25,9 +25,9 @@ from lte_lightning.bench import command, machine, main
 from lte_lightning.bench.measure import COLUMNS, bound, interleave, measure, timed
 from lte_lightning.bench.rivals import executed_width, index_select, make_rivals, masked, with_dense_down
 from lte_lightning.bench.subject import SHAPES, ForcedSelector, Subject, dense_blocks, make_subject
-from lte_lightning.core.convert import expert_ffns
-from lte_lightning.core.errors import UserError
-from lte_lightning.kernels import cpu_ffn
+from lte_lightning.core.model.convert import expert_ffns
+from lte_lightning.errors import UserError
+from lte_lightning.kernels.cpu import ffn as cpu_ffn
 from lte_lightning.kernels.dense_mask import run_dense_mask
 from lte_lightning.kernels.layout import ExpertWeights
 from lte_lightning.kernels.reference import run_reference

@@ -4,7 +4,7 @@ import pytest
 
 from lte_lightning.callbacks import StagePlan
 from lte_lightning.callbacks.plan import lay_out
-from lte_lightning.core.errors import UserError
+from lte_lightning.errors import UserError
 
 OFF = StagePlan(epochs=0)
 

@@ -13,7 +13,7 @@ from mlflow.tracking import MlflowClient
 from safetensors.torch import load_file, save_file
 from transformers import AlbertConfig, AlbertModel
 
-from lte_lightning.callbacks.record import Recorder
+from lte_lightning.recording.recorder import Recorder
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ import torch
 from torch.nn import functional
 from transformers import BertTokenizerFast
 
-from lte_lightning.core.checkpoint import from_pretrained
-from lte_lightning.core.convert import expert_ffns, set_mode
-from lte_lightning.core.cost import flops_per_token
+from lte_lightning.core.accounting.cost import flops_per_token
+from lte_lightning.core.model.checkpoint import from_pretrained
+from lte_lightning.core.model.convert import expert_ffns, set_mode
 
 LEARNED = ("d2dmoe", "dejavu", "moefication")
 

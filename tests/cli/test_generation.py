@@ -18,7 +18,7 @@ from transformers import (
 )
 
 import lte_lightning
-from lte_lightning.core.ffn import FFN_TABLE
+from lte_lightning.core.model.parts import FFN_TABLE
 
 
 @pytest.fixture(scope="module")

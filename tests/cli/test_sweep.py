@@ -20,7 +20,7 @@ from mlflow.tracking import MlflowClient
 
 from lte_lightning.cli import main
 from lte_lightning.cli.check import check_commands
-from lte_lightning.core.errors import UserError
+from lte_lightning.errors import UserError
 from lte_lightning.report.collect import collect
 from lte_lightning.report.tables import everything
 from lte_lightning.report.tracked import collect_tracked

@@ -206,7 +206,7 @@ def labels(batch: dict[str, torch.Tensor]) -> torch.Tensor:
 @pytest.fixture
 def scatter() -> Callable[[PreTrainedModel], PreTrainedModel]:
     """Gives the routers of a model weights with which about half of all scores lie on each side of the threshold."""
-    from lte_lightning.core.convert import selector_parameters
+    from lte_lightning.core.model.convert import selector_parameters
 
     def scatter(model: PreTrainedModel) -> PreTrainedModel:
         generator = torch.Generator().manual_seed(2)

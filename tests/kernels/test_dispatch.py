@@ -1,8 +1,9 @@
 import pytest
 import torch
 
-from lte_lightning.kernels import cpu_ffn, dispatch
-from lte_lightning.kernels.cpu_ffn import dense_is_faster
+from lte_lightning.kernels import dispatch
+from lte_lightning.kernels.cpu import ffn as cpu_ffn
+from lte_lightning.kernels.cpu.ffn import dense_is_faster
 from lte_lightning.kernels.dispatch import BACKENDS, choose, run_experts
 from lte_lightning.kernels.reference import run_reference
 

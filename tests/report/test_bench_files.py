@@ -2,7 +2,7 @@
 
 import pytest
 
-from lte_lightning.core.errors import UserError
+from lte_lightning.errors import UserError
 from lte_lightning.report import bench, pictures
 from lte_lightning.report.bench import read_bench
 

@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from lte_lightning.cli import main
-from lte_lightning.core.errors import UserError
+from lte_lightning.errors import UserError
 from lte_lightning.report import tables
 from lte_lightning.report.collect import collect
 

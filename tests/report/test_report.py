@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 import pytest
 
 from lte_lightning.cli import main
-from lte_lightning.core.errors import UserError
+from lte_lightning.errors import UserError
 from lte_lightning.report import tables
 from lte_lightning.report.collect import collect
 from lte_lightning.report.page import write_report

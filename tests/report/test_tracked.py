@@ -7,7 +7,7 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from lte_lightning.cli import main
-from lte_lightning.core.errors import UserError
+from lte_lightning.errors import UserError
 from lte_lightning.report import tables
 from lte_lightning.report.collect import collect
 from lte_lightning.report.tracked import collect_tracked

@@ -10,9 +10,9 @@ from torch.nn import functional
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from lte_lightning import LteConfig, RouterTrace, convert, set_mode
-from lte_lightning.core.calibrate import calibrate
-from lte_lightning.core.convert import expert_ffns, selector_parameters
-from lte_lightning.core.cost import flops_per_token
+from lte_lightning.core.accounting.cost import flops_per_token
+from lte_lightning.core.model.convert import expert_ffns, selector_parameters
+from lte_lightning.core.routing.calibrate import calibrate
 
 D, F = 32, 64
 MODELS = {"llama": (LlamaConfig, LlamaForCausalLM), "bert": (BertConfig, BertForSequenceClassification)}

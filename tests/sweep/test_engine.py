@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from lte_lightning.core.errors import UserError
+from lte_lightning.errors import UserError
 from lte_lightning.sweep.engine import Engine
 from lte_lightning.sweep.folder import SweepFolder
 from lte_lightning.sweep.local import LocalRunner, cores

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from lte_lightning.core.errors import UserError
+from lte_lightning.errors import UserError
 from lte_lightning.sweep.folder import SweepFolder
 from lte_lightning.sweep.identity import Known, recognise
 from lte_lightning.sweep.spec import read_sweep

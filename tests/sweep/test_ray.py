@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lte_lightning.core.errors import UserError
+from lte_lightning.errors import UserError
 from lte_lightning.sweep.folder import SweepFolder
 from lte_lightning.sweep.spec import read_sweep
 

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from lte_lightning.core.errors import UserError
+from lte_lightning.errors import UserError
 from lte_lightning.sweep.folder import SweepFolder
 from lte_lightning.sweep.search import Trials
 from lte_lightning.sweep.spec import read_sweep

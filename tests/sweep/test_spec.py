@@ -6,7 +6,7 @@ from datetime import date
 import pytest
 import yaml
 
-from lte_lightning.core.errors import UserError
+from lte_lightning.errors import UserError
 from lte_lightning.sweep.spec import read_sweep
 
 ETA = "model.efficiency_weight"

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 import pytest
 from mlflow.tracking import MlflowClient
 
-from lte_lightning.core.errors import UserError
+from lte_lightning.errors import UserError
 from lte_lightning.sweep.folder import SweepFolder
 from lte_lightning.sweep.identity import recognise
 from lte_lightning.sweep.spec import read_sweep

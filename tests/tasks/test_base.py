@@ -1,6 +1,6 @@
 import pytest
 
-from lte_lightning.core.errors import UserError
+from lte_lightning.errors import UserError
 from lte_lightning.tasks import Classification
 
 

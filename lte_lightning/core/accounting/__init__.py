@@ -1,0 +1,1 @@
+"""What a model costs: FLOPs, memory, its skeleton without weights."""

@@ -1,0 +1,96 @@
+"""What a converted model is made of; how it is trained is the task's affair."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from lte_lightning.errors import UserError
+from lte_lightning.selection import RANKINGS
+
+
+@dataclass
+class LteConfig:
+    """How FFNs are cut into experts and how experts are selected.
+
+    Args:
+        expert_size: Neurons per expert; must divide the FFN width (paper: 32).
+        grouping: How neurons are assigned to experts: balanced k-means on their L2-normalised input weights (the
+            paper) or on what they do together on training rows (``coactivation``), a random partition, or the order
+            they already have.
+        selector: ``router`` is LTE's; ``none`` never runs an expert, the floor that every method is read against. The
+            baselines are ``cats``, ``d2dmoe``, ``dejavu``, ``kla``, ``moefication``, ``narrow``, ``random``,
+            ``sigmamoe``, ``softmax``, ``teal`` and ``wanda`` (see docs/baselines.md).
+        target_sparsity: Share of the experts that a baseline shall not run; for ``teal`` and ``wanda`` share of the
+            weights that shall not be used. LTE's own router has none: its sparsity follows from ``efficiency_weight``.
+        threshold: An expert runs when its score exceeds this (tau in the paper).
+        router_bias: Give each router a bias, so that scores can start above the threshold (see ``router_margin``).
+            ``false`` is the paper's bias-free equation 1, whose scores start around 0.5.
+        router_margin: Logits by which the initial scores lie above the threshold, on average; needs the bias.
+        router_scale: Spread of the initial logits for inputs of unit root mean square (weights are drawn with standard
+            deviation ``router_scale / sqrt(D)``).
+        wanda_pattern: Where ``wanda`` prunes a row of a weight: ``unstructured``, or ``2:4`` or ``4:8``, half of each 4
+            or 8 neighbours (``target_sparsity`` 0.5). YAML wants quotes: ``"2:4"`` without is the number 124.
+        wanda_scope: What ``wanda`` prunes: ``ffn``, the FFNs alone as every other method, or ``layers``, attention's
+            projections too (the paper's Table 2; not of encoder-decoders).
+        seed: Seed of the grouping and of the routers' initial weights; by default that of the run, or 0 outside of one.
+    """
+
+    expert_size: int = 32
+    grouping: Literal["kmeans", "coactivation", "random", "contiguous"] = "kmeans"
+    selector: Literal[
+        "router",
+        "none",
+        "cats",
+        "d2dmoe",
+        "dejavu",
+        "kla",
+        "moefication",
+        "narrow",
+        "random",
+        "sigmamoe",
+        "softmax",
+        "teal",
+        "wanda",
+    ] = "router"
+    target_sparsity: float | None = None
+    threshold: float = 0.5
+    router_bias: bool = True
+    router_margin: float = 2.0
+    router_scale: float = 0.4
+    wanda_pattern: Literal["unstructured", "2:4", "4:8"] = "unstructured"
+    wanda_scope: Literal["ffn", "layers"] = "ffn"
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.expert_size < 1:
+            raise UserError(f"expert_size is {self.expert_size}; it must be at least 1 (the paper uses 32)")
+        if not 0.0 < self.threshold < 1.0:
+            raise UserError(f"threshold is {self.threshold}; it must lie in (0, 1), as scores do (the paper uses 0.5)")
+        wanted = self.selector in RANKINGS and self.selector != "none"
+        if wanted and (self.target_sparsity is None or not 0.0 <= self.target_sparsity < 1.0):
+            raise UserError(
+                f"selector {self.selector!r} has target_sparsity {self.target_sparsity}; it needs the share of the "
+                "experts that shall not run (of teal and wanda: of the weights), at least 0 and below 1"
+            )
+        if not wanted and self.target_sparsity is not None:
+            raise UserError(
+                f"selector {self.selector!r} takes no target_sparsity (it is {self.target_sparsity}): the sparsity of "
+                "LTE's router follows from efficiency_weight, and without experts it is 1"
+            )
+        if self.selector == "teal" and self.expert_size != 1:
+            raise UserError(
+                f"selector 'teal' leaves out single neurons; set expert_size to 1 (it is {self.expert_size})"
+            )
+        if self.selector != "wanda" and (self.wanda_pattern, self.wanda_scope) != ("unstructured", "ffn"):
+            raise UserError(
+                f"wanda_pattern {self.wanda_pattern} and wanda_scope {self.wanda_scope} are for 'wanda', not for "
+                f"selector {self.selector!r}; leave them out"
+            )
+        if self.wanda_pattern != "unstructured" and self.target_sparsity != 0.5:
+            raise UserError(
+                f"wanda_pattern {self.wanda_pattern} prunes half of the weights, and target_sparsity is "
+                f"{self.target_sparsity}; set it to 0.5"
+            )
+        if not self.router_scale > 0.0:
+            raise UserError(
+                f"router_scale is {self.router_scale}; it must be positive, or all scores start equal and stay so"
+            )

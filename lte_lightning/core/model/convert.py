@@ -1,0 +1,291 @@
+"""Turning FFNs into expert FFNs and back."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import cast
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from lte_lightning.core.model.config import LteConfig
+from lte_lightning.core.model.experts import MODES, ExpertFfn, Mode
+from lte_lightning.core.model.fused import put_together, take_apart
+from lte_lightning.core.model.grouping import Grouping, expert_count, group_neurons
+from lte_lightning.core.model.parts import (
+    FfnParts,
+    Projection,
+    find_layers,
+    find_parts,
+    find_row,
+    find_stacks,
+    get_child,
+    set_child,
+    weight_rows,
+)
+from lte_lightning.core.model.storage import lay_out
+from lte_lightning.errors import UserError
+from lte_lightning.selection import RANKINGS, SELECTORS, FfnShape, Gates, Ranking, Router, Selector
+
+
+def convert(
+    model: PreTrainedModel, config: LteConfig | None = None, progress: bool = True, group: bool = True
+) -> PreTrainedModel:
+    """Turns every FFN of ``model`` into experts, in place; the function it computes stays the same.
+
+    Everything is checked before anything is changed. The model starts in mode ``dense``.
+
+    Args:
+        model: A plain Hugging Face model of a family in the FFN table.
+        config: How to group and select; the paper's choices if not given.
+        progress: Show a progress bar while grouping.
+        group: Group the neurons now; otherwise they keep their order until `group_experts`.
+
+    Returns:
+        The same model.
+
+    Raises:
+        UnsupportedModelError: If the family, or the type of a projection, is unknown.
+        UserError: If the expert size does not divide the FFN width, too few experts are left for the sparsity asked
+            for, or the model has been converted before.
+    """
+    config = config or LteConfig()
+    if expert_ffns(model):
+        raise UserError(f"this {type(model).__name__} has expert FFNs already; restore() it first")
+    sites = [(layer, stack) for stack, layers in enumerate(find_stacks(model)) for layer in layers]
+    row = find_row(model.config.model_type)
+    all_parts = [find_parts(layer, row) for layer, _ in sites]
+    for parts in all_parts:
+        expert_count(weight_rows(parts.up).shape[0], config.expert_size)
+    _check_selector(config)
+    if config.selector == "wanda":
+        _check_pruning(model, config, all_parts)
+    if group and groups_by_activation(config):
+        _require_activations(None)
+
+    generator = torch.Generator().manual_seed(config.seed or 0)
+    selectors = [_make_selector(config, parts, generator) for parts in all_parts]
+    for selector in selectors:
+        _check_target(config, selector)
+    for (layer, stack), parts, selector in zip(sites, all_parts, selectors, strict=True):
+        threshold = 0.0 if selector.scales else config.threshold
+        ffn = ExpertFfn(parts, config.expert_size, selector.to(parts.up.weight.device), threshold)
+        ffn.stack = stack
+        if parts.row.module:
+            ffn.shell = (get_child(layer, parts.row.module),)  # in a tuple: its weights are not registered twice
+        _insert(layer, ffn)
+    set_lte_config(model, config)
+    if not group:
+        return model
+    try:
+        group_experts(model, progress)
+    except BaseException:  # weights that are not finite, or Ctrl-C while clustering
+        restore(model)
+        raise
+    return model
+
+
+def groups_by_activation(config: LteConfig) -> bool:
+    """Says whether `group_experts` needs to know what the neurons do."""
+    return config.grouping == "coactivation" and config.expert_size > 1
+
+
+def group_experts(
+    model: PreTrainedModel, progress: bool = True, activations: Sequence[torch.Tensor] | None = None
+) -> list[Grouping]:
+    """Groups the neurons of a converted model by its configuration's method, in place, without changing its function.
+
+    Args:
+        model: A converted model.
+        progress: Show a progress bar.
+        activations: Of each FFN what its neurons do on training rows, [F, N] (see
+            `core.routing.observe.neuron_activations`); for grouping ``coactivation``.
+
+    Returns:
+        The grouping of each layer, with what clustering gained over chance.
+
+    Raises:
+        UserError: If the method needs activations and there are none, or a neuron's weights or activations are not
+            finite.
+    """
+    config = lte_config(model)
+    ffns = expert_ffns(model)
+    # neurons on their own need no order, and Wanda's patterns count neighbours in the order of the model
+    if config.grouping == "contiguous" or config.expert_size == 1 or config.selector == "wanda":
+        return []
+    if groups_by_activation(config):
+        rows = _require_activations(activations)
+    else:
+        rows = [weight_rows(ffn.up if ffn.gate is None else ffn.gate) for ffn in ffns.values()]
+    groupings = []
+    for i, rows_FX in enumerate(tqdm(rows, desc=f"grouping ({config.grouping})", disable=not progress)):
+        groupings.append(group_neurons(rows_FX, config.expert_size, config.grouping, (config.seed or 0) + i))
+    for ffn, grouping in zip(ffns.values(), groupings, strict=True):
+        ffn.permute(grouping.permutation_F.to(ffn.up.weight.device))
+    return groupings
+
+
+def restore(model: PreTrainedModel) -> PreTrainedModel:
+    """Gives back the plain Hugging Face model, in place: its FFNs run densely, in the order of the experts.
+
+    Raises:
+        UserError: If the model has no expert FFNs.
+    """
+    for ffn in require_expert_ffns(model).values():
+        lay_out(ffn, by_neuron=False)
+    for layer in find_layers(model):
+        _remove(layer)
+    del model.lte_config
+    return model
+
+
+@contextmanager
+def plain(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    """Makes the model a plain Hugging Face model for the time of a ``with`` block, weights shared."""
+    require_expert_ffns(model)
+    removed: list[tuple[nn.Module, ExpertFfn]] = []
+    try:
+        for layer in find_layers(model):
+            removed.append((layer, _remove(layer)))
+        yield model
+    finally:
+        for layer, ffn in removed:
+            _insert(layer, ffn)
+
+
+def _insert(layer: nn.Module, ffn: ExpertFfn) -> None:
+    row = ffn.row
+    ffn.train(layer.training)
+    if row.fused:
+        take_apart(get_child(layer, row.up), ffn.gate, ffn.up)
+    if row.module:
+        set_child(layer, row.module, ffn)
+        return
+    set_child(layer, row.up, ffn)
+    set_child(layer, row.activation, nn.Identity())
+    set_child(layer, row.down, nn.Identity())
+    if row.dropout:
+        set_child(layer, row.dropout, 0.0)
+
+
+def _remove(layer: nn.Module) -> ExpertFfn:
+    (ffn,) = expert_ffns(layer).values()
+    row = ffn.row
+    if row.module:
+        (shell,) = ffn.shell
+        shell.training = ffn.training
+        set_child(layer, row.module, shell)
+    else:
+        set_child(layer, row.up, ffn.up)
+        set_child(layer, row.activation, ffn.activation)
+        set_child(layer, row.down, ffn.down)
+        if row.dropout and ffn.dropout is not None:
+            set_child(layer, row.dropout, ffn.dropout.p)
+    if row.fused:
+        put_together(get_child(layer, row.up), ffn.gate, ffn.up)
+    return ffn
+
+
+def expert_ffns(model: nn.Module) -> dict[str, ExpertFfn]:
+    """Returns the expert FFNs of a model by name, in order; empty if it was not converted."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, ExpertFfn)}
+
+
+def require_expert_ffns(model: nn.Module) -> dict[str, ExpertFfn]:
+    """Returns the expert FFNs.
+
+    Raises:
+        UserError: If there are none.
+    """
+    ffns = expert_ffns(model)
+    if not ffns:
+        raise UserError(f"this {type(model).__name__} has no expert FFNs; convert() it first")
+    return ffns
+
+
+def set_mode(model: nn.Module, mode: Mode) -> None:
+    """Switches every expert FFN of ``model`` to ``dense``, ``soft`` or ``hard``."""
+    if mode not in MODES:
+        raise UserError(f"unknown mode {mode!r}; there are {', '.join(MODES)}")
+    for ffn in require_expert_ffns(model).values():
+        ffn.mode = mode
+
+
+def lte_config(model: nn.Module) -> LteConfig:
+    """Returns how a converted model was converted."""
+    return cast(LteConfig, model.lte_config)
+
+
+def set_lte_config(model: nn.Module, config: LteConfig) -> None:
+    """Notes on the model how it was converted."""
+    model.lte_config = config  # type: ignore[assignment]  # torch's stubs know only tensors and modules as attributes
+
+
+def selector_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Yields the parameters of all selectors."""
+    for ffn in expert_ffns(model).values():
+        yield from ffn.selector.parameters()
+
+
+def _check_selector(config: LteConfig) -> None:
+    if config.selector not in SELECTORS:
+        raise UserError(f"unknown selector {config.selector!r}; there are {', '.join(SELECTORS)}")
+
+
+def _check_pruning(model: PreTrainedModel, config: LteConfig, all_parts: Sequence[FfnParts]) -> None:
+    if config.wanda_scope == "layers" and len(find_stacks(model)) > 1:
+        raise UserError(
+            f"wanda_scope is layers, and {model.config.model_type!r} has an encoder and a decoder, whose "
+            "cross-attention reads both; set wanda_scope to ffn"
+        )
+    if config.wanda_pattern == "unstructured":
+        return
+    projections = {
+        "ffn": [p for parts in all_parts for p in (parts.gate, parts.up, parts.down) if p is not None],
+        "layers": [m for layer in find_layers(model) for m in layer.modules() if isinstance(m, Projection)],
+    }[config.wanda_scope]
+    group = int(config.wanda_pattern[-1])
+    for inputs in (weight_rows(projection).shape[1] for projection in projections):
+        if inputs % group:
+            raise UserError(
+                f"wanda_pattern {config.wanda_pattern} needs rows of a multiple of {group} weights, and this "
+                f"{type(model).__name__} has a projection of {inputs} inputs; set it to unstructured"
+            )
+
+
+def _check_target(config: LteConfig, selector: Selector) -> None:
+    if not isinstance(selector, Ranking) or selector.reachable:
+        return
+    experts, kept, so = selector.shape.experts, "none", "would be 'none', the floor"
+    if isinstance(selector, Gates):
+        so = "would have nothing to learn"
+    elif selector.rule == "common":
+        kept, so = "less than one", "runs at least the best of each token"
+    nearest = 1000 * (experts - 1) // experts / 1000  # rounded down, so that it is accepted
+    raise UserError(
+        f"target_sparsity {config.target_sparsity} keeps {kept} of {experts} experts, and selector "
+        f"{config.selector!r} {so}; lower it to {nearest:g}, or make experts smaller (expert_size is "
+        f"{config.expert_size})"
+    )
+
+
+def _require_activations(activations: Sequence[torch.Tensor] | None) -> Sequence[torch.Tensor]:
+    if activations is None:
+        raise UserError(
+            "grouping 'coactivation' needs what the neurons do on training rows: convert(..., group=False), and then "
+            "group_experts(model, activations=neuron_activations(model, batches, tokens))"
+        )
+    return activations
+
+
+def _make_selector(config: LteConfig, parts: FfnParts, generator: torch.Generator) -> Selector:
+    neurons, width = weight_rows(parts.up).shape
+    experts = neurons // config.expert_size
+    if config.selector == "router":
+        return Router(
+            width, experts, config.threshold, config.router_bias, config.router_margin, config.router_scale, generator
+        )
+    shape = FfnShape(width, experts, gated=parts.gate is not None)
+    sparsity = 1.0 if config.target_sparsity is None else config.target_sparsity
+    return RANKINGS[config.selector](shape, sparsity, generator)

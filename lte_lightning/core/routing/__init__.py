@@ -1,0 +1,1 @@
+"""What the routers decide: losses, statistics, calibration."""

@@ -1,0 +1,142 @@
+"""What the FFNs of a dense model do: its inputs and activations, for baselines that learn or calibrate from them."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import zip_longest
+
+import torch
+from torch import nn
+
+from lte_lightning.core.model.convert import require_expert_ffns, set_mode
+from lte_lightning.core.model.experts import ExpertFfn
+from lte_lightning.core.model.parts import weight_rows
+from lte_lightning.core.routing.prune import Batch
+from lte_lightning.errors import UserError
+from lte_lightning.selection import Gates, Predictor, Ranking, Router
+
+# See an FFN's input x_ND, its activated gate and its hidden activations [N, F], of N real tokens.
+See = Callable[[ExpertFfn, torch.Tensor, torch.Tensor, torch.Tensor], None]
+
+
+@contextmanager
+def observe(model: nn.Module, see: See, *token_masks_BT: torch.Tensor) -> Iterator[None]:
+    """Runs the model densely for the time of a ``with`` block and shows what its FFNs do on real tokens.
+
+    Args:
+        model: A converted model; its mode is ``dense`` afterwards.
+        see: Called once for each FFN and forward pass.
+        *token_masks_BT: True (or 1) for real tokens; of an encoder-decoder the encoder's and the decoder's.
+
+    Raises:
+        UserError: If the model was not converted; in a forward pass, if the mask has another shape than the tokens.
+    """
+    ffns = list(require_expert_ffns(model).values())
+    set_mode(model, "dense")
+    with watch(ffns, see, *token_masks_BT):
+        yield
+
+
+@contextmanager
+def watch(ffns: Sequence[ExpertFfn], see: See, *token_masks_BT: torch.Tensor) -> Iterator[None]:
+    """Shows what some FFNs, which are in mode ``dense``, do on real tokens for the time of a ``with`` block.
+
+    Args:
+        ffns: The FFNs; what mode the others are in is left to the caller.
+        see: As for `observe`.
+        *token_masks_BT: As for `observe`.
+
+    Raises:
+        UserError: In a forward pass, if the mask has another shape than the tokens.
+    """
+
+    def show(ffn: ExpertFfn, x_BTD: torch.Tensor, gate_BTF: torch.Tensor, hidden_BTF: torch.Tensor) -> None:
+        mask_BT = token_masks_BT[ffn.stack]
+        if x_BTD.shape[:-1] not in (mask_BT.shape, (mask_BT.numel(),)):  # OPT hands over its tokens in one row
+            raise UserError(f"the token mask has shape {tuple(mask_BT.shape)}, the tokens {tuple(x_BTD.shape[:-1])}")
+        real_N = mask_BT.flatten().bool()
+        see(ffn, *(tensor.flatten(0, -2)[real_N] for tensor in (x_BTD, gate_BTF, hidden_BTF)))
+
+    for ffn in ffns:
+        ffn.observer = show
+    try:
+        yield
+    finally:
+        for ffn in ffns:
+            ffn.observer = None
+
+
+def rankings(model: nn.Module) -> list[Ranking]:
+    """Returns the baselines' selectors of a model; empty with LTE's routers."""
+    selectors = [ffn.selector for ffn in require_expert_ffns(model).values()]
+    return [selector for selector in selectors if isinstance(selector, Ranking)]
+
+
+def imitates(model: nn.Module) -> bool:
+    """Says whether the model's selectors are trained on what the dense model does, instead of with the task."""
+    return any(isinstance(selector, Predictor) for selector in rankings(model))
+
+
+def balances(model: nn.Module) -> bool:
+    """Says whether the model's selectors have a balance loss, instead of equation 6's two terms."""
+    return any(isinstance(selector, Gates) for selector in rankings(model))
+
+
+def learns_with_task(model: nn.Module) -> bool:
+    """Says whether the model's selectors are trained with the task: LTE's routers, and gates."""
+    return all(isinstance(ffn.selector, Router | Gates) for ffn in require_expert_ffns(model).values())
+
+
+def imitation_loss(model: nn.Module, run: Callable[[], object], *token_masks_BT: torch.Tensor) -> torch.Tensor:
+    """Returns the mean over the layers of their predictors' loss; nothing but the predictors gets a gradient.
+
+    Args:
+        model: Whose selectors are `Predictor`s.
+        run: Runs the model once.
+        *token_masks_BT: As for `observe`.
+    """
+    losses = []
+
+    def see(ffn: ExpertFfn, x_ND: torch.Tensor, gate_NF: torch.Tensor, hidden_NF: torch.Tensor) -> None:
+        down_FD = weight_rows(ffn.down).T
+        if isinstance(ffn.selector, Predictor):
+            with torch.enable_grad():
+                losses.append(ffn.selector.imitation_loss(x_ND, hidden_NF, down_FD.detach()))
+
+    with observe(model, see, *token_masks_BT), torch.no_grad():
+        run()
+    return torch.stack(losses).mean()
+
+
+def neuron_activations(model: nn.Module, batches: Iterator[Batch], tokens: int) -> list[torch.Tensor]:
+    """Returns the |activations| of each FFN's neurons on training rows, [F, tokens], in bfloat16 on the CPU.
+
+    Args:
+        model: A converted model.
+        batches: For each batch what runs the model on it, and its token masks.
+        tokens: How many to look at, or fewer if there are no more.
+
+    Raises:
+        UserError: If there is no token.
+    """
+    seen: dict[int, list[torch.Tensor]] = {id(ffn): [] for ffn in require_expert_ffns(model).values()}
+
+    def see(ffn: ExpertFfn, x_ND: torch.Tensor, gate_NF: torch.Tensor, hidden_NF: torch.Tensor) -> None:
+        seen[id(ffn)].append(hidden_NF.abs().to("cpu", torch.bfloat16))
+
+    with torch.no_grad():
+        for run, token_masks_BT in enough(batches, tokens):
+            with observe(model, see, *token_masks_BT):
+                run()
+    if not all(any(map(len, kept)) for kept in seen.values()):
+        raise UserError("the training rows gave no token to see the neurons' activations on")
+    return [torch.cat(kept)[:tokens].T for kept in seen.values()]
+
+
+def enough(batches: Iterator[Batch], tokens: int) -> Iterator[Batch]:
+    """Yields batches until they hold so many tokens in every stack."""
+    counts: list[int] = []
+    for run, token_masks_BT in batches:
+        yield run, token_masks_BT
+        counts = [sum(pair) for pair in zip_longest(counts, (int(mask.sum()) for mask in token_masks_BT), fillvalue=0)]
+        if min(counts) >= tokens:
+            return

@@ -1,0 +1,230 @@
+"""Router statistics of one forward pass."""
+
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import nn
+
+from lte_lightning.core.model.convert import require_expert_ffns
+from lte_lightning.core.model.experts import ExpertFfn
+from lte_lightning.core.routing.losses import SEPARABILITY_EPSILON, efficiency_loss, separability_loss
+from lte_lightning.errors import UserError
+from lte_lightning.selection import Gates
+
+
+class RouterTrace:
+    """Collects the scores of the real tokens while it is open.
+
+    >>> with RouterTrace(model, attention_mask) as trace:
+    ...     loss = model(**batch).loss
+    >>> (loss + eta * trace.efficiency_loss()).backward()
+
+    What is computed again during a backward pass (gradient checkpointing) is not counted again.
+
+    Args:
+        model: A converted model, in mode ``soft`` or ``hard``.
+        token_mask_BT: True (or 1) for real tokens; padding is excluded from everything here. None: all are real. Of a
+            model with an encoder and a decoder, the encoder's.
+        decoder_mask_BT: The decoder's mask, of a model with an encoder too; ``labels != -100`` where it is trained.
+
+    Raises:
+        UserError: If the model was not converted, or one of its stacks is given no mask and the other is; in a forward
+            pass, if a mask is not of the tokens' shape.
+        RuntimeError: If the model is being traced already; in a forward pass, if its scores lost their gradient.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        token_mask_BT: torch.Tensor | None = None,
+        decoder_mask_BT: torch.Tensor | None = None,
+    ) -> None:
+        self._ffns = require_expert_ffns(model)
+        self._names = {id(ffn): name for name, ffn in self._ffns.items()}
+        self._masks = [None if mask is None else mask.bool() for mask in (token_mask_BT, decoder_mask_BT)]
+        has_decoder = any(ffn.stack for ffn in self._ffns.values())
+        # Of an encoder-decoder only the decoder sees one token of a row at a time
+        can_generate = getattr(model, "can_generate", None)
+        self._decodes = int(has_decoder) if can_generate and can_generate() else None
+        if not has_decoder and decoder_mask_BT is not None:
+            raise UserError(
+                f"decoder_mask_BT is for models with encoder and decoder; {type(model).__name__} has one stack"
+            )
+        if has_decoder and (token_mask_BT is None) != (decoder_mask_BT is None):
+            raise UserError(
+                f"{type(model).__name__} has an encoder and a decoder: give both token_mask_BT (the encoder's) and "
+                "decoder_mask_BT (labels != -100, or ones), or neither if no token is padding"
+            )
+        self._recorded: dict[str, list[torch.Tensor]] = {name: [] for name in self._ffns}
+        self._scores: dict[str, list[torch.Tensor]] = {name: [] for name in self._ffns}
+        self._used: dict[str, list[torch.Tensor]] = {name: [] for name in self._ffns}
+        self._inputs: dict[str, list[torch.Tensor]] = {name: [] for name in self._ffns}  # of selectors to be balanced
+        self._shapes: dict[str, list[torch.Size]] = {name: [] for name in self._ffns}
+
+    def __enter__(self) -> Self:
+        if any(ffn.recorder is not None for ffn in self._ffns.values()):
+            raise RuntimeError("this model is traced already; close the other RouterTrace first")
+        for ffn in self._ffns.values():
+            ffn.recorder = self._record
+        self._grad_enabled = torch.is_grad_enabled()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for ffn in self._ffns.values():
+            ffn.recorder = None
+
+    def _record(self, ffn: ExpertFfn, scores_BTE: torch.Tensor, x_BTD: torch.Tensor) -> None:
+        if torch._C._current_graph_task_id() != -1:  # a backward pass is recomputing this layer
+            return
+        if self._grad_enabled and ffn.training and not scores_BTE.requires_grad and _trainable(ffn.selector):
+            raise RuntimeError(
+                "the scores carry no gradient although the router is trainable: reentrant gradient checkpointing "
+                "hides it, pass {'use_reentrant': False} when you enable checkpointing (for figures without gradients, "
+                "enter torch.no_grad() before the trace)"
+            )
+        mask_BT, tokens = self._masks[ffn.stack], scores_BTE.shape[:-1]
+        # OPT hands its tokens over as one list.
+        if mask_BT is not None and tokens not in (mask_BT.shape, (mask_BT.numel(),)):
+            which = "decoder" if ffn.stack else "token"
+            raise UserError(f"the {which} mask has shape {tuple(mask_BT.shape)}, the tokens {tuple(tokens)}")
+        # The mask is applied later: gradient checkpointing wants the same operations here when it computes again.
+        self._recorded[self._names[id(ffn)]].append(scores_BTE)
+        used_BT1 = ffn.selector.used(x_BTD, scores_BTE)
+        if used_BT1 is not None:
+            self._used[self._names[id(ffn)]].append(used_BT1)
+        if self._grad_enabled and isinstance(ffn.selector, Gates):
+            self._inputs[self._names[id(ffn)]].append(x_BTD)
+
+    def _real(self, scores_BTE: torch.Tensor, mask_BT: torch.Tensor | None) -> torch.Tensor:
+        scores_NE = scores_BTE.flatten(0, -2)
+        return scores_NE if mask_BT is None else scores_NE[mask_BT.flatten()]
+
+    def scores(self) -> dict[str, torch.Tensor]:
+        """Returns each layer's scores [N, E] of the N real tokens, float32, with their graph.
+
+        Raises:
+            RuntimeError: If a layer did not run, or ran in mode ``dense``.
+            UserError: If there was no real token.
+        """
+        for name, recorded in self._recorded.items():
+            mask_BT = self._masks[self._ffns[name].stack]
+            self._scores[name] += [self._real(scores_BTE, mask_BT) for scores_BTE in recorded]
+            self._shapes[name] += [scores_BTE.shape[:-1] for scores_BTE in recorded]
+            recorded.clear()
+        silent = [name for name, records in self._scores.items() if not records]
+        if silent:
+            raise RuntimeError(
+                f"no scores were seen from {silent[0]} ({len(silent)} of {len(self._scores)} layers): run the model "
+                "inside the trace, in mode 'soft' or 'hard'"
+            )
+        scores = {name: torch.cat(records) for name, records in self._scores.items()}
+        empty = [name for name, scores_NE in scores.items() if scores_NE.shape[0] == 0]
+        if empty:
+            which = "decoder" if self._ffns[empty[0]].stack else "token"
+            raise UserError(f"no real token: the {which} mask is all zeros")
+        return scores
+
+    def efficiency_loss(self) -> torch.Tensor:
+        """Returns equation 4 over the real tokens."""
+        return efficiency_loss(list(self.scores().values()))
+
+    def separability_loss(self, epsilon: float = SEPARABILITY_EPSILON) -> torch.Tensor:
+        """Returns equation 5 over the real tokens, at the model's threshold."""
+        threshold = next(iter(self._ffns.values())).threshold
+        return separability_loss(list(self.scores().values()), threshold, epsilon)
+
+    def balance_loss(self) -> torch.Tensor:
+        """Returns the balance losses of `Gates` over the real tokens, each at its method's weight, summed over layers.
+
+        For a model whose selectors are `Gates`, traced while gradients are enabled.
+        """
+        losses = []
+        for name, gates_NE in self.scores().items():
+            selector, mask_BT = self._ffns[name].selector, self._masks[self._ffns[name].stack]
+            if isinstance(selector, Gates):
+                x_ND = torch.cat([self._real(x_BTD, mask_BT) for x_BTD in self._inputs[name]])
+                losses.append(selector.balance_weight * selector.balance_loss(x_ND, gates_NE))
+        return torch.stack(losses).sum()
+
+    @torch.no_grad()
+    def active_counts(self) -> tuple[torch.Tensor, int]:
+        """Returns how many (token, expert) pairs run in each layer in hard mode, [L] int64, and the tokens N.
+
+        With an encoder and a decoder, N is the encoder's; the decoder's is the length of its layers' `scores`. Where a
+        selector says which share of the weights a token uses, that counts as the same share of the experts.
+        """
+        scores, counts = self.scores(), []
+        for name, scores_NE in scores.items():
+            if self._used[name]:
+                mask_BT = self._masks[self._ffns[name].stack]
+                shares = torch.stack([self._real(used_BT1, mask_BT).sum() for used_BT1 in self._used[name]]).sum()
+                counts.append((shares * scores_NE.shape[1]).round().long())
+            else:
+                counts.append((scores_NE > self._ffns[name].threshold).sum())
+        return torch.stack(counts), next(iter(scores.values())).shape[0]
+
+    @torch.no_grad()
+    def idle_experts(self, sizes: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Counts the experts that no token of a batch needs in hard mode (the paper's figure 15), by batch size.
+
+        Batches are of 1, 2, 4, ... neighbouring rows. Where the model generates, a batch is what one decoding step
+        sees: of each row the token at one position (counted from the row's first real token), as long as no row has
+        ended. Encoders, and models that do not generate, see all real tokens of the rows at once.
+
+        Args:
+            sizes: Number K of batch sizes, the largest is 2^(K-1).
+
+        Returns:
+            The idle (batch, expert) pairs of each layer and size, [L, K] int64, and the batches that were counted,
+            [L, K] int64; 0 where there are fewer rows than that.
+
+        Raises:
+            UserError: If the model hands over its tokens in one row (OPT), and no mask says where the rows end.
+        """
+        self.scores()  # takes in what was recorded since
+        counts_L = []
+        for name, ffn in self._ffns.items():
+            mask_BT, counts = self._masks[ffn.stack], []
+            for scores_NE, shape in zip(self._scores[name], self._shapes[name], strict=True):
+                if mask_BT is None and len(shape) != 2:
+                    raise UserError(f"{name} gives no rows: tell RouterTrace which tokens are real (token_mask_BT)")
+                real_BT = scores_NE.new_ones(shape, dtype=torch.bool) if mask_BT is None else mask_BT
+                counts.append(_union_counts(scores_NE > ffn.threshold, real_BT, sizes, ffn.stack == self._decodes))
+            counts_L.append(torch.stack(counts).sum(0))
+        idle_LK, batches_LK = torch.stack(counts_L).unbind(1)
+        return idle_LK, batches_LK
+
+    def sparsity(self) -> float:
+        """Returns the share of FFN neurons (or weights) that do not run in hard mode, over real tokens and layers."""
+        active_L, _ = self.active_counts()
+        active = neurons = 0
+        for n, (name, scores_NE) in zip(active_L, self.scores().items(), strict=True):
+            active += int(n) * self._ffns[name].expert_size
+            neurons += scores_NE.shape[0] * self._ffns[name].neurons
+        return 1.0 - active / neurons
+
+
+def _union_counts(active_NE: torch.Tensor, real_BT: torch.Tensor, sizes: int, decodes: bool) -> torch.Tensor:
+    """Returns one layer's idle (batch, expert) pairs and its batches of 1, 2, 4, ... rows, [2, K]."""
+    position_BT = real_BT.cumsum(1) - 1
+    steps = int(position_BT.max()) + 1
+    rows, columns = real_BT.nonzero(as_tuple=True)
+    active_BTE = active_NE.new_zeros(real_BT.shape[0], steps, active_NE.shape[1])
+    active_BTE[rows, position_BT[rows, columns]] = active_NE
+    there_BT = torch.arange(steps, device=real_BT.device) < real_BT.sum(1, keepdim=True)
+    if not decodes:
+        active_BTE, there_BT = active_BTE.any(1, keepdim=True), there_BT.any(1, keepdim=True)
+    counts = []
+    for _ in range(sizes):
+        counts.append(torch.stack([(~active_BTE & there_BT.unsqueeze(-1)).sum(), there_BT.sum()]))
+        even = len(there_BT) // 2 * 2  # a row without a neighbour is in no larger batch
+        active_BTE = active_BTE[:even:2] | active_BTE[1:even:2]
+        there_BT = there_BT[:even:2] & there_BT[1:even:2]
+    return torch.stack(counts, dim=1)
+
+
+def _trainable(selector: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in selector.parameters())

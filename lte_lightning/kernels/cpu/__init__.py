@@ -1,0 +1,1 @@
+"""The CPU backend: C++ source, how it is built and found, its operator."""

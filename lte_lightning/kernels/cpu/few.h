@@ -1,0 +1,139 @@
+// Few tokens per expert: every row of weights is read once, and the next one fetched meanwhile.
+#pragma once
+#include "pairs.h"
+
+namespace {
+
+constexpr int64_t FEW_ROWS = 16, FEW_COLUMNS = 2048;  // rows, then columns, of a task
+
+// out[t] = row . x[t], while the row at next is on its way into the cache: the processor alone would wait at each jump.
+template <int TN, class T>
+void dots(const T* row, const T* next, int64_t D, const float* const* x, float* const* out) {
+    constexpr int UNROLL = W == 16 ? 4 : 2;
+    vec acc[TN][UNROLL] = {};
+    int64_t d = 0;
+    for (; d + UNROLL * W <= D; d += UNROLL * W) {
+        for (int b = 0; b < UNROLL * W * int(sizeof(T)); b += 64)
+            __builtin_prefetch(reinterpret_cast<const char*>(next + d) + b);
+        for (int u = 0; u < UNROLL; u++) {
+            const vec w = load_wide(row + d + u * W);
+            for (int t = 0; t < TN; t++) acc[t][u] += w * load(x[t] + d + u * W);
+        }
+    }
+    for (; d + W <= D; d += W)
+        for (int t = 0; t < TN; t++) acc[t][0] += load_wide(row + d) * load(x[t] + d);
+    for (int t = 0; t < TN; t++) {
+        for (int u = 1; u < UNROLL; u++) acc[t][0] += acc[t][u];
+        float s = sum(acc[t][0]);
+        for (int64_t k = d; k < D; k++) s += widen(row[k]) * x[t][k];
+        *out[t] = s;
+    }
+}
+
+// acc[t][c] += sum over R rows of h[t][r] * rows[r][c]; next as above.
+template <int R, int TN, class T>
+void axpy(const T* rows, const T* next, int64_t D, int64_t columns, const float* const* h, float* const* acc) {
+    constexpr int STEP = 64 / sizeof(T) > W ? 64 / sizeof(T) : W;  // a cache line at least
+    int64_t c = 0;
+    auto step = [&](int64_t c) {
+        vec w[R];
+        for (int r = 0; r < R; r++) w[r] = load_wide(rows + r * D + c);
+        for (int t = 0; t < TN; t++) {
+            vec a = load(acc[t] + c);
+            for (int r = 0; r < R; r++) a += h[t][r] * w[r];
+            store(acc[t] + c, a);
+        }
+    };
+    for (; c + STEP <= columns; c += STEP) {
+        for (int r = 0; r < R; r++) __builtin_prefetch(next + r * D + c);
+        for (int i = 0; i < STEP; i += W) step(c + i);
+    }
+    for (; c + W <= columns; c += W) step(c);
+    for (; c < columns; c++)
+        for (int t = 0; t < TN; t++)
+            for (int r = 0; r < R; r++) acc[t][c] += h[t][r] * widen(rows[r * D + c]);
+}
+
+// Calls body with 4, 2 or 1 of the pairs at a time; a token's arithmetic is the same in each.
+template <class Body> void few_at_a_time(int64_t begin, int64_t end, const Body& body) {
+    int64_t p = begin;
+    for (; p + 4 <= end; p += 4) body(p, std::integral_constant<int, 4>());
+    for (; p + 2 <= end; p += 2) body(p, std::integral_constant<int, 2>());
+    for (; p < end; p++) body(p, std::integral_constant<int, 1>());
+}
+
+template <class T> void few(const Ffn<T>& f) {
+    const int64_t D = f.D, S = f.S, pairs = f.first[f.E];
+    float* const x = scratch<0, float>(f.N * D);
+    float* const h = scratch<1, float>(pairs * S);
+    float* const gates = scratch<2, float>(f.gate ? pairs * S : 0);
+    for (int64_t i = 0; i < f.N * D; i++) x[i] = widen(f.x[i]);
+
+    // Slabs of rows, in ranges: within one the next row is known.
+    const int64_t per_expert = (S + FEW_ROWS - 1) / FEW_ROWS, slabs = int64_t(f.active.size()) * per_expert;
+    const int64_t ranges = std::min(slabs, f.threads > 1 ? 4 * int64_t(f.threads) : 1);
+    auto row_of = [&](int64_t slab) { return f.active[slab / per_expert] * S + slab % per_expert * FEW_ROWS; };
+    auto hide = [&](int64_t range) {
+        const int64_t end = (range + 1) * slabs / ranges;
+        for (int64_t slab = range * slabs / ranges; slab < end; slab++) {
+            const int64_t e = f.active[slab / per_expert], row = row_of(slab), s = row - e * S;
+            const int64_t rows = std::min<int64_t>(FEW_ROWS, S - s), after = slab + 1 < end ? row_of(slab + 1) : row;
+            for (int64_t r = 0; r < rows; r++) {
+                int64_t next = r + 1 < rows ? row + r + 1 : after;
+                few_at_a_time(f.first[e], f.first[e + 1], [&](int64_t p, auto tokens) {
+                    constexpr int TN = decltype(tokens)::value;
+                    const float* xs[TN];
+                    float *up[TN], *gate[TN];
+                    for (int t = 0; t < TN; t++) {
+                        xs[t] = x + f.token[p + t] * D;
+                        up[t] = h + (p + t) * S + s + r;
+                        gate[t] = gates + (p + t) * S + s + r;
+                    }
+                    if (f.gate) dots<TN>(f.gate + (row + r) * D, f.gate + next * D, D, xs, gate);
+                    dots<TN>(f.up + (row + r) * D, f.up + next * D, D, xs, up);
+                    next = row + r;  // on its way already
+                });
+            }
+            for (int64_t p = f.first[e]; p < f.first[e + 1]; p++) {
+                alignas(64) float up[FEW_ROWS] = {}, gate[FEW_ROWS] = {};
+                std::copy_n(h + p * S + s, rows, up);
+                if (f.gate) std::copy_n(gates + p * S + s, rows, gate);
+                f.finish(rows, row, up, gate);
+                std::copy_n(up, rows, h + p * S + s);
+            }
+        }
+    };
+
+    const int64_t wide = std::min(FEW_COLUMNS, up_to((D + f.threads - 1) / f.threads, 64));
+    auto project = [&](int64_t task) {
+        const int64_t c = task * wide, columns = std::min(wide, D - c);
+        float* const acc = scratch<3, float>(f.N * wide);
+        for (int64_t n = 0; n < f.N; n++)
+            for (int64_t k = 0; k < columns; k++) acc[n * wide + k] = f.bias(f.down_bias, c + k);
+        for (size_t i = 0; i < f.active.size(); i++) {
+            const int64_t e = f.active[i], row = e * S, after = i + 1 < f.active.size() ? f.active[i + 1] * S : row;
+            auto add = [&](auto row_count, int64_t s, int64_t next) {
+                constexpr int R = decltype(row_count)::value;
+                few_at_a_time(f.first[e], f.first[e + 1], [&](int64_t p, auto tokens) {
+                    constexpr int TN = decltype(tokens)::value;
+                    const float* hs[TN];
+                    float* accs[TN];
+                    for (int t = 0; t < TN; t++) {
+                        hs[t] = h + (p + t) * S + s;
+                        accs[t] = acc + f.token[p + t] * wide;
+                    }
+                    axpy<R, TN>(f.down + (row + s) * D + c, f.down + next * D + c, D, columns, hs, accs);
+                    next = row + s;
+                });
+            };
+            int64_t s = 0;
+            for (; s + 4 <= S; s += 4) add(std::integral_constant<int, 4>(), s, s + 8 <= S ? row + s + 4 : after);
+            for (; s < S; s++) add(std::integral_constant<int, 1>(), s, row + s);
+        }
+        for (int64_t n = 0; n < f.N; n++)
+            for (int64_t k = 0; k < columns; k++) narrow(acc[n * wide + k], f.y[n * D + c + k]);
+    };
+    parallel(f.threads, ranges, hide, (D + wide - 1) / wide, project);
+}
+
+}  // namespace

@@ -1,0 +1,47 @@
+// Selected experts of one FFN on a CPU: y = down(act(gate x) * up x) over each token's own experts, float32 sums.
+//
+// ffn.py compiles this file for the machine's instruction set and describes the memory. Names carry shapes as in
+// Python: N tokens, D width, E experts, S neurons per expert. Two ways:
+//   few tokens (few.h): bound by memory. Each active row is read once, for all tokens that chose its expert: dot
+//       products for gate and up, then sums over rows of the transposed down, each thread owning some columns.
+//   many tokens (many.h): bound by arithmetic. Tokens are grouped by expert; rows of x are read in place, weights
+//       are packed into panels that stay in cache, and register tiles of MR tokens by NR columns do the rest.
+// In both, who computes what never changes the order of a sum: results do not depend on the threads, nor a row on the
+// others beside it.
+#include "few.h"
+#include "many.h"
+
+namespace {
+
+constexpr int64_t FEW_PAIRS = 8;  // tokens per active expert for which they count as few
+constexpr int64_t CHUNK_BYTES = int64_t(64) << 20;  // hidden activations kept at a time
+enum Way { ANY, FEW, MANY };
+
+template <class T>
+void run(const int64_t* shape, int activation, int threads, int way, const uint8_t* mask, void* const* p) {
+    const int64_t N = shape[0], D = shape[1], E = shape[2], S = shape[3];
+    auto at = [&](int i) { return static_cast<const T*>(p[i]); };
+    const int64_t chunk = std::max<int64_t>(TOKENS, CHUNK_BYTES / (4 * E * S) / TOKENS * TOKENS);
+    for (int64_t n = 0; n < N; n += chunk) {
+        Ffn<T> f{std::min(chunk, N - n), D, E, S, activation, threads,
+                 at(0) + n * D, at(1), at(2), at(3), at(4), at(5), at(6),
+                 static_cast<T*>(p[7]) + n * D};
+        f.list(mask + n * E);
+        const bool little = f.first[E] <= FEW_PAIRS * int64_t(f.active.size());
+        if (way == FEW || (way == ANY && little)) few(f);
+        else many(f);
+    }
+}
+
+}  // namespace
+
+// shape: N, D, E, S. pointers: x, up, gate, down, up_bias, gate_bias, down_bias, y; gate and biases may be null.
+// way: 0 chooses, 1 is that of few tokens, 2 that of many. Returns 0, or 1 if there is no memory for the buffers.
+extern "C" int lte_ffn(int dtype, const int64_t* shape, int activation, int threads, int way, const uint8_t* mask,
+                       void* const* pointers) try {
+    const auto run_it = dtype == 0 ? run<float> : dtype == 1 ? run<bf16> : run<f16>;
+    run_it(shape, activation, threads, way, mask, pointers);
+    return 0;
+} catch (const std::bad_alloc&) {
+    return 1;
+}

@@ -1,0 +1,48 @@
+// One FFN, its tokens and which experts they run.
+#pragma once
+#include "vector.h"
+
+namespace {
+
+inline int64_t up_to(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
+
+template <class T> struct Ffn {
+    int64_t N, D, E, S;
+    int activation, threads;
+    const T *x, *up, *gate, *down, *up_bias, *gate_bias, *down_bias;
+    T* y;
+    // The pairs (token, expert) that run, ordered by expert and then by token: those of e are first[e] to first[e + 1].
+    std::vector<int64_t> first;
+    std::vector<int32_t> token;
+    std::vector<int32_t> active;
+
+    void list(const uint8_t* mask) {
+        first.assign(E + 1, 0);
+        for (int64_t n = 0; n < N; n++)
+            for (int64_t e = 0; e < E; e++) first[e + 1] += mask[n * E + e] != 0;
+        for (int64_t e = 0; e < E; e++) {
+            if (first[e + 1]) active.push_back(int32_t(e));
+            first[e + 1] += first[e];
+        }
+        token.resize(first[E]);
+        std::vector<int64_t> next(first.begin(), first.end() - 1);
+        for (int64_t n = 0; n < N; n++)
+            for (int64_t e = 0; e < E; e++)
+                if (mask[n * E + e]) token[next[e]++] = int32_t(n);
+    }
+    float bias(const T* b, int64_t i) const { return b ? widen(b[i]) : 0.f; }
+
+    // Turns products into hidden activations, in place in up. Both buffers reach to the next multiple of W.
+    void finish(int64_t neurons, int64_t row, float* up, float* gate_of) const {
+        for (int64_t s = 0; s < neurons; s += W) {
+            for (int64_t i = s; i < std::min<int64_t>(s + W, neurons); i++) {
+                up[i] += bias(up_bias, row + i);
+                if (gate) gate_of[i] += bias(gate_bias, row + i);
+            }
+            const vec u = load(up + s);
+            store(up + s, gate ? activate(activation, load(gate_of + s)) * u : activate(activation, u));
+        }
+    }
+};
+
+}  // namespace

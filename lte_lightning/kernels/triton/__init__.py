@@ -1,0 +1,1 @@
+"""The Triton backend: kernels for one token, few and many, and their operators."""

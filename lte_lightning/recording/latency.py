@@ -1,0 +1,114 @@
+"""What skipping experts saves in time: the model of a fit against its dense twin, on rows that it was validated on."""
+
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
+
+from lte_lightning.bench.machine import clock_on
+from lte_lightning.bench.measure import Timer, interleave, timed
+from lte_lightning.core.model.checkpoint import from_pretrained
+from lte_lightning.core.model.convert import restore, set_mode
+from lte_lightning.kernels.dispatch import Backend
+
+BATCHES = 8  # in each round
+STEPS = 8  # that each batch decodes
+ROUNDS = 7
+INPUTS = ("input_ids", "attention_mask", "token_type_ids", "labels")
+
+
+def measure_latency(folder: Path, trainer: Trainer, rows: int, backend: Backend) -> dict[str, Any]:
+    """Times a saved model and its dense twin by turns, on the trainer's device and in its precision's type.
+
+    Both choose and compute what they would in use: real routers on real validation rows, padding included. A call is
+    one forward pass; of a decoder that generates, a step that decodes the next token of each row with a cache.
+
+    Args:
+        folder: Where `save_pretrained` wrote the model. It is loaded twice.
+        trainer: Its data module has the rows.
+        rows: Rows per call.
+        backend: What computes the selected experts.
+
+    Returns:
+        ``latency_ms`` and ``dense_latency_ms``, of a call: medians over rounds of the mean over batches; ``speedup``,
+        dense by sparse; and ``latency_of``, what was measured where.
+    """
+    device, dtype = trainer.strategy.root_device, _dtype(str(trainer.precision))
+    sparse = from_pretrained(folder, dtype=dtype, backend=backend)
+    set_mode(sparse, "hard")
+    # with weights of its own, or the cache would serve one from what the other read
+    dense = restore(from_pretrained(folder, dtype=dtype, backend="dense-mask"))
+    decodes = sparse.can_generate() and not sparse.config.is_encoder_decoder
+    batches = _batches(trainer, rows, device)
+    run = _decode if decodes else _forward
+    timer: Timer = partial(timed, clock=clock_on(device))
+    models = {"dense": dense, "sparse": sparse}
+    with torch.inference_mode():
+        arms = {
+            name: partial(run, model.to(device).eval().requires_grad_(False), batches, timer)
+            for name, model in models.items()
+        }
+        samples = interleave(arms, ROUNDS)
+    ms = {name: median(times) for name, times in samples.items()}
+    return {
+        "latency_ms": ms["sparse"],
+        "dense_latency_ms": ms["dense"],
+        "speedup": ms["dense"] / ms["sparse"],
+        "latency_of": {
+            "call": "decoding step" if decodes else "forward pass",
+            "rows": rows,
+            "dtype": str(dtype).removeprefix("torch."),
+            "device": str(device),
+            "threads": torch.get_num_threads(),
+            "load": round(os.getloadavg()[0], 2),
+        },
+    }
+
+
+def _dtype(precision: str) -> torch.dtype:
+    # who trains in mixed precision mostly runs the model in its low type
+    if "bf16" in precision:
+        return torch.bfloat16
+    return torch.float16 if precision.startswith("16") else torch.float32
+
+
+def _batches(trainer: Trainer, rows: int, device: torch.device) -> list[dict[str, torch.Tensor]]:
+    loaders = trainer.datamodule.val_dataloader()
+    loader = loaders[0] if isinstance(loaders, list) else loaders
+    drawn = DataLoader(
+        loader.dataset,
+        batch_size=min(rows, len(loader.dataset)),
+        shuffle=True,
+        drop_last=True,
+        collate_fn=loader.collate_fn,
+        generator=torch.Generator().manual_seed(0),
+    )
+    first = [batch for batch, _ in zip(drawn, range(BATCHES), strict=False)]
+    return [{key: batch[key].to(device) for key in INPUTS if key in batch} for batch in first]
+
+
+def _forward(model: PreTrainedModel, batches: Sequence[dict[str, torch.Tensor]], timer: Timer) -> list[float]:
+    return [fmean(timer([partial(model, **batch) for batch in batches]))]
+
+
+def _decode(model: PreTrainedModel, batches: Sequence[dict[str, torch.Tensor]], timer: Timer) -> list[float]:
+    times = []
+    for batch in batches:
+        length = int(batch["attention_mask"].sum(1).min())
+        pairs = zip(batch["input_ids"], batch["attention_mask"].bool(), strict=True)
+        ids_BT = torch.stack([ids_T[real_T][:length] for ids_T, real_T in pairs])
+        steps = max(1, min(STEPS, length // 2))
+        cache = model(ids_BT[:, : max(1, length - steps)], use_cache=True).past_key_values
+        times += timer([_step(model, ids_BT[:, -i, None], cache) for i in range(steps, 0, -1)])
+    return [fmean(times)]
+
+
+def _step(model: PreTrainedModel, ids_B1: torch.Tensor, cache: Any) -> Callable[[], object]:
+    return lambda: model(ids_B1, past_key_values=cache, use_cache=True)

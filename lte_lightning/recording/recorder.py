@@ -1,0 +1,308 @@
+"""What a run leaves behind: its folder, its MLflow run, the results and the model."""
+
+import json
+import os
+import shlex
+import shutil
+import sys
+import time
+import uuid
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import Logger, MLFlowLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
+from rich.table import Table
+
+from lte_lightning.callbacks.checkpoints import BestCheckpoint
+from lte_lightning.core.model.checkpoint import CONFIG_FILE, save_pretrained
+from lte_lightning.errors import UserError
+from lte_lightning.recording.latency import measure_latency
+from lte_lightning.recording.loggers import RunLogger, mlflow_of
+from lte_lightning.recording.memory import expected_memory
+from lte_lightning.recording.pictures import draw_scores, draw_sparsity
+from lte_lightning.recording.tables import make_results, read_floor, results_table, show, test_table
+from lte_lightning.store import (
+    RUN_LAYOUT,
+    first_contact,
+    mlflow_store,
+    read_run_file,
+    result_metrics,
+    shown,
+    whole,
+    write_json,
+)
+
+RUN_FILE = "run.json"
+
+
+class Recorder(Callback):
+    """Keeps everything of a run in one folder, ``<root>/<experiment>/<run id>``, and the same in MLflow.
+
+    The folder holds ``config.yaml``, ``checkpoints/``, ``artifacts/`` (MLflow's), and at the end of a fit
+    ``results.json`` and ``model/``, a Hugging Face folder with the routers.
+
+    Args:
+        root: Folder of all runs.
+        experiment: Name of the MLflow experiment and of the folder below the root.
+        name: Name of the MLflow run; the time of its start if not given.
+        tracking_uri: MLflow's store; by default ``MLFLOW_TRACKING_URI`` or an embedded ``sqlite:///mlflow.db``. What
+            is given here is kept in the run's files: an address with a password is taken from the variable alone.
+        floor_from: A ``results.json`` whose ``floor`` (every expert off, adapted alike) is reported with this run's.
+        parent: Id of the MLflow run that this one belongs to, a sweep's.
+        latency_rows: After a fit, measure how many times as fast as its dense twin the saved model is on so many
+            validation rows at a time, on this device: ``speedup`` in the results. Holds two more copies of the model.
+    """
+
+    def __init__(
+        self,
+        root: str = "runs",
+        experiment: str = "lte",
+        name: str | None = None,
+        tracking_uri: str | None = None,
+        floor_from: str | None = None,
+        parent: str | None = None,
+        latency_rows: int | None = None,
+    ) -> None:
+        if latency_rows is not None and latency_rows < 1:
+            raise UserError(f"latency_rows is {latency_rows}; it is a number of rows, at least 1")
+        if tracking_uri and tracking_uri != shown(tracking_uri):
+            raise UserError(
+                f"run.tracking_uri is {shown(tracking_uri)}, and what *** stands for would be kept in the run's files: "
+                "give the whole address by MLFLOW_TRACKING_URI"
+            )
+        self.latency_rows = latency_rows
+        self.root = Path(root).absolute()
+        self.experiment = experiment
+        self.name = name
+        self.tracking_uri = mlflow_store(tracking_uri, os.environ.get("MLFLOW_TRACKING_URI"))
+        self.floor = read_floor(floor_from) if floor_from else None
+        self.parent = parent
+        self.folder: Path | None = None
+        self.run_id: str | None = None
+        self._fresh = False
+        self.table: Table | None = None
+        self.written: Path | None = None
+
+    # The run's place
+
+    def resume(self, origin: str) -> None:
+        """Continues the run in whose folder a checkpoint or a model folder lies, if it lies in one.
+
+        Raises:
+            UserError: If that run is of another version, or its ``run.json`` damaged.
+        """
+        folder = _find_run(origin)
+        if folder is not None:
+            stored = read_run_file(folder)
+            self.folder, self.root = folder, folder.parent.parent
+            self.experiment = stored["experiment"]
+            uri = stored["tracking_uri"]
+            if uri == shown(self.tracking_uri):  # its password is kept nowhere
+                uri = self.tracking_uri
+            # a copied run's embedded store may have stayed elsewhere: then MLflow gets a new run
+            if uri and (not uri.startswith("sqlite:///") or Path(uri.removeprefix("sqlite:///")).exists()):
+                self.tracking_uri, self.run_id = uri, stored["run_id"]
+
+    def make_logger(self) -> Logger:
+        """Returns the MLflow logger of this run."""
+        self._check_root()
+        embedded = self.tracking_uri.startswith("sqlite:")  # a server decides where its artifacts are
+        location = (self.root / self.experiment).as_uri() if embedded else None
+        with first_contact(whole(self.tracking_uri)):
+            logger = RunLogger(
+                experiment_name=self.experiment,
+                # of MLflow's own making it would be the same for all: it is drawn after the seed was set
+                run_name=self.name or time.strftime("%Y-%m-%d %H:%M:%S"),
+                tracking_uri=self.tracking_uri,
+                artifact_location=location,
+                run_id=self.run_id,
+                tags={"mlflow.parentRunId": self.parent} if self.parent else None,
+            )
+            first = embedded and rank_zero_only.rank == 0
+            known = logger.experiment.get_experiment(logger.experiment_id).artifact_location if first else location
+        if known != location and self.run_id is None:
+            logger.experiment.delete_run(logger.run_id)
+            raise UserError(
+                f"experiment {self.experiment!r} in {shown(self.tracking_uri)} keeps its runs in {known}, not in "
+                f"{location}; choose another run.experiment, run.root or run.tracking_uri"
+            )
+        return logger
+
+    def _check_root(self) -> None:
+        try:
+            target = self.root / self.experiment
+            target.mkdir(parents=True, exist_ok=True)
+            probe = target / f".probe-{uuid.uuid4().hex}"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise UserError(
+                f"cannot write runs to {self.root}: {error}; choose another folder with run.root"
+            ) from error
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Makes the run folder and sends the checkpoints there."""
+        if trainer.fast_dev_run:
+            self.folder = None
+            return
+        if self.floor and (task := getattr(trainer.datamodule, "task", None)) != self.floor["task"]:
+            raise UserError(f"run.floor_from is a floor of {self.floor['task']!r}, this run is on {task!r}")
+        logger = mlflow_of(trainer)
+        if logger is None:
+            self._check_root()
+        if self.folder is None:
+            run_id = logger.run_id if logger else time.strftime("%Y-%m-%d_%H-%M-%S-") + uuid.uuid4().hex[:4]
+            run_id = trainer.strategy.broadcast(run_id)  # only the first process has a logger that knows it
+            self.folder = self.root / self.experiment / run_id
+            self._fresh = True
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if trainer.is_global_zero and not (self.folder / RUN_FILE).exists():
+            about = {"run_id": logger.run_id, "tracking_uri": shown(self.tracking_uri)} if logger else {}
+            about = {"run_id": None, "tracking_uri": None, "experiment": self.experiment} | about
+            write_json(self.folder / RUN_FILE, {"layout": RUN_LAYOUT, "name": self.name, **about})
+        # Lightning would say so at every resumed fit
+        warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+                callback.dirpath = str(self.folder / "checkpoints")
+
+    @rank_zero_only
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Says how to go on from the last checkpoint; a run that was refused leaves nothing."""
+        if self.folder is None:
+            if isinstance(exception, UserError):
+                self.forget(mlflow_of(trainer))
+            return
+        config, last = self.folder / "config.yaml", self.folder / "checkpoints" / "last.ckpt"
+        if trainer.state.fn == "fit" and last.exists():
+            print(
+                "\nStopped. The last finished epoch is kept; resume with\n"
+                f"  lightning fit --config {shlex.quote(str(config))} --ckpt_path {shlex.quote(str(last))}",
+                file=sys.stderr,
+            )
+        elif self._fresh and isinstance(exception, UserError):
+            self.forget(mlflow_of(trainer))
+        elif trainer.state.fn == "fit":
+            print("\nStopped before the first epoch was finished: there is nothing to resume.", file=sys.stderr)
+
+    def forget(self, logger: MLFlowLogger | None) -> None:
+        """Removes what a run left that was refused; nothing of a run that it continues."""
+        if self._fresh:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        if logger is not None and self.run_id is None:
+            logger.experiment.delete_run(logger.run_id)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Says how much memory the fit is expected to take."""
+        rank_zero_info(f"expected memory per device: {expected_memory(trainer, pl_module)}")
+
+    # Results
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Goes back to the best checkpoint, if the expert stage was reached, and exports model and results."""
+        if trainer.fast_dev_run:
+            return
+        best = next((c.best_model_path for c in trainer.checkpoint_callbacks if isinstance(c, BestCheckpoint)), "")
+        if best and pl_module.stage == "expert":
+            checkpoint = torch.load(best, weights_only=True, map_location="cpu")
+            pl_module.load_state_dict(checkpoint["state_dict"])
+            pl_module.measured |= {"hard": checkpoint["lte"]["measured"]["hard"]}
+        if trainer.is_global_zero:
+            self._export(trainer, pl_module)
+
+    def _export(self, trainer: Trainer, module: LightningModule) -> None:
+        module.before_export()
+        results = make_results(trainer, module, self.floor["floor"] if self.floor else None)
+        about = {"stage": module.stage, "measured": module.measured}
+        save_pretrained(module.net, self.folder / "model", about)
+        tokenizer = getattr(trainer.datamodule, "tokenizer", None)
+        if hasattr(tokenizer, "save_pretrained"):
+            tokenizer.save_pretrained(self.folder / "model")
+        if self.latency_rows and module.stage != "dense":
+            results |= measure_latency(self.folder / "model", trainer, self.latency_rows, module.backend)
+        self.table = results_table(results)
+        self.written = self.folder / "results.json"
+        write_json(self.written, results)
+        files = [self.written]
+        views = module.measured.get("hard") or module.measured.get("hard_before")
+        if views:
+            files += [self.folder / "sparsity_per_layer.png", self.folder / "scores.png"]
+            draw_sparsity(views["sparsity_per_layer"], files[1])
+            draw_scores(views["score_histogram"], module.net.lte_config.threshold, files[2])
+        if logger := mlflow_of(trainer):
+            logger.experiment.log_artifact(logger.run_id, str(self.folder / "model" / CONFIG_FILE), "model")
+            for path in files:
+                logger.experiment.log_artifact(logger.run_id, str(path))
+            logger.log_metrics(result_metrics(results))
+
+    @rank_zero_only
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes ``test.json``: metric, sparsity overall and per layer, cost per token.
+
+        A test on another task than the fit's writes ``test-<task>.json``, and leaves what the fit's own has found.
+        """
+        if self.folder is not None:
+            suffix = self._task_suffix(trainer)
+            self.written = self.folder / f"test{suffix}.json"
+            write_json(self.written, pl_module.measured["test"])
+            if logger := mlflow_of(trainer):
+                logger.experiment.log_artifact(logger.run_id, str(self.written))
+            self._write_rows(trainer, f"predictions{suffix}.jsonl", pl_module.predictions)
+        self.table = test_table(getattr(trainer.datamodule, "task", ""), pl_module.measured["test"])
+
+    def _task_suffix(self, trainer: Trainer) -> str:
+        task, results = getattr(trainer.datamodule, "task", None), self.folder / "results.json"
+        fitted = json.loads(results.read_text()).get("task") if results.exists() else task
+        return "" if task == fitted else f"-{task}"
+
+    @rank_zero_only
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Adds to ``samples.jsonl`` the answers that a model wrote for reading."""
+        self._write_rows(trainer, "samples.jsonl", pl_module.samples, "a")
+        pl_module.samples = []
+
+    def _write_rows(self, trainer: Trainer, name: str, rows: list[dict[str, Any]], how: str = "w") -> None:
+        if self.folder is None or not rows:
+            return
+        with (self.folder / name).open(how) as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        if logger := mlflow_of(trainer):
+            logger.experiment.log_artifact(logger.run_id, str(self.folder / name))
+
+    @rank_zero_only
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes ``predictions.jsonl``, one row per example in the order of the data; a file for each set of a task."""
+        if self.folder is None:
+            return
+        name, found = f"predictions{self._task_suffix(trainer)}", trainer.predict_loop.predictions
+        batches_of = found if trainer.predict_loop.num_dataloaders > 1 else [found]
+        for suffix, batches in zip(pl_module.loader_names, batches_of, strict=False):
+            rows = [row for batch in batches for row in (batch if isinstance(batch, list) else _as_rows(batch))]
+            rows.sort(key=lambda row: row.get("row", 0))  # stable: only what names its row moves
+            rows = [{"row": i} | row for i, row in enumerate(rows)]
+            self._write_rows(trainer, f"{name}{suffix}.jsonl", rows)
+        self.written = self.folder / f"{name}.jsonl"
+
+    @rank_zero_only
+    def report(self) -> None:
+        """Prints the table of a fit or a test, and last the path of what was written."""
+        if self.table is not None:
+            show(self.table)
+        if self.written is not None:
+            print(self.written, flush=True)
+
+
+def _as_rows(predictions_B: torch.Tensor) -> list[dict[str, Any]]:
+    return [{"prediction": prediction} for prediction in predictions_B.tolist()]
+
+
+def _find_run(origin: str) -> Path | None:
+    for parent in Path(origin).absolute().parents:
+        if (parent / RUN_FILE).exists():
+            return parent
+    return None

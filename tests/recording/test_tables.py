@@ -1,0 +1,99 @@
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from lte_lightning.errors import UserError
+from lte_lightning.figures import span_kept
+from lte_lightning.recording.tables import read_floor, results_table
+
+RESULTS = {
+    "task": "sst2",
+    "metric": "accuracy",
+    "dense": 0.9,
+    "soft": 0.89,
+    "hard_before": 0.85,
+    "hard": 0.88,
+    "sparsity": 0.8,
+    "sparsity_before": 0.75,
+    "data": "my/folder",
+    "sparsity_per_layer": [0.7, 0.9],
+    "flops_per_token": 3 * 2**30,
+    "dense_flops_per_token": 10 * 2**30,
+    "bytes_per_token": 4 * 10**6,
+    "dense_bytes_per_token": 10**7,
+    "bound": 2.5,
+    "seconds_per_stage": {"dense": 12.3, "grouping": 1.0},
+}
+
+
+def text_of(results):
+    stream = io.StringIO()
+    Console(file=stream, width=100).print(results_table(results))
+    return stream.getvalue()
+
+
+def row(text, label):
+    (line,) = (line for line in text.splitlines() if f"│ {label}" in line)
+    return [cell.strip() for cell in line.strip("│").split("│")][1:]
+
+
+def test_table():
+    text = text_of(RESULTS)
+    assert row(text, "dense") == ["0.9000", "0.0 %", "10.0000", "10.000", "1.00x"]
+    assert row(text, "hard, before adaptation") == ["0.8500", "75.0 %", "", "", ""]
+    assert row(text, "hard, after adaptation") == ["0.8800", "80.0 %", "3.0000", "4.000", "2.50x"]
+    for words in ("Data: my/folder.", "FLOPs saved: 70.0 %", "2^30", "dense 12 s, grouping 1 s"):
+        assert words in text
+    assert "floor" not in text
+
+
+def test_table_of_a_fit_without_adaptation():
+    text = text_of(RESULTS | {"hard": None})
+    assert row(text, "hard, before adaptation") == ["0.8500", "80.0 %", "3.0000", "4.000", "2.50x"]
+    assert "after adaptation" not in text
+
+
+def test_table_of_a_dense_fit():
+    nothing = dict.fromkeys(("soft", "hard_before", "hard", "sparsity", "sparsity_per_layer"))
+    assert "saved" not in text_of(RESULTS | nothing)
+
+
+def test_table_with_the_floor():
+    text = text_of(RESULTS | {"floor": 0.8})
+    assert row(text, "floor: no expert at all")[:2] == ["0.8000", "100.0 %"]
+    assert "Of the span from the floor to the dense start 80 % is kept" in text
+
+
+@pytest.mark.parametrize(
+    ("dense", "hard", "floor", "kept"),
+    [(0.9, 0.88, 0.8, 0.8), (0.9, 0.8, 0.8, 0.0), (0.8, 0.8, 0.85, None), (None, 0.8, 0.7, None)],
+)
+def test_span_kept(dense, hard, floor, kept):
+    assert span_kept({"metric": "accuracy", "dense": dense, "hard": hard, "floor": floor}) == (
+        kept if kept is None else pytest.approx(kept)
+    )
+
+
+@pytest.mark.parametrize(("dense", "hard", "floor", "kept"), [(10.0, 12.0, 20.0, 0.8), (10.0, 12.0, 9.0, None)])
+def test_span_kept_where_lower_is_better(dense, hard, floor, kept):
+    found = span_kept({"metric": "perplexity", "dense": dense, "hard": hard, "floor": floor})
+    assert found == (kept if kept is None else pytest.approx(kept))
+
+
+@pytest.mark.parametrize(("stages", "kept"), [(["router"], 0.5), (["router", "expert"], None)])
+def test_span_kept_by_a_fit_without_an_adaptation_is_that_before_it(stages, kept):
+    """With one, ``hard`` is None where it is not defined."""
+    results = {"metric": "accuracy", "dense": 0.9, "hard": None, "hard_before": 0.75, "floor": 0.6}
+    found = span_kept(results | {"seconds_per_stage": dict.fromkeys(stages, 1.0)})
+    assert found == (kept if kept is None else pytest.approx(kept))
+
+
+def test_floor_of_another_run(tmp_path):
+    (tmp_path / "results.json").write_text(json.dumps({"floor": 0.7, "task": "cola", "hard": 0.7}))
+    assert read_floor(tmp_path / "results.json") == {"floor": 0.7, "task": "cola"}
+    (tmp_path / "other.json").write_text(json.dumps({"hard": 0.7}))
+    for name in ("other.json", "none.json"):
+        with pytest.raises(UserError, match=f"{name} gives no floor"):
+            read_floor(tmp_path / name)
