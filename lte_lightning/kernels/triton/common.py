@@ -1,9 +1,13 @@
 """What the Triton kernels share: the activation, products in float32, and the check of what they are given."""
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from triton import knobs
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.runtime.driver import driver
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -33,6 +37,34 @@ def check_device(x_ND: torch.Tensor, others: dict[str, torch.Tensor | None]) -> 
             raise ValueError(f"{name} is on {tensor.device}, and x_ND on {x_ND.device}")
         if tensor is not None and not tensor.is_contiguous():
             raise ValueError(f"{name} has strides {tensor.stride()}: lay it out once, by .contiguous(), not per call")
+
+
+def dependent() -> dict[str, bool]:
+    """Returns the options of a launch that may start before the one ahead has ended: from Hopper on, none elsewhere."""
+    if INTERPRETED:
+        return {"PDL": False}
+    target = driver.active.get_current_target()
+    return {"PDL": True, "launch_pdl": True} if target.backend == "cuda" and target.arch >= 90 else {"PDL": False}
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Returns how many multiprocessors a device has; a small number for the interpreter's CPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+
+
+@triton.jit
+def wait_for_last(PDL: tl.constexpr):
+    """Waits for the launch ahead, all its writes included; nothing that it or an earlier one writes is read before."""
+    if PDL:
+        gdc_wait()
+
+
+@triton.jit
+def signal_next(PDL: tl.constexpr):
+    """Lets the launch behind start once every program of this one came here."""
+    if PDL:
+        gdc_launch_dependents()
 
 
 @triton.jit

@@ -6,6 +6,7 @@ from lte_lightning.kernels.layout import ExpertWeights
 from lte_lightning.kernels.triton.common import check_device
 from lte_lightning.kernels.triton.decode import MAX_TOKENS, run_decode
 from lte_lightning.kernels.triton.prefill import run_prefill
+from lte_lightning.kernels.triton.stream import run_stream
 
 
 def run_triton(x_ND: torch.Tensor, mask_NE: torch.Tensor, weights: ExpertWeights) -> torch.Tensor:
@@ -74,7 +75,7 @@ def _triton_ffn(
     if x_ND.numel() == 0:
         return torch.empty_like(x_ND)
     with torch.cuda.device_of(x_ND):
-        run = run_decode if len(x_ND) <= MAX_TOKENS else run_prefill
+        run = run_stream if len(x_ND) == 1 else run_decode if len(x_ND) <= MAX_TOKENS else run_prefill
         return run(x_ND, mask_NE.contiguous().view(torch.uint8), weights)
 
 

@@ -48,20 +48,25 @@ def _hidden_tile(
     ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     # Activations [BLOCK_M, BLOCK_F] of the tokens n and the neurons f; those not ok are any finite number.
-    up = tl.zeros([BLOCK_M, BLOCK_F], tl.float32)
-    gate = tl.zeros([BLOCK_M, BLOCK_F], tl.float32)
+    # Gate and up are one tile, a row of each in turn: one product reads x once, and a thread holds both of a neuron.
+    if gate_ptr is None:
+        rows = up_ptr + f * D
+        ok = f_ok
+    else:
+        turn = tl.arange(0, 2 * BLOCK_F) % 2
+        rows = tl.where(turn == 0, gate_ptr, up_ptr) + tl.interleave(f, f) * D
+        ok = tl.interleave(f_ok, f_ok)
+    acc = tl.zeros([BLOCK_M, rows.shape[0]], tl.float32)
     for d0 in range(0, D, BLOCK_D):
         d = d0 + tl.arange(0, BLOCK_D)
         x = tl.load(x_ptr + n[:, None] * D + d[None, :], mask=n_ok[:, None] & (d[None, :] < D), other=0.0)
-        tile = f[None, :] * D + d[:, None]
-        inside = f_ok[None, :] & (d[:, None] < D)
-        up = dot(x, tl.load(up_ptr + tile, mask=inside, other=0.0), up)
-        if gate_ptr is not None:
-            gate = dot(x, tl.load(gate_ptr + tile, mask=inside, other=0.0), gate)
-    up = add_bias(up, up_bias_ptr, f[None, :], f_ok[None, :])
+        weights = tl.load(rows[None, :] + d[:, None], mask=ok[None, :] & (d[:, None] < D), other=0.0)
+        acc = dot(x, weights, acc)
     if gate_ptr is None:
-        hidden = activate(up, ACTIVATION)
+        hidden = activate(add_bias(acc, up_bias_ptr, f[None, :], f_ok[None, :]), ACTIVATION)
     else:
+        gate, up = tl.split(tl.reshape(acc, [BLOCK_M, BLOCK_F, 2]))
+        up = add_bias(up, up_bias_ptr, f[None, :], f_ok[None, :])
         gate = add_bias(gate, gate_bias_ptr, f[None, :], f_ok[None, :])
         hidden = activate(gate, ACTIVATION) * up
     return hidden

@@ -7,6 +7,7 @@ from torch.nn import functional
 
 from lte_lightning.kernels.triton.common import accumulate, add_bias, check_device
 from lte_lightning.kernels.triton.decode import HIDDEN, MAX_TOKENS, padded_tokens
+from lte_lightning.kernels.triton.stream import route_stream
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -77,9 +78,13 @@ def _triton_router(
     if not 0 < N <= MAX_TOKENS:
         bias = None if bias_E is None else bias_E.to(x_ND.dtype)
         return functional.linear(x_ND, weight_ED.to(x_ND.dtype), bias).float().sigmoid() > threshold
+    mask_NE = torch.empty((N, E), dtype=torch.bool, device=x_ND.device)
+    if N == 1:
+        with torch.cuda.device_of(x_ND):
+            route_stream(x_ND.contiguous(), weight_ED, bias_E, threshold, mask_NE.view(torch.uint8))
+        return mask_NE
     tokens = padded_tokens(N)
     config = HIDDEN[x_ND.element_size(), tokens]
-    mask_NE = torch.empty((N, E), dtype=torch.bool, device=x_ND.device)
     with torch.cuda.device_of(x_ND):
         router_kernel[(triton.cdiv(E, config["ROWS"]),)](
             x_ND.contiguous(), weight_ED, bias_E, mask_NE.view(torch.uint8), N, threshold,

@@ -25,6 +25,7 @@ from lte_lightning.kernels.triton import decode as triton_decode
 from lte_lightning.kernels.triton import lists as triton_lists
 from lte_lightning.kernels.triton import prefill as triton_prefill
 from lte_lightning.kernels.triton import router as triton_router
+from lte_lightning.kernels.triton import stream as triton_stream
 from lte_lightning.kernels.triton.common import INTERPRETED
 from lte_lightning.kernels.triton.ffn import run_triton
 
@@ -42,7 +43,7 @@ CHIPS = {
 }
 KERNELS = {
     name
-    for module in (triton_decode, triton_lists, triton_prefill, triton_router)
+    for module in (triton_decode, triton_lists, triton_prefill, triton_router, triton_stream)
     for name, value in vars(module).items()
     if isinstance(value, JITFunction) and name.endswith("_kernel")
 }
@@ -100,7 +101,8 @@ def make_weights(dtype, gated, biases, activation, shape=(E, S, D)):
 def run_ffn(N, weights, mask_NE=None):
     E, _, D = weights.up_ESD.shape
     mask_NE = torch.zeros((N, E), dtype=torch.uint8) if mask_NE is None else mask_NE
-    run = triton_decode.run_decode if N <= triton_decode.MAX_TOKENS else triton_prefill.run_prefill
+    few = triton_stream.run_stream if N == 1 else triton_decode.run_decode
+    run = few if N <= triton_decode.MAX_TOKENS else triton_prefill.run_prefill
     run(torch.empty((N, D), dtype=weights.up_ESD.dtype), mask_NE, weights)
 
 
