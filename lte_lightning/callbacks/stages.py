@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -15,6 +16,7 @@ from lte_lightning.callbacks.plan import Epoch, StagePlan, lay_out
 from lte_lightning.core.model.convert import selector_parameters
 from lte_lightning.core.routing.observe import imitates
 from lte_lightning.errors import UserError
+from lte_lightning.tasks.accumulation import StepLoader
 from lte_lightning.tasks.baselines import check_baseline
 from lte_lightning.tasks.evaluation import STAGES, Stage
 
@@ -50,6 +52,7 @@ class StageSchedule(Callback):
         self.seconds: dict[str, float] = {}
         self._per_pass = 0
         self._goes_on = False
+        self._reads_ahead = False
         self._most = -1
         self._epochs: list[Epoch] = []
         self._start_step = 0
@@ -79,6 +82,11 @@ class StageSchedule(Callback):
             raise UserError(
                 f"stages cannot be switched under {type(trainer.strategy).__name__}; use trainer.strategy ddp"
             )
+        if any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks):
+            raise UserError(
+                "GradientAccumulationScheduler would change how many steps a stage has; use "
+                "trainer.accumulate_grad_batches, which holds for the whole fit"
+            )
         self._accumulate = trainer.accumulate_grad_batches
         loader = trainer.datamodule.train_dataloader()
         self._goes_on = hasattr(getattr(loader, "batch_sampler", None), "begin")
@@ -87,6 +95,27 @@ class StageSchedule(Callback):
         self._lay_out(trainer, imitating=False)
         if any(plan.steps for plan in self.plans.values()):
             trainer.reload_dataloaders_every_n_epochs = 1  # so that a stage's last epoch can be cut short
+        if self._accumulate > 1:
+            self._read_ahead(trainer, pl_module)
+
+    def _read_ahead(self, trainer: Trainer, module: LightningModule) -> None:
+        make = trainer.datamodule.train_dataloader
+
+        def train_dataloader() -> StepLoader:
+            return StepLoader(make(), module.amounts, self._accumulate, lambda: trainer.limit_train_batches)
+
+        trainer.datamodule.train_dataloader = train_dataloader
+        self._reads_ahead = True
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str | None = None) -> None:
+        """Gives the data module its own loader back."""
+        if self._reads_ahead:
+            del trainer.datamodule.train_dataloader
+            self._reads_ahead = False
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Gives the data module its own loader back."""
+        self.teardown(trainer, pl_module)
 
     def _batches_per_pass(self, trainer: Trainer, length: int | None) -> int:
         limit = trainer.limit_train_batches

@@ -96,12 +96,18 @@ class LteModule(MeasuredModule):
         self.samples: list[dict[str, Any]] = []  # answers to read, until they are written
         self.net = None
         self.schedule: Any = None
+        self._step_amounts = torch.zeros(0)  # what the current optimizer step holds, over all devices
+        self._step_losses: dict[str, torch.Tensor] = {}
 
     # The task, by the subclass
 
     def model_arguments(self) -> dict[str, Any]:
         """What the task passes to ``from_pretrained``."""
         return {}
+
+    def task_amount(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Returns what a batch's task loss is the mean of, a count: of rows, or by the subclass of tokens."""
+        return batch["labels"].new_tensor(len(batch["labels"]), dtype=torch.long)
 
     def before_export(self) -> None:
         """Makes the trained model what is saved."""
@@ -197,35 +203,64 @@ class LteModule(MeasuredModule):
     def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
         """Returns the stage's loss: the task's, with equation 6's two terms or a balance loss where routers learn.
 
-        A baseline's predictors learn by themselves in the router stage.
+        A baseline's predictors learn by themselves in the router stage. All are means over the rows or tokens of the
+        whole optimizer step, in all of its batches and on all devices.
         """
+        task_weight, token_weights = self._batch_weights(batch, batch_idx)
         if self.stage == "router" and imitates(self.net):
-            loss = imitate(self, batch)
+            loss = imitate(self, batch, token_weights)
         elif not self.routers_learn:
-            loss = self.run_model(batch).loss
-            self.log("train/task_loss", loss)
+            loss = self._note("task_loss", self.run_model(batch).loss * task_weight)
         else:
             with self.trace(batch) as trace:
-                task_loss = self.run_model(batch).loss
-            self.log("train/task_loss", task_loss)
-            loss = task_loss + self._router_loss(trace)
-        self.log("train/loss", loss, prog_bar=True)
+                task_loss = self.run_model(batch).loss * task_weight
+            loss = self._note("task_loss", task_loss) + self._router_loss(trace, token_weights)
+        self._note("loss", loss)
+        self._log_step(batch_idx)
         self._require_finite(loss, "training")
         return loss
 
-    def _router_loss(self, trace: RouterTrace) -> torch.Tensor:
+    def amounts(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Returns what the losses of a batch are means of, counts [1 + stacks]: of the task, and of the routers."""
+        tokens = [mask.bool().sum() for mask in self.token_masks(batch)]
+        return torch.stack([self.task_amount(batch), *tokens])
+
+    def _batch_weights(
+        self, batch: dict[str, torch.Tensor], batch_idx: int
+    ) -> tuple[torch.Tensor | float, torch.Tensor | None]:
+        """Returns what multiplies a batch's task loss, and its routers' losses by stack."""
+        accumulate, devices = self.trainer.accumulate_grad_batches, self.trainer.world_size
+        if accumulate == 1 and devices == 1:
+            return 1.0, None
+        here = self.amounts(batch)
+        if batch_idx % accumulate == 0:
+            mine = here.clone()  # it is reduced in place
+            if accumulate > 1:
+                mine = self.trainer.train_dataloader.take(batch_idx // accumulate).to(here.device)
+            self._step_amounts = self.trainer.strategy.reduce(mine, reduce_op="sum")
+        # Lightning divides by the number of batches, DDP by that of devices
+        weights = here * (accumulate * devices) / self._step_amounts
+        return weights[0], weights[1:]
+
+    def _note(self, name: str, loss: torch.Tensor) -> torch.Tensor:
+        mean = loss.detach() / self.trainer.accumulate_grad_batches
+        self._step_losses[name] = mean + self._step_losses.pop(name, 0.0)
+        return loss
+
+    def _log_step(self, batch_idx: int) -> None:
+        """Logs a step's losses at its last batch."""
+        done = batch_idx + 1
+        if done % self.trainer.accumulate_grad_batches == 0 or done == self.trainer.num_training_batches:
+            for name, loss in self._step_losses.items():
+                self.log(f"train/{name}", loss, prog_bar=name == "loss")
+            self._step_losses = {}
+
+    def _router_loss(self, trace: RouterTrace, weights: torch.Tensor | None) -> torch.Tensor:
         if balances(self.net):
-            balance = trace.balance_loss()
-            self.log("train/balance_loss", balance)
-            return self.hparams["balance_weight"] * balance
-        efficiency = trace.efficiency_loss()
+            return self.hparams["balance_weight"] * self._note("balance_loss", trace.balance_loss(weights))
+        efficiency = self._note("efficiency_loss", trace.efficiency_loss(weights))
+        separability = trace.separability_loss(self.hparams["separability_epsilon"], weights)
+        self._note("separability_loss", separability)
         weight = self.separability_weight_now()
-        separability = trace.separability_loss(self.hparams["separability_epsilon"])
-        self.log_dict(
-            {
-                "train/efficiency_loss": efficiency,
-                "train/separability_loss": separability,
-                "train/separability_weight": weight,
-            }
-        )
+        self.log("train/separability_weight", weight)
         return self.hparams["efficiency_weight"] * efficiency + weight * separability

@@ -48,11 +48,14 @@ def check_baseline(module: MeasuredModule, stages: Sequence[Stage]) -> None:
         )
 
 
-def imitate(module: MeasuredModule, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Returns the loss of predictors on what the dense model does with a batch, without dropout, as it will be used."""
+def imitate(module: MeasuredModule, batch: dict[str, torch.Tensor], weights: torch.Tensor | None) -> torch.Tensor:
+    """Returns the loss of predictors on what the dense model does with a batch, without dropout, as it will be used.
+
+    ``weights`` multiply the losses of each stack's layers.
+    """
     was_training = module.net.training
     module.net.eval()
-    loss = imitation_loss(module.net, lambda: module.run_model(batch), *module.token_masks(batch))
+    loss = imitation_loss(module.net, lambda: module.run_model(batch), *module.token_masks(batch), weights=weights)
     module.net.train(was_training)
     module.apply_stage()
     return loss

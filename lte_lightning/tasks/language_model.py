@@ -128,11 +128,15 @@ class LanguageModel(LteModule):
         inputs = {key: value for key, value in batch.items() if key != "words"}
         return self.net(**inputs) if self.net.config.is_encoder_decoder else run_where_asked(self.net, inputs)
 
-    def outputs_for_metric(self, outputs: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """Returns the sum of the losses, the number of tokens that have one, and that of words if known."""
+    def task_amount(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Returns how many tokens have a label."""
         # A decoder's first label is never asked for: nothing stands before it.
         labels = batch["labels"] if self.net.config.is_encoder_decoder else batch["labels"][:, 1:]
-        tokens = (labels != IGNORED).sum()
+        return (labels != IGNORED).sum()
+
+    def outputs_for_metric(self, outputs: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """Returns the sum of the losses, the number of tokens that have one, and that of words if known."""
+        tokens = self.task_amount(batch)
         found = (outputs.loss.detach() * tokens, tokens)
         return (*found, batch["words"]) if "words" in batch else found
 

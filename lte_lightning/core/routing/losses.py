@@ -7,20 +7,24 @@ import torch
 SEPARABILITY_EPSILON = 0.01
 
 
-def efficiency_loss(scores: Sequence[torch.Tensor]) -> torch.Tensor:
+def efficiency_loss(scores: Sequence[torch.Tensor], weights_L: torch.Tensor | None = None) -> torch.Tensor:
     """Mean squared score (equation 4): what pushes scores down.
 
     Args:
         scores: One tensor [N, E] per layer: the scores of the N real tokens.
+        weights_L: Multiplies each layer's mean, where these tokens are a part of those that a step learns from.
 
     Returns:
         A scalar in [0, 1]: the mean over layers of the mean over tokens and experts.
     """
-    return torch.stack([scores_NE.float().square().mean() for scores_NE in scores]).mean()
+    return _over_layers([scores_NE.float().square().mean() for scores_NE in scores], weights_L)
 
 
 def separability_loss(
-    scores: Sequence[torch.Tensor], threshold: float, epsilon: float = SEPARABILITY_EPSILON
+    scores: Sequence[torch.Tensor],
+    threshold: float,
+    epsilon: float = SEPARABILITY_EPSILON,
+    weights_L: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Mean of ``1 / ((score - threshold)^2 + epsilon)`` (equation 5): what pushes scores away from the threshold.
 
@@ -32,9 +36,15 @@ def separability_loss(
         scores: One tensor [N, E] per layer: the scores of the N real tokens.
         threshold: tau.
         epsilon: Keeps the loss finite.
+        weights_L: As for `efficiency_loss`.
 
     Returns:
         A scalar: the mean over layers of the mean over tokens and experts.
     """
     terms = [((scores_NE.float() - threshold).square() + epsilon).reciprocal().mean() for scores_NE in scores]
-    return torch.stack(terms).mean()
+    return _over_layers(terms, weights_L)
+
+
+def _over_layers(means: Sequence[torch.Tensor], weights_L: torch.Tensor | None) -> torch.Tensor:
+    means_L = torch.stack(list(means))
+    return (means_L if weights_L is None else means_L * weights_L).mean()

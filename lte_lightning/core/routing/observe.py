@@ -86,13 +86,16 @@ def learns_with_task(model: nn.Module) -> bool:
     return all(isinstance(ffn.selector, Router | Gates) for ffn in require_expert_ffns(model).values())
 
 
-def imitation_loss(model: nn.Module, run: Callable[[], object], *token_masks_BT: torch.Tensor) -> torch.Tensor:
+def imitation_loss(
+    model: nn.Module, run: Callable[[], object], *token_masks_BT: torch.Tensor, weights: torch.Tensor | None = None
+) -> torch.Tensor:
     """Returns the mean over the layers of their predictors' loss; nothing but the predictors gets a gradient.
 
     Args:
         model: Whose selectors are `Predictor`s.
         run: Runs the model once.
         *token_masks_BT: As for `observe`.
+        weights: Multiply the losses of each stack's layers, one weight per stack.
     """
     losses = []
 
@@ -100,7 +103,8 @@ def imitation_loss(model: nn.Module, run: Callable[[], object], *token_masks_BT:
         down_FD = weight_rows(ffn.down).T
         if isinstance(ffn.selector, Predictor):
             with torch.enable_grad():
-                losses.append(ffn.selector.imitation_loss(x_ND, hidden_NF, down_FD.detach()))
+                loss = ffn.selector.imitation_loss(x_ND, hidden_NF, down_FD.detach())
+                losses.append(loss if weights is None else loss * weights[ffn.stack])
 
     with observe(model, see, *token_masks_BT), torch.no_grad():
         run()

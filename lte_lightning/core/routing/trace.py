@@ -127,26 +127,38 @@ class RouterTrace:
             raise UserError(f"no real token: the {which} mask is all zeros")
         return scores
 
-    def efficiency_loss(self) -> torch.Tensor:
-        """Returns equation 4 over the real tokens."""
-        return efficiency_loss(list(self.scores().values()))
+    def efficiency_loss(self, weights: torch.Tensor | None = None) -> torch.Tensor:
+        """Returns equation 4 over the real tokens.
 
-    def separability_loss(self, epsilon: float = SEPARABILITY_EPSILON) -> torch.Tensor:
-        """Returns equation 5 over the real tokens, at the model's threshold."""
+        Args:
+            weights: Multiply the means of each stack's layers, one weight per stack (of an encoder-decoder two): what
+                share this batch has of the tokens of an optimizer step of several batches.
+        """
+        return efficiency_loss(list(self.scores().values()), self._by_layer(weights))
+
+    def separability_loss(
+        self, epsilon: float = SEPARABILITY_EPSILON, weights: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Returns equation 5 over the real tokens, at the model's threshold; ``weights`` as for `efficiency_loss`."""
         threshold = next(iter(self._ffns.values())).threshold
-        return separability_loss(list(self.scores().values()), threshold, epsilon)
+        return separability_loss(list(self.scores().values()), threshold, epsilon, self._by_layer(weights))
 
-    def balance_loss(self) -> torch.Tensor:
+    def _by_layer(self, weights: torch.Tensor | None) -> torch.Tensor | None:
+        return None if weights is None else weights[[ffn.stack for ffn in self._ffns.values()]]
+
+    def balance_loss(self, weights: torch.Tensor | None = None) -> torch.Tensor:
         """Returns the balance losses of `Gates` over the real tokens, each at its method's weight, summed over layers.
 
-        For a model whose selectors are `Gates`, traced while gradients are enabled.
+        For a model whose selectors are `Gates`, traced while gradients are enabled; ``weights`` as for
+        `efficiency_loss`.
         """
         losses = []
         for name, gates_NE in self.scores().items():
             selector, mask_BT = self._ffns[name].selector, self._masks[self._ffns[name].stack]
             if isinstance(selector, Gates):
                 x_ND = torch.cat([self._real(x_BTD, mask_BT) for x_BTD in self._inputs[name]])
-                losses.append(selector.balance_weight * selector.balance_loss(x_ND, gates_NE))
+                weight = selector.balance_weight * (1.0 if weights is None else weights[self._ffns[name].stack])
+                losses.append(weight * selector.balance_loss(x_ND, gates_NE))
         return torch.stack(losses).sum()
 
     @torch.no_grad()
