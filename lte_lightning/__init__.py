@@ -4,11 +4,27 @@ The public API: `convert` a model, train it (see the ``lightning`` command), `sa
 `restore`; `set_backend` chooses what computes the selected experts; `RouterTrace` reads what the routers decide.
 """
 
-from lte_lightning.core.model.checkpoint import from_pretrained, save_pretrained
-from lte_lightning.core.model.config import LteConfig
-from lte_lightning.core.model.convert import convert, restore, set_mode
-from lte_lightning.core.model.storage import set_backend
-from lte_lightning.core.routing.trace import RouterTrace
+from typing import TYPE_CHECKING
+
+from lte_lightning.lazy import on_first_use
+
+if TYPE_CHECKING:
+    from lte_lightning.core.model.checkpoint import from_pretrained, save_pretrained
+    from lte_lightning.core.model.config import LteConfig
+    from lte_lightning.core.model.convert import convert, restore, set_mode
+    from lte_lightning.core.model.storage import set_backend
+    from lte_lightning.core.routing.trace import RouterTrace
+else:
+    __getattr__, __dir__ = on_first_use(
+        __name__,
+        {
+            "core.model.checkpoint": ["from_pretrained", "save_pretrained"],
+            "core.model.config": ["LteConfig"],
+            "core.model.convert": ["convert", "restore", "set_mode"],
+            "core.model.storage": ["set_backend"],
+            "core.routing.trace": ["RouterTrace"],
+        },
+    )
 
 __version__ = "0.1.0"
 

@@ -4,7 +4,10 @@ import argparse
 import signal
 import sys
 from importlib import import_module
+from typing import NoReturn
 
+from lte_lightning import __version__
+from lte_lightning.cli.help import show_help
 from lte_lightning.errors import UserError
 
 TRAINING = "lte_lightning.cli.training"
@@ -35,21 +38,27 @@ def main(args: list[str] | None = None) -> None:
 def _run(args: list[str] | None) -> None:
     words = sys.argv[1:] if args is None else args
     # Lightning's own options may stand before its command: `lightning --config all.yaml fit`
-    if words and words[0].startswith("-") and words[0] not in ("-h", "--help"):
+    if words and words[0].startswith("-") and words[0] not in ("-h", "--help", "--version"):
         return import_module(TRAINING).main(args)
     name = _parser().parse_args(words[:1]).command
-    module = import_module(COMMANDS[name][0])
-    if module.__name__ == TRAINING:  # LightningCLI reads its own command, from sys.argv unless a test gives arguments
-        return module.main(args)
-    try:
-        code = module.main(words[1:])
-    except UserError as error:
-        refuse(error)
+    if words[1:] in (["-h"], ["--help"]):
+        return show_help(name, lambda: _command(name, args, words))
+    code = _command(name, args, words)
     if code:
         sys.exit(code)
 
 
-def refuse(error: BaseException) -> None:
+def _command(name: str, args: list[str] | None, words: list[str]) -> int | None:
+    module = import_module(COMMANDS[name][0])
+    if module.__name__ == TRAINING:  # LightningCLI reads its own command, from sys.argv unless a test gives arguments
+        return module.main(args)
+    try:
+        return module.main(words[1:])
+    except UserError as error:
+        refuse(error)
+
+
+def refuse(error: BaseException) -> NoReturn:
     """Prints an error that is meant for the user, and ends with exit code 1."""
     print(f"error: {error}", file=sys.stderr)
     sys.exit(1)
@@ -59,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lte", description="Learn To be Efficient: structured sparsity that a model learns.", allow_abbrev=False
     )
+    parser.add_argument("--version", action="version", version=f"lte-lightning {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
     for name, (_, summary) in COMMANDS.items():
         commands.add_parser(name, help=summary, add_help=False)

@@ -11,7 +11,10 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lte_lightning.core.model.config import LteConfig
+from lte_lightning.lazy import load_all
 from lte_lightning.tasks.base import LteModule
+
+load_all("lte_lightning.tasks", "lte_lightning.data")  # jsonargparse knows the classes that are imported
 
 
 class LteParser(LightningArgumentParser):

@@ -1,7 +1,5 @@
 import pytest
 
-import lte_lightning.data
-import lte_lightning.tasks  # noqa: F401 - so that their classes are known
 from lte_lightning.cli.parser import explain
 
 UNION = """Parser key "model":

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 
+from lte_lightning.cache import cache_folder
 from lte_lightning.kernels.dense_mask import run_dense_mask
 from lte_lightning.kernels.layout import ACTIVATIONS, ExpertWeights
 from lte_lightning.kernels.views import run_views
@@ -206,7 +207,8 @@ def build(instructions: str) -> ctypes.CDLL:
     digest = hashlib.sha256(repr((compiler, version, flags, platform.machine())).encode())
     for source in SOURCES:
         digest.update((folder / source).read_bytes())
-    path = _cache_folder() / f"cpu_ffn-{instructions}-{digest.hexdigest()[:16]}.so"
+    kept = cache_folder() or Path(tempfile.mkdtemp(prefix="lte-lightning-"))  # the latter for this process only
+    path = kept / f"cpu_ffn-{instructions}-{digest.hexdigest()[:16]}.so"
     if not path.exists():
         handle, fresh = tempfile.mkstemp(suffix=".so", dir=path.parent)
         os.close(handle)
@@ -220,14 +222,3 @@ def build(instructions: str) -> ctypes.CDLL:
     lib = ctypes.CDLL(str(path))
     lib.lte_ffn.restype = ctypes.c_int
     return lib
-
-
-def _cache_folder() -> Path:
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lte-lightning"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
-            return folder
-    except OSError:
-        pass
-    return Path(tempfile.mkdtemp(prefix="lte-lightning-"))  # for this process only
