@@ -45,14 +45,6 @@ def read_run_file(run: Path) -> dict[str, Any]:
     return about
 
 
-def result_metrics(results: dict[str, Any]) -> dict[str, float]:
-    """Returns the single figures of a ``results.json`` as MLflow's metrics."""
-    found = {key: value for key, value in results.items() if type(value) in (int, float) and key != "seed"}
-    union = results.get("union_sparsity") or {}
-    found |= {f"union_sparsity_{size}": share for size, share in union.items()}
-    return {f"results/{key}": float(value) for key, value in found.items()}
-
-
 def mlflow_store(*named: str | None) -> str:
     """Returns the first of MLflow's stores that is named, or ``mlflow.db`` here; of a database the absolute path."""
     uri = next(filter(None, named), "sqlite:///mlflow.db")

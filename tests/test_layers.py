@@ -20,7 +20,7 @@ RANKS = {
     "core": 2,
     "": 3,
     "store": 3,
-    "figures": 3,
+    "results": 3,
     "data": 4,
     "tasks": 4,
     "callbacks": 4,

@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lte_lightning.figures import better
+from lte_lightning.results import better
 
 
 class _Movable(ModelCheckpoint):

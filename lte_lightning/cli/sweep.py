@@ -13,6 +13,7 @@ import yaml
 
 from lte_lightning.errors import UserError
 from lte_lightning.report.collect import collect
+from lte_lightning.results import read_results
 from lte_lightning.store import read_run_file
 from lte_lightning.sweep.engine import Engine, Runner, Summary
 from lte_lightning.sweep.folder import COPY, FRONT, SweepFolder
@@ -21,7 +22,7 @@ from lte_lightning.sweep.local import LocalRunner
 from lte_lightning.sweep.points import Point, Sweep, options
 from lte_lightning.sweep.search import Trials
 from lte_lightning.sweep.spec import read_sweep
-from lte_lightning.sweep.table import read_results, write_tables
+from lte_lightning.sweep.table import write_tables
 from lte_lightning.sweep.tracking import Tracker
 
 

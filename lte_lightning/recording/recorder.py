@@ -8,6 +8,7 @@ import sys
 import time
 import uuid
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,12 @@ from lte_lightning.recording.loggers import RunLogger, mlflow_of
 from lte_lightning.recording.memory import expected_memory
 from lte_lightning.recording.pictures import draw_scores, draw_sparsity
 from lte_lightning.recording.tables import make_results, read_floor, results_table, show, test_table
+from lte_lightning.results import FILE, Evaluation, read_results
 from lte_lightning.store import (
     RUN_LAYOUT,
     first_contact,
     mlflow_store,
     read_run_file,
-    result_metrics,
     shown,
     whole,
     write_json,
@@ -150,8 +151,8 @@ class Recorder(Callback):
         if trainer.fast_dev_run:
             self.folder = None
             return
-        if self.floor and (task := getattr(trainer.datamodule, "task", None)) != self.floor["task"]:
-            raise UserError(f"run.floor_from is a floor of {self.floor['task']!r}, this run is on {task!r}")
+        if self.floor and (task := getattr(trainer.datamodule, "task", None)) != self.floor.task:
+            raise UserError(f"run.floor_from is a floor of {self.floor.task!r}, this run is on {task!r}")
         logger = mlflow_of(trainer)
         if logger is None:
             self._check_root()
@@ -217,17 +218,18 @@ class Recorder(Callback):
 
     def _export(self, trainer: Trainer, module: LightningModule) -> None:
         module.before_export()
-        results = make_results(trainer, module, self.floor["floor"] if self.floor else None)
+        results = make_results(trainer, module, self.floor.floor if self.floor else None)
         about = {"stage": module.stage, "measured": module.measured}
         save_pretrained(module.net, self.folder / "model", about)
         tokenizer = getattr(trainer.datamodule, "tokenizer", None)
         if hasattr(tokenizer, "save_pretrained"):
             tokenizer.save_pretrained(self.folder / "model")
         if self.latency_rows and module.stage != "dense":
-            results |= measure_latency(self.folder / "model", trainer, self.latency_rows, module.backend)
+            timed = measure_latency(self.folder / "model", trainer, self.latency_rows, module.backend)
+            results = replace(results, **timed)
         self.table = results_table(results)
-        self.written = self.folder / "results.json"
-        write_json(self.written, results)
+        self.written = self.folder / FILE
+        results.write(self.written)
         files = [self.written]
         views = module.measured.get("hard") or module.measured.get("hard_before")
         if views:
@@ -238,7 +240,7 @@ class Recorder(Callback):
             logger.experiment.log_artifact(logger.run_id, str(self.folder / "model" / CONFIG_FILE), "model")
             for path in files:
                 logger.experiment.log_artifact(logger.run_id, str(path))
-            logger.log_metrics(result_metrics(results))
+            logger.log_metrics(results.metrics())
 
     @rank_zero_only
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -246,18 +248,19 @@ class Recorder(Callback):
 
         A test on another task than the fit's writes ``test-<task>.json``, and leaves what the fit's own has found.
         """
+        found = Evaluation.of(pl_module.measured["test"])
         if self.folder is not None:
             suffix = self._task_suffix(trainer)
             self.written = self.folder / f"test{suffix}.json"
-            write_json(self.written, pl_module.measured["test"])
+            found.write(self.written)
             if logger := mlflow_of(trainer):
                 logger.experiment.log_artifact(logger.run_id, str(self.written))
             self._write_rows(trainer, f"predictions{suffix}.jsonl", pl_module.predictions)
-        self.table = test_table(getattr(trainer.datamodule, "task", ""), pl_module.measured["test"])
+        self.table = test_table(getattr(trainer.datamodule, "task", ""), found)
 
     def _task_suffix(self, trainer: Trainer) -> str:
-        task, results = getattr(trainer.datamodule, "task", None), self.folder / "results.json"
-        fitted = json.loads(results.read_text()).get("task") if results.exists() else task
+        task = getattr(trainer.datamodule, "task", None)
+        fitted = read_results(self.folder).task if (self.folder / FILE).exists() else task
         return "" if task == fitted else f"-{task}"
 
     @rank_zero_only

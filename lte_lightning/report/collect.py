@@ -9,16 +9,16 @@ from typing import Any
 import yaml
 
 from lte_lightning.errors import UserError
-from lte_lightning.figures import expert_stage_ran
 from lte_lightning.report.bench import read_bench
 from lte_lightning.report.identity import OLDER, settle
 from lte_lightning.report.material import Material, Run, Setting
 from lte_lightning.report.methods import method_name
 from lte_lightning.report.sweeps import SweptFolder, read_swept
 from lte_lightning.report.tested import tested
+from lte_lightning.results import FILE, read_results
 from lte_lightning.store import read_run_file
 from lte_lightning.sweep.folder import SWEEP_FILE
-from lte_lightning.sweep.table import NO_CHOICE, newest, read_results
+from lte_lightning.sweep.table import NO_CHOICE, newest
 
 __all__ = ["Material", "Run", "Setting", "collect", "finish", "read_run"]
 
@@ -47,7 +47,7 @@ def collect(sources: Iterable[str | Path], bench: Iterable[str | Path] = ()) -> 
                 material.missing += swept.missing
                 material.typed += swept.typed
                 material.about += [swept.text] if swept.text and swept.text not in material.about else []
-        files = [path / "results.json"] if (path / "results.json").exists() else sorted(path.rglob("results.json"))
+        files = [path / FILE] if (path / FILE).exists() else sorted(path.rglob(FILE))
         runs = [file.parent for file in files if (file.parent / "run.json").exists()]
         if not runs:
             raise UserError(f"{source} holds no finished run (a folder with run.json and results.json)")
@@ -112,10 +112,10 @@ def read_run(folder: Path, point: dict[str, Any]) -> Run:
     views = measured.get("hard") or measured.get("hard_before") or {}
     known = {key.removeprefix("model.lte."): value for key, value in options.items() if key.startswith("model.lte.")}
     lte = model.get("lte") or {"selector": "router"} | known
-    dense = results["sparsity"] is None and not expert_stage_ran(results)
+    dense = results.sparsity is None and not results.expert_stage_ran
     role = point.get("role") or ("floor" if lte.get("selector") == "none" else "start" if dense else "point")
     # A variant may be named like its task, alone (its methods are told by their selectors) or before the method
-    task, variant = results["task"], point.get("variant")
+    task, variant = results.task, point.get("variant")
     variant = None if variant == task else variant and variant.removeprefix(f"{task}: ")
     return Run(
         folder=folder,

@@ -1,10 +1,10 @@
 """Which runs belong together: experiments are told apart, settings too, and each has one run per seed."""
 
 from collections.abc import Hashable, Iterable
+from dataclasses import replace
 from pathlib import PurePosixPath
 from typing import Any
 
-from lte_lightning.figures import span_kept
 from lte_lightning.report.material import GFLOP, Material, Run, setting_key
 from lte_lightning.sweep.table import newest
 
@@ -19,8 +19,7 @@ def settle(material: Material) -> None:
     for task in material.tasks:
         dense, floor = material.dense(task), material.floor(task)
         for run in material.of(task):
-            own = {"dense": dense.get(run.seed), "floor": floor.get(run.seed)}
-            run.results["span_kept"] = span_kept(run.results | own)
+            run.span_kept = replace(run.results, dense=dense.get(run.seed), floor=floor.get(run.seed)).span_kept
 
 
 # Experiments
@@ -52,16 +51,16 @@ def _experiment(run: Run, runs: Iterable[Run]) -> tuple[Any, ...]:
 def _base(run: Run) -> tuple[Any, ...]:
     results, options = run.results, run.options
     pretrained = options.get("model.pretrained") or options.get("start.model.pretrained")
-    return results["task"], results["metric"], pretrained, results["dense_flops_per_token"]
+    return results.task, results.metric, pretrained, results.dense_flops_per_token
 
 
 def _layers(run: Run, runs: Iterable[Run]) -> int | None:
     """How many layers a run's model has; a dense run does not say so itself, but those beside it do."""
-    if layers := run.results["sparsity_per_layer"]:
+    if layers := run.results.sparsity_per_layer:
         return len(layers)
-    like = [other for other in runs if _base(other) == _base(run) and other.results["sparsity_per_layer"]]
+    like = [other for other in runs if _base(other) == _base(run) and other.results.sparsity_per_layer]
     beside = [other for other in like if other.folder.parent == run.folder.parent] or like
-    found = {len(other.results["sparsity_per_layer"]) for other in beside}
+    found = {len(other.results.sparsity_per_layer or ()) for other in beside}
     return found.pop() if len(found) == 1 else None
 
 

@@ -71,13 +71,13 @@ def figure_text(setting: Setting) -> str:
         return mean_text(setting.values("value"))
     if len(setting.undefined) == len(setting.runs):
         return "undefined"
-    values = [run.results["value"] for run in setting.runs]
+    values = [run.results.value for run in setting.runs]
     return f"{mean_text(values)} (undefined: seed {', '.join(map(str, setting.undefined))})"
 
 
 def kept_text(setting: Setting) -> str:
     """Writes what a setting keeps of the span from floor to dense."""
-    return span_text([run.results["span_kept"] for run in setting.runs])
+    return span_text([run.span_kept for run in setting.runs])
 
 
 def sentence(material: Material, task: str, method: str, tolerance: float | None) -> str | None:

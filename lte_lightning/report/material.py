@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lte_lightning.figures import better, expert_stage_ran
 from lte_lightning.report.methods import FIRST_TOKEN, GATED, LEARNS_WITH_MODEL, Lte, marked
+from lte_lightning.results import Results, better
 
 GFLOP = 2**30  # as the paper counts
 UNTRAINED = "dense, not trained on"
@@ -33,6 +33,7 @@ class Run:
         family: The ``model_type`` of its model, if known.
         test: The file of the test that its figures are of; None of the fit's own.
         task: The experiment that it belongs to: task, metric and model, by the shortest name that tells them apart.
+        span_kept: What it keeps of the span from floor to dense, with those of its seed in the report.
     """
 
     folder: Path
@@ -40,7 +41,7 @@ class Run:
     method: str
     role: str
     parameters: dict[str, Any]
-    results: dict[str, Any]
+    results: Results
     histogram: list[list[int]]
     command: str
     options: dict[str, Any] = field(default_factory=dict)
@@ -48,33 +49,34 @@ class Run:
     family: str | None = None
     test: str | None = None
     task: str = ""
+    span_kept: float | None = None
 
     @property
     def seed(self) -> int:
         """The ``seed_everything`` of the fit."""
-        return self.results["seed"]
+        return self.results.seed
 
     @property
     def sparsity(self) -> float:
         """Share of the FFN neurons that do not run; 0 where nothing was selected."""
-        return self.results["sparsity"] or 0.0
+        return self.results.sparsity or 0.0
 
     @property
     def is_dense(self) -> bool:
         """Whether it is the dense model, trained on like the methods: an expert stage in which every expert ran."""
-        trained = self.results["hard"] is not None or expert_stage_ran(self.results)
+        trained = self.results.hard is not None or self.results.expert_stage_ran
         gated = self.lte.get("selector", "router") in ("router", *GATED)
-        return self.role == "point" and self.results["sparsity"] == 0 and trained and not gated
+        return self.role == "point" and self.results.sparsity == 0 and trained and not gated
 
     @property
     def is_undefined(self) -> bool:
         """Whether its figure is not defined, such as a correlation of constant predictions."""
-        return self.role == "point" and self.results["value"] is None
+        return self.role == "point" and self.results.value is None
 
     @property
     def inner_sparsity(self) -> float | None:
         """Sparsity without the last layer, where a classifier reads one token of that; else None."""
-        layers = self.results["sparsity_per_layer"]
+        layers = self.results.sparsity_per_layer
         reads_one = self.family in FIRST_TOKEN and str(self.options.get("model.class_path")).endswith("Classification")
         return statistics.fmean(layers[:-1]) if reads_one and layers and len(layers) > 1 else None
 
@@ -94,7 +96,7 @@ class Run:
 
     def better(self, one: float, other: float) -> bool:
         """Says whether a figure of its metric is better than another."""
-        return better(self.results["metric"], one, other)
+        return better(self.results.metric, one, other)
 
 
 @dataclass
@@ -114,7 +116,8 @@ class Setting:
         """
         if self.undefined and key in ("value", "span_kept"):
             return []
-        found = [key(run) if callable(key) else run.results.get(key) for run in self.runs]
+        read = key if callable(key) else lambda run: getattr(run if key == "span_kept" else run.results, key)
+        found = [read(run) for run in self.runs]
         return [value for value in found if value is not None]
 
     def mean(self, key: str | Callable[[Run], float | None]) -> float | None:
@@ -125,7 +128,7 @@ class Setting:
     def lost(self, dense: dict[int, float]) -> list[float]:
         """Returns what each run lost of its own seed's dense figure."""
         sign = 1 if better(self.metric, 1, 0) else -1
-        pairs = [(dense[run.seed], run.results["value"]) for run in self.runs if run.seed in dense]
+        pairs = [(dense[run.seed], run.results.value) for run in self.runs if run.seed in dense]
         return [sign * (reference - value) for reference, value in pairs if value is not None]
 
     @property
@@ -211,7 +214,7 @@ class Material:
         found: dict[tuple[str, ...], Setting] = {}
         for run in self.of(task):
             if run.role == "point" and run.is_dense == dense:
-                names = run.task, run.results["metric"], run.method
+                names = run.task, run.results.metric, run.method
                 found.setdefault(setting_key(run), Setting(*names, run.parameters, [])).runs.append(run)
         methods = list(dict.fromkeys(setting.method for setting in found.values()))
         return sorted(found.values(), key=lambda s: (s.task, methods.index(s.method), s.sparsity))
@@ -228,7 +231,7 @@ class Material:
     @property
     def tasks(self) -> dict[str, str]:
         """The experiments, a task, metric and model each, with their metrics."""
-        return {run.task: run.results["metric"] for run in self.runs}
+        return {run.task: run.results.metric for run in self.runs}
 
     def dense(self, task: str) -> dict[int, float]:
         """Returns what is dense for each seed: the start, or the model that was trained on, whichever is better."""
@@ -236,7 +239,7 @@ class Material:
 
     def floor(self, task: str) -> dict[int, float]:
         """Returns the floor of each seed, the best if there are several."""
-        return _best((run, run.results.get("floor")) for run in self.of(task))
+        return _best((run, run.results.floor) for run in self.of(task))
 
     def reference(self, task: str, key: str) -> list[float]:
         """Returns the dense figure (``dense``), or the ``floor``, of each seed."""
@@ -278,10 +281,10 @@ class Material:
         return list(_best(self._starts(task)).values())
 
     def _starts(self, task: str) -> list[tuple[Run, float | None]]:
-        return [(run, run.results["dense"]) for run in self.of(task)]
+        return [(run, run.results.dense) for run in self.of(task)]
 
     def _trained(self, task: str) -> list[tuple[Run, float | None]]:
-        return [(run, run.results["hard"]) for run in self.of(task) if run.is_dense]
+        return [(run, run.results.hard) for run in self.of(task) if run.is_dense]
 
 
 def setting_key(run: Run) -> tuple[str, ...]:

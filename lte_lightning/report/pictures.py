@@ -12,10 +12,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from lte_lightning.figures import better
 from lte_lightning.report.bench import title
 from lte_lightning.report.material import Material, Run, Setting
 from lte_lightning.report.style import DARK, KNOWN, LIGHT, Style
+from lte_lightning.results import better
 
 # Inches and points: on a phone, where a picture is 358 px wide, letters are 11.8 px high
 WIDTH, LETTERS, DPI = 4.2, 10, 200
@@ -52,8 +52,8 @@ def render(draw: Draw) -> tuple[bytes, bytes]:
 
 def flops_share(run: Run) -> float | None:
     """Returns the FLOPs of a token as a share of the dense model's."""
-    mine, dense = run.results.get("flops_per_token"), run.results["dense_flops_per_token"]
-    return None if mine is None or not dense else mine / dense
+    dense = run.results.dense_flops_per_token
+    return run.results.flops_per_token / dense if dense else None
 
 
 def quality(

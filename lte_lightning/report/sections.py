@@ -93,7 +93,7 @@ def _subject(material: Material, task: str) -> str:
     """Says which model on which data a section is about."""
     runs = material.of(task)
     models = [run.options.get("model.pretrained") or run.options.get("start.model.pretrained") for run in runs]
-    found = {"Model": models, "Data": [run.results.get("data") for run in runs]}
+    found = {"Model": models, "Data": [run.results.data for run in runs]}
     named = {what: ", ".join(dict.fromkeys(map(str, filter(None, names)))) for what, names in found.items()}
     return " ".join(f"{what}: {names}." for what, names in named.items() if names)
 
@@ -209,7 +209,7 @@ def names_of_runs(runs: Sequence[Run]) -> list[str]:
     for run in runs:
         what = {"start": "dense start", "floor": "floor"}.get(run.role, run.method)
         setting = ", ".join(f"{key.split('.')[-1]} {value}" for key, value in run.parameters.items())
-        names.append(", ".join(filter(None, [run.task, what, setting, f"seed {run.results['seed']}"])))
+        names.append(", ".join(filter(None, [run.task, what, setting, f"seed {run.seed}"])))
     count = Counter(names)
     return [f"{name} ({run.folder.name})" if count[name] > 1 else name for name, run in zip(names, runs, strict=True)]
 

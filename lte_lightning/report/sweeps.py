@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from lte_lightning.report.material import Missing
+from lte_lightning.results import FILE
 from lte_lightning.sweep.folder import COPY, FRONT, SWEEP_FILE, SweepFolder, read_sweep_file
 from lte_lightning.sweep.points import slug
 
@@ -67,7 +68,7 @@ def read_swept(path: Path) -> SweptFolder:
     variants = [*_variants(path / COPY), *(point.get("variant") for point in points.values())]
     missing = []
     for name in dict.fromkeys([*planned, *points]):
-        done = any((run / "results.json").exists() for run in attempts.get(name, []))
+        done = any((run / FILE).exists() for run in attempts.get(name, []))
         if not done and name not in obsolete:
             status = _status(folder, name, running)
             missing.append(missing_point(name, points, about.get("name", path.name), status, variants))

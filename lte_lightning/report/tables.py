@@ -6,10 +6,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lte_lightning.figures import better
 from lte_lightning.report.loss import figure_text, kept_text, percent, sentence, tolerance_of, tolerated
 from lte_lightning.report.material import GFLOP, UNTRAINED, Material, Missing, Run, Setting
 from lte_lightning.report.methods import RIVALS, marked
+from lte_lightning.results import better
 from lte_lightning.sweep.table import mean_text
 
 # Percent, two points below the sparsities that one asks a method for, since a calibrated one lands beside them
@@ -34,7 +34,7 @@ def flops(material: Material, tolerance: float | None) -> Table:
     """
     tasks = list(material.tasks)
     heads = ["", *(f"{task} (≤ {tolerance_of(material.tasks[task], tolerance):g} lost)" for task in tasks)]
-    dense = {task: material.of(task)[0].results["dense_flops_per_token"] for task in tasks}
+    dense = {task: material.of(task)[0].results.dense_flops_per_token for task in tasks}
     rows = [["dense", *(f"{dense[task] / GFLOP:.4g}" for task in tasks)]]
     names = {setting.method: marked(setting.method, setting.runs[0].lte) for setting in material.settings()}
     for method, name in names.items():
@@ -111,7 +111,7 @@ def starts(material: Material, task: str) -> list[tuple[list[str], list[float]]]
     """Returns which methods start from which dense model, and its figures over the seeds."""
     groups: list[tuple[list[str], dict[int, float]]] = []
     for run in material.of(task):
-        own = run.results["dense"]
+        own = run.results.dense
         if run.role == "point" and own is not None:
             known = next((one for one in groups if abs(one[1].get(run.seed, math.inf) - own) <= 1e-9), None)
             same = (one for one in groups if run.method in one[0] and run.seed not in one[1])
@@ -125,7 +125,7 @@ def starts(material: Material, task: str) -> list[tuple[list[str], list[float]]]
 
 def versions(material: Material) -> Table:
     """Returns the versions and machines that the runs had, each with their number."""
-    found = [run.results.get("versions", {}) for run in material.fits]
+    found = [run.results.versions for run in material.fits]
     names = list(dict.fromkeys(name for one in found for name in one))
     groups: dict[tuple[str, ...], int] = {}
     for one in found:
@@ -189,9 +189,9 @@ def not_run(material: Material) -> list[str]:
         for key, name in (("dense", "dense model"), ("floor", "floor")):
             if not material.reference(task, key):
                 lines.append(f"The {name} of {task} was not measured.")
-    if not any(run.results.get("union_sparsity") for run in material.runs):
+    if not any(run.results.union_sparsity for run in material.runs):
         lines.append("Union sparsity against batch size was not measured.")
-    if not material.bench and not any(run.results.get("speedup") for run in material.runs):
+    if not material.bench and not any(run.results.speedup for run in material.runs):
         lines.append(
             "No latency was measured: FLOPs saved are not time saved (run.latency_rows of a fit, or lte bench and "
             "--bench of this command)."

@@ -3,14 +3,12 @@
 The paper's Table 1 and its figures 6 and 7 are in such metrics, which a fit does not measure.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from lte_lightning.errors import UserError
-from lte_lightning.figures import final_view
 from lte_lightning.report.material import Run
+from lte_lightning.results import Results, read_evaluation
 
 TESTS = "test*.json"  # in a run folder
 # Of each test the first of these that is there, unless it is what the fit itself is measured by
@@ -21,25 +19,23 @@ OWN = ("soft", "hard_before", "hard", "dense", "floor", "union_sparsity", "speed
 
 
 def tested(run: Run) -> Iterator[Run]:
-    """Yields a run once more for each ``test.json`` and ``test-<task>.json`` in its folder, with that test's figures.
+    """Yields a run once more for each ``test.json`` and ``test-<task>.json`` in its folder, with that test's values.
 
     Raises:
         UserError: If such a file is damaged.
     """
+    fit, view = run.results, run.results.final_view
     for file in sorted(run.folder.glob(TESTS)):
-        try:
-            found: dict[str, Any] = json.loads(file.read_text())
-            metric = next((key for key in METRICS if isinstance(found.get(key), float)), None)
-            costs = {key: found[key] for key in COSTS if key in found}
-        except (ValueError, AttributeError) as error:
-            raise UserError(f"{file} is damaged: {error!r}; test the run again, or remove it") from error
-        task = file.stem.removeprefix("test").removeprefix("-") or run.results["task"]
-        if metric is None or (task, metric) == (run.results["task"], run.results["metric"]):
+        found = read_evaluation(file)
+        metric = next((name for name in METRICS if isinstance(found.others.get(name), float)), None)
+        task = file.stem.removeprefix("test").removeprefix("-") or fit.task
+        if metric is None or (task, metric) == (fit.task, fit.metric):
             continue
-        figures = {"value": found[metric], final_view(run.results): found[metric]}
-        if run.role == "floor":
-            figures["floor"] = found[metric]
-        if run.role == "start":
-            costs = {key: value for key, value in costs.items() if "sparsity" not in key}
-        results = run.results | dict.fromkeys(OWN) | costs | figures | {"task": task, "metric": metric}
+        value = found.others[metric]
+        costs = {key: cost for key in COSTS if (cost := getattr(found, key)) is not None}
+        if view == "dense":  # selected nothing, and so has no sparsity; that of its test is 0
+            costs = {key: cost for key, cost in costs.items() if "sparsity" not in key}
+        own: dict[str, Any] = {view: value, "task": task, "metric": metric}
+        own |= {"floor": value} if run.role == "floor" else {}
+        results = Results.of(fit.content() | dict.fromkeys(OWN) | costs | own)
         yield replace(run, results=results, histogram=[], parameters=dict(run.parameters), test=file.name)

@@ -15,12 +15,13 @@ from lte_lightning.report.identity import OLDER
 from lte_lightning.report.material import Material
 from lte_lightning.report.sweeps import missing_point
 from lte_lightning.report.tested import TESTS
+from lte_lightning.results import FILE as RESULTS
 from lte_lightning.store import RUN_LAYOUT, mlflow_store, reason, shown, write_json
 from lte_lightning.sweep.network import ask
 from lte_lightning.sweep.table import newest
 
 # What `read_run` reads, where a fit logs it
-FILES = ("results.json", "config.yaml", "model/lte_config.json")
+FILES = (RESULTS, "config.yaml", "model/lte_config.json")
 PARENT = "mlflow.parentRunId"
 
 
@@ -123,7 +124,7 @@ def _search(client: Any, experiment: str, wanted: str = "") -> list[Any]:
 def _fetch(client: Any, run: Any, folder: Path) -> bool:
     """Downloads what a run left, as a run folder; says whether it has results."""
     there = {file.path for part in (None, "model") for file in client.list_artifacts(run.info.run_id, part)}
-    if run.info.status != "FINISHED" or "results.json" not in there:
+    if run.info.status != "FINISHED" or RESULTS not in there:
         return False
     for name in (*FILES, *(file for file in there if fnmatch(file, TESTS))):
         target = folder / name
@@ -132,7 +133,7 @@ def _fetch(client: Any, run: Any, folder: Path) -> bool:
             # stores differ in whether they keep an artifact's folders
             Path(client.download_artifacts(run.info.run_id, name, str(target.parent))).replace(target)
     write_json(folder / "run.json", {"layout": RUN_LAYOUT, "name": _name(run), "run_id": run.info.run_id})
-    for name in ("results.json", "run.json"):  # which of two runs is newer
+    for name in (RESULTS, "run.json"):  # which of two runs is newer
         os.utime(folder / name, (run.info.end_time / 1000,) * 2)
     return True
 

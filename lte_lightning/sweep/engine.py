@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from lte_lightning.results import FILE, read_results
 from lte_lightning.sweep.folder import SweepFolder, resumable
 from lte_lightning.sweep.points import Point, options
 from lte_lightning.sweep.search import Trials
-from lte_lightning.sweep.table import describe, read_results
 from lte_lightning.sweep.tracking import Tracker
 
 SIGNALS = 128  # exit codes above it, and below 0, are those of signals
@@ -152,7 +152,7 @@ class Engine:
     def words(self, point: Point) -> list[str]:
         """Returns the words of a point's command: its fit, or how its last one goes on."""
         attempts = self.folder.attempts().get(point.name, [])
-        runs = [run for run in attempts if not (run / "results.json").exists()]  # what was found is never removed
+        runs = [run for run in attempts if not (run / FILE).exists()]  # what was found is never removed
         before = self.folder.status(point.name)
         # A signal, or a machine that was lost, says nothing against the checkpoint
         failed = before.get("status") == "failed" and 0 < before.get("code", 1) < SIGNALS
@@ -173,7 +173,7 @@ class Engine:
         if point.start:
             given["model.init_from"] = os.path.relpath(self._run(point.start) / "model")
         if point.floor:
-            given["run.floor_from"] = os.path.relpath(self._run(point.floor) / "results.json")
+            given["run.floor_from"] = os.path.relpath(self._run(point.floor) / FILE)
         given |= {"run.root": os.path.relpath(self.folder.path.parent), "run.experiment": self.folder.path.name}
         given |= {"run.name": point.name, "trainer.enable_progress_bar": False}
         return given | (self.tracker.options() if self.tracker else {})
@@ -190,8 +190,8 @@ class Engine:
             self._runs[name] = run
             self.folder.remember(point, seconds=seconds)
             self._finish(point, run)
-            figures = describe(read_results(run))
-            self.say(f"{self._count()} {name}: {figures} ({seconds:.0f} s); {self._left()} left")
+            found = read_results(run).describe()
+            self.say(f"{self._count()} {name}: {found} ({seconds:.0f} s); {self._left()} left")
             if code:
                 self.say(f"    It has its results, and ended with exit code {code} nevertheless. Its log ends with")
                 self._say_last_lines(name)

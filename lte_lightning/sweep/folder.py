@@ -21,6 +21,7 @@ from typing import Any
 import yaml
 
 from lte_lightning.errors import UserError
+from lte_lightning.results import FILE
 from lte_lightning.store import write_json
 from lte_lightning.sweep.points import Point, Sweep
 
@@ -202,7 +203,7 @@ class SweepFolder:
     def finished(self, name: str, attempts: dict[str, list[Path]] | None = None) -> Path | None:
         """Returns the run folder of a point that is done: its results are there, and best its model too."""
         runs = (self.attempts() if attempts is None else attempts).get(name, [])
-        runs = [run for run in runs if (run / "results.json").exists()]  # written last, and whole
+        runs = [run for run in runs if (run / FILE).exists()]  # written last, and whole
         return next((run for run in runs if (run / "model").is_dir()), next(iter(runs), None))
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lte_lightning.errors import UserError
+from lte_lightning.results import Results
 from lte_lightning.store import reason, shown
 from lte_lightning.sweep.folder import SweepFolder
 from lte_lightning.sweep.points import Point, Sweep
@@ -41,7 +42,7 @@ class Trials:
         self.sweep, self.search, self.patience = sweep, sweep.search, patience
         self._owner: str = folder.about["id"]
         self.storage = self.search.storage or f"sqlite:///{folder.path / 'optuna.db'}"
-        self._open: dict[int, dict[str, dict[str, Any] | None]] = {}
+        self._open: dict[int, dict[str, Results | None]] = {}
         self._trial_of: dict[str, int] = {}
         self._twins: dict[int, list[int]] = {}  # of an open trial, those drawn since that are the same
         self._found: dict[int, list[float] | None] = {}  # what trials were told, None if they failed
@@ -173,7 +174,7 @@ class Trials:
         state = self._states.FAIL if values is None else None
         self._ask_storage(lambda: self.study.tell(number, values, state=state, skip_if_finished=True))
 
-    def tell(self, name: str, results: dict[str, Any] | None) -> list[str]:
+    def tell(self, name: str, results: Results | None) -> list[str]:
         """Notes the results of a point, None if it failed; the last of a trial's tells Optuna.
 
         A trial fails if one of its fits does, or if an objective is undefined in one. Trials that were drawn meanwhile
@@ -187,8 +188,8 @@ class Trials:
         found[name] = results
         if len(found) < sum(owner == number for owner in self._trial_of.values()):
             return []
-        fits = [one for one in found.values() if one is not None]
-        columns = {key: [one.get(key) for one in fits] for key in self.search.objectives}
+        fits = [fit for fit in found.values() if fit is not None]
+        columns = {key: [getattr(fit, key) for fit in fits] for key in self.search.objectives}
         undefined = [k for k, column in columns.items() if not all(map(_is_figure, column))]
         failed = len(fits) < len(found) or bool(undefined)
         values = None if failed else [statistics.fmean(column) for column in columns.values()]

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from lte_lightning.errors import UserError
+from lte_lightning.results import MEASURED, OBJECTIVES
 from lte_lightning.sweep.points import Block, Search, Sweep
 
 BLOCK = {"configs", "overrides", "grid", "list", "start", "floor"}
@@ -23,13 +24,6 @@ SWEEP = BLOCK | {"about", "seeds", "variants", "search"}
 SEARCH = {"trials", "parameters", "objectives", "storage", "study", "seed"}
 OWN = ("run.", "config", "seed_everything", "ckpt_path")  # what the sweep decides itself
 LATENCY = "run.latency_rows"  # but for this
-# What a search may judge a fit by: the single figures of results.json, and what the tables add to them
-OBJECTIVES = (
-    *("dense", "soft", "hard_before", "hard", "value", "floor", "span_kept"),
-    *("sparsity", "sparsity_before", "flops_per_token", "bytes_per_token", "bound"),
-    *("dense_flops_per_token", "dense_bytes_per_token"),
-)
-MEASURED = ("speedup", "latency_ms", "dense_latency_ms")  # with LATENCY alone
 
 
 class _Loader(yaml.SafeLoader):

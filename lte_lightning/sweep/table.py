@@ -1,21 +1,19 @@
 """What a sweep found: one row per fit, and one per setting over the seeds."""
 
 import csv
-import json
 import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lte_lightning.errors import UserError
-from lte_lightning.figures import expert_stage_ran, final_view, span_kept
+from lte_lightning.results import FILE, read_results
 from lte_lightning.sweep.folder import SweepFolder
 from lte_lightning.sweep.points import NEUTRAL, Point, read_options
 
 # Options that are no choice of a fit's: its seed, its place, and what is shown of it
 NO_CHOICE = ("run.", "seed_everything", "ckpt_path", *NEUTRAL)
-FIGURES = (
+VALUES = (
     "dense",
     "soft",
     "hard_before",
@@ -29,54 +27,9 @@ FIGURES = (
 )
 
 
-def read_results(run: Path) -> dict[str, Any]:
-    """Returns a run's ``results.json``, with ``value``, what the fit has come to, and ``span_kept``.
-
-    ``value`` is that of `final_view`, None where it is not defined.
-
-    Raises:
-        UserError: If the file is missing, damaged, or written by another version.
-    """
-    file = run / "results.json"
-    try:
-        results = json.loads(file.read_text())
-        results["value"] = results[final_view(results)]
-        results["span_kept"] = span_kept(results)
-        keys = (
-            "task",
-            "metric",
-            "sparsity_per_layer",
-            "hard_before",
-            "flops_per_token",
-            "dense_flops_per_token",
-            "seed",
-        )
-        _ = [results[key] for key in keys]
-    except OSError as error:
-        raise UserError(f"{run} has no results.json: its fit was not finished, or it is no run folder") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{file} is damaged, or was written by another version of lte-lightning: {error!r} is not there; use the "
-            "version that wrote it, or leave this run out"
-        ) from error
-    return results
-
-
-def describe(results: dict[str, Any]) -> str:
-    """Says the figures of a fit in a few words."""
-    words = [f"{view} {results[view]:.4f}" for view in ("dense", "hard") if results[view] is not None]
-    if results["hard"] is None and expert_stage_ran(results):
-        words.append("hard undefined")
-    elif results["hard"] is None and results["hard_before"] is not None:
-        words.append(f"hard_before {results['hard_before']:.4f}")
-    if results["sparsity"] is not None:
-        words.append(f"sparsity {100 * results['sparsity']:.1f} %")
-    return f"{results['metric']}: {', '.join(words)}"
-
-
 def newest(run: Path) -> tuple[int, int, str]:
     """A key to sort run folders with results by, the newest last."""
-    files = run / "results.json", run / "run.json"
+    files = run / FILE, run / "run.json"
     return *(file.stat().st_mtime_ns for file in files), run.name
 
 
@@ -96,13 +49,12 @@ def write_tables(folder: SweepFolder, points: Sequence[Point]) -> list[Path]:
         row["status"] = "done" if run else known.get("status", "missing")
         if run:
             results = read_results(run)
-            row |= {"task": results["task"], "metric": results["metric"]}
-            row |= {key: results.get(key) for key in FIGURES}
-            if results["hard"] is None and expert_stage_ran(results):
+            row |= {key: getattr(results, key) for key in ("task", "metric", *VALUES)}
+            if results.hard is None and results.expert_stage_ran:
                 row["hard"] = math.nan
         row |= {"seconds": known.get("seconds"), "run": run.name if run else None}
         rows.append(row)
-    names = ["name", "role", "variant", *keys, "seed", "status", "task", "metric", *FIGURES, "seconds", "run"]
+    names = ["name", "role", "variant", *keys, "seed", "status", "task", "metric", *VALUES, "seconds", "run"]
     files = [folder.path / "table.csv", folder.path / "table.md"]
     with files[0].open("w", newline="") as file:
         writer = csv.DictWriter(file, names, restval="")

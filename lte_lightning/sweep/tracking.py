@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from lte_lightning.errors import UserError
+from lte_lightning.results import FILE, Results, read_results
 from lte_lightning.store import (
     first_contact,
     mlflow_store,
     read_run_file,
     reason,
-    result_metrics,
     shown,
     whole,
     write_json,
@@ -23,7 +23,6 @@ from lte_lightning.store import (
 from lte_lightning.sweep.folder import SweepFolder
 from lte_lightning.sweep.network import ask
 from lte_lightning.sweep.points import Point
-from lte_lightning.sweep.table import read_results
 
 PARAMETER_LENGTH = 500  # MLflow's own limit is larger; the whole is in the child's config.yaml
 
@@ -123,15 +122,15 @@ class Tracker:
 
         return self._try(f"the parameters of {point.name}", tell)
 
-    def _finish(self, run_id: str, run: Path, results: dict[str, Any]) -> None:
+    def _finish(self, run_id: str, run: Path, results: Results) -> None:
         from mlflow.entities import Metric
 
         there = {file.path for file in self.client.list_artifacts(run_id)}
-        for file in (run / "results.json", *sorted(run.glob("*.png"))):
+        for file in (run / FILE, *sorted(run.glob("*.png"))):
             if file.name not in there:
                 self.client.log_artifact(run_id, str(file))
         now = int(time.time() * 1000)
-        self.client.log_batch(run_id, [Metric(key, value, now, 0) for key, value in result_metrics(results).items()])
+        self.client.log_batch(run_id, [Metric(key, value, now, 0) for key, value in results.metrics().items()])
         self.client.set_terminated(run_id, "FINISHED")
 
     def adopt(self, run: Path) -> None:
@@ -204,10 +203,10 @@ class Tracker:
         return True
 
 
-def _code(fits: list[dict[str, Any]]) -> dict[str, str]:
+def _code(fits: list[Results]) -> dict[str, str]:
     """Which code the fits were run with: its commit, if it lay in a repository of its own, and a hash of its files."""
     found: dict[str, str] = {}
     for tag, key in (("lte.git", "commit"), ("lte.code", "code")):
-        if versions := {str(one["versions"][key]) for one in fits if one.get("versions", {}).get(key)}:
+        if versions := {str(fit.versions[key]) for fit in fits if fit.versions.get(key)}:
             found[tag] = ", ".join(sorted(versions))
     return found

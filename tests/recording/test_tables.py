@@ -5,8 +5,8 @@ import pytest
 from rich.console import Console
 
 from lte_lightning.errors import UserError
-from lte_lightning.figures import span_kept
 from lte_lightning.recording.tables import read_floor, results_table
+from lte_lightning.results import Results
 
 RESULTS = {
     "task": "sst2",
@@ -25,12 +25,18 @@ RESULTS = {
     "dense_bytes_per_token": 10**7,
     "bound": 2.5,
     "seconds_per_stage": {"dense": 12.3, "grouping": 1.0},
+    "seed": 0,
 }
+
+
+def span_kept(results):
+    nothing = {"hard_before": None, "hard": None, "seconds_per_stage": {}}
+    return Results.of(RESULTS | nothing | results).span_kept
 
 
 def text_of(results):
     stream = io.StringIO()
-    Console(file=stream, width=100).print(results_table(results))
+    Console(file=stream, width=100).print(results_table(Results.of(results)))
     return stream.getvalue()
 
 
@@ -91,9 +97,10 @@ def test_span_kept_by_a_fit_without_an_adaptation_is_that_before_it(stages, kept
 
 
 def test_floor_of_another_run(tmp_path):
-    (tmp_path / "results.json").write_text(json.dumps({"floor": 0.7, "task": "cola", "hard": 0.7}))
-    assert read_floor(tmp_path / "results.json") == {"floor": 0.7, "task": "cola"}
-    (tmp_path / "other.json").write_text(json.dumps({"hard": 0.7}))
+    (tmp_path / "results.json").write_text(json.dumps(RESULTS | {"floor": 0.7, "task": "cola", "hard": 0.7}))
+    found = read_floor(tmp_path / "results.json")
+    assert (found.floor, found.task) == (0.7, "cola")
+    (tmp_path / "other.json").write_text(json.dumps(RESULTS | {"hard": 0.7}))
     for name in ("other.json", "none.json"):
         with pytest.raises(UserError, match=f"{name} gives no floor"):
             read_floor(tmp_path / name)

@@ -156,7 +156,7 @@ def test_what_lies_far_below_the_floor_does_not_press_the_rest_together(compared
 def test_where_there_is_no_span_all_is_seen(floor, compared):
     material = collect([compared])
     for run in material.runs:
-        run.results["floor"] = floor
+        run.results.floor = floor
     figure = draw(pictures.quality(material, "stsb", styles(material)))
     shown = [setting.mean("value") for setting in material.settings()]
     low, high = figure.axes[0].get_ylim()
@@ -188,7 +188,7 @@ def test_what_is_seen_of_the_vertical_axis(sign):
 def test_a_floor_beyond_the_picture_is_named_at_its_edge(compared):
     material = collect([compared])
     for run in material.runs:
-        run.results["floor"] = -80.0
+        run.results.floor = -80.0
     (axes,) = draw(pictures.quality(material, "stsb", styles(material))).axes
     assert axes.get_ylim()[0] > 0.3
     (right,) = axes.child_axes

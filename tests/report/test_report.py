@@ -236,7 +236,7 @@ def test_a_variant_named_like_its_task_is_called_by_its_method(variant, method, 
 def test_measured_latency_is_a_column(swept, tmp_path):
     material = collect([swept])
     assert "measured" not in tables.everything(material, "sst2").heads
-    next(run for run in material.runs if run.role == "point").results["speedup"] = 1.5
+    next(run for run in material.runs if run.role == "point").results.speedup = 1.5
     table = tables.everything(material, "sst2")
     assert table.heads[-1] == "measured"
     assert [row[-1] for row in table.rows].count("1.50x") == 1

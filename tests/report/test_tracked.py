@@ -96,7 +96,7 @@ def test_of_a_point_that_was_done_twice_the_newest_counts(store, tmp_path):
         client.log_artifact(again, str(folder / name / "config.yaml"))
         client.set_terminated(again)
         material = collect_tracked(uri, "trial")
-        assert [run.results["hard"] for run in material.runs if run.name == name] == [0.7]
+        assert [run.results.hard for run in material.runs if run.name == name] == [0.7]
         assert [run for run, _ in material.left_out] == [ids[name]]
     finally:
         client.delete_run(again)

@@ -8,6 +8,7 @@ import threading
 import pytest
 
 from lte_lightning.errors import UserError
+from lte_lightning.results import Results
 from lte_lightning.sweep.folder import SweepFolder
 from lte_lightning.sweep.search import Trials
 from lte_lightning.sweep.spec import read_sweep
@@ -28,6 +29,13 @@ SEARCH = {
 
 def study_of(swept):
     return swept.engine.trials.study
+
+
+def results_of(hard, sparsity):
+    """The results of a fit."""
+    cost = {"flops_per_token": 1, "dense_flops_per_token": 2, "sparsity_per_layer": [sparsity], "dense": 0.9}
+    views = {"task": "sst2", "metric": "accuracy", "hard_before": None, "hard": hard, "sparsity": sparsity, "seed": 0}
+    return Results.of(cost | views)
 
 
 def test_trials_are_run_told_and_not_repeated(bench, tmp_path):
@@ -67,7 +75,7 @@ def test_a_trial_like_one_that_runs_is_told_the_same(bench, tmp_path):
             (one,), (other,) = trials.ask(), trials.ask()
             assert trials.ask() == []  # the other four are like these
             assert [trial.state.name for trial in trials.study.get_trials()] == ["RUNNING"] * 6
-        assert trials.tell(one.name, {"hard": 0.5, "sparsity": 0.25}) == []
+        assert trials.tell(one.name, results_of(0.5, 0.25)) == []
         said = trials.tell(other.name, None)
     found = [(trial.params, trial.values) for trial in trials.study.get_trials()]
     assert {one.parameters[ETA], other.parameters[ETA]} == {0.2, 0.8}
@@ -106,7 +114,7 @@ def test_two_sweeps_share_a_study_and_its_number_of_trials(bench, tmp_path):
         assert len(swept.summary.done) == 5
         assert elsewhere.name not in swept.engine.points
         assert theirs.ask() == []
-        theirs.tell(elsewhere.name, {"hard": 0.5, "sparsity": 0.5})
+        theirs.tell(elsewhere.name, results_of(0.5, 0.5))
     states = [one.state.name for one in study_of(swept).get_trials()]
     assert states == ["COMPLETE"] * 6
 
@@ -193,7 +201,7 @@ def test_a_storage_that_is_locked_for_a_while_is_waited_for(step, bench, tmp_pat
     with folder.hold(sweep):
         trials = Trials(sweep, folder)
         (point,) = trials.ask()
-        results = {"hard": 0.5, "sparsity": 0.5}
+        results = results_of(0.5, 0.5)
         call = {"ask": trials.ask, "tell": lambda: trials.tell(point.name, results), "left": trials.left}[step]
         database = sqlite3.connect(file, isolation_level=None, check_same_thread=False)
         database.execute("BEGIN EXCLUSIVE")

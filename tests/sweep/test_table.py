@@ -7,8 +7,9 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+from lte_lightning.results import read_results
 from lte_lightning.sweep.spec import read_sweep
-from lte_lightning.sweep.table import describe, read_results, write_tables
+from lte_lightning.sweep.table import write_tables
 
 ETA = "model.efficiency_weight"
 
@@ -64,9 +65,9 @@ def test_an_undefined_figure_is_no_figure(bench):
     with files[0].open() as file:
         assert [row["hard"] for row in csv.DictReader(file)] == ["0.85", "nan", "", ""]
     runs = {name.rpartition("-")[0]: read_results(run) for name, (run,) in swept.folder.attempts().items()}
-    assert [runs[name]["value"] for name in ("A-s0", "A-s1", "B-s0")] == [0.85, None, 0.8]
-    assert "hard undefined" in describe(runs["A-s1"])
-    assert "hard_before 0.8000" in describe(runs["B-s0"])
+    assert [runs[name].value for name in ("A-s0", "A-s1", "B-s0")] == [0.85, None, 0.8]
+    assert "hard undefined" in runs["A-s1"].describe()
+    assert "hard_before 0.8000" in runs["B-s0"].describe()
 
 
 def test_the_span_is_of_what_the_fit_has_come_to(bench):
@@ -83,7 +84,7 @@ def test_the_newest_run_of_a_point_is_in_the_table(bench):
     swept = mine.run()
     ((run,),) = swept.folder.attempts().values()
     again = shutil.copytree(run, run.with_name("typed-again"))
-    (again / "results.json").write_text(json.dumps(read_results(run) | {"hard": 0.5}))
+    replace(read_results(run), hard=0.5).write(again / "results.json")
     for folder, seconds in ((run, 1000), (again, 2000)):
         for file in folder.iterdir():
             os.utime(file, (seconds, seconds))
