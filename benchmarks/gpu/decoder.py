@@ -1,1 +1,137 @@
-"""placeholder"""
+"""Two LLaMA-2-7B-shaped decoders with random weights: the Hugging Face model as it is, and the same with routers.
+
+A static cache and one CUDA graph per token, and eagerly. The routers' biases are set to quantiles of their own logits,
+so that the real router runs and lets through the share of experts that is wanted.
+"""
+
+import statistics
+import time
+from typing import Any
+
+import torch
+from timing import capture, elapsed_ms
+from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+
+import lte_lightning
+from lte_lightning.core.model.convert import expert_ffns
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # a CPU only to rehearse
+SPARSITIES = (0.5, 0.8, 0.9)
+CONTEXT, NEW = 128, 64
+
+
+def make(layers: int = 32, width: int = 4096, neurons: int = 11008, heads: int = 32) -> LlamaForCausalLM:
+    """A LLaMA of random bfloat16 weights, by default of LLaMA-2-7B's shape."""
+    config = LlamaConfig(
+        hidden_size=width, intermediate_size=neurons, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=heads, vocab_size=32000, attn_implementation="sdpa",
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model = model.to_empty(device=DEVICE).eval()
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.ndim == 2:
+            tensor.data.normal_(std=0.02)
+        elif "norm" in name:
+            tensor.data.fill_(1.0)
+    rotary = type(model.model.rotary_emb)(config=config).to(DEVICE)
+    model.model.rotary_emb = rotary  # its frequencies are computed, and `to_empty` has lost them
+    return model
+
+
+class Stepper:
+    """One token of a decoder with a static cache, captured as a graph that moves itself along."""
+
+    def __init__(self, model: LlamaForCausalLM) -> None:
+        self.model = model
+        self.cache = StaticCache(config=model.config, max_cache_len=CONTEXT)
+        self.token_BT = torch.ones(1, 1, dtype=torch.long, device=DEVICE)
+        self.place_T = torch.zeros(1, dtype=torch.long, device=DEVICE)
+        self.places_L = torch.arange(CONTEXT, device=DEVICE)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        seen_L = torch.where(self.places_L <= self.place_T, 0.0, torch.finfo(torch.bfloat16).min).to(torch.bfloat16)
+        out = self.model(
+            input_ids=self.token_BT, position_ids=self.place_T[None], attention_mask=seen_L[None, None, None],
+            past_key_values=self.cache, use_cache=True,
+        )  # fmt: skip
+        self.token_BT.copy_(out.logits[:, -1:].argmax(-1))
+        self.place_T.add_(1).remainder_(CONTEXT)
+
+
+@torch.no_grad()
+def set_sparsity(model: LlamaForCausalLM, sparsity: float) -> float:
+    """Sets each router's bias so that it runs the share of experts wanted on random tokens; returns what came of it."""
+    hooks = []
+
+    def calibrate(ffn: Any, args: tuple[torch.Tensor, ...]) -> None:
+        logits = torch.nn.functional.linear(args[0], ffn.selector.weight).float()
+        ffn.selector.bias.data.fill_(-logits.quantile(sparsity).item())
+
+    ffns = expert_ffns(model).values()
+    for ffn in ffns:
+        hooks.append(ffn.register_forward_pre_hook(calibrate))
+    ids_BT = torch.randint(0, 32000, (1, 64), device=DEVICE)
+    model(input_ids=ids_BT)
+    for hook in hooks:
+        hook.remove()
+    with lte_lightning.RouterTrace(model, torch.ones_like(ids_BT)) as trace:
+        model(input_ids=ids_BT)
+    return trace.sparsity()
+
+
+def make_sparse(**shape: int) -> LlamaForCausalLM:
+    """The same with experts and routers, weights of its own, in hard mode."""
+    model = make(**shape)
+    lte_lightning.convert(model, lte_lightning.LteConfig(grouping="contiguous"), progress=False)
+    model.to(torch.bfloat16)
+    lte_lightning.set_mode(model, "hard")
+    lte_lightning.set_backend(model)
+    return model
+
+
+def rehearse() -> None:
+    """A tiny decoder's steps on this machine: what can be tried without a GPU."""
+    model = make_sparse(layers=2, width=64, neurons=128, heads=4)
+    print(f"rehearsed: wanted sparsity 50 %, reached {set_sparsity(model, 0.5):.0%}")
+    stepper = Stepper(model)
+    for _ in range(3):
+        stepper.step()
+
+
+def measure() -> list[dict[str, Any]]:
+    """Rows: milliseconds and tokens per second of dense and sparse steps, interleaved; and eager ones."""
+    model = make()
+    weights = sum(p.numel() for p in model.parameters())
+    dense = Stepper(model)
+    dense_graph = capture(dense.step)
+    eager_dense_ms = wall_ms(dense.step)
+    twin = make_sparse()
+    rows = []
+    for sparsity in SPARSITIES:
+        reached = set_sparsity(twin, sparsity)
+        sparse = Stepper(twin)
+        graph = capture(sparse.step)
+        dense_ms, sparse_ms = [], []
+        for _ in range(NEW):
+            dense_ms.append(elapsed_ms(dense_graph.replay))
+            sparse_ms.append(elapsed_ms(graph.replay))
+        ms, base = statistics.median(sparse_ms), statistics.median(dense_ms)
+        rows.append({
+            "model": f"LLaMA-2-7B-shaped, {weights / 1e9:.2f} B", "sparsity": sparsity, "reached": reached,
+            "dense_ms": base, "ms": ms, "tokens_s": 1e3 / ms, "ratio": base / ms,
+            "dense_eager_ms": eager_dense_ms, "eager_ms": wall_ms(sparse.step),
+        })  # fmt: skip
+    return rows
+
+
+def wall_ms(call: Any, rounds: int = 32) -> float:
+    """Milliseconds of one eager call, host included."""
+    call()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(rounds):
+        call()
+    torch.cuda.synchronize()
+    return 1e3 * (time.perf_counter() - start) / rounds

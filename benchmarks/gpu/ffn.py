@@ -105,3 +105,23 @@ def measure(shape: str, dtype: torch.dtype, tokens: int, rounds: int = 15) -> li
                     "share_of_bandwidth": (bound.ffn_ms + bound.router_ms) / ms}  # fmt: skip
         rows.append(row)
     return rows
+
+
+def profile() -> list[dict[str, Any]]:
+    """Microseconds of each kernel of one call, router included, on LLaMA-2-7B's FFN."""
+    rows = []
+    for tokens in (1, 4, 16, 64, 512, 4096):
+        layers = make_layers("llama2-7b", torch.bfloat16, tokens, 4, above_cache=False)
+        x_ND = torch.randn(tokens, 4096, dtype=torch.bfloat16, device="cuda")
+        for sparsity in (0.0, 0.5, 0.8, 0.9):
+            for layer in layers:
+                layer.draw(sparsity)
+                layer.both(x_ND)
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+                for layer in layers:
+                    layer.both(x_ND)
+                torch.cuda.synchronize()
+            for event in profiler.key_averages():
+                rows.append({"tokens": tokens, "sparsity": sparsity, "kernel": event.key[:60],
+                             "us": event.device_time_total / len(layers)})  # fmt: skip
+    return rows

@@ -50,7 +50,19 @@ def numerics() -> Rows:
     """The tests of all Triton kernels against the oracle, on the device, in parallel where pytest-xdist is there."""
     from importlib.util import find_spec
 
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "-o", "filterwarnings=", "tests/kernels"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-m",
+        "gpu",
+        "-p",
+        "no:cacheprovider",
+        "-o",
+        "filterwarnings=",
+        "tests/kernels",
+    ]
     command += ["-n", "8"] if find_spec("xdist") else []
     from tiles import start_compiling
 
@@ -121,6 +133,13 @@ def ffn_tuned() -> Rows:
     return ffn()
 
 
+def profile() -> Rows:
+    """The time of each kernel."""
+    from ffn import profile
+
+    return profile()
+
+
 def decoder() -> Rows:
     """Whole LLaMA-2-7B-shaped decoders, dense and sparse: a static cache, one CUDA graph per token; and eager."""
     from decoder import measure
@@ -129,7 +148,7 @@ def decoder() -> Rows:
 
 
 PARTS: dict[str, Callable[[], Rows]] = {
-    part.__name__: part for part in (numerics, ceilings, ffn, tiles, ffn_tuned, decoder, sanitizer)
+    part.__name__: part for part in (numerics, ceilings, ffn, tiles, ffn_tuned, profile, decoder, sanitizer)
 }
 
 
@@ -159,6 +178,7 @@ def main() -> None:
     if args.dry_run:
         import decoder, ffn, tiles, timing  # noqa: E401, F401 - that they can be imported is what is tried
 
+        decoder.rehearse()
         print("\n".join(f"{part}: {PARTS[part].__doc__}" for part in parts))
         return
     if not torch.cuda.is_available():
@@ -182,7 +202,10 @@ def main() -> None:
             writer.writeheader()
             writer.writerows(row | about for row in rows)
         for row in rows:
-            print("  ".join(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()), flush=True)
+            print(
+                "  ".join(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()),
+                flush=True,
+            )
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
 

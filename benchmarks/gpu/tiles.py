@@ -16,23 +16,35 @@ import torch
 from ffn import make_layers
 from timing import capture, elapsed_ms
 
-from lte_lightning.kernels.triton import decode, prefill, stream
+from lte_lightning.kernels.triton import decode, prefill, router, stream
 
 
 def combine(**choices: tuple[int, ...]) -> list[dict[str, int]]:
     return [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
 
 
-# Table, key (bytes per weight, or those and the padded number of tokens), tokens, rows to try.
-LISTS: list[tuple[str, dict[Any, Any], Any, int, list[dict[str, int]]]] = [
-    ("stream", stream.STREAM, 2, 1, combine(TILE=(4096, 8192, 16384), num_warps=(4, 8, 16), PER_SM=(1, 2, 3, 4))),
-    ("router", stream.ROUTER, 2, 1, combine(TILE=(4096, 8192, 16384), num_warps=(4, 8))),
-    ("hidden", decode.HIDDEN, (2, 16), 16, combine(ROWS=(16, 32), BLOCK_D=(64, 128, 256), num_warps=(2, 4), STAGES=(3, 4, 5))),
-    ("down", decode.DOWN, (2, 16), 16, combine(BLOCK_S=(32,), BLOCK_D=(64, 128, 256), num_warps=(2, 4, 8), STAGES=(2, 3, 4))),
-    ("grouped", prefill.GROUPED, 2, 4096, combine(BLOCK_F=(32,), BLOCK_D=(64, 128), num_warps=(4, 8), num_stages=(3, 4, 5))),
-    ("union", prefill.UNION, 2, 4096, combine(BLOCK_F=(64, 128), BLOCK_D=(64,), num_warps=(4, 8), num_stages=(3, 4))),
-    ("prefill down", prefill.DOWN, 2, 4096, combine(BLOCK_F=(32, 64), BLOCK_D=(128, 256), num_warps=(4, 8), num_stages=(3, 4))),
+# What they are for, the tables' module, a table, its key (bytes per weight; None: the table is the row), tokens, rows to
+# try. Of prefill's two forms only the one that is tuned runs.
+LISTS: list[tuple[str, Any, str, int | None, int, list[dict[str, int]]]] = [
+    ("one", stream, "STREAM", 2, 1, combine(TILE=(4096, 8192, 16384), num_warps=(4, 8), PER_SM=(1, 2, 3))),
+    ("one: sum", stream, "SUM", None, 1, combine(BLOCK_D=(8, 16, 32), num_warps=(4, 8, 16))),
+    ("router", router, "ROUTER", 2, 1, combine(TILE=(4096, 8192), num_warps=(2, 4, 8))),
+    ("four: router", router, "ROUTER", 2, 4, combine(TILE=(4096, 8192), num_warps=(2, 4, 8))),
+    ("four: hidden", decode, "HIDDEN", 2, 4, combine(ROWS=(16, 32), BLOCK_D=(128, 256), num_warps=(2, 4), STAGES=(3, 4))),
+    ("four: down", decode, "DOWN", 2, 4, combine(BLOCK_S=(32,), BLOCK_D=(128, 256), num_warps=(2, 4), STAGES=(3, 4))),
+    ("few", prefill, "FEW", None, 64, combine(BLOCK_M=(64,), BLOCK_F=(16, 32, 64), BLOCK_D=(64, 128), num_warps=(4,), num_stages=(3, 4, 5))),
+    ("union", prefill, "UNION", None, 4096, combine(BLOCK_M=(128,), BLOCK_F=(64, 128), BLOCK_D=(64,), num_warps=(4, 8), num_stages=(3, 4, 5))),
+    ("grouped", prefill, "GROUPED", None, 4096, combine(BLOCK_M=(64, 128), BLOCK_F=(32,), BLOCK_D=(64, 128), num_warps=(4, 8), num_stages=(3, 4))),
 ]  # fmt: skip
+FORCED = {"union": 10**6, "grouped": 0}
+
+
+def install(module: Any, table: str, key: int | None, row: dict[str, int]) -> dict[str, int]:
+    """Puts a row into its table, and returns the one that was there."""
+    place = vars(module) if key is None else getattr(module, table)
+    name = table if key is None else key
+    before, place[name] = place[name], row
+    return before
 
 
 def start_compiling(workers: int) -> list[subprocess.Popen[bytes]]:
@@ -42,46 +54,50 @@ def start_compiling(workers: int) -> list[subprocess.Popen[bytes]]:
 
 def compile_every(first: int, step: int) -> None:
     """Compiles every ``step``-th row."""
-    jobs = [(table, key, tokens, row) for _, table, key, tokens, rows in LISTS for row in rows]
+    jobs = [(*rest, row) for _, *rest, rows in LISTS for row in rows]
     made: dict[int, Any] = {}
-    for table, key, tokens, row in jobs[first::step]:
-        layer = made.setdefault(tokens, make_layers("llama2-7b", torch.bfloat16, tokens, 1, above_cache=False)[0])
-        chosen, table[key] = table[key], row
+    for module, table, key, tokens, row in jobs[first::step]:
+        if tokens not in made:
+            made[tokens] = make_layers("llama2-7b", torch.bfloat16, tokens, 1, above_cache=False)[0]
+        before = install(module, table, key, row)
         try:
-            layer.both(torch.randn(tokens, 4096, dtype=torch.bfloat16, device="cuda"))
+            made[tokens].both(torch.randn(tokens, 4096, dtype=torch.bfloat16, device="cuda"))
         except Exception as error:  # a tile that does not fit the chip: `tune` reports it
             print(row, str(error).splitlines()[0][:100], file=sys.stderr)
-        table[key] = chosen
+        install(module, table, key, before)
 
 
 def tune() -> list[dict[str, Any]]:
     """Rows of every list, the fastest first, with the sum over sparsities of microseconds per layer."""
     results = []
-    for name, table, key, tokens, rows in LISTS:
+    cost = prefill.GROUPED_COST_16THS
+    for name, module, table, key, tokens, rows in LISTS:
+        prefill.GROUPED_COST_16THS = FORCED.get(name, cost)
         layers = make_layers("llama2-7b", torch.bfloat16, tokens, 8 if tokens <= 64 else 1, above_cache=tokens <= 64)
         x_ND = torch.randn(tokens, 4096, dtype=torch.bfloat16, device="cuda")
-        sparsities = {"union": (0.5,), "grouped": (0.8, 0.9), "prefill down": (0.8,)}.get(name, (0.5, 0.8, 0.9))
-        chosen, measured = table[key], []
+        measured, best = [], None
         for row in rows:
-            table[key] = row
+            before = install(module, table, key, row)
+            best = best or before
             try:
                 graph = capture(lambda layers=layers, x_ND=x_ND: [layer.both(x_ND) for layer in layers])
             except Exception as error:  # a tile that does not fit the chip
-                results.append({"table": name, "row": str(row), "error": str(error).splitlines()[0][:100]})
+                results.append({"tuned": name, "row": str(row), "error": str(error).splitlines()[0][:100]})
                 continue
             times = {}
-            for sparsity in sparsities:
+            for sparsity in (0.5, 0.8, 0.9):
                 rounds = []
                 for _ in range(5):
                     for layer in layers:
                         layer.draw(sparsity)
                     rounds.append(1e3 * elapsed_ms(graph.replay) / len(layers))
                 times[f"{sparsity:.0%}"] = statistics.median(rounds)
-            measured.append({"table": name, "row": str(row), "sum_us": sum(times.values()), **times})
+            measured.append({"tuned": name, "row": str(row), "sum_us": sum(times.values()), **times})
         measured.sort(key=lambda row: row["sum_us"])
         # What is measured after this in the same run is measured with the fastest.
-        table[key] = next((row for row in rows if measured and str(row) == measured[0]["row"]), chosen)
+        install(module, table, key, next((row for row in rows if measured and str(row) == measured[0]["row"]), best))
         results += measured
+    prefill.GROUPED_COST_16THS = cost
     return results
 
 

@@ -47,6 +47,11 @@ def dependent() -> dict[str, bool]:
     return {"PDL": True, "launch_pdl": True} if target.backend == "cuda" and target.arch >= 90 else {"PDL": False}
 
 
+def has_buffers() -> bool:
+    """Says whether the compiler turns loads into those from a buffer, which has one base address: on AMD's chips."""
+    return not INTERPRETED and driver.active.get_current_target().backend == "hip"
+
+
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
     """Returns how many multiprocessors a device has; a small number for the interpreter's CPU."""
@@ -90,17 +95,6 @@ def dot(a, b, acc):
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision="ieee")
-
-
-@triton.jit
-def accumulate(acc, rows_SD, x, TOKENS: tl.constexpr):
-    """Adds rows times inputs: with several tokens their dot product [S, N]; with one, [S, D], to be summed over D."""
-    # One token: no exchange between threads inside the loop.
-    if TOKENS == 1:
-        acc += rows_SD.to(tl.float32) * x.to(tl.float32)
-    else:
-        acc = dot(rows_SD, x, acc)
-    return acc
 
 
 @triton.jit

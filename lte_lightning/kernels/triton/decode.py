@@ -1,4 +1,4 @@
-"""Few tokens: each expert of the union is streamed once for all tokens, whatever the number that chose it.
+"""A few tokens: each expert of the union is streamed once for all tokens, whatever the number that chose it.
 
 Four launches: the list of active experts; their hidden activations; partial sums of the down projection; their sum.
 All grids are sized by E, D and N; a program past the count of active experts, which only the device knows, ends at
@@ -10,33 +10,20 @@ import triton
 import triton.language as tl
 
 from lte_lightning.kernels.layout import ExpertWeights
-from lte_lightning.kernels.triton.common import accumulate, activate, add_bias, dot
+from lte_lightning.kernels.triton.common import activate, add_bias, dependent, dot, signal_next, wait_for_last
 from lte_lightning.kernels.triton.lists import list_active
 
-MAX_TOKENS = 64
+MAX_TOKENS = 16
 """More tokens than this go to the prefill kernels."""
 
-# By bytes per weight and padded number of tokens. Powers of two; ROWS and BLOCK_S are cut to the expert's size.
-# One token needs many small programs with many loads in flight, several tokens a tile that tensor cores take.
+# By bytes per weight. Powers of two; ROWS and BLOCK_S are cut to the expert's size.
 HIDDEN = {
-    (2, 1): {"ROWS": 8, "BLOCK_D": 512, "num_warps": 4, "STAGES": 3},
-    (2, 16): {"ROWS": 16, "BLOCK_D": 128, "num_warps": 4, "STAGES": 3},
-    (2, 32): {"ROWS": 16, "BLOCK_D": 128, "num_warps": 4, "STAGES": 3},
-    (2, 64): {"ROWS": 16, "BLOCK_D": 128, "num_warps": 4, "STAGES": 3},
-    (4, 1): {"ROWS": 8, "BLOCK_D": 256, "num_warps": 4, "STAGES": 3},
-    (4, 16): {"ROWS": 16, "BLOCK_D": 64, "num_warps": 4, "STAGES": 3},
-    (4, 32): {"ROWS": 16, "BLOCK_D": 64, "num_warps": 4, "STAGES": 3},
-    (4, 64): {"ROWS": 16, "BLOCK_D": 64, "num_warps": 4, "STAGES": 3},
+    2: {"ROWS": 32, "BLOCK_D": 128, "num_warps": 4, "STAGES": 4},
+    4: {"ROWS": 16, "BLOCK_D": 64, "num_warps": 4, "STAGES": 3},
 }
 DOWN = {
-    (2, 1): {"BLOCK_S": 32, "BLOCK_D": 128, "num_warps": 4, "STAGES": 3},
-    (2, 16): {"BLOCK_S": 32, "BLOCK_D": 128, "num_warps": 4, "STAGES": 3},
-    (2, 32): {"BLOCK_S": 32, "BLOCK_D": 128, "num_warps": 4, "STAGES": 3},
-    (2, 64): {"BLOCK_S": 32, "BLOCK_D": 128, "num_warps": 4, "STAGES": 3},
-    (4, 1): {"BLOCK_S": 32, "BLOCK_D": 64, "num_warps": 4, "STAGES": 3},
-    (4, 16): {"BLOCK_S": 32, "BLOCK_D": 64, "num_warps": 4, "STAGES": 3},
-    (4, 32): {"BLOCK_S": 32, "BLOCK_D": 64, "num_warps": 4, "STAGES": 3},
-    (4, 64): {"BLOCK_S": 32, "BLOCK_D": 64, "num_warps": 4, "STAGES": 3},
+    2: {"BLOCK_S": 32, "BLOCK_D": 128, "num_warps": 4, "STAGES": 4},
+    4: {"BLOCK_S": 32, "BLOCK_D": 64, "num_warps": 4, "STAGES": 3},
 }
 # Programs wanted in the down projection's grid: four for each multiprocessor of a large GPU.
 DOWN_PROGRAMS = 512
@@ -62,33 +49,29 @@ def decode_hidden_kernel(
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Hidden activations [slot, N, S] of ROWS neurons of one active expert, 0 for tokens that did not choose it."""
     CHUNKS: tl.constexpr = (S + ROWS - 1) // ROWS
     slot = tl.program_id(0) // CHUNKS
+    wait_for_last(PDL)
+    signal_next(PDL)
     if slot >= tl.load(count_ptr):
         return
     e = tl.load(active_ptr + slot).to(tl.int64)
     s = tl.program_id(0) % CHUNKS * ROWS + tl.arange(0, ROWS)
     n = tl.arange(0, TOKENS)
     row = (e * S + s) * D
-    WIDTH: tl.constexpr = BLOCK_D if TOKENS == 1 else TOKENS
-    up = tl.zeros([ROWS, WIDTH], tl.float32)
-    gate = tl.zeros([ROWS, WIDTH], tl.float32)
+    up = tl.zeros([ROWS, TOKENS], tl.float32)
+    gate = tl.zeros([ROWS, TOKENS], tl.float32)
     for d0 in tl.range(0, D, BLOCK_D, num_stages=STAGES):
         d = d0 + tl.arange(0, BLOCK_D)
-        if TOKENS == 1:
-            x = tl.load(x_ptr + d, mask=d < D, other=0.0)[None, :]
-        else:
-            x = tl.load(x_ptr + n[None, :] * D + d[:, None], mask=(n[None, :] < N) & (d[:, None] < D), other=0.0)
+        x = tl.load(x_ptr + n[None, :] * D + d[:, None], mask=(n[None, :] < N) & (d[:, None] < D), other=0.0)
         tile = row[:, None] + d[None, :]
         inside = (s[:, None] < S) & (d[None, :] < D)
-        up = accumulate(up, tl.load(up_ptr + tile, mask=inside, other=0.0), x, TOKENS)
+        up = dot(tl.load(up_ptr + tile, mask=inside, other=0.0), x, up)
         if gate_ptr is not None:
-            gate = accumulate(gate, tl.load(gate_ptr + tile, mask=inside, other=0.0), x, TOKENS)
-    if TOKENS == 1:
-        up = tl.sum(up, 1)[:, None]
-        gate = tl.sum(gate, 1)[:, None]
+            gate = dot(tl.load(gate_ptr + tile, mask=inside, other=0.0), x, gate)
     up = add_bias(up, up_bias_ptr, e * S + s[:, None], s[:, None] < S)
     if gate_ptr is not None:
         gate = add_bias(gate, gate_bias_ptr, e * S + s[:, None], s[:, None] < S)
@@ -115,45 +98,41 @@ def decode_down_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Sums [split, N, D] over every SPLITS-th active expert, of BLOCK_D outputs."""
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     split = tl.program_id(1)
     n = tl.arange(0, TOKENS)
+    wait_for_last(PDL)
+    signal_next(PDL)
     count = tl.load(count_ptr)
-    acc = tl.zeros([BLOCK_S if TOKENS == 1 else TOKENS, BLOCK_D], tl.float32)
+    acc = tl.zeros([TOKENS, BLOCK_D], tl.float32)
     for slot in tl.range(split, count, SPLITS, num_stages=STAGES):
         e = tl.load(active_ptr + slot).to(tl.int64)
         for s0 in tl.static_range(0, S, BLOCK_S):
             s = s0 + tl.arange(0, BLOCK_S)
             inside = (s[:, None] < S) & (d[None, :] < D)
             rows = tl.load(down_ptr + (e * S + s)[:, None] * D + d[None, :], mask=inside, other=0.0)
-            if TOKENS == 1:
-                hidden = tl.load(hidden_ptr + slot * S + s, mask=s < S, other=0.0)
-                acc += hidden[:, None] * rows.to(tl.float32)
-            else:
-                valid = (n[:, None] < N) & (s[None, :] < S)
-                hidden = tl.load(hidden_ptr + (slot * N + n[:, None]) * S + s[None, :], mask=valid, other=0.0)
-                acc = dot(hidden.to(rows.dtype), rows, acc)
-    if TOKENS == 1:
-        acc = tl.sum(acc, 0)[None, :]
+            valid = (n[:, None] < N) & (s[None, :] < S)
+            hidden = tl.load(hidden_ptr + (slot * N + n[:, None]) * S + s[None, :], mask=valid, other=0.0)
+            acc = dot(hidden.to(rows.dtype), rows, acc)
     tl.store(partial_ptr + (split * N + n[:, None]) * D + d[None, :], acc, mask=(n[:, None] < N) & (d[None, :] < D))
 
 
 @triton.jit(do_not_specialize=["N"])
-def decode_sum_kernel(partial_ptr, bias_ptr, y_ptr, N, D: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+def decode_sum_kernel(
+    partial_ptr, bias_ptr, y_ptr, N, D: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+):
     """BLOCK numbers of the output: partial sums in their order, and the bias."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     y = tl.zeros([BLOCK], tl.float32)
+    wait_for_last(PDL)
+    signal_next(PDL)
     for split in tl.static_range(SPLITS):
         y += tl.load(partial_ptr + split * N * D + i, mask=i < N * D, other=0.0)
     y = add_bias(y, bias_ptr, i % D, i < N * D)
     tl.store(y_ptr + i, y.to(y_ptr.dtype.element_ty), mask=i < N * D)
-
-
-def padded_tokens(N: int) -> int:
-    """The second key of the tables: 1, or the power of two from 16 on that holds N tokens."""
-    return 1 if N == 1 else max(16, triton.next_power_of_2(N))
 
 
 def run_decode(x_ND: torch.Tensor, mask_NE: torch.Tensor, weights: ExpertWeights) -> torch.Tensor:
@@ -165,16 +144,16 @@ def run_decode(x_ND: torch.Tensor, mask_NE: torch.Tensor, weights: ExpertWeights
         weights: Contiguous weights of the input's type.
 
     Returns:
-        The output [N, D], accumulated in float32. With several tokens the hidden activations are rounded to the
-        weights' type on their way to the second product, as in the dense FFN; with one token they are not.
+        The output [N, D], accumulated in float32. The hidden activations are rounded to the weights' type on their way
+        to the second product, as in the dense FFN.
     """
     N, D = x_ND.shape
     E, S, _ = weights.up_ESD.shape
-    tokens = padded_tokens(N)
-    active_ME, count_M = list_active(mask_NE, tokens)
+    pdl = dependent()
+    active_ME, count_M = list_active(mask_NE, MAX_TOKENS)
 
-    config = dict(HIDDEN[x_ND.element_size(), tokens])
-    config["ROWS"] = min(config["ROWS"], triton.next_power_of_2(S))
+    config = dict(HIDDEN[x_ND.element_size()])
+    config["ROWS"] = min(config["ROWS"], max(16, triton.next_power_of_2(S)))
     hidden_ENS = torch.empty((E, N, S), dtype=torch.float32, device=x_ND.device)
     decode_hidden_kernel[(E * triton.cdiv(S, config["ROWS"]),)](
         x_ND,
@@ -191,12 +170,13 @@ def run_decode(x_ND: torch.Tensor, mask_NE: torch.Tensor, weights: ExpertWeights
         S=S,
         D=D,
         ACTIVATION=weights.activation,
-        TOKENS=tokens,
+        TOKENS=MAX_TOKENS,
         **config,
+        **pdl,
     )
 
-    config = dict(DOWN[x_ND.element_size(), tokens])
-    config["BLOCK_S"] = min(config["BLOCK_S"], max(1 if tokens == 1 else 16, triton.next_power_of_2(S)))
+    config = dict(DOWN[x_ND.element_size()])
+    config["BLOCK_S"] = min(config["BLOCK_S"], max(16, triton.next_power_of_2(S)))
     tiles = triton.cdiv(D, config["BLOCK_D"])
     splits = min(32, E, triton.cdiv(DOWN_PROGRAMS, tiles))
     partial_KND = torch.empty((splits, N, D), dtype=torch.float32, device=x_ND.device)
@@ -210,12 +190,13 @@ def run_decode(x_ND: torch.Tensor, mask_NE: torch.Tensor, weights: ExpertWeights
         S=S,
         D=D,
         SPLITS=splits,
-        TOKENS=tokens,
+        TOKENS=MAX_TOKENS,
         **config,
+        **pdl,
     )
 
     y_ND = torch.empty_like(x_ND)
     decode_sum_kernel[(triton.cdiv(N * D, 256),)](
-        partial_KND, weights.down_bias_D, y_ND, N, D=D, SPLITS=splits, BLOCK=256, num_warps=2
+        partial_KND, weights.down_bias_D, y_ND, N, D=D, SPLITS=splits, BLOCK=256, num_warps=2, **pdl
     )
     return y_ND

@@ -49,7 +49,11 @@ def _check(x_ND: torch.Tensor, mask_NE: torch.Tensor, weights: ExpertWeights) ->
         raise ValueError(f"mask_NE has shape {tuple(mask_NE.shape)}, and {(len(x_ND), E)} is wanted")
     if mask_NE.dtype != torch.bool:
         raise ValueError(f"mask_NE is {mask_NE.dtype}, and torch.bool is wanted: compare the scores with the threshold")
-    parts = {name: value for name, value in vars(weights).items() if name != "activation"}
+    w = weights  # by name, since older versions of torch.compile do not look into a dataclass
+    parts = {
+        "up_ESD": w.up_ESD, "down_ESD": w.down_ESD, "gate_ESD": w.gate_ESD, "up_bias_ES": w.up_bias_ES,
+        "gate_bias_ES": w.gate_bias_ES, "down_bias_D": w.down_bias_D,
+    }  # fmt: skip
     check_device(x_ND, parts)
     if mask_NE.device != x_ND.device:
         raise ValueError(f"mask_NE is on {mask_NE.device}, and x_ND on {x_ND.device}")

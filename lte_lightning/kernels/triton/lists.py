@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from lte_lightning.kernels.triton.common import dependent, signal_next, wait_for_last
+
 
 @triton.jit(do_not_specialize=["N"])
 def compact_kernel(
@@ -15,10 +17,13 @@ def compact_kernel(
     TOKENS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Lists, in order, the experts that any of a block of TOKENS tokens runs; one program per block."""
     block = tl.program_id(0)
     count = 0
+    wait_for_last(PDL)
+    signal_next(PDL)
     for e0 in range(0, E, BLOCK_E):
         e = e0 + tl.arange(0, BLOCK_E)
         chosen = tl.zeros([BLOCK_E], tl.int32)
@@ -48,7 +53,7 @@ def list_active(mask_NE: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch
     active_ME = torch.empty((M, E), dtype=torch.int32, device=mask_NE.device)
     count_M = torch.empty((M,), dtype=torch.int32, device=mask_NE.device)
     blocks = {"BLOCK_N": min(tokens, 8), "BLOCK_E": min(1024, triton.next_power_of_2(E))}
-    compact_kernel[(M,)](mask_NE, active_ME, count_M, N, E=E, TOKENS=tokens, num_warps=4, **blocks)
+    compact_kernel[(M,)](mask_NE, active_ME, count_M, N, E=E, TOKENS=tokens, num_warps=4, **blocks, **dependent())
     return active_ME, count_M
 
 
@@ -114,7 +119,7 @@ def choose_form(count_E: torch.Tensor, count_M: torch.Tensor, tokens: int, cost_
     Args:
         count_E: Tokens of each expert, int32.
         count_M: Experts of each block of tokens, int32.
-        tokens: Tokens per block, of a grouped tile as of a union tile.
+        tokens: Tokens per grouped tile.
         cost_16ths: What a grouped tile costs per neuron, a union tile's cost being 16.
 
     Returns:

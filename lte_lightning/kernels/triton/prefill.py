@@ -3,70 +3,67 @@
 Gate and up have two forms. *Grouped*: for each expert the tokens that chose it are gathered, and nothing else is
 computed. *Union*: a block of tokens runs all experts that any of its tokens chose, densely, in tiles as large as a
 dense product's. Both are launched; the device compares their costs and the programs of the other end at once, so that
-the host neither waits nor decides. The down projection runs by blocks of tokens over the experts that the block needs:
-by expert it would have to add D numbers to memory for each S products.
+the host neither waits nor decides. The down projection is the library's dense product over the masked activations:
+by expert it would have to add D numbers to memory for each S products. Zero times NaN is NaN there: an output that is
+not finite is computed once more over the experts that its block of tokens needs, and the device decides that, too.
 """
 
 import torch
 import triton
 import triton.language as tl
+from torch.nn import functional
 
+from lte_lightning.kernels.dense_mask import dense_hidden, scale_experts
 from lte_lightning.kernels.layout import ExpertWeights
-from lte_lightning.kernels.triton.common import activate, add_bias, dot
+from lte_lightning.kernels.triton.common import activate, add_bias, dot, has_buffers
 from lte_lightning.kernels.triton.lists import choose_form, list_active, list_groups
 
-# By bytes per weight. BLOCK_M tokens are a block; GROUPED takes BLOCK_F neurons of one expert, UNION of several.
-BLOCK_M = {2: 128, 4: 64}
-GROUPED = {
-    2: {"BLOCK_F": 32, "BLOCK_D": 64, "num_warps": 4, "num_stages": 3},
-    4: {"BLOCK_F": 32, "BLOCK_D": 32, "num_warps": 4, "num_stages": 3},
-}
-UNION = {
-    2: {"BLOCK_F": 64, "BLOCK_D": 64, "num_warps": 8, "num_stages": 3},
-    4: {"BLOCK_F": 32, "BLOCK_D": 32, "num_warps": 4, "num_stages": 3},
-}
-DOWN = {
-    2: {"BLOCK_F": 64, "BLOCK_D": 128, "num_warps": 8, "num_stages": 3},
+GROUPED = {"BLOCK_M": 128, "BLOCK_F": 32, "BLOCK_D": 64, "num_warps": 4, "num_stages": 3}
+"""A tile of one expert: tokens, neurons, and numbers of the model's width per step."""
+UNION = {"BLOCK_M": 128, "BLOCK_F": 64, "BLOCK_D": 64, "num_warps": 8, "num_stages": 3}
+"""A tile of several experts."""
+FEW = {"BLOCK_M": 64, "BLOCK_F": 32, "BLOCK_D": 64, "num_warps": 4, "num_stages": 4}
+"""The union's tile where there is one block of tokens."""
+AGAIN = {
+    2: {"BLOCK_F": 32, "BLOCK_D": 128, "num_warps": 8, "num_stages": 2},
     4: {"BLOCK_F": 32, "BLOCK_D": 64, "num_warps": 8, "num_stages": 3},
 }
-"""Tiles: BLOCK_F is the number of neurons, BLOCK_D of the model's dimensions."""
-
-
-def grouped_cost_16ths(size: int, projections: int) -> int:
-    """What a row of a grouped tile costs, one of a union tile being 16: the bytes that the two read per product.
-
-    This is the roofline of a product that the L2 cache feeds, not a measurement; to be measured on a GPU.
-    """
-    grouped, union = (config[size]["BLOCK_F"] * projections for config in (GROUPED, UNION))
-    per_row = [1 / BLOCK_M[size] + 1 / neurons for neurons in (grouped, union)]
-    return round(16 * per_row[0] / per_row[1])
+"""The down projection's, by bytes per weight, where the dense one was not finite."""
+SWIZZLE = 8
+"""Blocks of tokens that share a tile of weights while it is in the cache."""
+GROUPED_COST_16THS = 22
+"""What a grouped tile of one expert costs, a union tile's share of an expert being 16."""
 
 
 @triton.jit
 def _hidden_tile(
     x_ptr, n, n_ok, up_ptr, gate_ptr, up_bias_ptr, gate_bias_ptr, f, f_ok, D: tl.constexpr,
-    ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
+    ACTIVATION: tl.constexpr, TOGETHER: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     # Activations [BLOCK_M, BLOCK_F] of the tokens n and the neurons f; those not ok are any finite number.
-    # Gate and up are one tile, a row of each in turn: one product reads x once, and a thread holds both of a neuron.
-    if gate_ptr is None:
-        rows = up_ptr + f * D
-        ok = f_ok
-    else:
-        turn = tl.arange(0, 2 * BLOCK_F) % 2
-        rows = tl.where(turn == 0, gate_ptr, up_ptr) + tl.interleave(f, f) * D
+    acc = tl.zeros([BLOCK_M, 2 * BLOCK_F if TOGETHER else BLOCK_F], tl.float32)
+    gate = tl.zeros([BLOCK_M, BLOCK_F], tl.float32)
+    rows = up_ptr + f * D
+    ok = f_ok
+    if TOGETHER:
+        # A row of gate and of up in turn: one product reads x once, and a thread has both of a neuron.
+        rows = tl.where(tl.arange(0, 2 * BLOCK_F) % 2 == 0, gate_ptr, up_ptr) + tl.interleave(f, f) * D
         ok = tl.interleave(f_ok, f_ok)
-    acc = tl.zeros([BLOCK_M, rows.shape[0]], tl.float32)
     for d0 in range(0, D, BLOCK_D):
         d = d0 + tl.arange(0, BLOCK_D)
         x = tl.load(x_ptr + n[:, None] * D + d[None, :], mask=n_ok[:, None] & (d[None, :] < D), other=0.0)
-        weights = tl.load(rows[None, :] + d[:, None], mask=ok[None, :] & (d[:, None] < D), other=0.0)
-        acc = dot(x, weights, acc)
-    if gate_ptr is None:
-        hidden = activate(add_bias(acc, up_bias_ptr, f[None, :], f_ok[None, :]), ACTIVATION)
-    else:
+        inside = ok[None, :] & (d[:, None] < D)
+        acc = dot(x, tl.load(rows[None, :] + d[:, None], mask=inside, other=0.0), acc)
+        if gate_ptr is not None and not TOGETHER:
+            gate = dot(x, tl.load((gate_ptr + f * D)[None, :] + d[:, None], mask=inside, other=0.0), gate)
+    if TOGETHER:
         gate, up = tl.split(tl.reshape(acc, [BLOCK_M, BLOCK_F, 2]))
-        up = add_bias(up, up_bias_ptr, f[None, :], f_ok[None, :])
+    else:
+        up = acc
+    up = add_bias(up, up_bias_ptr, f[None, :], f_ok[None, :])
+    if gate_ptr is None:
+        hidden = activate(up, ACTIVATION)
+    else:
         gate = add_bias(gate, gate_bias_ptr, f[None, :], f_ok[None, :])
         hidden = activate(gate, ACTIVATION) * up
     return hidden
@@ -88,6 +85,7 @@ def prefill_grouped_kernel(
     S: tl.constexpr,
     D: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    TOGETHER: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -108,7 +106,21 @@ def prefill_grouped_kernel(
     s = chunk % CHUNKS * BLOCK_F + tl.arange(0, BLOCK_F)
     f = e.to(tl.int64) * S + s
     hidden = _hidden_tile(
-        x_ptr, n, n_ok, up_ptr, gate_ptr, up_bias_ptr, gate_bias_ptr, f, s < S, D, ACTIVATION, BLOCK_M, BLOCK_F, BLOCK_D
+        x_ptr,
+        n,
+        n_ok,
+        up_ptr,
+        gate_ptr,
+        up_bias_ptr,
+        gate_bias_ptr,
+        f,
+        s < S,
+        D,
+        ACTIVATION,
+        TOGETHER,
+        BLOCK_M,
+        BLOCK_F,
+        BLOCK_D,
     )
     out = hidden_ptr + n[:, None] * (E * S) + f[None, :]
     tl.store(out, hidden.to(hidden_ptr.dtype.element_ty), mask=n_ok[:, None] & (s < S)[None, :])
@@ -131,23 +143,46 @@ def prefill_union_kernel(
     S: tl.constexpr,
     D: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    TOGETHER: tl.constexpr,
+    SWIZZLE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """Hidden activations [N, F] of a block of tokens for BLOCK_F neurons of the experts that the block needs."""
-    block = tl.program_id(1)
-    first = tl.program_id(0) * BLOCK_F
+    # SWIZZLE blocks of tokens take a tile of weights one after the other.
+    band: tl.constexpr = SWIZZLE * ((E * S + BLOCK_F - 1) // BLOCK_F)
+    first_block = tl.program_id(0) // band * SWIZZLE
+    blocks = tl.minimum(tl.cdiv(N, BLOCK_M) - first_block, SWIZZLE)
+    block = first_block + tl.program_id(0) % band % blocks
+    first = tl.program_id(0) % band // blocks * BLOCK_F
     end = tl.load(count_ptr + block) * S
-    if (first >= end) | (tl.load(grouped_ptr) != 0):
+    if first >= end:
         return
+    if grouped_ptr is not None:  # noqa: SIM102 - this is decided when the kernel is compiled
+        if tl.load(grouped_ptr) != 0:
+            return
     n = block.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     place = first + tl.arange(0, BLOCK_F)
     f_ok = place < end
     e = tl.load(active_ptr + block * E + place // S, mask=f_ok, other=0).to(tl.int64)
     f = e * S + place % S
     hidden = _hidden_tile(
-        x_ptr, n, n < N, up_ptr, gate_ptr, up_bias_ptr, gate_bias_ptr, f, f_ok, D, ACTIVATION, BLOCK_M, BLOCK_F, BLOCK_D
+        x_ptr,
+        n,
+        n < N,
+        up_ptr,
+        gate_ptr,
+        up_bias_ptr,
+        gate_bias_ptr,
+        f,
+        f_ok,
+        D,
+        ACTIVATION,
+        TOGETHER,
+        BLOCK_M,
+        BLOCK_F,
+        BLOCK_D,
     )
     inside = (n < N)[:, None] & f_ok[None, :]
     chosen = tl.load(mask_ptr + n[:, None] * E + e[None, :], mask=inside, other=0) != 0
@@ -156,14 +191,30 @@ def prefill_union_kernel(
 
 
 @triton.jit(do_not_specialize=["N"])
-def prefill_down_kernel(
+def spoilt_kernel(
+    y_ptr, spoilt_ptr, N, D: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """Writes 1 for each part of D of a block of tokens that holds a number that is not finite, else 0."""
+    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    bad = tl.zeros([16, BLOCK_D], tl.int32)
+    for n0 in range(0, BLOCK_M, 16):
+        n = tl.program_id(1).to(tl.int64) * BLOCK_M + n0 + tl.arange(0, 16)
+        y = tl.load(y_ptr + n[:, None] * D + d[None, :], mask=(n[:, None] < N) & (d[None, :] < D), other=0.0)
+        bad |= (y.to(tl.float32) * 0.0 != 0.0).to(tl.int32)
+    tl.store(spoilt_ptr + tl.program_id(1) * PARTS + tl.program_id(0), tl.max(tl.max(bad, 1), 0))
+
+
+@triton.jit(do_not_specialize=["N"])
+def prefill_again_kernel(
     hidden_ptr,
     down_ptr,
     bias_ptr,
     active_ptr,
     count_ptr,
+    spoilt_ptr,
     y_ptr,
     N,
+    PARTS: tl.constexpr,
     E: tl.constexpr,
     S: tl.constexpr,
     D: tl.constexpr,
@@ -171,11 +222,13 @@ def prefill_down_kernel(
     BLOCK_F: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """BLOCK_D outputs of a block of tokens, over the experts that the block needs."""
+    """BLOCK_D outputs of a spoilt block of tokens, over the experts that the block needs."""
     block = tl.program_id(1)
+    part = tl.arange(0, PARTS)
+    spoilt = tl.max(tl.load(spoilt_ptr + block * PARTS + part), 0) != 0
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     n = block.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    end = tl.load(count_ptr + block) * S
+    end = tl.where(spoilt, tl.load(count_ptr + block) * S, 0)
     y = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for first in range(0, end, BLOCK_F):
         place = first + tl.arange(0, BLOCK_F)
@@ -188,7 +241,7 @@ def prefill_down_kernel(
         y = dot(hidden, tl.load(down_ptr + f[:, None] * D + d[None, :], mask=inside, other=0.0), y)
     y = add_bias(y, bias_ptr, d[None, :], (d < D)[None, :])
     out = y_ptr + n[:, None] * D + d[None, :]
-    tl.store(out, y.to(y_ptr.dtype.element_ty), mask=(n < N)[:, None] & (d < D)[None, :])
+    tl.store(out, y.to(y_ptr.dtype.element_ty), mask=(n < N)[:, None] & (d < D)[None, :] & spoilt)
 
 
 def run_prefill(x_ND: torch.Tensor, mask_NE: torch.Tensor, weights: ExpertWeights) -> torch.Tensor:
@@ -197,36 +250,62 @@ def run_prefill(x_ND: torch.Tensor, mask_NE: torch.Tensor, weights: ExpertWeight
     Args:
         x_ND: Contiguous input.
         mask_NE: Contiguous bytes, 0 or 1.
-        weights: Contiguous weights of the input's type.
+        weights: Contiguous weights of the input's type. In float32, which tensor cores do not multiply, gate and up
+            are dense products of the library, too.
 
     Returns:
-        The output [N, D], accumulated in float32; the hidden activations between are of the input's type.
+        The output [N, D]; the hidden activations between are of the input's type.
     """
     N, D = x_ND.shape
     E, S, _ = weights.up_ESD.shape
-    size = x_ND.element_size()
-    active_ME, count_M = list_active(mask_NE, BLOCK_M[size])
-    tokens_EN, count_E = list_groups(mask_NE)
-    grouped = choose_form(
-        count_E, count_M, BLOCK_M[size], grouped_cost_16ths(size, 1 if weights.gate_ESD is None else 2)
-    )
-    M = len(count_M)
+    tile = UNION if FEW["BLOCK_M"] < N else FEW
+    active_ME, count_M = list_active(mask_NE, tile["BLOCK_M"])
+    if x_ND.dtype == torch.float32:
+        hidden_NF = scale_experts(dense_hidden(x_ND, weights), mask_NE.view(torch.bool))
+    else:
+        hidden_NF = _hidden(x_ND, mask_NE, weights, active_ME, count_M, tile)
+    down_FD = weights.down_ESD.flatten(0, 1)
+    y_ND = functional.linear(hidden_NF, down_FD.T, weights.down_bias_D)
 
-    # Zeros, since a block's union holds experts that some of its tokens did not choose.
+    M, parts = len(count_M), triton.next_power_of_2(triton.cdiv(D, 512))
+    shape = {"D": D, "PARTS": parts, "BLOCK_M": tile["BLOCK_M"]}
+    spoilt_MP = torch.empty((M, parts), dtype=torch.int32, device=x_ND.device)
+    spoilt_kernel[(parts, M)](y_ND, spoilt_MP, N, BLOCK_D=512, **shape)
+    again = AGAIN[x_ND.element_size()]
+    prefill_again_kernel[(triton.cdiv(D, again["BLOCK_D"]), M)](
+        hidden_NF, weights.down_ESD, weights.down_bias_D, active_ME, count_M, spoilt_MP, y_ND, N,
+        E=E, S=S, **shape, **again,
+    )  # fmt: skip
+    return y_ND
+
+
+def _hidden(
+    x_ND: torch.Tensor,
+    mask_NE: torch.Tensor,
+    weights: ExpertWeights,
+    active_ME: torch.Tensor,
+    count_M: torch.Tensor,
+    tile: dict[str, int],
+) -> torch.Tensor:
+    """The masked activations [N, F], by the form that is cheaper."""
+    N, D = x_ND.shape
+    E, S, _ = weights.up_ESD.shape
+    # Zeros, since each form writes what it computed and no more.
     hidden_NF = torch.zeros((N, E * S), dtype=x_ND.dtype, device=x_ND.device)
     projections = (weights.up_ESD, weights.gate_ESD, weights.up_bias_ES, weights.gate_bias_ES)
-    shape = {"E": E, "S": S, "D": D, "BLOCK_M": BLOCK_M[size]}
-    config = GROUPED[size] | {"BLOCK_F": min(GROUPED[size]["BLOCK_F"], max(16, triton.next_power_of_2(S)))}
-    prefill_grouped_kernel[(M * E * triton.cdiv(S, config["BLOCK_F"]),)](
-        x_ND, *projections, tokens_EN, count_E, grouped, hidden_NF, N, ACTIVATION=weights.activation, **shape, **config
+    # Where loads go through buffers (AMD), a tile has one base address.
+    together = weights.gate_ESD is not None and not has_buffers()
+    shape = {"E": E, "S": S, "D": D, "ACTIVATION": weights.activation, "TOGETHER": together}
+    grouped = None  # one block of tokens reads each expert once in either form
+    if len(count_M) > 1:
+        config = GROUPED | {"BLOCK_F": min(GROUPED["BLOCK_F"], max(16, triton.next_power_of_2(S)))}
+        tokens_EN, count_E = list_groups(mask_NE)
+        grouped = choose_form(count_E, count_M, config["BLOCK_M"], GROUPED_COST_16THS)
+        blocks = triton.cdiv(N, config["BLOCK_M"])
+        prefill_grouped_kernel[(blocks * E * triton.cdiv(S, config["BLOCK_F"]),)](
+            x_ND, *projections, tokens_EN, count_E, grouped, hidden_NF, N, **shape, **config
+        )
+    prefill_union_kernel[(triton.cdiv(E * S, tile["BLOCK_F"]) * len(count_M),)](
+        x_ND, mask_NE, *projections, active_ME, count_M, grouped, hidden_NF, N, SWIZZLE=SWIZZLE, **shape, **tile
     )
-    prefill_union_kernel[(triton.cdiv(E * S, UNION[size]["BLOCK_F"]), M)](
-        x_ND, mask_NE, *projections, active_ME, count_M, grouped, hidden_NF, N,
-        ACTIVATION=weights.activation, **shape, **UNION[size],
-    )  # fmt: skip
-
-    y_ND = torch.empty_like(x_ND)
-    prefill_down_kernel[(triton.cdiv(D, DOWN[size]["BLOCK_D"]), M)](
-        hidden_NF, weights.down_ESD, weights.down_bias_D, active_ME, count_M, y_ND, N, **shape, **DOWN[size]
-    )
-    return y_ND
+    return hidden_NF

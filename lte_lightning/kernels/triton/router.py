@@ -1,13 +1,18 @@
-"""LTE's router for few tokens in one launch: linear layer, sigmoid and threshold, straight to the mask."""
+"""LTE's router straight to the mask: linear layer, sigmoid and threshold, in one launch for few tokens."""
 
 import torch
 import triton
 import triton.language as tl
 from torch.nn import functional
 
-from lte_lightning.kernels.triton.common import accumulate, add_bias, check_device
-from lte_lightning.kernels.triton.decode import HIDDEN, MAX_TOKENS, padded_tokens
-from lte_lightning.kernels.triton.stream import route_stream
+from lte_lightning.kernels.triton.common import add_bias, check_device, dependent, signal_next, wait_for_last
+from lte_lightning.kernels.triton.stream import tile_of
+
+ROUTER = {2: {"TILE": 8192, "num_warps": 4}, 4: {"TILE": 4096, "num_warps": 4}}
+"""By bytes per number of the input: numbers of the router's weights per program."""
+
+MAX_TOKENS = 16
+"""Of more tokens torch computes the linear layer."""
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -16,42 +21,43 @@ def router_kernel(
     weight_ptr,
     bias_ptr,
     mask_ptr,
-    N,
     threshold,
+    N,
     E: tl.constexpr,
     D: tl.constexpr,
-    TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    """Writes 1 where the score of one of ROWS experts exceeds the threshold, else 0."""
+    """Writes 1 where the score of one of ROWS experts exceeds the threshold, else 0, for one token after the other."""
     e = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    n = tl.arange(0, TOKENS)
-    logits = tl.zeros([ROWS, BLOCK_D if TOKENS == 1 else TOKENS], tl.float32)
-    for d0 in tl.range(0, D, BLOCK_D, num_stages=STAGES):
-        d = d0 + tl.arange(0, BLOCK_D)
-        if TOKENS == 1:
-            x = tl.load(x_ptr + d, mask=d < D, other=0.0)[None, :]
-        else:
-            x = tl.load(x_ptr + n[None, :] * D + d[:, None], mask=(n[None, :] < N) & (d[:, None] < D), other=0.0)
-        inside = (e[:, None] < E) & (d[None, :] < D)
-        rows = tl.load(weight_ptr + e[:, None] * D + d[None, :], mask=inside, other=0.0)
-        logits = accumulate(logits, rows.to(x.dtype), x, TOKENS)
-    if TOKENS == 1:
-        logits = tl.sum(logits, 1)[:, None]
-    logits = add_bias(logits, bias_ptr, e[:, None], e[:, None] < E)
-    # Rounded as `selection.Router` rounds, so that the two fall on the same side of the threshold.
-    chosen = tl.sigmoid(logits.to(x_ptr.dtype.element_ty).to(tl.float32)) > threshold
-    tl.store(mask_ptr + n[None, :] * E + e[:, None], chosen.to(tl.uint8), mask=(e[:, None] < E) & (n[None, :] < N))
+    d = tl.arange(0, BLOCK_D)
+    rows = tl.load(
+        weight_ptr + e[:, None] * D + d[None, :], mask=(e[:, None] < E) & (d[None, :] < D), other=0.0
+    )  # weights are nobody's output: they are on their way before the launch ahead has ended
+    wait_for_last(PDL)
+    signal_next(PDL)
+    rows = rows.to(x_ptr.dtype.element_ty).to(tl.float32)
+    for n in range(N):
+        x = tl.load(x_ptr + n * D + d, mask=d < D, other=0.0).to(tl.float32)
+        logits = add_bias(tl.sum(rows * x[None, :], 1), bias_ptr, e, e < E)
+        # Rounded as `selection.Router` rounds, so that the two fall on the same side of the threshold.
+        chosen = tl.sigmoid(logits.to(x_ptr.dtype.element_ty).to(tl.float32)) > threshold
+        tl.store(mask_ptr + n * E + e, chosen.to(tl.uint8), mask=e < E)
+
+
+@triton.jit(do_not_specialize=["count"])
+def threshold_kernel(logits_ptr, mask_ptr, count, threshold, BLOCK: tl.constexpr):
+    """Writes 1 where the sigmoid of a logit exceeds the threshold, else 0."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    logits = tl.load(logits_ptr + i, mask=i < count, other=0.0)
+    tl.store(mask_ptr + i, (tl.sigmoid(logits.to(tl.float32)) > threshold).to(tl.uint8), mask=i < count)
 
 
 def route_triton(
     x_ND: torch.Tensor, weight_ED: torch.Tensor, bias_E: torch.Tensor | None, threshold: float
 ) -> torch.Tensor:
     """Computes the mask that `selection.Router` and a threshold give; no gradient.
-
-    Up to `MAX_TOKENS` tokens it is one launch in place of four; more go through torch.
 
     Args:
         x_ND: The FFN's input, float32, bfloat16 or float16.
@@ -75,21 +81,22 @@ def _triton_router(
 ) -> torch.Tensor:
     N, D = x_ND.shape
     E = len(weight_ED)
-    if not 0 < N <= MAX_TOKENS:
-        bias = None if bias_E is None else bias_E.to(x_ND.dtype)
-        return functional.linear(x_ND, weight_ED.to(x_ND.dtype), bias).float().sigmoid() > threshold
     mask_NE = torch.empty((N, E), dtype=torch.bool, device=x_ND.device)
-    if N == 1:
-        with torch.cuda.device_of(x_ND):
-            route_stream(x_ND.contiguous(), weight_ED, bias_E, threshold, mask_NE.view(torch.uint8))
+    if N == 0:
         return mask_NE
-    tokens = padded_tokens(N)
-    config = HIDDEN[x_ND.element_size(), tokens]
     with torch.cuda.device_of(x_ND):
-        router_kernel[(triton.cdiv(E, config["ROWS"]),)](
-            x_ND.contiguous(), weight_ED, bias_E, mask_NE.view(torch.uint8), N, threshold,
-            E=E, D=D, TOKENS=tokens, **config,
-        )  # fmt: skip
+        if N <= MAX_TOKENS:
+            tile = tile_of(ROUTER[x_ND.element_size()], D, E)
+            router_kernel[(triton.cdiv(E, tile["ROWS"]),)](
+                x_ND.contiguous(), weight_ED, bias_E, mask_NE.view(torch.uint8), threshold, N, E=E, D=D,
+                **tile, **dependent(),
+            )  # fmt: skip
+            return mask_NE
+        bias_E = None if bias_E is None else bias_E.to(x_ND.dtype)
+        logits_NE = functional.linear(x_ND, weight_ED.to(x_ND.dtype), bias_E)
+        threshold_kernel[(triton.cdiv(N * E, 1024),)](
+            logits_NE, mask_NE.view(torch.uint8), N * E, threshold, BLOCK=1024
+        )
     return mask_NE
 
 

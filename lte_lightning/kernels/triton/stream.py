@@ -1,9 +1,9 @@
 """One token: programs stream the selected neurons, whole rows of all three matrices, and each sums its own share.
 
-Two launches. The first has as many programs as the device runs at once; each reads the mask, takes every P-th pair of
-rows, and keeps its part of the output in registers. The second adds the parts in their order: the same input gives the
-same bits. With the router before them, three launches; each may start before the one ahead has ended (programmatic
-dependent launch), and waits where it reads what that one writes.
+Two launches. The first has as many programs as the device runs at once. Each reads the mask, streams its share of the
+selected rows, and keeps its part of the output in registers. The second adds the parts in their order: the same input
+gives the same bits. With the router before them that is three launches. Each may start before the one ahead has ended
+(programmatic dependent launch), and waits before it reads what that one writes.
 """
 
 import torch
@@ -25,8 +25,7 @@ STREAM = {
     4: {"TILE": 4096, "num_warps": 8, "PER_SM": 2},
 }
 """By bytes per weight: numbers of each matrix per step, and programs per multiprocessor."""
-ROUTER = {2: {"TILE": 8192, "num_warps": 8}, 4: {"TILE": 4096, "num_warps": 8}}
-SUM = {"BLOCK_P": 32, "BLOCK_D": 32, "num_warps": 4}
+SUM = {"BLOCK_D": 32, "num_warps": 16}
 
 
 @triton.jit
@@ -49,7 +48,6 @@ def stream_kernel(
     PDL: tl.constexpr,
 ):
     """Sums [P, D]: each program over its share of the rows of selected experts, ROWS neurons at a time."""
-    CHUNKS: tl.constexpr = (S + ROWS - 1) // ROWS
     experts = tl.arange(0, BLOCK_E)
     d = tl.arange(0, BLOCK_D)
     wait_for_last(PDL)
@@ -57,22 +55,25 @@ def stream_kernel(
     x = tl.load(x_ptr + d, mask=d < D, other=0.0).to(tl.float32)
     signal_next(PDL)
     place = tl.cumsum(chosen, 0)
-    units = tl.sum(chosen, 0) * CHUNKS
+    # As many rows for each program as for every other, or one more.
+    rows = tl.sum(chosen, 0) * S
+    end = (tl.program_id(0) + 1) * rows // tl.num_programs(0)
     acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
-    for unit in range(tl.program_id(0), units, tl.num_programs(0)):
-        e = tl.sum((place <= unit // CHUNKS).to(tl.int32), 0).to(tl.int64)  # the expert of that place among the chosen
-        s = unit % CHUNKS * ROWS + tl.arange(0, ROWS)
-        f = e * S + s
+    for first in range(tl.program_id(0) * rows // tl.num_programs(0), end, ROWS):
+        row = first + tl.arange(0, ROWS)
+        # The expert of that place among the chosen.
+        e = tl.sum((place[None, :] <= (row // S)[:, None]).to(tl.int32), 1)
+        f = (e * S + row % S).to(tl.int64)
         tile = f[:, None] * D + d[None, :]
-        inside = (s[:, None] < S) & (d[None, :] < D)
+        inside = (row[:, None] < end) & (d[None, :] < D)
         # All loads before the first sum: the down rows are on their way while gate and up are summed.
         up = tl.load(up_ptr + tile, mask=inside, other=0.0, eviction_policy="evict_first")
         if gate_ptr is not None:
             gate = tl.load(gate_ptr + tile, mask=inside, other=0.0, eviction_policy="evict_first")
         down = tl.load(down_ptr + tile, mask=inside, other=0.0, eviction_policy="evict_first")
-        hidden = add_bias(tl.sum(up.to(tl.float32) * x[None, :], 1), up_bias_ptr, f, s < S)
+        hidden = add_bias(tl.sum(up.to(tl.float32) * x[None, :], 1), up_bias_ptr, f, row < end)
         if gate_ptr is not None:
-            gated = add_bias(tl.sum(gate.to(tl.float32) * x[None, :], 1), gate_bias_ptr, f, s < S)
+            gated = add_bias(tl.sum(gate.to(tl.float32) * x[None, :], 1), gate_bias_ptr, f, row < end)
             hidden = activate(gated, ACTIVATION) * hidden
         else:
             hidden = activate(hidden, ACTIVATION)
@@ -80,7 +81,7 @@ def stream_kernel(
     tl.store(partial_ptr + tl.program_id(0) * D + d, tl.sum(acc, 0), mask=d < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P"])
 def stream_sum_kernel(
     partial_ptr,
     bias_ptr,
@@ -93,43 +94,13 @@ def stream_sum_kernel(
 ):
     """BLOCK_D outputs: the parts of all P programs in their order, and the bias."""
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    acc = tl.zeros([BLOCK_P, BLOCK_D], tl.float32)
+    p = tl.arange(0, BLOCK_P)
     wait_for_last(PDL)
     signal_next(PDL)
-    for p0 in range(0, P, BLOCK_P):
-        p = p0 + tl.arange(0, BLOCK_P)
-        acc += tl.load(partial_ptr + p[:, None] * D + d[None, :], mask=(p[:, None] < P) & (d[None, :] < D), other=0.0)
-    y = add_bias(tl.sum(acc, 0), bias_ptr, d, d < D)
+    # At once: what waits is latency.
+    part = tl.load(partial_ptr + p[:, None] * D + d[None, :], mask=(p[:, None] < P) & (d[None, :] < D), other=0.0)
+    y = add_bias(tl.sum(part, 0), bias_ptr, d, d < D)
     tl.store(y_ptr + d, y.to(y_ptr.dtype.element_ty), mask=d < D)
-
-
-@triton.jit
-def stream_router_kernel(
-    x_ptr,
-    weight_ptr,
-    bias_ptr,
-    mask_ptr,
-    threshold,
-    E: tl.constexpr,
-    D: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """Writes 1 where the score of one of ROWS experts exceeds the threshold, else 0."""
-    e = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    d = tl.arange(0, BLOCK_D)
-    rows = tl.load(
-        weight_ptr + e[:, None] * D + d[None, :], mask=(e[:, None] < E) & (d[None, :] < D), other=0.0
-    )  # weights are nobody's output: they are on their way before the launch ahead has ended
-    wait_for_last(PDL)
-    x = tl.load(x_ptr + d, mask=d < D, other=0.0)
-    signal_next(PDL)
-    logits = tl.sum(rows.to(x.dtype).to(tl.float32) * x.to(tl.float32)[None, :], 1)
-    logits = add_bias(logits, bias_ptr, e, e < E)
-    # Rounded as `selection.Router` rounds, so that the two fall on the same side of the threshold.
-    chosen = tl.sigmoid(logits.to(x_ptr.dtype.element_ty).to(tl.float32)) > threshold
-    tl.store(mask_ptr + e, chosen.to(tl.uint8), mask=e < E)
 
 
 def tile_of(config: dict[str, int], D: int, rows: int) -> dict[str, int]:
@@ -137,25 +108,6 @@ def tile_of(config: dict[str, int], D: int, rows: int) -> dict[str, int]:
     width = triton.next_power_of_2(D)
     fitting = max(1, min(config["TILE"] // width, triton.next_power_of_2(rows)))
     return {"ROWS": fitting, "BLOCK_D": width, "num_warps": config["num_warps"]}
-
-
-def route_stream(
-    x_ND: torch.Tensor, weight_ED: torch.Tensor, bias_E: torch.Tensor | None, threshold: float, mask_NE: torch.Tensor
-) -> None:
-    """Writes LTE's mask for one token.
-
-    Args:
-        x_ND: Contiguous input of one token.
-        weight_ED: The router's weights, contiguous.
-        bias_E: Its bias.
-        threshold: tau.
-        mask_NE: Contiguous bytes, where to.
-    """
-    E, D = weight_ED.shape
-    tile = tile_of(ROUTER[x_ND.element_size()], D, E)
-    stream_router_kernel[(triton.cdiv(E, tile["ROWS"]),)](
-        x_ND, weight_ED, bias_E, mask_NE, threshold, E=E, D=D, **tile, **dependent()
-    )
 
 
 def run_stream(x_ND: torch.Tensor, mask_NE: torch.Tensor, weights: ExpertWeights) -> torch.Tensor:
@@ -173,7 +125,7 @@ def run_stream(x_ND: torch.Tensor, mask_NE: torch.Tensor, weights: ExpertWeights
     E, S, _ = weights.up_ESD.shape
     config = STREAM[x_ND.element_size()]
     tile, pdl = tile_of(config, D, S), dependent()
-    P = min(config["PER_SM"] * multiprocessors(x_ND.device), E * triton.cdiv(S, tile["ROWS"]))
+    P = min(config["PER_SM"] * multiprocessors(x_ND.device), E * S)
     partial_PD = torch.empty((P, D), dtype=torch.float32, device=x_ND.device)
     stream_kernel[(P,)](
         x_ND,
@@ -193,5 +145,7 @@ def run_stream(x_ND: torch.Tensor, mask_NE: torch.Tensor, weights: ExpertWeights
         **pdl,
     )
     y_ND = torch.empty_like(x_ND)
-    stream_sum_kernel[(triton.cdiv(D, SUM["BLOCK_D"]),)](partial_PD, weights.down_bias_D, y_ND, P, D=D, **SUM, **pdl)
+    stream_sum_kernel[(triton.cdiv(D, SUM["BLOCK_D"]),)](
+        partial_PD, weights.down_bias_D, y_ND, P, D=D, BLOCK_P=triton.next_power_of_2(P), **SUM, **pdl
+    )
     return y_ND

@@ -49,7 +49,9 @@ KERNELS = {
 }
 EXPERT_WEIGHTS = {"up_ptr", "gate_ptr", "down_ptr"}
 E, S, D = 8, 32, 4096  # LLaMA-2-7B's expert; the number of experts makes no other code
-TOKENS = (1, 2, 17, 33, 65)  # one for each configuration
+TOKENS = (1, 2, 17, 129)  # one for each configuration
+# In float32 the library computes gate and up of many tokens.
+PREFILL = {"prefill_grouped_kernel", "prefill_union_kernel", "group_kernel", "choose_kernel"}
 
 
 class Offline:
@@ -199,8 +201,8 @@ def check(kernels, chip):
 def test_every_kernel_and_configuration(chip, dtype, launched):
     weights = make_weights(dtype, gated=True, biases=False, activation="silu")
     kernels = [kernel for N in TOKENS for kernel in launched(chip, run_ffn, N, weights)]
-    kernels += [kernel for N in TOKENS[:-1] for kernel in launched(chip, run_router, N, dtype)]
-    assert {kernel.metadata.name for kernel in kernels} == KERNELS
+    kernels += [kernel for N in TOKENS for kernel in launched(chip, run_router, N, dtype)]
+    assert {kernel.metadata.name for kernel in kernels} == KERNELS - (PREFILL if dtype == torch.float32 else set())
     check(kernels, chip)
     # In float32 no TF32: only CDNA multiplies float32 itself in its matrix units.
     types = {("f32", "bf16"), ("f32", "f16")} if dtype == torch.bfloat16 else {("f32", "f32")}
@@ -213,7 +215,7 @@ def test_every_kernel_and_configuration(chip, dtype, launched):
 @pytest.mark.parametrize("chip", CHIPS)
 def test_the_other_forms_of_the_kernels(chip, launched):
     # Plain with biases and an activation of more instructions, half precision, experts and widths of no round number.
-    for dtype, activation, tokens in ((torch.float16, "gelu", (1, 2, 65)), (torch.float32, "gelu_tanh", (65,))):
+    for dtype, activation, tokens in ((torch.float16, "gelu", (1, 2, 65, 129)), (torch.float32, "gelu_tanh", (2, 65))):
         weights = make_weights(dtype, gated=False, biases=True, activation=activation)
         check([kernel for N in tokens for kernel in launched(chip, run_ffn, N, weights)], chip)
 
@@ -231,7 +233,7 @@ def test_neither_mask_nor_number_of_tokens_compiles_anew(launched):
         kernels = launched("sm_90", run_ffn, N, weights, (torch.rand(N, E) < share).to(torch.uint8))
         return [id(kernel) for kernel in kernels]
 
-    for first, *others in ([1, 1], [2, 3, 16], [17, 32], [33, 48, 64], [65, 512, 513, 4096]):
+    for first, *others in ([1, 1], [2, 3, 16], [17, 33, 64], [65, 128], [129, 512, 513, 4096]):
         expected = compiled(first, 0.5)
         assert all(compiled(N, share) == expected for N in others for share in (0.0, 0.1, 1.0))
 
@@ -248,19 +250,23 @@ def test_the_host_does_nothing_but_allocate_and_launch(N, launched):
 
     weights = make_weights(torch.bfloat16, gated=True, biases=True, activation="silu")
     x_ND, mask_NE = torch.empty(N, D, dtype=torch.bfloat16), torch.zeros(N, E, dtype=torch.uint8)
-    run = triton_decode.run_decode if N <= triton_decode.MAX_TOKENS else triton_prefill.run_prefill
+    few = triton_stream.run_stream if N == 1 else triton_decode.run_decode
+    run = few if N <= triton_decode.MAX_TOKENS else triton_prefill.run_prefill
     with Record():
         launched("sm_90", run, x_ND, mask_NE, weights)
-    assert called <= {"aten.empty.memory_format", "aten.empty_like.default", "aten.zeros.default"}
+    allocations = {"aten.empty.memory_format", "aten.empty_like.default", "aten.zeros.default"}
+    # The library's product, on views: the down projection of many tokens.
+    products = {"aten.addmm.default", "aten.view.default", "aten.t.default", "aten.permute.default"}
+    assert called <= allocations | (products if N == 513 else set())
 
 
 def test_a_spill_and_a_narrow_load_are_seen(launched, monkeypatch):
-    config = triton_decode.HIDDEN[2, 1]
+    config = triton_decode.HIDDEN[2]
     weights = make_weights(torch.bfloat16, gated=True, biases=False, activation="silu")
-    monkeypatch.setitem(triton_decode.HIDDEN, (2, 1), config | {"maxnreg": 24})
-    kernels = launched("sm_80", run_ffn, 1, weights)
+    monkeypatch.setitem(triton_decode.HIDDEN, 2, config | {"maxnreg": 32})
+    kernels = launched("sm_80", run_ffn, 2, weights)
     assert [kernel.metadata.name for kernel in kernels if spills(kernel) > 0] == ["decode_hidden_kernel"]
-    monkeypatch.setitem(triton_decode.HIDDEN, (2, 1), config)
+    monkeypatch.setitem(triton_decode.HIDDEN, 2, config)
     for chip in ("sm_80", "gfx942"):
         narrow = make_weights(torch.bfloat16, gated=True, biases=False, activation="silu", shape=(E, S, D + 4))
         with pytest.raises(AssertionError, match=f"for {chip}"):

@@ -13,11 +13,10 @@ pytest.importorskip("triton", reason="triton is not installed")
 from lte_lightning.kernels.layout import ACTIVATIONS, ExpertWeights
 from lte_lightning.kernels.reference import run_reference
 from lte_lightning.kernels.triton.common import INTERPRETED
-from lte_lightning.kernels.triton.decode import MAX_TOKENS
 from lte_lightning.kernels.triton.ffn import run_triton
 from lte_lightning.kernels.triton.lists import choose_form, list_active, list_groups
-from lte_lightning.kernels.triton.prefill import BLOCK_M, grouped_cost_16ths
-from lte_lightning.kernels.triton.router import route_triton
+from lte_lightning.kernels.triton.prefill import FEW, GROUPED, GROUPED_COST_16THS, UNION
+from lte_lightning.kernels.triton.router import MAX_TOKENS, route_triton
 from lte_lightning.selection import Router
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -35,7 +34,7 @@ FACTORS = {
     "biases": (False, True),
     "activation": tuple(ACTIVATIONS),
     "selection": ("none", "one", "few", "some", "most", "all"),
-    "N": (1, 2, 7, 64, 513),
+    "N": (1, 2, 7, FEW["BLOCK_M"], 513),
     # F is a power of two in one of them only; D is a multiple of no tile in the others.
     "shape": ((8, 4, 16), (5, 6, 20), (3, 32, 136), (9, 1, 7)),
 }
@@ -157,10 +156,9 @@ def test_both_forms_of_prefill(selection, form, dtype, gated):
     x_ND, mask_NE = torch.randn(300, 20).to(dtype).to(DEVICE), make_mask(selection, 300, 5)
     mask_NE[:, 3] = False
     poison(weights, mask_NE)
-    _, count_M = list_active(mask_NE.view(torch.uint8), BLOCK_M[dtype.itemsize])
+    _, count_M = list_active(mask_NE.view(torch.uint8), UNION["BLOCK_M"])
     _, count_E = list_groups(mask_NE.view(torch.uint8))
-    cost_16ths = grouped_cost_16ths(dtype.itemsize, 1 + gated)
-    assert choose_form(count_E, count_M, BLOCK_M[dtype.itemsize], cost_16ths).item() == form
+    assert choose_form(count_E, count_M, GROUPED["BLOCK_M"], GROUPED_COST_16THS).item() == form
     assert_equal_to_rounding(run_triton(x_ND, mask_NE, weights), run_reference(x_ND, mask_NE, weights))
 
 
@@ -177,7 +175,7 @@ def test_a_row_of_a_batch_equals_the_row_alone(N, dtype):
 @pytest.mark.parametrize("N", [1, 7, 65])
 def test_inputs_of_any_strides(N):
     weights = make_weights(torch.float32, (5, 6, 20))
-    x_ND, mask_NE = torch.randn(20, 2 * N).t()[::2].to(DEVICE), (torch.rand(5, N) < 0.5).t().to(DEVICE)
+    x_ND, mask_NE = torch.randn(20, 2 * N).to(DEVICE).t()[::2], (torch.rand(5, N) < 0.5).t().to(DEVICE)
     assert not x_ND.is_contiguous()
     assert N == 1 or not mask_NE.is_contiguous()
     assert_equal_to_rounding(run_triton(x_ND, mask_NE, weights), run_reference(x_ND, mask_NE, weights))
