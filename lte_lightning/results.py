@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, Self, TypeVar
 from lte_lightning.errors import UserError
 from lte_lightning.store import write_json
 
-LOWER_IS_BETTER = ("perplexity", "loss")
+LOWER_IS_BETTER = ("perplexity", "loss", "mae", "mse")
 FILE = "results.json"  # of a fit, in its run folder
 View = Literal["dense", "soft", "hard_before", "hard"]
 Record = TypeVar("Record", bound="Evaluation")

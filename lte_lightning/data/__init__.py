@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from lte_lightning.lazy import on_first_use
 
 if TYPE_CHECKING:
+    from lte_lightning.data.classification import ClassificationData
     from lte_lightning.data.generation import GenerationData
     from lte_lightning.data.glue import GLUE_TASKS, GlueData
     from lte_lightning.data.instruct import InstructData
@@ -16,6 +17,7 @@ else:
     __getattr__, __dir__ = on_first_use(
         __name__,
         {
+            "classification": ["ClassificationData"],
             "generation": ["GenerationData"],
             "glue": ["GLUE_TASKS", "GlueData"],
             "instruct": ["InstructData"],
@@ -28,6 +30,7 @@ else:
 
 __all__ = [
     "GLUE_TASKS",
+    "ClassificationData",
     "DataError",
     "GenerationData",
     "GlueData",

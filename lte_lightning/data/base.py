@@ -10,14 +10,16 @@ import numpy as np
 from datasets import Dataset, load_dataset
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from lte_lightning.data.files import find_split, meant, read_split
+from lte_lightning.data.checks import require_at_least, require_columns
+from lte_lightning.data.files import TABLES, find_split, read_split, suffix_of
 from lte_lightning.data.packaged import DataError
 from lte_lightning.data.text import BucketBatchSampler, load_tokenizer
 
+_HOLDOUT = 0.1
 Collate = Callable[[list[dict[str, Any]]], dict[str, Any]]
 
 
@@ -27,14 +29,15 @@ class TextData(LightningDataModule):
     Args:
         task: Name of the task, for the results.
         tokenizer: Folder, hub id or `package://` path of the tokenizer.
-        source: Folder with the task's files, or id of a data set on the hub.
+        source: Folder with the task's files, one file, or id of a data set on the hub.
         subset: Name of the hub data set's configuration.
         revision: Branch or commit of the hub data set.
         max_length: Tokens per row at most.
         batch_size: Rows per training batch and device.
         eval_batch_size: Rows per evaluation batch and device.
-        holdout: Share of the training rows that becomes the validation set.
-        train_rows: Train on a random subset of this many rows.
+        holdout: Share of the training rows, up to 0.5, that becomes the validation set. By default a tenth of a source
+            that has no validation rows, and else none.
+        train_rows: Train on a random subset of this many rows; all of them by default.
         seed: Decides the holdout, the subset and the order of training batches.
 
     Attributes:
@@ -44,6 +47,9 @@ class TextData(LightningDataModule):
     validation_splits: tuple[str, ...] = ("validation",)
     test_splits: tuple[str, ...] = ("test",)
     columns: tuple[str, ...] = ()
+    targets: tuple[str, ...] = ()  # the columns that rows to predict need not have
+    formats: tuple[str, ...] = TABLES
+    generates = False  # whether the tokenizer is a language model's
     predict_role = "test"  # whose rows are predicted
 
     def __init__(
@@ -51,17 +57,17 @@ class TextData(LightningDataModule):
         task: str,
         tokenizer: str,
         source: str,
-        subset: str | None,
-        revision: str | None,
-        max_length: int,
-        batch_size: int,
-        eval_batch_size: int,
-        holdout: float,
-        train_rows: int | None,
-        seed: int,
+        subset: str | None = None,
+        revision: str | None = None,
+        max_length: int = 128,
+        batch_size: int = 32,
+        eval_batch_size: int = 128,
+        holdout: float | None = None,
+        train_rows: int | None = None,
+        seed: int = 0,
     ) -> None:
         super().__init__()
-        if not 0 <= holdout <= 0.5:
+        if holdout is not None and not 0 <= holdout <= 0.5:
             raise DataError(f"holdout is {holdout}, but must be a share of the training rows from 0 to 0.5")
         require_at_least(
             max_length=(max_length, 2),
@@ -106,18 +112,20 @@ class TextData(LightningDataModule):
     @functools.cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer, loaded when first needed."""
-        return load_tokenizer(self._tokenizer_name)
+        return load_tokenizer(self._tokenizer_name, self.generates)
 
     def load_splits(self) -> dict[str, Dataset]:
-        """Read every split that the source has; a subclass may read its own."""
-        if Path(self.source).is_file():
-            raise DataError(
-                f"{self.source} is a file; name the folder that holds train.* and {self.validation_splits[0]}.*"
-            )
+        """Read every split that the source has, one file as the training rows; a subclass may read its own."""
         if not self.is_local:
             return self.load_from_hub()
+        if self.is_file:
+            return {"train": self.read("train")}
         names = dict.fromkeys(("train", *self.validation_splits, "test", *self.test_splits))
-        return {name: read_split(self.source, name) for name in names if find_split(self.source, name)}
+        return {name: self.read(name) for name in names if find_split(self.source, name, self.formats)}
+
+    def read(self, split: str) -> Dataset:
+        """Returns the rows of a local split."""
+        return read_split(self.source, split, formats=self.formats)
 
     def load_from_hub(self, **how: bool) -> dict[str, Any]:
         """Returns every split of the hub's data set."""
@@ -132,8 +140,14 @@ class TextData(LightningDataModule):
 
     @property
     def is_local(self) -> bool:
-        """Says whether the source is a folder here, and not an id on the hub."""
-        return self.source.startswith((".", "/")) or self.source.endswith("/") or Path(self.source).is_dir()
+        """Says whether the source is a folder or a file here, and not an id on the hub."""
+        is_path = self.source.startswith((".", "/")) or self.source.endswith("/")
+        return is_path or Path(self.source).exists() or suffix_of(self.source) in self.formats
+
+    @property
+    def is_file(self) -> bool:
+        """Says whether the source is one file."""
+        return Path(self.source).is_file()
 
     def setup(self, stage: str) -> None:
         """Read, check and tokenise what the stage needs and no earlier one has prepared."""
@@ -143,18 +157,31 @@ class TextData(LightningDataModule):
                 self._ready[role] = self.prepare(role)
 
     def rows(self, role: str) -> list[Dataset]:
-        """Returns the checked rows of a role."""
+        """Returns the checked rows of a role.
+
+        Of one file the rows to predict are all, and those of the test are what is held out, or all if nothing is.
+        """
+        splits = self._splits
         if role == "train":
             return [self._training_rows()[0]]
-        if role == "validation" and self.holdout:
-            return [self.held_out()]
-        if (
-            role in ("test", "predict")
-            and not self.holdout
-            and "test" in self._splits
-            and self.has_targets(self._splits["test"])
-        ):
+        asked = [column for column in self.columns if column not in self.targets]
+        if self.is_file and (role == "predict" or (role == "test" and not self.holdout)):
+            return [self.split("train", asked if role == "predict" else None)]
+        if role == "predict" and (names := [name for name in self.test_splits if name in splits]):
+            return [self.split(name, asked) for name in names]
+        own = self.holdout and not any(name in splits for name in self.validation_splits)
+        if role != "validation" and (own or not self.holdout) and "test" in splits and self.has_targets(splits["test"]):
             return [self.split("test")]
+        if own or (self.holdout and role == "validation"):
+            if role == "test":
+                share = f"{len(self.held_out())} of {len(splits['train'])} rows"
+                rank_zero_info(f"tested on the {share} of {self.source} that are held out; data.holdout 0 means all")
+            return [self.held_out()]
+        if self.is_file:
+            raise DataError(
+                f"{self.source} is one file, and none of its rows are held out for validation: set data.holdout, to "
+                "0.1 for example, or name a folder with train.* and validation.*"
+            )
         return [self.split(name) for name in self.validation_splits]
 
     def held_out(self) -> Dataset:
@@ -166,7 +193,7 @@ class TextData(LightningDataModule):
         if name not in self._splits:
             raise DataError(
                 f"{self.source} has no split {name!r} for {self.task} (found: {', '.join(self._splits) or 'none'}); "
-                f"a folder needs {name}.jsonl, or .json, .csv, .tsv, .parquet"
+                f"a folder needs {name}{self.formats[0]}, or {', '.join(self.formats[1:])}"
             )
         rows, where = self._splits[name], self._name(name)
         if len(rows) == 0:
@@ -179,7 +206,11 @@ class TextData(LightningDataModule):
 
     @functools.cached_property
     def _splits(self) -> dict[str, Dataset]:
-        return self.load_splits()
+        splits = self.load_splits()
+        if self.holdout is None:
+            has_validation = any(name in splits for name in self.validation_splits)
+            self.holdout = 0.0 if has_validation or "train" not in splits else _HOLDOUT
+        return splits
 
     def _training_rows(self) -> tuple[Dataset, Dataset]:
         rows = self.split("train")
@@ -187,9 +218,13 @@ class TextData(LightningDataModule):
         left = len(rows) - held_out
         if self.train_rows is not None and self.train_rows > left:
             raise DataError(f"train_rows is {self.train_rows}, but {self._name('train')} has {left} rows for training")
-        order = np.random.default_rng(self.seed).permutation(len(rows))
+        order = self.shuffled(rows, held_out)
         chosen = order[held_out:][: self.train_rows]
         return rows.select(np.sort(chosen)), rows.select(np.sort(order[:held_out]))
+
+    def shuffled(self, rows: Dataset, held_out: int) -> np.ndarray:
+        """Returns the training rows in the order in which they are chosen: first those that are held out."""
+        return np.random.default_rng(self.seed).permutation(len(rows))
 
     def _skip(self, what: str, rows: int, skipped: int, why: str) -> None:
         if skipped:
@@ -239,29 +274,6 @@ class TextData(LightningDataModule):
     def processes(self) -> tuple[int, int]:
         """Returns how many processes share the rows, and which of them this is."""
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
-
-
-def require_at_least(**limits: tuple[float | None, float]) -> None:
-    """Checks named values against their lower limits; None passes."""
-    for name, (value, least) in limits.items():
-        if value is not None and value < least:
-            raise DataError(f"{name} is {value}, but must be at least {least}")
-
-
-def require_columns(rows: Dataset, columns: Sequence[str], where: str) -> None:
-    """Checks that the columns are there, and names the nearest ones if not."""
-    for column in columns:
-        if column not in rows.column_names:
-            near = meant(column, rows.column_names)
-            raise DataError(f"{where} has no column {column!r}{near}; it has {', '.join(rows.column_names)}")
-
-
-def require_text(rows: Dataset, columns: Sequence[str], where: str) -> None:
-    """Checks that every value of the columns is a string."""
-    for column in columns:
-        for row, text in enumerate(rows[column][:]):
-            if not isinstance(text, str):
-                raise DataError(f"{where}, row {row} (from 0): {column} is {text!r}, not text")
 
 
 def one_or_all(loaders: list[DataLoader]) -> DataLoader | list[DataLoader]:

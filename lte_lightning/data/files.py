@@ -1,37 +1,40 @@
-"""Where rows come from: the files of a split, in a folder or named one by one."""
+"""Where rows come from: the files of a split, in a folder or named one by one, compressed or not."""
 
 import difflib
 import glob
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, IterableDataset, load_dataset
+import pandas as pd
+from datasets import Dataset, Features, IterableDataset, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError
+from pyarrow import ArrowInvalid
 
 from lte_lightning.data.packaged import DataError
 
-_CSV = {
-    # Sentences like "None" and "NA" are text. Only a missing label is missing: else it would turn its column into text.
-    "keep_default_na": False,
-    "na_values": {"label": [""]},
-}
-_READERS: dict[str, tuple[str, dict[str, Any]]] = {
-    ".jsonl": ("json", {}),
-    ".json": ("json", {}),
-    ".csv": ("csv", _CSV),
-    ".tsv": ("csv", {**_CSV, "sep": "\t"}),
-    ".parquet": ("parquet", {}),
-    ".txt": ("text", {}),
-}
+TABLES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+FORMATS = (*TABLES, ".txt")
+_BUILDERS = dict(zip((*FORMATS, ".md"), ("json", "json", "csv", "csv", "parquet", "text", "text"), strict=True))
+_NOT_UTF8 = "is not UTF-8 text: convert it; from Latin-1, for example, by iconv -f latin1 -t utf-8 OLD > NEW"
+COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+LABEL = "label"
 
 
-def find_split(source: str | Path, split: str) -> Path | None:
+def suffix_of(file: str | Path) -> str:
+    """Returns how a file's name ends, without what says that it is compressed."""
+    file = Path(file)
+    return Path(file.stem).suffix if file.suffix in COMPRESSIONS else file.suffix
+
+
+def find_split(source: str | Path, split: str, formats: Sequence[str] = FORMATS) -> Path | None:
     """Find the file of a split.
 
     Args:
-        source: A folder with `<split>.jsonl` (or json, csv, tsv, parquet), or a file, which is then the split itself.
+        source: A folder with `<split>.jsonl` (or another format), or a file, which is then the split itself.
         split: `train`, `validation`, ...
+        formats: Which files count.
 
     Returns:
         The file, or None if the folder has none for this split.
@@ -43,58 +46,115 @@ def find_split(source: str | Path, split: str) -> Path | None:
     if source.is_file():
         return source
     if not source.is_dir():
-        raise DataError(f"no folder or file {source}; expected a folder with {_accepted(split)}")
-    found = [source / (split + suffix) for suffix in _READERS if (source / (split + suffix)).is_file()]
+        raise DataError(f"no folder or file {source}; expected a folder with {_accepted(split, formats)}")
+    names = [split + suffix + packed for suffix in formats for packed in ("", *COMPRESSIONS)]
+    found = [source / name for name in names if (source / name).is_file()]
     if len(found) > 1:
         raise DataError(f"{source} has {' and '.join(file.name for file in found)}: keep one of them")
     return found[0] if found else None
 
 
-def read_split(source: str | Path, split: str) -> Dataset:
+def read_split(source: str | Path, split: str, label: str = LABEL, formats: Sequence[str] = FORMATS) -> Dataset:
     """Read one split from a local folder or file.
 
+    All columns of a CSV or TSV file are text, but for the label's, which are numbers if all of them are.
+
     Args:
-        source: A folder with `<split>.jsonl` (or json, csv, tsv, parquet), or a file.
+        source: A folder with `<split>.jsonl` (or another format), or a file.
         split: `train`, `validation`, ...
+        label: Name of the labels' column. An empty label is None.
+        formats: Which files count.
 
     Raises:
         DataError: The file is missing, ambiguous, of an unknown kind, empty or not readable.
     """
-    return _load(source, split)
+    file = _require(source, split, formats)
+    rows, kind = _load(file), _BUILDERS[suffix_of(file)]
+    if len(rows) == 0:
+        raise DataError(f"{file} has no rows")
+    if kind == "json":
+        try:
+            rows.data.validate(full=True)
+        except ArrowInvalid as error:
+            raise DataError(f"{file} {_NOT_UTF8}") from error
+    return _with_numbers(rows, label) if kind == "csv" and label in rows.column_names else rows
 
 
-def stream_split(source: str | Path, split: str) -> IterableDataset:
+def stream_split(source: str | Path, split: str, formats: Sequence[str] = FORMATS) -> IterableDataset:
     """Open one split of a local folder or file as a stream.
 
     Args:
         source: As for `read_split`.
         split: `train`, `validation`, ...
+        formats: Which files count.
 
     Raises:
         DataError: The file is missing, ambiguous, of an unknown kind, or empty; what else is wrong is found on reading.
     """
-    return _load(source, split, streaming=True)
+    return _load(_require(source, split, formats), streaming=True)
 
 
-def _load(source: str | Path, split: str, **how: bool) -> Any:
-    file = find_split(source, split)
+def _require(source: str | Path, split: str, formats: Sequence[str]) -> Path:
+    file = find_split(source, split, formats)
     if file is None:
-        raise DataError(f"{source} has no split {split!r}; expected {_accepted(split)}")
-    if file.suffix not in _READERS:
-        raise DataError(f"cannot read {file}: accepted are {', '.join(_READERS)}")
+        raise DataError(f"{source} has no split {split!r}; expected {_accepted(split, formats)}")
+    if suffix_of(file) not in formats:
+        raise DataError(f"cannot read {file}: accepted are {', '.join(formats)}, compressed ({_PACKED}) or not")
     if file.stat().st_size == 0:
         raise DataError(f"{file} is empty")
-    kind, options = _READERS[file.suffix]
+    return file
+
+
+def _load(file: Path, **how: bool) -> Any:
+    suffix = suffix_of(file)
     # load_dataset reads a path as a pattern, and brackets in a folder's name are not one.
     pattern = glob.escape(str(file.resolve()))
     try:
-        return load_dataset(kind, data_files={"train": pattern}, split="train", **options, **how)
+        options = _csv_options(file, suffix) if _BUILDERS[suffix] == "csv" else {}
+        return load_dataset(_BUILDERS[suffix], data_files={"train": pattern}, split="train", **options, **how)
     except (DatasetGenerationError, OSError, ValueError) as error:
-        raise DataError(f"{file} has no rows, or is not {file.suffix[1:]}: {error.__cause__ or error}") from error
+        raise DataError(_refusal(file, suffix, error)) from error
 
 
-def _accepted(split: str) -> str:
-    return f"{split}{{{','.join(_READERS)}}}"
+def _refusal(file: Path, suffix: str, error: Exception) -> str:
+    cause = error.__cause__ or error
+    if isinstance(cause, UnicodeDecodeError):
+        return f"{file} {_NOT_UTF8}"
+    return f"{file} has no rows, or is not {suffix[1:]}: {str(cause).strip()}"
+
+
+def _csv_options(file: Path, suffix: str) -> dict[str, Any]:
+    separator = "\t" if suffix == ".tsv" else ","
+    how = {"dtype": str, "keep_default_na": False, "compression": "infer"}
+    # pandas would take the first column for row numbers where rows have a field more than the header; so it refuses.
+    pd.read_csv(file, sep=separator, header=None, nrows=2, **how)
+    names = pd.read_csv(file, sep=separator, nrows=0, **how).columns
+    if len(names) == 1 and (other := next((mark for mark in ";\t|," if mark in names[0]), None)):
+        separator = other  # what Excel writes where the comma is the decimal sign
+        names = pd.read_csv(file, sep=separator, nrows=0, **how).columns
+    # All as text: pandas guesses types anew every 10,000 rows, and sentences like "None" and "NA" are text.
+    features = Features({name: Value("string") for name in names})
+    return {"sep": separator, "keep_default_na": False, "features": features}
+
+
+def _with_numbers(rows: Dataset, column: str) -> Dataset:
+    """Makes a column of text one of whole or other numbers, if that is what all its values say."""
+    values = [value or None for value in rows[column][:]]
+    said = {value for value in values if value is not None}
+    numbers: list[Any] = values
+    if said and all(re.fullmatch(r"-?(0|[1-9]\d{0,17})", value) for value in said):  # 007 is no number
+        numbers = [None if value is None else int(value) for value in values]
+    elif said and all(_NUMBER.fullmatch(value) for value in said):
+        numbers = [None if value is None else float(value) for value in values]
+    return rows.remove_columns(column).add_column(column, numbers).select_columns(rows.column_names)
+
+
+_NUMBER = re.compile(r"[+-]?((0|[1-9]\d*)(\.\d*)?|\.\d+)(e[+-]?\d+)?|nan", re.IGNORECASE)
+_PACKED = ", ".join(COMPRESSIONS)
+
+
+def _accepted(split: str, formats: Sequence[str]) -> str:
+    return f"{split}{{{','.join(formats)}}}"
 
 
 def meant(name: str, known: Iterable[str]) -> str:

@@ -5,7 +5,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from lte_lightning.data.base import require_text
+from lte_lightning.data.checks import require_text
 from lte_lightning.data.files import meant
 from lte_lightning.data.packaged import DataError
 from lte_lightning.data.prompts import Example, PromptData
@@ -53,16 +53,11 @@ class GenerationData(PromptData):
             the hub; the task's own by default.
         revision: Branch or commit of the hub data set.
         max_length: Tokens of prompt and answer together (of each, for an encoder-decoder).
-        max_new_tokens: Tokens to generate at most.
         batch_size: Rows per training batch and device.
         eval_batch_size: Rows per validation, test and prediction batch and device.
         holdout: Share of the training rows, up to 0.5, that becomes the validation set; the official validation rows
             are then the test set. With 0 they are both, unless the source has a test split with answers.
-        train_rows: Train on a random subset of this many rows; all of them by default.
-        seed: Decides the holdout, the subset and the order of training batches.
-        streaming: Read and tokenise the training rows on the way, again and again, instead of all of them before: for
-            sets that do not fit on the disk. Stages are then given in steps.
-        shuffle_buffer: Rows of a stream to shuffle at a time; they are in memory, tokenised.
+        **kwargs: See `PromptData`.
     """
 
     def __init__(
@@ -72,20 +67,16 @@ class GenerationData(PromptData):
         source: str | None = None,
         revision: str | None = None,
         max_length: int = 512,
-        max_new_tokens: int = 100,
         batch_size: int = 8,
         eval_batch_size: int = 16,
         holdout: float = 0.0,
-        train_rows: int | None = None,
-        seed: int = 0,
-        streaming: bool = False,
-        shuffle_buffer: int = 10_000,
+        **kwargs: Any,
     ) -> None:
         if task not in GENERATION_TASKS:
             near = meant(task, GENERATION_TASKS)
             raise DataError(f"unknown generation task {task!r}{near}; known are {', '.join(GENERATION_TASKS)}")
         known = GENERATION_TASKS[task]
-        self.columns = known.columns
+        self.columns, self.targets = known.columns, known.columns[1:]
         self._prompt = known.prompt
         super().__init__(
             task=task,
@@ -94,21 +85,11 @@ class GenerationData(PromptData):
             subset=None,
             revision=revision or (None if source else known.source[1]),
             max_length=max_length,
-            max_new_tokens=max_new_tokens,
             batch_size=batch_size,
             eval_batch_size=eval_batch_size,
             holdout=holdout,
-            train_rows=train_rows,
-            seed=seed,
-            streaming=streaming,
-            shuffle_buffer=shuffle_buffer,
+            **kwargs,
         )
-
-    def rows(self, role: str) -> list[Dataset]:
-        """Returns the checked rows of a role; for predictions those of ``test.*``, answered or not, if there are."""
-        if role == "predict" and "test" in self._splits:
-            return [self.split("test", self.columns[:1])]
-        return super().rows(role)
 
     def check_rows(self, rows: Dataset, name: str) -> None:
         """Checks that inputs and answers are text."""

@@ -1,16 +1,15 @@
 """The GLUE tasks as a data module, from the hub or from a folder."""
 
-import math
+import functools
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-import torch
 from datasets import Dataset
 
-from lte_lightning.data.base import TextData, require_text
+from lte_lightning.data.classification import ClassificationData
 from lte_lightning.data.files import meant
+from lte_lightning.data.labels import Labels
 from lte_lightning.data.packaged import DataError
-from lte_lightning.data.text import Collate, tokenize
 
 
 @dataclass(frozen=True)
@@ -19,15 +18,20 @@ class GlueTask:
 
     Args:
         text_columns: One sentence, or two that are read as a pair.
-        labels: Number of classes; 1 means that the label is a number.
+        classes: Their names in the order of their numbers; none where the label is a number.
         metric: What is reported.
         validation_splits: Names of the labelled splits that are not for training.
     """
 
     text_columns: tuple[str, ...]
-    labels: int
-    metric: Literal["accuracy", "matthews", "pearson"]
+    classes: tuple[str, ...]
+    metric: Literal["accuracy", "matthews", "pearson"] = "accuracy"
     validation_splits: tuple[str, ...] = ("validation",)
+
+    @property
+    def labels(self) -> int:
+        """Number of the model's outputs: one for each class, or one for a number."""
+        return len(self.classes) or 1
 
     @property
     def test_splits(self) -> tuple[str, ...]:
@@ -35,15 +39,17 @@ class GlueTask:
         return tuple(name.replace("validation", "test") for name in self.validation_splits)
 
 
+_PAIR = ("sentence1", "sentence2")
+_MNLI = ("validation_matched", "validation_mismatched")
 GLUE_TASKS = {
-    "cola": GlueTask(("sentence",), 2, "matthews"),
-    "sst2": GlueTask(("sentence",), 2, "accuracy"),
-    "mrpc": GlueTask(("sentence1", "sentence2"), 2, "accuracy"),
-    "qqp": GlueTask(("question1", "question2"), 2, "accuracy"),
-    "stsb": GlueTask(("sentence1", "sentence2"), 1, "pearson"),
-    "mnli": GlueTask(("premise", "hypothesis"), 3, "accuracy", ("validation_matched", "validation_mismatched")),
-    "qnli": GlueTask(("question", "sentence"), 2, "accuracy"),
-    "rte": GlueTask(("sentence1", "sentence2"), 2, "accuracy"),
+    "cola": GlueTask(("sentence",), ("unacceptable", "acceptable"), "matthews"),
+    "sst2": GlueTask(("sentence",), ("negative", "positive")),
+    "mrpc": GlueTask(_PAIR, ("not_equivalent", "equivalent")),
+    "qqp": GlueTask(("question1", "question2"), ("not_duplicate", "duplicate")),
+    "stsb": GlueTask(_PAIR, (), "pearson"),
+    "mnli": GlueTask(("premise", "hypothesis"), ("entailment", "neutral", "contradiction"), validation_splits=_MNLI),
+    "qnli": GlueTask(("question", "sentence"), ("entailment", "not_entailment")),
+    "rte": GlueTask(_PAIR, ("entailment", "not_entailment")),
 }
 
 
@@ -58,7 +64,7 @@ def glue_task(name: str) -> GlueTask:
     return GLUE_TASKS[name]
 
 
-class GlueData(TextData):
+class GlueData(ClassificationData):
     """One GLUE task, tokenised once, in batches of similar length.
 
     Args:
@@ -72,15 +78,13 @@ class GlueData(TextData):
         holdout: Share of the training rows, up to 0.5, that becomes the validation set. The official validation rows
             are then the test set, and no checkpoint is chosen by looking at them. With 0 they are both, unless the
             source has a labelled test split.
-        train_rows: Train on a random subset of this many rows; all of them by default. A larger subset contains the
-            smaller ones of the same seed.
-        seed: Decides the holdout, the subset and the order of training batches.
+        **kwargs: See `TextData`.
 
     Attributes:
-        glue: The task's columns, number of labels and metric.
+        glue: The task's columns, classes and metric.
     """
 
-    predict_role = "predict"
+    stratifies = False  # a seed's rows stay what they were
 
     def __init__(
         self,
@@ -91,55 +95,36 @@ class GlueData(TextData):
         batch_size: int = 32,
         eval_batch_size: int = 128,
         holdout: float = 0.0,
-        train_rows: int | None = None,
-        seed: int = 0,
+        **kwargs: Any,
     ) -> None:
         self.glue = glue_task(task)
-        self.validation_splits, self.test_splits = self.glue.validation_splits, self.glue.test_splits
-        self.columns = (*self.glue.text_columns, "label")
         super().__init__(
-            task=task,
             tokenizer=tokenizer,
             source=source,
+            text=list(self.glue.text_columns),
+            label="label",
+            classes=None,
+            regression=not self.glue.classes,
+            task=task,
             subset=task,
             revision=None,
             max_length=max_length,
             batch_size=batch_size,
             eval_batch_size=eval_batch_size,
             holdout=holdout,
-            train_rows=train_rows,
-            seed=seed,
+            **kwargs,
         )
+        self.validation_splits, self.test_splits = self.glue.validation_splits, self.glue.test_splits
+        self.metric = self.glue.metric
 
-    def rows(self, role: str) -> list[Dataset]:
-        """Returns the checked rows of a role; for predictions those of ``test.*``, labelled or not, if there are."""
-        if role == "predict" and (names := [name for name in self.test_splits if name in self._splits]):
-            return [self.split(name, self.glue.text_columns) for name in names]
-        return super().rows(role)
+    @functools.cached_property
+    def classes(self) -> Labels | None:
+        """The task's own."""
+        return Labels(tuple(range(self.glue.labels)), self.glue.classes) if self.glue.classes else None
 
-    def prepare(self, role: str) -> list[Dataset]:
-        """Tokenises the sentences."""
-        rows = self.rows(role)
-        if role == "train" and len(values := sorted(set(rows[0]["label"][:]))) < 2:
-            where = self._name("train")
-            raise DataError(f"the {len(rows[0])} training rows of {where} have one label only: {values}")
-        return [tokenize(part, self.tokenizer, self.glue.text_columns, self.max_length) for part in rows]
-
-    def collate(self) -> Collate:
-        """Pads, and makes the labels a tensor."""
-        return Collate(self.tokenizer, torch.float32 if self.glue.labels == 1 else torch.long)
-
-    def check_rows(self, rows: Dataset, name: str) -> None:
-        """Checks that sentences are text and labels in their range."""
-        require_text(rows, self.glue.text_columns, name)
-        for row, label in enumerate(rows["label"][:] if "label" in rows.column_names else []):
-            if self.glue.labels == 1:
-                if not isinstance(label, (int, float)) or not math.isfinite(label):
-                    raise DataError(f"{name}, row {row} (from 0): label is {label!r}, not a finite number")
-            elif label not in range(self.glue.labels):
-                raise DataError(
-                    f"{name}, row {row} (from 0): label is {label!r}, not one of 0 to {self.glue.labels - 1}"
-                )
+    def expected(self) -> str:
+        """Returns what a label should be, for messages."""
+        return f"one of 0 to {self.glue.labels - 1}" if self.classes else super().expected()
 
     def has_targets(self, rows: Dataset) -> bool:
         """Says whether a split is labelled: the hub's test splits of GLUE are not."""

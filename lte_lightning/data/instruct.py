@@ -5,7 +5,7 @@ from typing import Any, Literal
 from datasets import Dataset
 from jinja2 import TemplateError
 
-from lte_lightning.data.base import require_text
+from lte_lightning.data.checks import require_text
 from lte_lightning.data.packaged import DataError
 from lte_lightning.data.prompts import Example, PromptData
 

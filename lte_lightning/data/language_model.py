@@ -9,14 +9,14 @@ import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
-from transformers import PreTrainedTokenizerBase
 
 from lte_lightning.core.model.head import IGNORED
-from lte_lightning.data.base import require_text
+from lte_lightning.data.checks import require_text
+from lte_lightning.data.files import FORMATS
 from lte_lightning.data.packaged import DataError
 from lte_lightning.data.padding import pad_prompts
 from lte_lightning.data.streaming import Mark, StreamingData
-from lte_lightning.data.text import BucketBatchSampler, fingerprint, load_tokenizer
+from lte_lightning.data.text import BucketBatchSampler, fingerprint
 
 _HEADING = re.compile(
     r"\s= [^=].*[^=] =\s*"
@@ -51,6 +51,8 @@ class LanguageModelData(StreamingData):
     """
 
     columns = ("text",)
+    generates = True
+    formats = FORMATS
     first = (0, 0)
 
     def __init__(
@@ -85,13 +87,6 @@ class LanguageModelData(StreamingData):
         self.documents = documents
         if self.is_local:
             self.task = "lm"
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer, loaded when first needed."""
-        if not hasattr(self, "_tokenizer"):
-            self._tokenizer = load_tokenizer(self._tokenizer_name, generates=True)
-        return self._tokenizer
 
     def check_rows(self, rows: Dataset, name: str) -> None:
         """Checks that there is text."""

@@ -6,13 +6,12 @@ import torch
 from datasets import Dataset
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase
 
 from lte_lightning.core.model.head import IGNORED
-from lte_lightning.data.base import TextData, require_at_least, require_text
+from lte_lightning.data.base import TextData
+from lte_lightning.data.checks import require_at_least, require_text
 from lte_lightning.data.packaged import DataError
 from lte_lightning.data.padding import pad_prompts
-from lte_lightning.data.text import load_tokenizer
 
 LETTERS = ("A", "B", "C", "D")
 
@@ -44,6 +43,7 @@ class MmluData(TextData):
 
     columns = ("question", "subject", "choices", "answer")
     validation_splits = ("dev",)
+    generates = True
 
     def __init__(
         self,
@@ -75,13 +75,6 @@ class MmluData(TextData):
         self.subjects: list[str] = []
         self.fewer_shots = 0
         self._wanted = subjects
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer, loaded when first needed."""
-        if not hasattr(self, "_tokenizer"):
-            self._tokenizer = load_tokenizer(self._tokenizer_name, generates=True)
-        return self._tokenizer
 
     def setup(self, stage: str) -> None:
         """Prepares the test rows; there is nothing to train on."""

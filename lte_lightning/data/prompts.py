@@ -10,14 +10,13 @@ import torch
 from datasets import Dataset
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase
 
 from lte_lightning.core.model.head import IGNORED
-from lte_lightning.data.base import require_at_least
+from lte_lightning.data.checks import require_at_least
 from lte_lightning.data.packaged import DataError
 from lte_lightning.data.padding import CollateAnswers, CollatePrompts
 from lte_lightning.data.streaming import Mark, StreamingData
-from lte_lightning.data.text import fingerprint, is_encoder_decoder, load_tokenizer
+from lte_lightning.data.text import fingerprint, is_encoder_decoder
 
 _ENCODING = 2  # part of the cache's key: to be raised when the same rows are to give other tokens
 
@@ -55,13 +54,14 @@ class PromptData(StreamingData):
     """Rows of a prompt and an answer; a subclass writes them as text.
 
     Args:
-        max_new_tokens: Tokens that may be generated; room for them is kept behind every prompt.
+        max_new_tokens: Tokens to generate at most.
         **kwargs: See `StreamingData`.
     """
 
     predict_role = "predict"
+    generates = True
 
-    def __init__(self, max_new_tokens: int, **kwargs: Any) -> None:
+    def __init__(self, max_new_tokens: int = 100, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         require_at_least(max_new_tokens=(max_new_tokens, 1))
         self.max_new_tokens = max_new_tokens
@@ -79,11 +79,6 @@ class PromptData(StreamingData):
         return []
 
     # Tokens
-
-    @functools.cached_property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer, loaded when first needed."""
-        return load_tokenizer(self._tokenizer_name, generates=True)
 
     @functools.cached_property
     def encoder_decoder(self) -> bool:

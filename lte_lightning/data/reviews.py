@@ -1,5 +1,7 @@
 """Quickstart data: one sentence of a film review, and whether it is favourable."""
 
+from typing import Any
+
 import numpy as np
 from datasets import Dataset
 
@@ -18,32 +20,11 @@ class MovieReviews(GlueData):
 
     Args:
         tokenizer: Folder, hub id or `package://` path of the tokenizer; that of the quickstart's model by default.
-        max_length: Tokens per sentence at most.
-        batch_size: Sentences per training batch and device.
-        eval_batch_size: Sentences per validation and test batch and device.
-        train_rows: Train on a random subset of this many sentences; all of them by default.
-        seed: Decides the subset and the order of training batches.
+        **kwargs: See `TextData`.
     """
 
-    def __init__(
-        self,
-        tokenizer: str = MODEL,
-        max_length: int = 128,
-        batch_size: int = 32,
-        eval_batch_size: int = 128,
-        train_rows: int | None = None,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(
-            task="sst2",
-            tokenizer=tokenizer,
-            source=REVIEWS,
-            max_length=max_length,
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            train_rows=train_rows,
-            seed=seed,
-        )
+    def __init__(self, tokenizer: str = MODEL, **kwargs: Any) -> None:
+        super().__init__(task="sst2", tokenizer=tokenizer, source=REVIEWS, holdout=0.0, **kwargs)
 
     def load_splits(self) -> dict[str, Dataset]:
         """Read the table, and cut it into three splits that share no sentence."""

@@ -8,8 +8,9 @@ from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader
 from torch.utils.data import IterableDataset as TorchStream
 
-from lte_lightning.data.base import TextData, expect_no_workers, require_at_least, require_columns
-from lte_lightning.data.files import find_split, read_split, stream_split
+from lte_lightning.data.base import TextData, expect_no_workers
+from lte_lightning.data.checks import require_at_least, require_columns
+from lte_lightning.data.files import find_split, stream_split
 from lte_lightning.data.packaged import DataError
 from lte_lightning.data.text import BucketBatchSampler
 
@@ -98,14 +99,15 @@ class StreamingData(TextData):
     """Rows of text whose training split may be streamed; a subclass says how a pass over it is tokenised.
 
     Args:
-        streaming: Read and tokenise training rows on the way.
-        shuffle_buffer: Rows of a stream to shuffle at a time.
+        streaming: Read and tokenise the training rows on the way, again and again, instead of all of them before: for
+            sets that do not fit on the disk. Stages are then given in steps.
+        shuffle_buffer: Rows of a stream to shuffle at a time; they are in memory, tokenised.
         **kwargs: See `TextData`.
     """
 
     first: Mark = (0,)  # the mark of a pass's first tokenised row
 
-    def __init__(self, streaming: bool, shuffle_buffer: int, **kwargs: Any) -> None:
+    def __init__(self, streaming: bool = False, shuffle_buffer: int = 10_000, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         require_at_least(shuffle_buffer=(shuffle_buffer, 1))
         if streaming and self.holdout:
@@ -115,6 +117,8 @@ class StreamingData(TextData):
             )
         if streaming and self.train_rows:
             raise DataError(f"train_rows is {self.train_rows}, but a stream is trained on from its first row; leave it")
+        if streaming:
+            self.holdout = 0.0
         self.streaming = streaming
         self.shuffle_buffer = shuffle_buffer
         self._stream: StreamedBatches | None = None
@@ -140,15 +144,20 @@ class StreamingData(TextData):
         if not self.streaming:
             return super().load_splits()
         names = dict.fromkeys((*self.validation_splits, "test", *self.test_splits))
+        if self.is_file:
+            raise DataError(
+                f"{self.source} is one file, and a stream's rows cannot be held out: name a folder with train.* and "
+                f"{self.validation_splits[0]}.*"
+            )
         if self.is_local:
-            return {name: read_split(self.source, name) for name in names if find_split(self.source, name)}
+            return {name: self.read(name) for name in names if find_split(self.source, name, self.formats)}
         found = self.load_from_hub(streaming=True)
         return {name: Dataset.from_list(list(found[name])) for name in names if name in found}
 
     def open_stream(self) -> IterableDataset:
         """Returns the training rows, unread."""
         if self.is_local:
-            return stream_split(self.source, "train")
+            return stream_split(self.source, "train", self.formats)
         found = self.load_from_hub(streaming=True)
         if "train" not in found:
             raise DataError(f"{self.source} has no split 'train' for {self.task} (found: {', '.join(found)})")

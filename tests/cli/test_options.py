@@ -21,11 +21,12 @@ PLAN = [
     "final",
     "optimizer",
 ]
-LANGUAGE_DATA = ("GenerationData", "InstructData", "LanguageModelData", "MmluData")
+OTHER_DATA = ("ClassificationData", "GenerationData", "InstructData", "LanguageModelData", "MmluData")
 # A renamed option breaks configurations: change this list only with an entry in the changelog.
 OPTIONS = {
-    "model": "pretrained init_from lte efficiency_weight separability_weight separability_start separability_end "
-    "separability_epsilon balance_weight freeze_routers activation layers gradient_checkpointing backend",
+    "model": "metric pretrained init_from lte efficiency_weight separability_weight separability_start "
+    "separability_end separability_epsilon balance_weight freeze_routers activation layers gradient_checkpointing "
+    "backend",
     "model.lte": "expert_size grouping selector target_sparsity threshold router_bias router_margin router_scale "
     "wanda_pattern wanda_scope seed",
     "data": "task source max_length batch_size eval_batch_size holdout train_rows",
@@ -69,7 +70,7 @@ def test_every_option_has_a_help_text(lightning, tmp_path):
             ("--data.help", "lte_lightning.data.GlueData"),
             ("--data.help", "lte_lightning.data.MovieReviews"),
             *(("--model.help", f"lte_lightning.tasks.{name}") for name in ("Generation", "LanguageModel", "Mmlu")),
-            *(("--data.help", f"lte_lightning.data.{name}") for name in LANGUAGE_DATA),
+            *(("--data.help", f"lte_lightning.data.{name}") for name in OTHER_DATA),
         )
     }
     assert {outcome.code for outcome in texts.values()} == {0}

@@ -1,0 +1,203 @@
+"""The classes of a classification: found in the rows, named, in the order of the model that knows them."""
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import ClassLabel, Dataset
+from transformers import AutoConfig, PreTrainedConfig
+
+from lte_lightning.data.files import meant
+from lte_lightning.data.packaged import DataError, resolve
+
+_SHOWN = 8  # classes that a message names
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Classes in the order of a model's outputs.
+
+    Args:
+        values: What stands for each class in the data: texts, whole numbers or truth values.
+        names: What people call it; the value itself if not given.
+    """
+
+    values: tuple[Any, ...]
+    names: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "names", self.names or tuple(map(str, self.values)))
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __str__(self) -> str:
+        return listed(self.names)
+
+    def index(self) -> dict[Any, int]:
+        """Returns the number of each class by its value."""
+        return {value: number for number, value in enumerate(self.values)}
+
+    def in_order_of(self, names: Sequence[str] | None) -> "Labels":
+        """Returns the classes that a model knows, in its order, if all of these are among them; else itself.
+
+        Args:
+            names: The model's classes; None if it names none.
+        """
+        mine = {name.casefold(): i for i, name in enumerate(self.names)}
+        theirs = [name.casefold() for name in names or ()]
+        if not set(mine) <= set(theirs) or len(set(theirs)) < len(theirs):
+            return self
+        found = [mine.get(name) for name in theirs]
+        values = tuple(
+            _value_like(self.values[0], name) if i is None else self.values[i]
+            for i, name in zip(found, names or (), strict=True)
+        )
+        return Labels(values, tuple(name if i is None else self.names[i] for i, name in zip(found, names, strict=True)))
+
+
+def listed(names: Iterable[Any]) -> str:
+    """Returns names in a row, the first ones of many."""
+    names = [str(name) for name in names]
+    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+
+
+def is_missing(label: Any) -> bool:
+    """Says whether a row has no label: none, an empty one, or a number that is none."""
+    return label is None or (isinstance(label, float) and math.isnan(label)) or label == ""
+
+
+def cleaned(rows: Dataset, column: str) -> Dataset:
+    """Returns rows whose labels are without white space around them, and whole where they are whole numbers."""
+    labels = rows[column][:]
+    feature = rows.features[column]
+    named = isinstance(feature, ClassLabel)
+    if named:  # Hugging Face marks what is not labelled by -1
+        clean = [None if label == -1 else label for label in labels]
+    elif any(isinstance(label, str) for label in labels):
+        clean = [label.strip() or None if isinstance(label, str) else label for label in labels]
+    elif all(is_missing(label) or (isinstance(label, float) and label.is_integer()) for label in labels):
+        clean = [None if is_missing(label) else int(label) for label in labels]
+    else:
+        return rows
+    if clean == labels and not any(isinstance(label, float) for label in labels):  # 1.0 == 1
+        return rows
+    changed = rows.remove_columns(column).add_column(column, clean, feature=feature if named else None)
+    return changed.select_columns(rows.column_names)
+
+
+def require_labels(rows: Dataset, column: str, classes: Labels | None, expected: str, where: str) -> None:
+    """Checks that every label is one of the classes.
+
+    Args:
+        rows: A split.
+        column: Of the labels.
+        classes: None if labels are finite numbers.
+        expected: What the message says a label should be.
+        where: Name of the split.
+    """
+    labels = rows[column][:]
+    known = None if classes is None else set(classes.values)
+    for row, label in enumerate(labels):
+        if not _is_number(label) if known is None else isinstance(label, list | dict) or label not in known:
+            near = meant(label, map(str, known or ())) if isinstance(label, str) else ""
+            missing = sum(map(is_missing, labels))
+            also = f"; {missing} of {len(labels)} rows have no {column}: label or remove them" if missing else ""
+            raise DataError(f"{where}, row {row} (from 0): {column} is {label!r}, not {expected}{near}{also}")
+
+
+def find_classes(rows: Dataset, column: str, where: str) -> Labels:
+    """Returns the classes that rows are labelled with: a hub data set's own, or the values in their order.
+
+    Raises:
+        DataError: A label is not a class, but a number with a fraction or a list.
+    """
+    feature = rows.features[column]
+    if isinstance(feature, ClassLabel):
+        return Labels(tuple(range(feature.num_classes)), tuple(feature.names))
+    labels = [label for label in rows[column][:] if not is_missing(label)]
+    for row, label in enumerate(labels):
+        if isinstance(label, float):
+            broken = next(value for value in labels if isinstance(value, float) and not value.is_integer())
+            raise DataError(
+                f"{where}: {column} has numbers such as {broken!r}, which are no classes: to predict numbers, set "
+                "data.regression to true"
+            )
+        if not isinstance(label, str | int):
+            raise DataError(
+                f"{where}, row {row} (from 0): {column} is {label!r}; a row has one class, a text or a whole number"
+            )
+    return Labels(tuple(sorted(set(labels))))
+
+
+def require_two(labels: Iterable[Any], where: str) -> None:
+    """Checks that training rows have more than one label."""
+    labels = list(labels)
+    if len(values := sorted(set(labels))) < 2:
+        raise DataError(f"the {len(labels)} training rows of {where} have one label only: {values}")
+
+
+def stratified(labels: Sequence[Any], order: np.ndarray, count: int, where: str) -> np.ndarray:
+    """Returns an order of rows whose first `count` have each class as often as all rows have it.
+
+    Args:
+        labels: Class of each row.
+        order: A random order of the rows.
+        count: How many are wanted, about.
+        where: Name of the rows.
+
+    Raises:
+        DataError: A class has one row only, which cannot be both trained on and held out.
+    """
+    sizes = Counter(labels)
+    single = [label for label, size in sizes.items() if size == 1]
+    if count and single:
+        raise DataError(
+            f"{where}: {len(single)} of {len(sizes)} classes have one row only ({listed(map(repr, single))}), so none "
+            "of it could be held out for validation: add rows, remove the class, or give a validation file"
+        )
+    seen: Counter[Any] = Counter()
+    place = np.zeros(len(order))
+    for position, row in enumerate(order):
+        label = labels[row]
+        place[position] = (seen[label] + 0.5) / sizes[label]
+        seen[label] += 1
+    return order[np.argsort(place, kind="stable")]
+
+
+def model_config(name: str) -> PreTrainedConfig | None:
+    """Returns the configuration in a model's folder or on the hub; None where there is none."""
+    folder = resolve(name)
+    if Path(folder).is_dir() and not (Path(folder) / "config.json").exists():
+        return None
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError):
+        return None  # whoever loads the model says what is wrong
+
+
+def classes_of(config: PreTrainedConfig | None) -> tuple[int, list[str] | None] | None:
+    """Returns how many classes a model was fine-tuned for, and their names if they are more than numbers.
+
+    Args:
+        config: Of the model; None gives None, as a model does that was not fine-tuned for classification.
+    """
+    architectures = getattr(config, "architectures", None) or []
+    if not any(name.endswith("ForSequenceClassification") for name in architectures):
+        return None
+    names = [str(config.id2label[number]) for number in range(config.num_labels)]
+    generic = names == [f"LABEL_{number}" for number in range(config.num_labels)]
+    return config.num_labels, None if generic else names
+
+
+def _is_number(label: Any) -> bool:
+    return isinstance(label, int | float) and not isinstance(label, bool) and math.isfinite(label)
+
+
+def _value_like(value: Any, name: str) -> Any:
+    """Returns the value of a class that the data do not have, by its name in the model, in the data's terms."""
+    return int(name) if isinstance(value, int) and name.lstrip("-").isdigit() else name
