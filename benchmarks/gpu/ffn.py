@@ -1,4 +1,4 @@
-"""FFNs of one shape, dense and sparse, several layers in a CUDA graph: weights above the cache, fresh masks each round."""
+"""FFNs of one shape, dense and sparse, several layers in a CUDA graph, above the cache, with fresh masks each round."""
 
 import math
 import statistics

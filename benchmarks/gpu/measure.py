@@ -176,9 +176,11 @@ def main() -> None:
     if unknown:
         parser.error(f"unknown part {unknown[0]!r}; there are {', '.join(PARTS)}")
     if args.dry_run:
-        import decoder, ffn, tiles, timing  # noqa: E401, F401 - that they can be imported is what is tried
+        from decoder import rehearse
+        from tiles import LISTS
 
-        decoder.rehearse()
+        rehearse()
+        print(f"tiles: {sum(len(rows) for *_, rows in LISTS)} to compile and to time")
         print("\n".join(f"{part}: {PARTS[part].__doc__}" for part in parts))
         return
     if not torch.cuda.is_available():

@@ -18,6 +18,8 @@ BACKENDS: tuple[Backend, ...] = get_args(Backend)
 # for RoBERTa-base and some 300 for LLaMA-2-7B, whose copies are fresh memory at each call.
 MIXED_IN_PLACE = 128
 
+HAS_TRITON = find_spec("triton") is not None  # once: torch.compile does not trace the search
+
 logger = logging.getLogger("lte_lightning")
 _said: set[str] = set()
 
@@ -75,14 +77,14 @@ def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
 
 def why_no_triton() -> str:
     """Says why the triton backend cannot run here, "" if it can."""
-    if find_spec("triton") is None:
+    if not HAS_TRITON:
         return "triton is not installed"
     return "" if torch.cuda.is_available() else "triton sees no device"
 
 
 def is_interpreted() -> bool:
     """Says whether Triton's kernels run in its interpreter, on the CPU: TRITON_INTERPRET=1, for tests."""
-    if find_spec("triton") is None:
+    if not HAS_TRITON:
         return False
     from lte_lightning.kernels.triton.common import INTERPRETED
 

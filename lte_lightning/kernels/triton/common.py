@@ -39,12 +39,17 @@ def check_device(x_ND: torch.Tensor, others: dict[str, torch.Tensor | None]) -> 
             raise ValueError(f"{name} has strides {tensor.stride()}: lay it out once, by .contiguous(), not per call")
 
 
+def is_hopper() -> bool:
+    """Says whether the chip is one of Nvidia's from Hopper on."""
+    if INTERPRETED:
+        return False
+    target = driver.active.get_current_target()
+    return bool(target.backend == "cuda" and target.arch >= 90)
+
+
 def dependent() -> dict[str, bool]:
     """Returns the options of a launch that may start before the one ahead has ended: from Hopper on, none elsewhere."""
-    if INTERPRETED:
-        return {"PDL": False}
-    target = driver.active.get_current_target()
-    return {"PDL": True, "launch_pdl": True} if target.backend == "cuda" and target.arch >= 90 else {"PDL": False}
+    return {"PDL": True, "launch_pdl": True} if is_hopper() else {"PDL": False}
 
 
 def has_buffers() -> bool:

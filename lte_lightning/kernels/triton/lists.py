@@ -52,8 +52,8 @@ def list_active(mask_NE: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch
     M = triton.cdiv(N, tokens)
     active_ME = torch.empty((M, E), dtype=torch.int32, device=mask_NE.device)
     count_M = torch.empty((M,), dtype=torch.int32, device=mask_NE.device)
-    blocks = {"BLOCK_N": min(tokens, 8), "BLOCK_E": min(1024, triton.next_power_of_2(E))}
-    compact_kernel[(M,)](mask_NE, active_ME, count_M, N, E=E, TOKENS=tokens, num_warps=4, **blocks, **dependent())
+    blocks = {"BLOCK_N": min(tokens, 32), "BLOCK_E": min(512, triton.next_power_of_2(E))}
+    compact_kernel[(M,)](mask_NE, active_ME, count_M, N, E=E, TOKENS=tokens, num_warps=8, **blocks, **dependent())
     return active_ME, count_M
 
 

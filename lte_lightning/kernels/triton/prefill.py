@@ -15,13 +15,14 @@ from torch.nn import functional
 
 from lte_lightning.kernels.dense_mask import dense_hidden, scale_experts
 from lte_lightning.kernels.layout import ExpertWeights
-from lte_lightning.kernels.triton.common import activate, add_bias, dot, has_buffers
+from lte_lightning.kernels.triton.common import activate, add_bias, dot, has_buffers, is_hopper
 from lte_lightning.kernels.triton.lists import choose_form, list_active, list_groups
 
 GROUPED = {"BLOCK_M": 128, "BLOCK_F": 32, "BLOCK_D": 64, "num_warps": 4, "num_stages": 3}
 """A tile of one expert: tokens, neurons, and numbers of the model's width per step."""
 UNION = {"BLOCK_M": 128, "BLOCK_F": 64, "BLOCK_D": 64, "num_warps": 8, "num_stages": 3}
-"""A tile of several experts."""
+WIDE_UNION = UNION | {"BLOCK_F": 128}
+"""A tile of several experts; a wide one where there are the registers for it."""
 FEW = {"BLOCK_M": 64, "BLOCK_F": 32, "BLOCK_D": 64, "num_warps": 4, "num_stages": 4}
 """The union's tile where there is one block of tokens."""
 AGAIN = {
@@ -31,7 +32,7 @@ AGAIN = {
 """The down projection's, by bytes per weight, where the dense one was not finite."""
 SWIZZLE = 8
 """Blocks of tokens that share a tile of weights while it is in the cache."""
-GROUPED_COST_16THS = 22
+GROUPED_COST_16THS = 23
 """What a grouped tile of one expert costs, a union tile's share of an expert being 16."""
 
 

@@ -9,7 +9,8 @@ from lte_lightning.kernels.triton.common import add_bias, check_device, dependen
 from lte_lightning.kernels.triton.stream import tile_of
 
 ROUTER = {2: {"TILE": 8192, "num_warps": 4}, 4: {"TILE": 4096, "num_warps": 4}}
-"""By bytes per number of the input: numbers of the router's weights per program."""
+ROUTER_FEW = {2: {"TILE": 4096, "num_warps": 8}, 4: {"TILE": 4096, "num_warps": 8}}
+"""By bytes per number of the input: numbers of the router's weights per program, for one token and for a few."""
 
 MAX_TOKENS = 16
 """Of more tokens torch computes the linear layer."""
@@ -25,11 +26,12 @@ def router_kernel(
     N,
     E: tl.constexpr,
     D: tl.constexpr,
+    TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Writes 1 where the score of one of ROWS experts exceeds the threshold, else 0, for one token after the other."""
+    """Writes 1 where the score of one of ROWS experts exceeds the threshold, else 0, TOKENS tokens at a time."""
     e = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     d = tl.arange(0, BLOCK_D)
     rows = tl.load(
@@ -38,12 +40,14 @@ def router_kernel(
     wait_for_last(PDL)
     signal_next(PDL)
     rows = rows.to(x_ptr.dtype.element_ty).to(tl.float32)
-    for n in range(N):
-        x = tl.load(x_ptr + n * D + d, mask=d < D, other=0.0).to(tl.float32)
-        logits = add_bias(tl.sum(rows * x[None, :], 1), bias_ptr, e, e < E)
+    for n0 in range(0, N, TOKENS):
+        n = n0 + tl.arange(0, TOKENS)
+        x = tl.load(x_ptr + n[:, None] * D + d[None, :], mask=(n[:, None] < N) & (d[None, :] < D), other=0.0)
+        logits = tl.sum(rows[None, :, :] * x.to(tl.float32)[:, None, :], 2)
+        logits = add_bias(logits, bias_ptr, e[None, :], e[None, :] < E)
         # Rounded as `selection.Router` rounds, so that the two fall on the same side of the threshold.
         chosen = tl.sigmoid(logits.to(x_ptr.dtype.element_ty).to(tl.float32)) > threshold
-        tl.store(mask_ptr + n * E + e, chosen.to(tl.uint8), mask=e < E)
+        tl.store(mask_ptr + n[:, None] * E + e[None, :], chosen.to(tl.uint8), mask=(n[:, None] < N) & (e[None, :] < E))
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -86,9 +90,11 @@ def _triton_router(
         return mask_NE
     with torch.cuda.device_of(x_ND):
         if N <= MAX_TOKENS:
-            tile = tile_of(ROUTER[x_ND.element_size()], D, E)
+            # One row for four tokens at a time fills the registers that several rows fill for one.
+            tokens, config = (1, ROUTER) if N == 1 else (4, ROUTER_FEW)
+            tile = tile_of(config[x_ND.element_size()], D, E)
             router_kernel[(triton.cdiv(E, tile["ROWS"]),)](
-                x_ND.contiguous(), weight_ED, bias_E, mask_NE.view(torch.uint8), threshold, N, E=E, D=D,
+                x_ND.contiguous(), weight_ED, bias_E, mask_NE.view(torch.uint8), threshold, N, E=E, D=D, TOKENS=tokens,
                 **tile, **dependent(),
             )  # fmt: skip
             return mask_NE

@@ -21,11 +21,11 @@ from lte_lightning.kernels.triton.common import (
 )
 
 STREAM = {
-    2: {"TILE": 8192, "num_warps": 8, "PER_SM": 2},
-    4: {"TILE": 4096, "num_warps": 8, "PER_SM": 2},
+    2: {"TILE": 8192, "num_warps": 8, "PER_SM": 2, "STAGES": 1},
+    4: {"TILE": 4096, "num_warps": 8, "PER_SM": 2, "STAGES": 1},
 }
 """By bytes per weight: numbers of each matrix per step, and programs per multiprocessor."""
-SUM = {"BLOCK_D": 32, "num_warps": 16}
+SUM = {"BLOCK_D": 16, "num_warps": 4}
 
 
 @triton.jit
@@ -45,6 +45,7 @@ def stream_kernel(
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Sums [P, D]: each program over its share of the rows of selected experts, ROWS neurons at a time."""
@@ -57,27 +58,29 @@ def stream_kernel(
     place = tl.cumsum(chosen, 0)
     # As many rows for each program as for every other, or one more.
     rows = tl.sum(chosen, 0) * S
+    begin = tl.program_id(0) * rows // tl.num_programs(0)
     end = (tl.program_id(0) + 1) * rows // tl.num_programs(0)
     acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
-    for first in range(tl.program_id(0) * rows // tl.num_programs(0), end, ROWS):
-        row = first + tl.arange(0, ROWS)
-        # The expert of that place among the chosen.
-        e = tl.sum((place[None, :] <= (row // S)[:, None]).to(tl.int32), 1)
-        f = (e * S + row % S).to(tl.int64)
-        tile = f[:, None] * D + d[None, :]
-        inside = (row[:, None] < end) & (d[None, :] < D)
-        # All loads before the first sum: the down rows are on their way while gate and up are summed.
-        up = tl.load(up_ptr + tile, mask=inside, other=0.0, eviction_policy="evict_first")
-        if gate_ptr is not None:
-            gate = tl.load(gate_ptr + tile, mask=inside, other=0.0, eviction_policy="evict_first")
-        down = tl.load(down_ptr + tile, mask=inside, other=0.0, eviction_policy="evict_first")
-        hidden = add_bias(tl.sum(up.to(tl.float32) * x[None, :], 1), up_bias_ptr, f, row < end)
-        if gate_ptr is not None:
-            gated = add_bias(tl.sum(gate.to(tl.float32) * x[None, :], 1), gate_bias_ptr, f, row < end)
-            hidden = activate(gated, ACTIVATION) * hidden
-        else:
-            hidden = activate(hidden, ACTIVATION)
-        acc += hidden[:, None] * down.to(tl.float32)
+    for slot in range(begin // S, tl.cdiv(end, S)):
+        e = tl.sum((place <= slot).to(tl.int32), 0)  # the expert of that place among the chosen
+        last = tl.minimum(end - slot * S, S)
+        for first in tl.range(tl.maximum(begin - slot * S, 0), last, ROWS, num_stages=STAGES):
+            s = first + tl.arange(0, ROWS)
+            f = (e * S + s).to(tl.int64)
+            tile = f[:, None] * D + d[None, :]
+            inside = (s[:, None] < last) & (d[None, :] < D)
+            # All loads before the first sum: the down rows are on their way while gate and up are summed.
+            up = tl.load(up_ptr + tile, mask=inside, other=0.0, eviction_policy="evict_first")
+            if gate_ptr is not None:
+                gate = tl.load(gate_ptr + tile, mask=inside, other=0.0, eviction_policy="evict_first")
+            down = tl.load(down_ptr + tile, mask=inside, other=0.0, eviction_policy="evict_first")
+            hidden = add_bias(tl.sum(up.to(tl.float32) * x[None, :], 1), up_bias_ptr, f, s < last)
+            if gate_ptr is not None:
+                gated = add_bias(tl.sum(gate.to(tl.float32) * x[None, :], 1), gate_bias_ptr, f, s < last)
+                hidden = activate(gated, ACTIVATION) * hidden
+            else:
+                hidden = activate(hidden, ACTIVATION)
+            acc += hidden[:, None] * down.to(tl.float32)
     tl.store(partial_ptr + tl.program_id(0) * D + d, tl.sum(acc, 0), mask=d < D)
 
 
@@ -141,6 +144,7 @@ def run_stream(x_ND: torch.Tensor, mask_NE: torch.Tensor, weights: ExpertWeights
         D=D,
         ACTIVATION=weights.activation,
         BLOCK_E=triton.next_power_of_2(E),
+        STAGES=config["STAGES"],
         **tile,
         **pdl,
     )
