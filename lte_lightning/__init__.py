@@ -1,7 +1,8 @@
 """lte-lightning: Learn To be Efficient, structured sparsity for Hugging Face transformers.
 
 The public API: `convert` a model, train it (see the ``lightning`` command), `save_pretrained`, `from_pretrained`,
-`restore`; `set_backend` chooses what computes the selected experts; `RouterTrace` reads what the routers decide.
+`restore`; `register` has transformers' Auto classes load saved models sparse; `set_backend` chooses what computes the
+selected experts; `RouterTrace` reads what the routers decide.
 """
 
 from typing import TYPE_CHECKING
@@ -9,18 +10,20 @@ from typing import TYPE_CHECKING
 from lte_lightning.lazy import on_first_use
 
 if TYPE_CHECKING:
-    from lte_lightning.core.model.checkpoint import from_pretrained, save_pretrained
+    from lte_lightning.core.model.checkpoint import from_pretrained, register
     from lte_lightning.core.model.config import LteConfig
     from lte_lightning.core.model.convert import convert, restore, set_mode
+    from lte_lightning.core.model.saving import save_pretrained
     from lte_lightning.core.model.storage import set_backend
     from lte_lightning.core.routing.trace import RouterTrace
 else:
     __getattr__, __dir__ = on_first_use(
         __name__,
         {
-            "core.model.checkpoint": ["from_pretrained", "save_pretrained"],
+            "core.model.checkpoint": ["from_pretrained", "register"],
             "core.model.config": ["LteConfig"],
             "core.model.convert": ["convert", "restore", "set_mode"],
+            "core.model.saving": ["save_pretrained"],
             "core.model.storage": ["set_backend"],
             "core.routing.trace": ["RouterTrace"],
         },
@@ -33,6 +36,7 @@ __all__ = [
     "RouterTrace",
     "convert",
     "from_pretrained",
+    "register",
     "restore",
     "save_pretrained",
     "set_backend",

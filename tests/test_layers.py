@@ -33,7 +33,7 @@ RANKS = {
 }
 LOW = ("errors", "cache", "lazy", "kernels", "selection", "core", "")
 # What the low layers may import besides Python's own library.
-ALLOWED = {"lte_lightning", "numpy", "safetensors", "torch", "tqdm", "transformers", "triton"}
+ALLOWED = {"huggingface_hub", "lte_lightning", "numpy", "safetensors", "torch", "tqdm", "transformers", "triton"}
 
 
 def part(dotted: str) -> str:

@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from lte_lightning.core.model.checkpoint import is_lte
+from lte_lightning.core.model.folder import is_lte
 from lte_lightning.errors import UserError
 from lte_lightning.tasks.harness import evaluate_saved
 

@@ -20,7 +20,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from rich.table import Table
 
 from lte_lightning.callbacks.checkpoints import BestCheckpoint
-from lte_lightning.core.model.checkpoint import CONFIG_FILE, save_pretrained
+from lte_lightning.core.model.folder import CONFIG_FILE
+from lte_lightning.core.model.saving import save_pretrained
 from lte_lightning.errors import UserError
 from lte_lightning.recording.latency import measure_latency
 from lte_lightning.recording.loggers import RunLogger, mlflow_of

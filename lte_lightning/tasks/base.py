@@ -9,6 +9,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lte_lightning.core.model.config import LteConfig
 from lte_lightning.core.model.convert import group_experts
+from lte_lightning.core.model.names import own_names
 from lte_lightning.core.routing.losses import SEPARABILITY_EPSILON
 from lte_lightning.core.routing.observe import balances, imitates
 from lte_lightning.core.routing.prune import hold_zeros
@@ -151,6 +152,11 @@ class LteModule(MeasuredModule):
         if stage == "expert" and previous != "expert":
             prepare_choice(self)
         self.apply_stage()
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Names weights as they are in memory: torch knows no others where they are sharded over devices."""
+        with own_names():
+            return super().state_dict(*args, **kwargs)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps the stage and what was measured so far."""

@@ -20,9 +20,9 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
-from lte_lightning.core.model.checkpoint import is_lte, read_lte_config
 from lte_lightning.core.model.config import LteConfig
 from lte_lightning.core.model.convert import convert
+from lte_lightning.core.model.folder import is_lte, read_lte_config
 from lte_lightning.core.model.parts import row_of
 from lte_lightning.errors import UserError
 

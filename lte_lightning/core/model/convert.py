@@ -1,8 +1,6 @@
 """Turning FFNs into expert FFNs and back."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import cast
 
 import torch
 from torch import nn
@@ -11,8 +9,8 @@ from transformers import PreTrainedModel
 
 from lte_lightning.core.model.config import LteConfig
 from lte_lightning.core.model.experts import MODES, ExpertFfn, Mode
-from lte_lightning.core.model.fused import put_together, take_apart
 from lte_lightning.core.model.grouping import Grouping, expert_count, group_neurons
+from lte_lightning.core.model.instance import adopt, release
 from lte_lightning.core.model.parts import (
     FfnParts,
     Projection,
@@ -21,10 +19,10 @@ from lte_lightning.core.model.parts import (
     find_row,
     find_stacks,
     get_child,
-    set_child,
     weight_rows,
 )
 from lte_lightning.core.model.storage import lay_out
+from lte_lightning.core.model.swap import expert_ffns, insert, lte_config, remove, require_expert_ffns, set_lte_config
 from lte_lightning.errors import UserError
 from lte_lightning.selection import RANKINGS, SELECTORS, FfnShape, Gates, Ranking, Router, Selector
 
@@ -74,8 +72,9 @@ def convert(
         ffn.stack = stack
         if parts.row.module:
             ffn.shell = (get_child(layer, parts.row.module),)  # in a tuple: its weights are not registered twice
-        _insert(layer, ffn)
+        insert(layer, ffn)
     set_lte_config(model, config)
+    adopt(model)
     if not group:
         return model
     try:
@@ -135,73 +134,10 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
     for ffn in require_expert_ffns(model).values():
         lay_out(ffn, by_neuron=False)
     for layer in find_layers(model):
-        _remove(layer)
+        remove(layer)
     del model.lte_config
+    release(model)
     return model
-
-
-@contextmanager
-def plain(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
-    """Makes the model a plain Hugging Face model for the time of a ``with`` block, weights shared."""
-    require_expert_ffns(model)
-    removed: list[tuple[nn.Module, ExpertFfn]] = []
-    try:
-        for layer in find_layers(model):
-            removed.append((layer, _remove(layer)))
-        yield model
-    finally:
-        for layer, ffn in removed:
-            _insert(layer, ffn)
-
-
-def _insert(layer: nn.Module, ffn: ExpertFfn) -> None:
-    row = ffn.row
-    ffn.train(layer.training)
-    if row.fused:
-        take_apart(get_child(layer, row.up), ffn.gate, ffn.up)
-    if row.module:
-        set_child(layer, row.module, ffn)
-        return
-    set_child(layer, row.up, ffn)
-    set_child(layer, row.activation, nn.Identity())
-    set_child(layer, row.down, nn.Identity())
-    if row.dropout:
-        set_child(layer, row.dropout, 0.0)
-
-
-def _remove(layer: nn.Module) -> ExpertFfn:
-    (ffn,) = expert_ffns(layer).values()
-    row = ffn.row
-    if row.module:
-        (shell,) = ffn.shell
-        shell.training = ffn.training
-        set_child(layer, row.module, shell)
-    else:
-        set_child(layer, row.up, ffn.up)
-        set_child(layer, row.activation, ffn.activation)
-        set_child(layer, row.down, ffn.down)
-        if row.dropout and ffn.dropout is not None:
-            set_child(layer, row.dropout, ffn.dropout.p)
-    if row.fused:
-        put_together(get_child(layer, row.up), ffn.gate, ffn.up)
-    return ffn
-
-
-def expert_ffns(model: nn.Module) -> dict[str, ExpertFfn]:
-    """Returns the expert FFNs of a model by name, in order; empty if it was not converted."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, ExpertFfn)}
-
-
-def require_expert_ffns(model: nn.Module) -> dict[str, ExpertFfn]:
-    """Returns the expert FFNs.
-
-    Raises:
-        UserError: If there are none.
-    """
-    ffns = expert_ffns(model)
-    if not ffns:
-        raise UserError(f"this {type(model).__name__} has no expert FFNs; convert() it first")
-    return ffns
 
 
 def set_mode(model: nn.Module, mode: Mode) -> None:
@@ -210,16 +146,6 @@ def set_mode(model: nn.Module, mode: Mode) -> None:
         raise UserError(f"unknown mode {mode!r}; there are {', '.join(MODES)}")
     for ffn in require_expert_ffns(model).values():
         ffn.mode = mode
-
-
-def lte_config(model: nn.Module) -> LteConfig:
-    """Returns how a converted model was converted."""
-    return cast(LteConfig, model.lte_config)
-
-
-def set_lte_config(model: nn.Module, config: LteConfig) -> None:
-    """Notes on the model how it was converted."""
-    model.lte_config = config  # type: ignore[assignment]  # torch's stubs know only tensors and modules as attributes
 
 
 def selector_parameters(model: nn.Module) -> Iterator[nn.Parameter]:

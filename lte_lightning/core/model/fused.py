@@ -21,7 +21,7 @@ def halves(fused: nn.Linear) -> tuple[nn.Linear, nn.Linear]:
     for name in _NAMES:
         whole = getattr(fused, name)
         if whole is not None:
-            for half, data in zip((first, second), _split(whole), strict=True):
+            for half, data in zip((first, second), split(whole), strict=True):
                 setattr(half, name, nn.Parameter(data, whole.requires_grad))
     return first, second
 
@@ -31,7 +31,7 @@ def take_apart(fused: nn.Linear, first: nn.Module | None, second: nn.Module) -> 
     for name in _NAMES:
         whole = getattr(fused, name)
         if whole is not None:
-            getattr(first, name).data, getattr(second, name).data = _split(whole)
+            getattr(first, name).data, getattr(second, name).data = split(whole)
             setattr(fused, name, None)
 
 
@@ -44,18 +44,21 @@ def put_together(fused: nn.Linear, first: nn.Module | None, second: nn.Module) -
     for name in _NAMES:
         one, other = getattr(first, name), getattr(second, name)
         if one is not None:
-            data = _join(one.data, other.data)
+            data = join(one.data, other.data)
             setattr(fused, name, nn.Parameter(data, one.requires_grad or other.requires_grad))
 
 
-def _split(whole: nn.Parameter) -> tuple[torch.Tensor, torch.Tensor]:
+def split(whole: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the halves of a fused projection's weight or bias, the gate's first, in its memory."""
     # Each from its own .data: views of one tensor would share a version counter, and a step on one half would
     # invalidate what the other has saved for its backward pass.
     neurons = len(whole) // 2
     return whole.data[:neurons], whole.data[neurons:]
 
 
-def _join(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+def join(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Returns the whole of two halves, without a copy where they lie side by side in memory."""
+    one, other = one.detach(), other.detach()
     side_by_side = (
         one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr() != 0
         and one.is_contiguous()

@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
 from lte_lightning import LteConfig, convert, from_pretrained, save_pretrained, set_mode
-from lte_lightning.core.model import checkpoint
+from lte_lightning.core.model import saving
 from lte_lightning.core.model.checkpoint import LayoutError, is_lte, read_description
 from lte_lightning.core.model.convert import expert_ffns
 from lte_lightning.core.model.experts import MODES
@@ -167,7 +167,7 @@ def test_a_failure_half_way_leaves_all_as_it_was(routed, batch, monkeypatch, tmp
         raise OSError("no space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_file", full_disk)
+        patch.setattr(saving, "save_file", full_disk)
         with pytest.raises(OSError, match="no space left"):
             save_pretrained(model, tmp_path / "saved")
         patch.undo()

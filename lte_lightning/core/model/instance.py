@@ -1,0 +1,111 @@
+"""The methods of a converted model: Hugging Face's own, which write and read its routers, too.
+
+`adopt` gives a model a class of its own, of the same name, between it and the one it had.
+"""
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from lte_lightning.core.model.hub import push_folder
+from lte_lightning.core.model.routers import with_routers
+from lte_lightning.core.model.saving import save_into
+from lte_lightning.core.model.swap import expert_ffns
+
+_PUSH = ("repo_id", "commit_message", "private", "token", "revision", "create_pr")
+
+
+class ExpertMethods:
+    """Overrides of `PreTrainedModel` for a model with expert FFNs; without any, they are what they were."""
+
+    plain_class: type[PreTrainedModel]
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], is_main_process: bool = True, **kwargs: Any
+    ) -> None:
+        """Writes what `lte_lightning.save_pretrained` writes into a folder, beside what else it holds.
+
+        Args:
+            save_directory: The folder.
+            is_main_process: Of several processes one writes.
+            **kwargs: As of `PreTrainedModel.save_pretrained`: ``state_dict``, ``max_shard_size``, ``push_to_hub``, ...
+
+        Raises:
+            UserError: If what is to be saved could not be loaded again.
+        """
+        if not expert_ffns(self):  # type: ignore[arg-type]
+            super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)  # type: ignore[misc]
+        elif is_main_process:
+            wanted = kwargs.pop("push_to_hub", False)
+            options = {key: kwargs.pop(key) for key in _PUSH if key in kwargs}
+            folder = save_into(self, Path(save_directory), **kwargs)  # type: ignore[arg-type]
+            if wanted:
+                push_folder(folder, options.pop("repo_id", folder.name), **options)
+
+    def push_to_hub(
+        self, repo_id: str, *, max_shard_size: int | str = "50GB", tags: list[str] | None = None, **kwargs: Any
+    ) -> str:
+        """Uploads what `save_pretrained` writes.
+
+        Args:
+            repo_id: The repository; it is made if there is none.
+            max_shard_size: Of a file of weights.
+            tags: Further tags of the model card.
+            **kwargs: ``commit_message``, ``commit_description``, ``private``, ``token``, ``revision``, ``create_pr``.
+
+        Returns:
+            The commit's address.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, max_shard_size=max_shard_size)
+            return push_folder(Path(folder), repo_id, tags=tags, **kwargs)
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """Loads weights under the plain names or those in memory, see `names`, and the routers that belong to them.
+
+        Raises:
+            UserError: If there are none, and the routers that the model has belong to other weights.
+        """
+        return super().load_state_dict(with_routers(self, state_dict), strict, assign)  # type: ignore[misc,arg-type]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        reduced = super().__reduce_ex__(protocol)
+        if not _is_adopted(self):
+            return reduced
+        # a pickle finds classes by name, and under this one's name it would find the plain one
+        return (_new, (self.plain_class,), *reduced[2:])
+
+
+def adopt(model: Any) -> None:
+    """Gives a converted model `ExpertMethods`."""
+    model.__class__ = _with_methods(type(model))
+
+
+def release(model: Any) -> None:
+    """Undoes `adopt`."""
+    if _is_adopted(model):
+        model.__class__ = model.plain_class
+
+
+def _is_adopted(model: Any) -> bool:
+    # FSDP puts a class of its own on top of this one; that stays
+    return isinstance(model, ExpertMethods) and type(model) is _with_methods(model.plain_class)
+
+
+_MADE: dict[Any, Any] = {}
+
+
+def _with_methods(plain_class: Any) -> Any:
+    if plain_class not in _MADE:
+        names = {"__module__": plain_class.__module__, "__qualname__": plain_class.__qualname__}
+        body = names | {"__doc__": plain_class.__doc__, "plain_class": plain_class}
+        _MADE[plain_class] = type(plain_class.__name__, (ExpertMethods, plain_class), body)
+    return _MADE[plain_class]
+
+
+def _new(plain_class: Any) -> Any:
+    made = _with_methods(plain_class)
+    return made.__new__(made)

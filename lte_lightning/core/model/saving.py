@@ -1,0 +1,195 @@
+"""Saving a model: an ordinary Hugging Face folder, and beside it the routers.
+
+The folder holds the (permuted) weights under their original names, so anything that reads Hugging Face folders reads it
+as the dense model; ``lte_config.json`` and ``lte_routers.safetensors`` hold what makes it an LTE model.
+"""
+
+import copy
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
+
+from lte_lightning.core.model.folder import CONFIG_FILE, LAYOUT_VERSION, ROUTERS_FILE
+from lte_lightning.core.model.names import plain_names
+from lte_lightning.core.model.swap import expert_ffns, lte_config, plain, require_expert_ffns
+from lte_lightning.errors import UserError
+
+
+def save_pretrained(
+    model: PreTrainedModel, folder: str | os.PathLike[str], about: dict[str, Any] | None = None, **kwargs: Any
+) -> Path:
+    """Writes a converted model as a Hugging Face folder with its routers.
+
+    The folder appears whole or not at all. One that holds a saved LTE model already is replaced; any other non-empty
+    folder (a plain model's, too) is left alone.
+
+    Args:
+        model: A converted model.
+        folder: Where to.
+        about: Further facts for ``lte_config.json`` (plain JSON types); a run keeps its stage and figures here.
+        **kwargs: Passed to the plain model's ``save_pretrained`` (``max_shard_size``, ...). A ``state_dict`` must hold
+            the routers, too, as ``model.state_dict()`` does.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: If the model was not converted, the folder holds something else, or what would be written could not
+            be loaded again.
+    """
+    require_expert_ffns(model)
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()) and not (folder / CONFIG_FILE).exists():
+        raise UserError(f"{folder} exists and is not a saved LTE model; choose another folder or empty it")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        _write(model, staging, about, **kwargs)
+        staging.chmod(0o755)
+        _replace(folder, staging)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return folder
+
+
+def save_into(model: PreTrainedModel, folder: Path, **kwargs: Any) -> Path:
+    """Writes a converted model into a folder, beside the files that others keep there.
+
+    Args:
+        model: A converted model.
+        folder: Where to; it is made if there is none.
+        **kwargs: As of `save_pretrained`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: If what would be written could not be loaded again, or the folder is a file.
+    """
+    if folder.is_file():
+        raise UserError(f"{folder} is a file; a model is saved in a folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
+    try:
+        _write(model, staging, None, **kwargs)
+        written = sorted(path.name for path in staging.iterdir())
+        # The description goes first and comes last, so that a folder that was left half way is not taken for a model.
+        (folder / CONFIG_FILE).unlink(missing_ok=True)
+        for path in folder.iterdir():
+            if re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?", path.name):
+                path.unlink()
+        for name in sorted(written, key=lambda name: name == CONFIG_FILE):
+            (staging / name).replace(folder / name)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return folder
+
+
+def _write(
+    model: PreTrainedModel,
+    folder: Path,
+    about: dict[str, Any] | None,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+    **kwargs: Any,
+) -> None:
+    ffns = require_expert_ffns(model)
+    state = plain_names(ffns, model.state_dict() if state_dict is None else state_dict)
+    if any(hasattr(value, "placements") for value in state.values()):
+        raise UserError(
+            f"the weights of this {type(model).__name__} are sharded over devices; gather them in every process, "
+            "state_dict = accelerator.get_state_dict(model), and save with state_dict=state_dict in the first"
+        )
+    routers = _take_routers(model, state)
+    _require_loadable(model, state)
+    with plain(model):
+        model.save_pretrained(folder, state_dict=state, **kwargs)
+    save_file(routers, folder / ROUTERS_FILE)
+    description = {
+        "layout_version": LAYOUT_VERSION,
+        "model_type": model.config.model_type,
+        "mode": next(iter(ffns.values())).mode,
+        "lte": asdict(lte_config(model)),
+        "about": about or {},
+    }
+    (folder / CONFIG_FILE).write_text(json.dumps(description, indent=2) + "\n")
+
+
+def _take_routers(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Moves the selectors' tensors out of a state dict; their names are those that the routers' file has."""
+    routers, missing = {}, []
+    for name, ffn in expert_ffns(model).items():
+        for key, expected in ffn.selector.state_dict().items():
+            value = state.pop(f"{name}.selector.{key}", None)
+            if value is None:
+                missing.append(f"{name}.selector.{key}")
+            elif value.shape != expected.shape:
+                raise UserError(
+                    f"{name}.selector.{key} of the state dict is {list(value.shape)}, and the model's is "
+                    f"{list(expected.shape)}"
+                )
+            else:
+                routers[f"{name}.{key}"] = value.detach().contiguous()
+    if missing:
+        raise UserError(
+            f"the state dict has no routers ({listed(missing)}), and those of the model may belong to other weights; "
+            "give model.state_dict(), or none"
+        )
+    return routers
+
+
+def _require_loadable(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> None:
+    """Refuses weights that are not those of a fresh plain model of the same class and configuration.
+
+    Adapters, quantised weights, parametrizations and changed heads are among what it finds: Hugging Face would load
+    such a folder with random weights in their place.
+    """
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        fresh = type(model)(copy.deepcopy(model.config))
+    wanted, ignored = fresh.state_dict(), set(fresh._keys_to_ignore_on_save or ())
+    tied = getattr(fresh, "all_tied_weights_keys", {})
+    present = set(state) | ignored
+    present |= {one for one, other in tied.items() if other in present} | {tied[one] for one in tied if one in present}
+    name = type(model).__name__
+    if unknown := [key for key in state if key not in wanted and key not in ignored]:
+        hint = ""
+        if any("lora_" in key or "base_layer" in key for key in unknown):
+            hint = "; merge the adapters first (merge_and_unload(), or merge_lora)"
+        raise UserError(f"a {name} of this configuration has no weights {listed(unknown)}{hint}")
+    if missing := [key for key in wanted if key not in present]:
+        raise UserError(f"weights are missing that a {name} of this configuration has: {listed(missing)}")
+    for key, value in state.items():
+        if key in wanted and value.shape != wanted[key].shape:
+            raise UserError(
+                f"{key} is {list(value.shape)}, and that of a {name} of this configuration is {list(wanted[key].shape)}"
+            )
+
+
+def listed(names: list[str], most: int = 3) -> str:
+    """Returns the first few names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def _replace(folder: Path, staging: Path) -> None:
+    """Moves ``staging`` to ``folder``; what was there goes only once the new one is in its place."""
+    if not folder.exists():
+        staging.rename(folder)
+        return
+    old = staging.with_name(f"{staging.name}-old")
+    folder.rename(old)
+    try:
+        staging.rename(folder)
+    except BaseException:
+        old.rename(folder)
+        raise
+    shutil.rmtree(old)

@@ -1,0 +1,93 @@
+"""Expert FFNs in their layers: which there are, and how they are put in and taken out."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import cast
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from lte_lightning.core.model.config import LteConfig
+from lte_lightning.core.model.experts import ExpertFfn
+from lte_lightning.core.model.fused import put_together, take_apart
+from lte_lightning.core.model.names import name_as_is, name_as_plain
+from lte_lightning.core.model.parts import find_layers, get_child, set_child
+from lte_lightning.errors import UserError
+
+
+def expert_ffns(model: nn.Module) -> dict[str, ExpertFfn]:
+    """Returns the expert FFNs of a model by name, in order; empty if it was not converted."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, ExpertFfn)}
+
+
+def require_expert_ffns(model: nn.Module) -> dict[str, ExpertFfn]:
+    """Returns the expert FFNs.
+
+    Raises:
+        UserError: If there are none.
+    """
+    ffns = expert_ffns(model)
+    if not ffns:
+        raise UserError(f"this {type(model).__name__} has no expert FFNs; convert() it first")
+    return ffns
+
+
+def lte_config(model: nn.Module) -> LteConfig:
+    """Returns how a converted model was converted."""
+    return cast(LteConfig, model.lte_config)
+
+
+def set_lte_config(model: nn.Module, config: LteConfig) -> None:
+    """Notes on the model how it was converted."""
+    model.lte_config = config  # type: ignore[assignment]  # torch's stubs know only tensors and modules as attributes
+
+
+@contextmanager
+def plain(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    """Makes the model a plain Hugging Face model for the time of a ``with`` block, weights shared."""
+    require_expert_ffns(model)
+    removed: list[tuple[nn.Module, ExpertFfn]] = []
+    try:
+        for layer in find_layers(model):
+            removed.append((layer, remove(layer)))
+        yield model
+    finally:
+        for layer, ffn in removed:
+            insert(layer, ffn)
+
+
+def insert(layer: nn.Module, ffn: ExpertFfn) -> None:
+    """Puts an expert FFN into the layer whose FFN it is."""
+    row = ffn.row
+    ffn.train(layer.training)
+    name_as_plain(layer)
+    if row.fused:
+        take_apart(get_child(layer, row.up), ffn.gate, ffn.up)
+    if row.module:
+        set_child(layer, row.module, ffn)
+        return
+    set_child(layer, row.up, ffn)
+    set_child(layer, row.activation, nn.Identity())
+    set_child(layer, row.down, nn.Identity())
+    if row.dropout:
+        set_child(layer, row.dropout, 0.0)
+
+
+def remove(layer: nn.Module) -> ExpertFfn:
+    """Takes the expert FFN out of a layer, which is then as it was, and returns it."""
+    (ffn,) = expert_ffns(layer).values()
+    name_as_is(layer)
+    row = ffn.row
+    if row.module:
+        (shell,) = ffn.shell
+        shell.training = ffn.training
+        set_child(layer, row.module, shell)
+    else:
+        set_child(layer, row.up, ffn.up)
+        set_child(layer, row.activation, ffn.activation)
+        set_child(layer, row.down, ffn.down)
+        if row.dropout and ffn.dropout is not None:
+            set_child(layer, row.dropout, ffn.dropout.p)
+    if row.fused:
+        put_together(get_child(layer, row.up), ffn.gate, ffn.up)
+    return ffn
