@@ -21,6 +21,9 @@ SHARED = Path(os.environ.get("LTE_SHARED", ROOT.parent / "shared"))
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
 # Tiny models are slower on two threads, and on a busy machine small real ones too; sums come out alike everywhere.
 ONE_THREAD = OFFLINE | {"OMP_NUM_THREADS": "1"}
+# Files stay whole, so that fixtures of a module are made once and no two clusters of Ray run side by side. More than
+# four processes would want more memory than most machines have.
+ON_EVERY_CORE = ("-n", "logical", "--maxprocesses", "4", "--dist", "loadfile")
 
 
 @nox.session(default=False)
@@ -47,8 +50,8 @@ def lint(session: nox.Session) -> None:
 
 @nox.session(python=False, requires=["env"])
 def tests(session: nox.Session) -> None:
-    """Run the tests: tiny models, minutes."""
-    session.run("pytest", *session.posargs, env=ONE_THREAD)
+    """Run the tests: tiny models, minutes, a file at a time on each core."""
+    session.run("pytest", *ON_EVERY_CORE, *session.posargs, env=ONE_THREAD)
 
 
 @nox.session(python=False, requires=["env"])
