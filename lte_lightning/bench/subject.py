@@ -16,8 +16,8 @@ from lte_lightning.core.model.checkpoint import from_pretrained, is_lte, read_lt
 from lte_lightning.core.model.config import LteConfig
 from lte_lightning.core.model.convert import convert, expert_ffns, restore, set_mode
 from lte_lightning.core.model.experts import ExpertFfn
-from lte_lightning.core.model.families import EXAMPLES
-from lte_lightning.core.model.parts import find_layers, find_parts, find_row
+from lte_lightning.core.model.families import FAMILIES, find_row
+from lte_lightning.core.model.parts import find_layers, find_parts
 from lte_lightning.core.model.storage import route, set_backend
 from lte_lightning.errors import UserError
 from lte_lightning.kernels.dispatch import Backend
@@ -92,7 +92,7 @@ class Subject:
     @property
     def is_decoder(self) -> bool:
         """Whether it generates token by token."""
-        kind, _ = EXAMPLES[self.dense.config.model_type]
+        kind = FAMILIES[self.dense.config.model_type].kind
         if kind == "encoder-decoder":
             return False  # its two stacks are measured at once
         return kind == "decoder" or bool(getattr(self.dense.config, "is_decoder", False))
@@ -136,7 +136,7 @@ def make_subject(
     """
     if shape in SHAPES:
         config = copy.deepcopy(SHAPES[shape])
-        per_layer = (3 if config.model_type == "llama" else 2) * config.hidden_size * config.intermediate_size
+        per_layer = (3 if find_row(config.model_type).gate else 2) * config.hidden_size * config.intermediate_size
         enough = math.ceil(8 * cache_bytes(device) / (per_layer * dtype.itemsize))
         config.num_hidden_layers = layers or min(max(enough, 2), config.num_hidden_layers)
         with device:

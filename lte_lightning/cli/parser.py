@@ -1,6 +1,5 @@
 """What is said of an option that is wrong: the cause and the nearest name, not the whole usage."""
 
-import difflib
 import inspect
 import re
 import sys
@@ -11,6 +10,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lte_lightning.core.model.config import LteConfig
+from lte_lightning.errors import meant
 from lte_lightning.lazy import load_all
 from lte_lightning.tasks.base import LteModule
 
@@ -59,8 +59,7 @@ def _where(message: str) -> str:
 
 
 def _meant(name: str, known: Iterable[str]) -> str:
-    nearest = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {nearest[0]}?" if nearest else ""
+    return meant(name, known, "; did you mean {}?")
 
 
 def _subclasses(base: type) -> list[type]:

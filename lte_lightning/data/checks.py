@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from datasets import Dataset
 
-from lte_lightning.data.files import meant
 from lte_lightning.data.packaged import DataError
+from lte_lightning.errors import meant
 
 
 def require_at_least(**limits: tuple[float | None, float]) -> None:

@@ -1,9 +1,8 @@
 """Where rows come from: the files of a split, in a folder or named one by one, compressed or not."""
 
-import difflib
 import glob
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -155,9 +154,3 @@ _PACKED = ", ".join(COMPRESSIONS)
 
 def _accepted(split: str, formats: Sequence[str]) -> str:
     return f"{split}{{{','.join(formats)}}}"
-
-
-def meant(name: str, known: Iterable[str]) -> str:
-    """Returns a remark that names the known word nearest to one that is unknown, or nothing."""
-    nearest = difflib.get_close_matches(name, list(known), n=1)
-    return f" (do you mean {nearest[0]!r}?)" if nearest else ""

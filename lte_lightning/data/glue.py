@@ -7,9 +7,9 @@ from typing import Any, Literal
 from datasets import Dataset
 
 from lte_lightning.data.classification import ClassificationData
-from lte_lightning.data.files import meant
 from lte_lightning.data.labels import Labels
 from lte_lightning.data.packaged import DataError
+from lte_lightning.errors import meant
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ import numpy as np
 from datasets import ClassLabel, Dataset
 from transformers import AutoConfig, PreTrainedConfig
 
-from lte_lightning.data.files import meant
 from lte_lightning.data.packaged import DataError, resolve
+from lte_lightning.errors import meant
 
 _SHOWN = 8  # classes that a message names
 

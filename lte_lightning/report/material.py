@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lte_lightning.report.methods import FIRST_TOKEN, GATED, LEARNS_WITH_MODEL, Lte, marked
+from lte_lightning.core.model.families import FAMILIES
+from lte_lightning.report.methods import GATED, LEARNS_WITH_MODEL, Lte, marked
 from lte_lightning.results import Results, better
 
 GFLOP = 2**30  # as the paper counts
@@ -77,7 +78,9 @@ class Run:
     def inner_sparsity(self) -> float | None:
         """Sparsity without the last layer, where a classifier reads one token of that; else None."""
         layers = self.results.sparsity_per_layer
-        reads_one = self.family in FIRST_TOKEN and str(self.options.get("model.class_path")).endswith("Classification")
+        family = FAMILIES.get(self.family or "")
+        classifies = str(self.options.get("model.class_path")).endswith("Classification")
+        reads_one = family is not None and family.first_token and classifies
         return statistics.fmean(layers[:-1]) if reads_one and layers and len(layers) > 1 else None
 
     @property

@@ -31,8 +31,6 @@ MARKS = {
 }
 GATED = ("softmax", "sigmamoe")  # their gates scale what an expert gives, so even with all experts they are not dense
 LEARNS_WITH_MODEL = ("router", *GATED)  # selectors whose router stage trains the model's weights, too
-# Families whose classifier reads the first token of the last layer (ModernBERT's reads the mean of all)
-FIRST_TOKEN = ("bert", "deberta-v2", "distilbert", "electra", "mpnet", "roberta")
 
 
 def _is_group(lte: Lte) -> bool:

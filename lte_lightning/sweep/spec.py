@@ -4,7 +4,6 @@
 that is laid over it. Every variant is crossed with every combination of the grids and lists, and with the seeds.
 """
 
-import difflib
 import itertools
 import json
 import math
@@ -15,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from lte_lightning.errors import UserError
+from lte_lightning.errors import UserError, meant
 from lte_lightning.results import MEASURED, OBJECTIVES
 from lte_lightning.sweep.points import Block, Search, Sweep
 
@@ -257,5 +256,4 @@ def _check_keys(value: Any, known: set[str], path: Path, where: str) -> None:
 
 
 def _nearest(name: str, known: set[str]) -> str:
-    nearest = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {nearest[0]}?" if nearest else f"known are {', '.join(sorted(known))}"
+    return meant(name, known, "did you mean {}?") or f"known are {', '.join(sorted(known))}"

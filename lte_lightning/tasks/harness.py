@@ -9,8 +9,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lte_lightning.core.model.checkpoint import from_pretrained
-from lte_lightning.data.files import meant
-from lte_lightning.errors import UserError
+from lte_lightning.errors import UserError, meant
 
 
 def evaluate(

@@ -8,7 +8,7 @@ import torch
 from torchmetrics import Metric
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lte_lightning.core.model.families import EXAMPLES
+from lte_lightning.core.model.families import FAMILIES
 from lte_lightning.core.model.head import IGNORED, run_where_asked
 from lte_lightning.errors import UserError
 from lte_lightning.tasks.base import LteModule
@@ -93,7 +93,7 @@ class LanguageModel(LteModule):
             config = AutoConfig.from_pretrained(self.source)
         except (OSError, ValueError):
             return  # loading says what is wrong
-        kind, _ = EXAMPLES.get(config.model_type, ("", ""))
+        kind = family.kind if (family := FAMILIES.get(config.model_type)) else ""
         # Hugging Face gives an encoder a head for the next token without hiding that token from it.
         if kind == "encoder" and not getattr(config, "is_decoder", False):
             raise UserError(

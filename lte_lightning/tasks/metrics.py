@@ -16,8 +16,7 @@ from torchmetrics.classification import (
     MulticlassRecall,
 )
 
-from lte_lightning.data.files import meant
-from lte_lightning.errors import UserError
+from lte_lightning.errors import UserError, meant
 
 _AVERAGED = {
     "accuracy": MulticlassAccuracy,

@@ -84,7 +84,7 @@ def test_unknown_model_family(tiny, refused, tmp_path):
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
     AlbertModel(AlbertConfig(vocab_size=64, embedding_size=32, **sizes)).save_pretrained(folder)
     config = tiny.config(**{"model.init_args.pretrained": str(folder)})
-    refused(config, "model type 'albert' is not supported; known are bart, bert.*row of FFN_TABLE")
+    refused(config, "model type 'albert' is not supported; known are bart, bert.*row of FAMILIES")
 
 
 ROWS = [{"sentence": "a film", "label": i % 2} for i in range(4)]

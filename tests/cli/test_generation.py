@@ -18,7 +18,7 @@ from transformers import (
 )
 
 import lte_lightning
-from lte_lightning.core.model.parts import FFN_TABLE
+from lte_lightning.core.model.families import FAMILIES
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +163,7 @@ def test_a_family_that_has_no_row(tiny_lm, lightning, tmp_path):
     assert "model type 'ctrl' is not supported; known are" in outcome.err
 
 
-@pytest.mark.skipif("t5" not in FFN_TABLE, reason="the FFN table has no encoder-decoder yet")
+@pytest.mark.skipif("t5" not in FAMILIES, reason="the FFN table has no encoder-decoder yet")
 def test_an_encoder_decoder(tiny_lm, lightning, tmp_path):
     folder = shutil.copytree(tiny_lm.model, tmp_path / "t5")
     sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}

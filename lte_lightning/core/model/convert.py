@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from lte_lightning.core.model.config import LteConfig
 from lte_lightning.core.model.experts import MODES, ExpertFfn, Mode
+from lte_lightning.core.model.families import find_row
 from lte_lightning.core.model.grouping import Grouping, expert_count, group_neurons
 from lte_lightning.core.model.instance import adopt, release
 from lte_lightning.core.model.parts import (
@@ -16,7 +17,6 @@ from lte_lightning.core.model.parts import (
     Projection,
     find_layers,
     find_parts,
-    find_row,
     find_stacks,
     get_child,
     weight_rows,

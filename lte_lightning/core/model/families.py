@@ -1,36 +1,154 @@
-"""The page that lists the families: ``python -m lte_lightning.core.model.families > docs/families.md``."""
+"""The families: each model type that `convert` takes, where its FFNs are, and what else the package knows of it.
 
-from lte_lightning.core.model.parts import FFN_TABLE, FfnRow
+To support another family, add a row to `FAMILIES` and its tiny config to ``tests/core/conftest.py``. Then make the page
+that lists them: ``python -m lte_lightning.core.model.families > docs/families.md``.
+"""
 
-# What each family is, and checkpoints of it; only dense ones.
-EXAMPLES: dict[str, tuple[str, str]] = {
-    "bart": ("encoder-decoder", "facebook/bart-base, facebook/bart-large-cnn"),
-    "bert": ("encoder", "google-bert/bert-base-uncased, sentence-transformers/all-MiniLM-L6-v2"),
-    "bloom": ("decoder", "bigscience/bloom-560m"),
-    "deberta-v2": ("encoder", "microsoft/deberta-v3-base"),
-    "distilbert": ("encoder", "distilbert/distilbert-base-uncased"),
-    "electra": ("encoder", "google/electra-base-discriminator"),
-    "falcon": ("decoder", "tiiuae/falcon-rw-1b, tiiuae/falcon-7b"),
-    "gemma": ("decoder", "google/gemma-2b"),
-    "gemma2": ("decoder", "google/gemma-2-2b"),
-    "gemma3_text": ("decoder", "google/gemma-3-270m, google/gemma-3-1b-pt"),
-    "gpt2": ("decoder", "openai-community/gpt2-medium"),
-    "gpt_neox": ("decoder", "EleutherAI/pythia-160m"),
-    "llama": ("decoder", "meta-llama/Llama-2-7b-hf, HuggingFaceTB/SmolLM2-135M"),
-    "mistral": ("decoder", "mistralai/Mistral-7B-v0.3"),
-    "modernbert": ("encoder", "answerdotai/ModernBERT-base"),
-    "mpnet": ("encoder", "microsoft/mpnet-base"),
-    "opt": ("decoder", "facebook/opt-125m"),
-    "phi3": ("decoder", "microsoft/Phi-3-mini-4k-instruct"),
-    "qwen2": ("decoder", "Qwen/Qwen2.5-0.5B"),
-    "qwen3": ("decoder", "Qwen/Qwen3-0.6B"),
-    "roberta": ("encoder", "FacebookAI/roberta-base"),
-    "t5": ("encoder-decoder", "google-t5/t5-small (plain), google/flan-t5-base (gated)"),
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from lte_lightning.errors import UserError, meant
+
+
+@dataclass(frozen=True)
+class FfnRow:
+    """Where one family keeps its FFNs; paths are relative to a transformer layer, -1 is the last of a list.
+
+    Args:
+        layers: Paths of the lists of layers inside ``model.base_model``; the encoder's, then the decoder's, where the
+            family has both (a model may lack one of them).
+        up: The up projection, D to F.
+        down: The down projection, F to D.
+        activation: The activation function.
+        gate: The gate projection of a gated FFN, ``down(activation(gate(x)) * up(x))``. The same path as ``up`` if one
+            projection holds both, the rows of the gate before those of the up projection; such a row needs ``module``.
+        module: The FFN's own module, if it does nothing but the above; it is then replaced whole. Otherwise the expert
+            FFN takes the place of the up projection, and activation and down projection become identities, so that the
+            dropout, residual and LayerNorm around them stay where they were.
+        dropout: Dropout between activation and down projection, which the expert FFN then does: a part of ``module``,
+            or a probability on the layer.
+        otherwise: The row of a layer that has no ``up``.
+    """
+
+    layers: tuple[str, ...]
+    up: str
+    down: str
+    activation: str
+    gate: str | None = None
+    module: str | None = None
+    dropout: str | None = None
+    otherwise: "FfnRow | None" = None
+
+    @property
+    def fused(self) -> bool:
+        """Whether one projection holds gate and up."""
+        return self.gate == self.up
+
+
+@dataclass(frozen=True)
+class Family:
+    """What is known of the models of one Hugging Face ``model_type``.
+
+    Args:
+        kind: How its tokens see each other: an encoder's all do, a decoder's only those before them.
+        row: Where its FFNs are.
+        examples: Checkpoints of it, dense ones only.
+        first_token: Whether its classification head reads the first token alone, so that the last layer's other tokens
+            change no result.
+    """
+
+    kind: Literal["encoder", "decoder", "encoder-decoder"]
+    row: FfnRow
+    examples: str
+    first_token: bool = False
+
+
+_BERT = FfnRow(("encoder.layer",), "intermediate.dense", "output.dense", "intermediate.intermediate_act_fn")
+_LLAMA = FfnRow(("layers",), "mlp.up_proj", "mlp.down_proj", "mlp.act_fn", gate="mlp.gate_proj", module="mlp")
+_FALCON = FfnRow(("h",), "mlp.dense_h_to_4h", "mlp.dense_4h_to_h", "mlp.act", module="mlp")
+_T5 = FfnRow(
+    ("encoder.block", "decoder.block"),
+    "layer.-1.DenseReluDense.wi",
+    "layer.-1.DenseReluDense.wo",
+    "layer.-1.DenseReluDense.act",
+    module="layer.-1.DenseReluDense",
+    dropout="layer.-1.DenseReluDense.dropout",
+)
+_T5_GATED = replace(_T5, up="layer.-1.DenseReluDense.wi_1", gate="layer.-1.DenseReluDense.wi_0")
+
+FAMILIES: dict[str, Family] = {
+    "bart": Family(
+        "encoder-decoder",
+        FfnRow(("encoder.layers", "decoder.layers"), "fc1", "fc2", "activation_fn", dropout="activation_dropout"),
+        "facebook/bart-base, facebook/bart-large-cnn",
+    ),
+    "bert": Family(
+        "encoder", _BERT, "google-bert/bert-base-uncased, sentence-transformers/all-MiniLM-L6-v2", first_token=True
+    ),
+    "bloom": Family(
+        "decoder", FfnRow(("h",), "mlp.dense_h_to_4h", "mlp.dense_4h_to_h", "mlp.gelu_impl"), "bigscience/bloom-560m"
+    ),
+    "deberta-v2": Family("encoder", _BERT, "microsoft/deberta-v3-base", first_token=True),
+    "distilbert": Family(
+        "encoder",
+        FfnRow(("transformer.layer",), "ffn.lin1", "ffn.lin2", "ffn.activation"),
+        "distilbert/distilbert-base-uncased",
+        first_token=True,
+    ),
+    "electra": Family("encoder", _BERT, "google/electra-base-discriminator", first_token=True),
+    "falcon": Family("decoder", _FALCON, "tiiuae/falcon-rw-1b, tiiuae/falcon-7b"),
+    "gemma": Family("decoder", _LLAMA, "google/gemma-2b"),
+    "gemma2": Family("decoder", _LLAMA, "google/gemma-2-2b"),
+    "gemma3_text": Family("decoder", _LLAMA, "google/gemma-3-270m, google/gemma-3-1b-pt"),
+    "gpt2": Family("decoder", FfnRow(("h",), "mlp.c_fc", "mlp.c_proj", "mlp.act"), "openai-community/gpt2-medium"),
+    "gpt_neox": Family("decoder", replace(_FALCON, layers=("layers",)), "EleutherAI/pythia-160m"),
+    "llama": Family("decoder", _LLAMA, "meta-llama/Llama-2-7b-hf, HuggingFaceTB/SmolLM2-135M"),
+    "mistral": Family("decoder", _LLAMA, "mistralai/Mistral-7B-v0.3"),
+    "modernbert": Family(
+        "encoder",
+        FfnRow(("layers",), "mlp.Wi", "mlp.Wo", "mlp.act", gate="mlp.Wi", module="mlp", dropout="mlp.drop"),
+        "answerdotai/ModernBERT-base",
+    ),
+    "mpnet": Family("encoder", _BERT, "microsoft/mpnet-base", first_token=True),
+    "opt": Family("decoder", FfnRow(("decoder.layers",), "fc1", "fc2", "activation_fn"), "facebook/opt-125m"),
+    "phi3": Family(
+        "decoder",
+        FfnRow(
+            ("layers",), "mlp.gate_up_proj", "mlp.down_proj", "mlp.activation_fn", gate="mlp.gate_up_proj", module="mlp"
+        ),
+        "microsoft/Phi-3-mini-4k-instruct",
+    ),
+    "qwen2": Family("decoder", _LLAMA, "Qwen/Qwen2.5-0.5B"),
+    "qwen3": Family("decoder", _LLAMA, "Qwen/Qwen3-0.6B"),
+    "roberta": Family("encoder", _BERT, "FacebookAI/roberta-base", first_token=True),
+    "t5": Family(
+        "encoder-decoder", replace(_T5, otherwise=_T5_GATED), "google-t5/t5-small (plain), google/flan-t5-base (gated)"
+    ),
 }
+
+
+class UnsupportedModelError(UserError):
+    """The model's family, or one of its parts, is not one that expert FFNs are made for."""
+
+
+def find_row(model_type: str) -> FfnRow:
+    """Returns the table's row of a Hugging Face ``model_type``.
+
+    Raises:
+        UnsupportedModelError: If there is none.
+    """
+    if model_type not in FAMILIES:
+        hint = meant(model_type, FAMILIES, " Did you mean {!r}?")
+        raise UnsupportedModelError(
+            f"model type {model_type!r} is not supported; known are {', '.join(sorted(FAMILIES))}.{hint} "
+            "To add one, describe its FFN in a row of FAMILIES (lte_lightning/core/model/families.py)."
+        )
+    return FAMILIES[model_type].row
+
 
 _PAGE = """# Families
 
-<!-- Made by `python -m lte_lightning.core.model.families > docs/families.md` from `FFN_TABLE`. -->
+<!-- Made by `python -m lte_lightning.core.model.families > docs/families.md` from `FAMILIES`. -->
 
 `convert` cuts the FFNs of these families into experts. `model_type` is what the model's `config.json` says; names are
 relative to a transformer layer.
@@ -60,7 +178,7 @@ examples:
 - Quantised models and models with adapters: convert first.
 - Multimodal models, `gemma3` for one: take the text model out, as below. (`Gemma3ForCausalLM.from_pretrained` on such a
   folder does not: transformers 5.23 warns, and draws random weights.)
-- Every other family: describe its FFN in a row of `FFN_TABLE` (`lte_lightning/core/model/parts.py`), and add its tiny
+- Every other family: describe its FFN in a row of `FAMILIES` (`lte_lightning/core/model/families.py`), and add its tiny
   configuration to `tests/core/conftest.py`: that runs all of the above.
 
 ```python
@@ -75,14 +193,14 @@ text.save_pretrained("gemma-3-4b-text")  # and the tokenizer beside it
 def page() -> str:
     """Returns the page, in Markdown."""
     lines = ["| `model_type` | kind | FFN | up | gate | down | examples |", "|" + "---|" * 7]
-    for model_type, row in sorted(FFN_TABLE.items()):
-        kind, examples = EXAMPLES[model_type]
+    for model_type, family in sorted(FAMILIES.items()):
+        row = family.row
         rows = [row, row.otherwise] if row.otherwise else [row]
         cells = [" or ".join(_form(each) for each in rows)]
         for part in ("up", "gate", "down"):
             names = [name for each in rows if (name := getattr(each, part))]
             cells.append(", ".join(f"`{name}`" for name in dict.fromkeys(names)) or "-")
-        lines.append(f"| `{model_type}` | {kind} | {' | '.join(cells)} | {examples} |")
+        lines.append(f"| `{model_type}` | {family.kind} | {' | '.join(cells)} | {family.examples} |")
     return _PAGE.format(table="\n".join(lines))
 
 

@@ -1,13 +1,8 @@
-"""The table of FFNs: for each model type, where its FFNs are and what their parts are called.
+"""The parts of a model's FFNs: how they are found, read and replaced by what `families` says of their names."""
 
-To support another family, add a row to `FFN_TABLE`, its tiny config to ``tests/core/conftest.py`` and its examples to
-``families.py``, which makes the page that lists them.
-"""
-
-import difflib
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -15,96 +10,11 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from lte_lightning.core.model.families import FAMILIES, FfnRow, UnsupportedModelError, find_row
 from lte_lightning.core.model.fused import halves
-from lte_lightning.errors import UserError
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
 Projection = nn.Linear | Conv1D
-
-
-@dataclass(frozen=True)
-class FfnRow:
-    """Where one family keeps its FFNs; paths are relative to a transformer layer, -1 is the last of a list.
-
-    Args:
-        layers: Paths of the lists of layers inside ``model.base_model``; the encoder's, then the decoder's, where the
-            family has both (a model may lack one of them).
-        up: The up projection, D to F.
-        down: The down projection, F to D.
-        activation: The activation function.
-        gate: The gate projection of a gated FFN, ``down(activation(gate(x)) * up(x))``. The same path as ``up`` if one
-            projection holds both, the rows of the gate before those of the up projection; such a row needs ``module``.
-        module: The FFN's own module, if it does nothing but the above; it is then replaced whole. Otherwise the expert
-            FFN takes the place of the up projection, and activation and down projection become identities, so that the
-            dropout, residual and LayerNorm around them stay where they were.
-        dropout: Dropout between activation and down projection, which the expert FFN then does: a part of ``module``,
-            or a probability on the layer.
-        otherwise: The row of a layer that has no ``up``.
-    """
-
-    layers: tuple[str, ...]
-    up: str
-    down: str
-    activation: str
-    gate: str | None = None
-    module: str | None = None
-    dropout: str | None = None
-    otherwise: "FfnRow | None" = None
-
-    @property
-    def fused(self) -> bool:
-        """Whether one projection holds gate and up."""
-        return self.gate == self.up
-
-
-_BERT = FfnRow(("encoder.layer",), "intermediate.dense", "output.dense", "intermediate.intermediate_act_fn")
-_LLAMA = FfnRow(("layers",), "mlp.up_proj", "mlp.down_proj", "mlp.act_fn", gate="mlp.gate_proj", module="mlp")
-_FALCON = FfnRow(("h",), "mlp.dense_h_to_4h", "mlp.dense_4h_to_h", "mlp.act", module="mlp")
-_T5 = FfnRow(
-    ("encoder.block", "decoder.block"),
-    "layer.-1.DenseReluDense.wi",
-    "layer.-1.DenseReluDense.wo",
-    "layer.-1.DenseReluDense.act",
-    module="layer.-1.DenseReluDense",
-    dropout="layer.-1.DenseReluDense.dropout",
-)
-_T5_GATED = replace(_T5, up="layer.-1.DenseReluDense.wi_1", gate="layer.-1.DenseReluDense.wi_0")
-
-FFN_TABLE: dict[str, FfnRow] = {
-    "bart": FfnRow(("encoder.layers", "decoder.layers"), "fc1", "fc2", "activation_fn", dropout="activation_dropout"),
-    "bert": _BERT,
-    "bloom": FfnRow(("h",), "mlp.dense_h_to_4h", "mlp.dense_4h_to_h", "mlp.gelu_impl"),
-    "deberta-v2": _BERT,
-    "distilbert": FfnRow(("transformer.layer",), "ffn.lin1", "ffn.lin2", "ffn.activation"),
-    "electra": _BERT,
-    "falcon": _FALCON,
-    "gemma": _LLAMA,
-    "gemma2": _LLAMA,
-    "gemma3_text": _LLAMA,
-    "gpt2": FfnRow(("h",), "mlp.c_fc", "mlp.c_proj", "mlp.act"),
-    "gpt_neox": replace(_FALCON, layers=("layers",)),
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "modernbert": FfnRow(("layers",), "mlp.Wi", "mlp.Wo", "mlp.act", gate="mlp.Wi", module="mlp", dropout="mlp.drop"),
-    "mpnet": _BERT,
-    "opt": FfnRow(("decoder.layers",), "fc1", "fc2", "activation_fn"),
-    "phi3": FfnRow(
-        ("layers",),
-        "mlp.gate_up_proj",
-        "mlp.down_proj",
-        "mlp.activation_fn",
-        gate="mlp.gate_up_proj",
-        module="mlp",
-    ),
-    "qwen2": _LLAMA,
-    "qwen3": _LLAMA,
-    "roberta": _BERT,
-    "t5": replace(_T5, otherwise=_T5_GATED),
-}
-
-
-class UnsupportedModelError(UserError):
-    """The model's family, or one of its parts, is not one that expert FFNs are made for."""
 
 
 @dataclass(frozen=True)
@@ -117,22 +27,6 @@ class FfnParts:
     activation: Activation
     dropout: nn.Dropout | None
     row: FfnRow
-
-
-def find_row(model_type: str) -> FfnRow:
-    """Returns the table's row of a Hugging Face ``model_type``.
-
-    Raises:
-        UnsupportedModelError: If there is none.
-    """
-    if model_type not in FFN_TABLE:
-        nearest = difflib.get_close_matches(model_type, FFN_TABLE, n=1)
-        hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
-        raise UnsupportedModelError(
-            f"model type {model_type!r} is not supported; known are {', '.join(sorted(FFN_TABLE))}.{hint} "
-            "To add one, describe its FFN in a row of FFN_TABLE (lte_lightning/core/model/parts.py)."
-        )
-    return FFN_TABLE[model_type]
 
 
 def row_of(config: PreTrainedConfig) -> FfnRow:
@@ -148,7 +42,7 @@ def row_of(config: PreTrainedConfig) -> FfnRow:
             "by what it was trained with. Start from a dense model of the same family"
         )
     text = getattr(config, "text_config", None)
-    if text is not None and config.model_type not in FFN_TABLE:
+    if text is not None and config.model_type not in FAMILIES:
         raise UnsupportedModelError(
             f"model type {config.model_type!r} is multimodal; take its text model ({text.model_type!r}) out and "
             "convert that (docs/families.md says how)"

@@ -19,7 +19,7 @@ from transformers import (
 from lte_lightning import LteConfig, convert
 from lte_lightning.core.accounting.cost import GFLOP, _attention, flops_per_token, speedup_bound, token_cost
 from lte_lightning.core.model.convert import expert_ffns
-from lte_lightning.core.model.parts import FFN_TABLE
+from lte_lightning.core.model.families import FAMILIES
 from lte_lightning.errors import UserError
 
 
@@ -196,8 +196,8 @@ def test_the_cache_is_as_large_as_the_models_own(name, monkeypatch):
         assert held == 2 * 2 * 2 * 8 * 6
         held = 2 * 2 * 2 * 8 * 7
     # Of a row only the layers matter here; theirs are where those of llama and gpt2 are.
-    monkeypatch.setitem(FFN_TABLE, "mistral", FFN_TABLE["llama"])
-    monkeypatch.setitem(FFN_TABLE, "falcon", FFN_TABLE["gpt2"])
+    monkeypatch.setitem(FAMILIES, "mistral", FAMILIES["llama"])
+    monkeypatch.setitem(FAMILIES, "falcon", FAMILIES["gpt2"])
     assert _attention(model, 12)[1] == held
 
 

@@ -7,14 +7,8 @@ from torch import nn
 from lte_lightning import LteConfig, convert, restore, set_mode
 from lte_lightning.core.model.convert import expert_ffns, group_experts, selector_parameters
 from lte_lightning.core.model.experts import ExpertFfn
-from lte_lightning.core.model.parts import (
-    FFN_TABLE,
-    UnsupportedModelError,
-    find_layers,
-    find_parts,
-    find_row,
-    set_child,
-)
+from lte_lightning.core.model.families import FAMILIES, UnsupportedModelError, find_row
+from lte_lightning.core.model.parts import find_layers, find_parts, set_child
 from lte_lightning.core.model.swap import plain
 from lte_lightning.errors import UserError
 
@@ -49,7 +43,7 @@ def assert_same(before, after):
 
 
 def test_every_row_of_the_table_has_a_tiny_model(tiny_configs):
-    assert {config.model_type for config in tiny_configs.values()} == set(FFN_TABLE)
+    assert {config.model_type for config in tiny_configs.values()} == set(FAMILIES)
 
 
 def assert_close(result, expected, tolerance=4e-6):

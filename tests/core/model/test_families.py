@@ -20,7 +20,8 @@ from lte_lightning import LteConfig, convert, from_pretrained, save_pretrained, 
 from lte_lightning.core.accounting.skeleton import skeleton
 from lte_lightning.core.model import families
 from lte_lightning.core.model.convert import expert_ffns
-from lte_lightning.core.model.parts import FFN_TABLE, UnsupportedModelError, find_layers, find_parts, find_row
+from lte_lightning.core.model.families import FAMILIES, UnsupportedModelError, find_row
+from lte_lightning.core.model.parts import find_layers, find_parts
 
 PAGE = Path(__file__).parents[3] / "docs" / "families.md"
 
@@ -44,7 +45,7 @@ def test_the_page_is_up_to_date():
 
 def test_the_page_has_every_family_once_as_it_is_tested(tested_as):
     _, *rows = re.findall(r"^\| `([\w-]+)` \| ([\w-]+) \|", PAGE.read_text(), re.MULTILINE)
-    assert [model_type for model_type, _ in rows] == sorted(FFN_TABLE)
+    assert [model_type for model_type, _ in rows] == sorted(FAMILIES)
     assert dict(rows) == tested_as
 
 
@@ -53,7 +54,8 @@ def test_every_row_is_tested_once(build, row_families):
         find_parts(find_layers(build(family))[0], find_row(build(family).config.model_type)).row
         for family in row_families
     ]
-    table = [*FFN_TABLE.values(), *(row.otherwise for row in FFN_TABLE.values())]
+    rows = [family.row for family in FAMILIES.values()]
+    table = [*rows, *(row.otherwise for row in rows)]
     assert len(set(found)) == len(found)
     assert set(found) == {row for row in table if row is not None}
 
@@ -68,8 +70,8 @@ def test_unknown_families_are_refused():
         AlbertConfig(vocab_size=64, embedding_size=8, hidden_size=16, intermediate_size=32, num_attention_heads=2)
     )
     before = snapshot(model)
-    known = ", ".join(sorted(FFN_TABLE))
-    with pytest.raises(UnsupportedModelError, match=rf"'albert' is not supported; known are {known}.*row of FFN_TABLE"):
+    known = ", ".join(sorted(FAMILIES))
+    with pytest.raises(UnsupportedModelError, match=rf"'albert' is not supported; known are {known}.*row of FAMILIES"):
         convert(model)
     assert snapshot(model) == before
     with pytest.raises(UnsupportedModelError, match="Did you mean 'roberta'"):
