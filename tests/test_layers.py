@@ -21,6 +21,7 @@ RANKS = {
     "": 3,
     "store": 3,
     "results": 3,
+    "shipped": 3,
     "data": 4,
     "tasks": 4,
     "callbacks": 4,

@@ -4,7 +4,7 @@ import inspect
 import re
 import sys
 from collections.abc import Iterable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import LightningArgumentParser
@@ -12,13 +12,18 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lte_lightning.core.model.config import LteConfig
 from lte_lightning.errors import meant
 from lte_lightning.lazy import load_all
+from lte_lightning.shipped import resolve_options
 from lte_lightning.tasks.base import LteModule
 
 load_all("lte_lightning.tasks", "lte_lightning.data")  # jsonargparse knows the classes that are imported
 
 
 class LteParser(LightningArgumentParser):
-    """Lightning's parser with shorter errors."""
+    """Lightning's parser with shorter errors, which knows the configurations that come with the package."""
+
+    def parse_args(self, args: list[str] | None = None, *more: Any, **options: Any) -> Any:
+        """Parses; ``--config lte:NAME`` is a file of the package."""
+        return super().parse_args(resolve_options(sys.argv[1:] if args is None else list(args)), *more, **options)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Prints the cause, and exits with code 2."""

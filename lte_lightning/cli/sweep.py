@@ -14,6 +14,7 @@ import yaml
 from lte_lightning.errors import UserError
 from lte_lightning.report.collect import collect
 from lte_lightning.results import read_results
+from lte_lightning.shipped import SWEEPS, resolve
 from lte_lightning.store import read_run_file
 from lte_lightning.sweep.engine import Engine, Runner, Summary
 from lte_lightning.sweep.folder import COPY, FRONT, SweepFolder
@@ -38,7 +39,7 @@ def main(args: list[str]) -> None:
         raise UserError(
             f"lte sweep has no option {unknown[0]!r} (see lte sweep --help); options of the fits have a dot in them"
         )
-    sweep = read_sweep(given.sweep, extra, _seeds(given.seeds))
+    sweep = read_sweep(resolve(given.sweep, SWEEPS), extra, _seeds(given.seeds))
     folder = SweepFolder(given.folder or Path("runs") / f"sweep-{sweep.path.stem}")
     sweep = recognise(sweep, folder)
     points = _chosen(sweep.points(), given.only)

@@ -1,0 +1,38 @@
+"""``lte configs``: the configurations and sweeps that come with the package."""
+
+import argparse
+import textwrap
+from pathlib import Path
+
+import yaml
+
+from lte_lightning.shipped import CONFIGS, SCHEME, SWEEPS, folder, names, resolve
+
+
+def main(args: list[str]) -> None:
+    """Lists the names with what their files say first, or prints one file.
+
+    Raises:
+        UserError: There is none of that name.
+    """
+    parser = argparse.ArgumentParser(
+        prog="lte configs",
+        description="List the configurations (for --config) and sweeps (for lte sweep) that come with the package.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("name", nargs="?", help=f"print this configuration, {SCHEME}quickstart for example")
+    name = parser.parse_args(args).name
+    if name:
+        return print(Path(resolve(name if name.startswith(SCHEME) else SCHEME + name)).read_text(), end="")
+    for kind, title in ((CONFIGS, "lightning fit --config NAME"), (SWEEPS, "lte sweep NAME")):
+        print(f"{title}, in {folder(kind)}:")
+        for each in names(kind):
+            about = _about((folder(kind) / f"{each}.yaml").read_text())
+            print(f"  {SCHEME + each:<36} {about}".rstrip())
+
+
+def _about(text: str) -> str:
+    """Returns what a file says of itself: a sweep by its key, a configuration by the comment that it begins with."""
+    first = text.partition("\n")[0]
+    about = first.removeprefix("#") if first.startswith("#") else str(yaml.safe_load(text).get("about", ""))
+    return textwrap.shorten(about, 80, placeholder=" ...")
