@@ -5,7 +5,6 @@ so that the real router runs and lets through the share of experts that is wante
 """
 
 import statistics
-import time
 from typing import Any
 
 import torch
@@ -106,41 +105,30 @@ def rehearse() -> None:
 
 
 def measure() -> list[dict[str, Any]]:
-    """Rows: milliseconds and tokens per second of dense and sparse steps, interleaved; and eager ones."""
-    model = make()
-    weights = sum(p.numel() for p in model.parameters())
-    dense = Stepper(model)
-    dense_graph = capture(dense.step)
-    dense.reset()
-    eager_dense_ms = wall_ms(dense.step)
-    twin = make_sparse()
+    """Rows: milliseconds of dense and sparse steps, interleaved; kernel by kernel, compiled, and eagerly."""
     rows = []
-    for sparsity in SPARSITIES:
-        reached = set_sparsity(twin, sparsity)
-        sparse = Stepper(twin)
-        graph = capture(sparse.step)
-        dense_ms, sparse_ms = [], []
-        for _ in range(NEW):
-            for stepper, replay, times in ((dense, dense_graph.replay, dense_ms), (sparse, graph.replay, sparse_ms)):
-                stepper.reset()
-                times.append(elapsed_ms(replay))
-        sparse.reset()
-        eager_ms = wall_ms(sparse.step)
-        ms, base = statistics.median(sparse_ms), statistics.median(dense_ms)
-        rows.append({
-            "model": f"LLaMA-2-7B-shaped, {weights / 1e9:.2f} B", "sparsity": sparsity, "reached": reached,
-            "dense_ms": base, "ms": ms, "tokens_s": 1e3 / ms, "ratio": base / ms,
-            "dense_eager_ms": eager_dense_ms, "eager_ms": eager_ms,
-        })  # fmt: skip
+    dense, sparse = Stepper(make()), Stepper(make_sparse())
+    weights = sum(p.numel() for p in dense.model.parameters())
+    for way in ("eager", "graph", "compiled, graph"):
+        steps = [dense.step, sparse.step]
+        set_sparsity(sparse.model, SPARSITIES[0])
+        if way.startswith("compiled"):
+            steps = [torch.compile(step, fullgraph=True, dynamic=False) for step in steps]
+        if way.endswith("graph"):
+            graphs = [capture(step) for step in steps]
+            steps = [graph.replay for graph in graphs]
+        for sparsity in SPARSITIES:
+            reached = set_sparsity(sparse.model, sparsity)
+            times: tuple[list[float], list[float]] = ([], [])
+            for _ in range(NEW):
+                for stepper, step, measured in zip((dense, sparse), steps, times, strict=True):
+                    stepper.reset()
+                    torch.cuda.synchronize()
+                    measured.append(elapsed_ms(step))
+            dense_ms, ms = map(statistics.median, times)
+            rows.append({
+                "model": f"LLaMA-2-7B-shaped, {weights / 1e9:.2f} B", "way": way, "sparsity": sparsity,
+                "reached": reached, "dense_ms": dense_ms, "ms": ms, "tokens_s": 1e3 / ms, "ratio": dense_ms / ms,
+            })  # fmt: skip
+            print(rows[-1], flush=True)  # should a later one be cut short
     return rows
-
-
-def wall_ms(call: Any, rounds: int = 32) -> float:
-    """Milliseconds of one eager call, host included."""
-    call()
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(rounds):
-        call()
-    torch.cuda.synchronize()
-    return 1e3 * (time.perf_counter() - start) / rounds

@@ -24,7 +24,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # the package need not be installed
 
-import torch
+import torch  # noqa: E402
 
 Rows = list[dict[str, Any]]
 

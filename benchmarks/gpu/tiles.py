@@ -23,24 +23,25 @@ def combine(**choices: tuple[int, ...]) -> list[dict[str, int]]:
     return [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
 
 
-# What is tuned, the module and name of its table, its key (bytes per weight; None: the table is the row), tokens, and the
-# rows to try. Of prefill's two forms only the tuned one runs.
-LISTS: list[tuple[str, Any, str, int | None, int, list[dict[str, int]]]] = [
-    ("one", stream, "STREAM", 2, 1, combine(TILE=(4096, 8192, 16384), num_warps=(4, 8), PER_SM=(1, 2, 3), STAGES=(1, 2, 3))),  # noqa: E501
-    ("one: sum", stream, "SUM", None, 1, combine(BLOCK_D=(8, 16, 32), num_warps=(4, 8, 16))),
+# What is tuned, the module and name of its table, its key (bytes per weight; None: the table is the row), tokens, and
+# the rows to try. Of prefill's two forms only the tuned one runs.
+LISTS: list[tuple[str, Any, str, int | None, int, list[Any]]] = [
+    ("one", stream, "STREAM", 2, 1, combine(TILE=(8192,), num_warps=(4, 8), PER_SM=(2, 3))),
+    ("one: sum", stream, "SUM", None, 1, combine(BLOCK_D=(16, 32), num_warps=(4, 8))),
     ("router", router, "ROUTER", 2, 1, combine(TILE=(4096, 8192), num_warps=(2, 4, 8))),
     ("few: router", router, "ROUTER_FEW", 2, 16, combine(TILE=(4096, 8192), num_warps=(4, 8, 16))),
     ("few: hidden", decode, "HIDDEN", 2, 4, combine(ROWS=(16, 32), BLOCK_D=(128,), num_warps=(2, 4), STAGES=(3, 4))),
     ("few: down", decode, "DOWN", 2, 4, combine(BLOCK_S=(32,), BLOCK_D=(128, 256), num_warps=(2, 4), STAGES=(3, 4))),
     ("one block", prefill, "FEW", None, 64, combine(BLOCK_M=(64,), BLOCK_F=(32, 64), BLOCK_D=(64,), num_warps=(4,), num_stages=(4, 5, 6))),  # noqa: E501
     ("union", prefill, "WIDE_UNION", None, 4096, combine(BLOCK_M=(128,), BLOCK_F=(64, 128), BLOCK_D=(64,), num_warps=(8,), num_stages=(3, 4))),  # noqa: E501
+    ("union: swizzle", prefill, "SWIZZLE", None, 4096, [1, 4, 8, 16, 32]),
     ("grouped, 512", prefill, "GROUPED", None, 512, combine(BLOCK_M=(64, 128), BLOCK_F=(32,), BLOCK_D=(64,), num_warps=(4, 8), num_stages=(3, 4))),  # noqa: E501
     ("grouped", prefill, "GROUPED", None, 4096, combine(BLOCK_M=(64, 128), BLOCK_F=(32,), BLOCK_D=(64,), num_warps=(4, 8), num_stages=(3, 4))),  # noqa: E501
 ]  # fmt: skip
-FORCED = {"union": 10**6, "grouped, 512": 0, "grouped": 0}
+FORCED = {"union": 10**6, "union: swizzle": 10**6, "grouped, 512": 0, "grouped": 0}
 
 
-def install(module: Any, table: str, key: int | None, row: dict[str, int]) -> dict[str, int]:
+def install(module: Any, table: str, key: int | None, row: Any) -> Any:
     """Puts a row into its table, and returns the one that was there."""
     place = vars(module) if key is None else getattr(module, table)
     name = table if key is None else key

@@ -18,11 +18,11 @@ MAX_TOKENS = 16
 
 # By bytes per weight. Powers of two; ROWS and BLOCK_S are cut to the expert's size.
 HIDDEN = {
-    2: {"ROWS": 32, "BLOCK_D": 128, "num_warps": 4, "STAGES": 4},
+    2: {"ROWS": 32, "BLOCK_D": 128, "num_warps": 2, "STAGES": 4},
     4: {"ROWS": 16, "BLOCK_D": 64, "num_warps": 4, "STAGES": 3},
 }
 DOWN = {
-    2: {"BLOCK_S": 32, "BLOCK_D": 128, "num_warps": 4, "STAGES": 4},
+    2: {"BLOCK_S": 32, "BLOCK_D": 256, "num_warps": 4, "STAGES": 4},
     4: {"BLOCK_S": 32, "BLOCK_D": 64, "num_warps": 4, "STAGES": 3},
 }
 # Programs wanted in the down projection's grid: four for each multiprocessor of a large GPU.

@@ -38,8 +38,9 @@ GROUPED_COST_16THS = 23
 
 @triton.jit
 def _hidden_tile(
-    x_ptr, n, n_ok, up_ptr, gate_ptr, up_bias_ptr, gate_bias_ptr, f, f_ok, D: tl.constexpr,
-    ACTIVATION: tl.constexpr, TOGETHER: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
+    x_ptr, n, n_ok, up_ptr, gate_ptr, up_bias_ptr, gate_bias_ptr, f, f_ok,
+    D: tl.constexpr, ACTIVATION: tl.constexpr, TOGETHER: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     # Activations [BLOCK_M, BLOCK_F] of the tokens n and the neurons f; those not ok are any finite number.
     acc = tl.zeros([BLOCK_M, 2 * BLOCK_F if TOGETHER else BLOCK_F], tl.float32)
@@ -259,7 +260,8 @@ def run_prefill(x_ND: torch.Tensor, mask_NE: torch.Tensor, weights: ExpertWeight
     """
     N, D = x_ND.shape
     E, S, _ = weights.up_ESD.shape
-    tile = UNION if FEW["BLOCK_M"] < N else FEW
+    wide = WIDE_UNION if is_hopper() else UNION
+    tile = wide if FEW["BLOCK_M"] < N else FEW
     active_ME, count_M = list_active(mask_NE, tile["BLOCK_M"])
     if x_ND.dtype == torch.float32:
         hidden_NF = scale_experts(dense_hidden(x_ND, weights), mask_NE.view(torch.bool))

@@ -9,7 +9,7 @@ from lte_lightning.kernels.triton.common import add_bias, check_device, dependen
 from lte_lightning.kernels.triton.stream import tile_of
 
 ROUTER = {2: {"TILE": 8192, "num_warps": 4}, 4: {"TILE": 4096, "num_warps": 4}}
-ROUTER_FEW = {2: {"TILE": 4096, "num_warps": 8}, 4: {"TILE": 4096, "num_warps": 8}}
+ROUTER_FEW = {2: {"TILE": 8192, "num_warps": 8}, 4: {"TILE": 4096, "num_warps": 8}}
 """By bytes per number of the input: numbers of the router's weights per program, for one token and for a few."""
 
 MAX_TOKENS = 16

@@ -21,8 +21,8 @@ from lte_lightning.kernels.triton.common import (
 )
 
 STREAM = {
-    2: {"TILE": 8192, "num_warps": 8, "PER_SM": 2, "STAGES": 1},
-    4: {"TILE": 4096, "num_warps": 8, "PER_SM": 2, "STAGES": 1},
+    2: {"TILE": 8192, "num_warps": 4, "PER_SM": 2},
+    4: {"TILE": 4096, "num_warps": 8, "PER_SM": 2},
 }
 """By bytes per weight: numbers of each matrix per step, and programs per multiprocessor."""
 SUM = {"BLOCK_D": 16, "num_warps": 4}
@@ -45,7 +45,6 @@ def stream_kernel(
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
-    STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Sums [P, D]: each program over its share of the rows of selected experts, ROWS neurons at a time."""
@@ -64,7 +63,7 @@ def stream_kernel(
     for slot in range(begin // S, tl.cdiv(end, S)):
         e = tl.sum((place <= slot).to(tl.int32), 0)  # the expert of that place among the chosen
         last = tl.minimum(end - slot * S, S)
-        for first in tl.range(tl.maximum(begin - slot * S, 0), last, ROWS, num_stages=STAGES):
+        for first in range(tl.maximum(begin - slot * S, 0), last, ROWS):
             s = first + tl.arange(0, ROWS)
             f = (e * S + s).to(tl.int64)
             tile = f[:, None] * D + d[None, :]
@@ -144,7 +143,6 @@ def run_stream(x_ND: torch.Tensor, mask_NE: torch.Tensor, weights: ExpertWeights
         D=D,
         ACTIVATION=weights.activation,
         BLOCK_E=triton.next_power_of_2(E),
-        STAGES=config["STAGES"],
         **tile,
         **pdl,
     )
