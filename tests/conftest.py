@@ -48,6 +48,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in others]
 
 
+@pytest.fixture
+def forgets_selectors() -> Iterator[None]:
+    """What the test registers as a selector is forgotten after it."""
+    from lte_lightning.selection import registry
+
+    before = dict(registry._selectors)
+    yield
+    registry._selectors.clear()
+    registry._selectors.update(before)
+
+
 @pytest.fixture(autouse=True)
 def seeds() -> None:
     random.seed(0)

@@ -101,3 +101,66 @@ def test_imports_point_down(path):
 )
 def test_the_rule_itself(layer, source, expected):
     assert violations(layer, source) == expected
+
+
+SELECTION = PACKAGE / "selection"
+# What the rest may know of selectors: the protocol and the registry, and no class of one
+PROTOCOL = {
+    "Activity",
+    "Description",
+    "Ffn",
+    "FfnShape",
+    "ModelShape",
+    "SELECTORS",
+    "Selector",
+    "import_selector",
+    "register_selector",
+    "selector_class",
+    "selector_names",
+}
+
+
+def asks_for_a_class(source: str) -> list[str]:
+    """Where a source outside of selection/ asks which class a selector is, or may: imports, and tests of types."""
+    found, tree = [], ast.parse(source)
+    # type(x).__name__ is for messages
+    named = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr == "__name__"}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lte_lightning.selection"):
+            deep = node.module != "lte_lightning.selection"
+            found += [alias.name for alias in node.names if deep or alias.name not in PROTOCOL]
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names if alias.name.startswith("lte_lightning.selection")]
+        if (
+            id(node) not in named
+            and isinstance(node, ast.Call)
+            and getattr(node.func, "id", "") in ("isinstance", "issubclass", "type")
+        ):
+            # of an attribute or a variable that holds a selector, or against the base class
+            words = {getattr(inner, "attr", getattr(inner, "id", "")) for inner in ast.walk(node)}
+            found += [ast.unparse(node)] * bool(words & {"selector", "selectors", "Selector", "selector_class"})
+    return found
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in FILES if SELECTION not in path.parents], ids=lambda path: str(path.relative_to(PACKAGE))
+)
+def test_nothing_outside_asks_which_class_a_selector_is(path):
+    assert asks_for_a_class(path.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("from lte_lightning.selection import Selector, selector_class", []),
+        ("from lte_lightning.selection import Router", ["Router"]),
+        ("from lte_lightning.selection.wanda import Wanda", ["Wanda"]),
+        ("isinstance(ffn.selector, Gates | Router)", ["isinstance(ffn.selector, Gates | Router)"]),
+        ("isinstance(x, Selector)", ["isinstance(x, Selector)"]),
+        ("type(selector) is Router", ["type(selector)"]),
+        ("type(ffn.selector).__name__", []),
+        ("isinstance(batch, dict)", []),
+    ],
+)
+def test_that_rule_itself(source, expected):
+    assert asks_for_a_class(source) == expected

@@ -21,7 +21,7 @@ from lte_lightning.core.model.parts import find_layers, find_parts
 from lte_lightning.core.model.storage import route, set_backend
 from lte_lightning.errors import UserError
 from lte_lightning.kernels.dispatch import Backend
-from lte_lightning.selection import RANKINGS, Router, Selector, Wanda
+from lte_lightning.selection import Selector, selector_class, selector_names
 
 # Vocabularies are small: embedding and head take no part in any figure here.
 SHAPES: dict[str, PreTrainedConfig] = {
@@ -162,17 +162,15 @@ def make_subject(
 
 
 def _check_selector(shape: str, name: str) -> None:
-    kinds: dict[str, type[Selector]] = {"router": Router, **RANKINGS}
-
     def wrong(kind: type[Selector]) -> str:
         if kind.reads != "input":
             return "reads activations of every neuron before it chooses, so all of them are computed"
         if kind.scales:
             return "scales what experts give, which no sparse backend does: all of them are computed"
-        return "sets weights to 0 and runs every expert" if kind is Wanda else ""
+        return "sets weights to 0 and runs every expert" if kind.calibration == "pruning" else ""
 
-    if why := wrong(kinds[name]):
-        can = [other for other, kind in kinds.items() if other != "none" and not wrong(kind)]
+    if why := wrong(selector_class(name)):
+        can = [other for other in selector_names() if other != "none" and not wrong(selector_class(other))]
         raise UserError(
             f"{shape} selects by {name!r}, which {why}, and nothing is faster. Name a model that selects by "
             f"{', '.join(can)}, or a shape ({', '.join(SHAPES)}); run.latency_rows of a fit times this one as it is"

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from lte_lightning.callbacks.plan import Epoch, StagePlan, lay_out
 from lte_lightning.core.model.convert import selector_parameters
-from lte_lightning.core.routing.observe import imitates
+from lte_lightning.core.routing.observe import imitates, learns
 from lte_lightning.errors import UserError
 from lte_lightning.tasks.accumulation import StepLoader
 from lte_lightning.tasks.baselines import check_baseline
@@ -176,7 +176,7 @@ class StageSchedule(Callback):
                 "resume with the options that it was begun with, or begin anew without it"
             )
         self._prepare(trainer, self._next_epoch)
-        if "router" in self.stages and not list(selector_parameters(pl_module.net)):
+        if "router" in self.stages and not learns(pl_module.net):
             selector = pl_module.net.lte_config.selector
             raise UserError(f"selector {selector!r} has nothing to train; set stages.router.epochs to 0")
         check_baseline(pl_module, self.stages)

@@ -27,6 +27,7 @@ from lte_lightning.cli.parser import LteParser
 from lte_lightning.errors import UserError
 from lte_lightning.recording.loggers import mlflow_of
 from lte_lightning.recording.recorder import Recorder
+from lte_lightning.selection import import_selector
 from lte_lightning.tasks.base import LteModule
 
 
@@ -63,9 +64,11 @@ class LteCLI(LightningCLI):
             parser.link_arguments("seed_everything", target, compute_fn=_seed)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parses, and refuses a checkpoint that is missing or damaged before anything is made."""
+        """Parses, imports a selector named by its class path, and refuses a checkpoint that is missing or damaged."""
         super().parse_arguments(parser, args)
         config = self.config[self.config.subcommand] if "subcommand" in self.config else self.config
+        if isinstance(name := config.get("model.init_args.lte.selector"), str):
+            import_selector(name)
         path = config.get("ckpt_path")
         if path and not is_zipfile(path):
             what = "a folder" if Path(path).is_dir() else "damaged" if Path(path).exists() else "missing"

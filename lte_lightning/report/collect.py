@@ -112,6 +112,7 @@ def read_run(folder: Path, point: dict[str, Any]) -> Run:
     views = measured.get("hard") or measured.get("hard_before") or {}
     known = {key.removeprefix("model.lte."): value for key, value in options.items() if key.startswith("model.lte.")}
     lte = model.get("lte") or {"selector": "router"} | known
+    lte = lte | {"description": model.get("selector")}
     dense = results.sparsity is None and not results.expert_stage_ran
     role = point.get("role") or ("floor" if lte.get("selector") == "none" else "start" if dense else "point")
     # A variant may be named like its task, alone (its methods are told by their selectors) or before the method

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lte_lightning.core.model.families import FAMILIES
-from lte_lightning.report.methods import GATED, LEARNS_WITH_MODEL, Lte, marked
+from lte_lightning.report.methods import Lte, describe, marked
 from lte_lightning.results import Results, better
 
 GFLOP = 2**30  # as the paper counts
@@ -66,8 +66,9 @@ class Run:
     def is_dense(self) -> bool:
         """Whether it is the dense model, trained on like the methods: an expert stage in which every expert ran."""
         trained = self.results.hard is not None or self.results.expert_stage_ran
-        gated = self.lte.get("selector", "router") in ("router", *GATED)
-        return self.role == "point" and self.results.sparsity == 0 and trained and not gated
+        # LTE's soft stage, and gates that scale what an expert gives, are not dense even with all experts
+        routed = describe(self.lte).learns_with_task
+        return self.role == "point" and self.results.sparsity == 0 and trained and not routed
 
     @property
     def is_undefined(self) -> bool:
@@ -86,7 +87,7 @@ class Run:
     @property
     def trained_on(self) -> str | None:
         """How long the model was trained on after the dense stage, such as ``2 epochs``; None if nothing says so."""
-        stages = ("router", "expert") if self.lte.get("selector", "router") in LEARNS_WITH_MODEL else ("expert",)
+        stages = ("router", "expert") if describe(self.lte).learns_with_task else ("expert",)
         total: Counter[str] = Counter()
         for stage in stages:
             epochs, steps = (self.options.get(f"stages.{stage}.{unit}") for unit in ("epochs", "steps"))
@@ -153,7 +154,7 @@ class Setting:
     def called(self) -> str:
         """The name of its method; an oracle is said to be one, whatever a sweep has named it."""
         lte = self.runs[0].lte
-        return marked(self.method, lte) if lte.get("selector") == "kla" else self.method
+        return marked(self.method, lte) if describe(lte).oracle else self.method
 
     @property
     def label(self) -> str:

@@ -14,6 +14,7 @@ from matplotlib.lines import Line2D
 
 from lte_lightning.report.bench import title
 from lte_lightning.report.material import Material, Run, Setting
+from lte_lightning.report.methods import describe
 from lte_lightning.report.style import DARK, KNOWN, LIGHT, Style
 from lte_lightning.results import better
 
@@ -214,7 +215,8 @@ def scores(settings: Sequence[Setting], looks: Mapping[str, Style]) -> Draw:
 
 def has_threshold(run: Run) -> bool:
     """Says whether experts of a run were chosen by a threshold on their score."""
-    return run.lte.get("selector") == "router" and "threshold" in run.lte
+    description = describe(run.lte)
+    return description.graded and not description.scales and "threshold" in run.lte
 
 
 def union(settings: Sequence[Setting], looks: Mapping[str, Style]) -> Draw:

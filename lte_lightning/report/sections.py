@@ -7,14 +7,13 @@ from dataclasses import dataclass, field
 
 from lte_lightning.report import bench, pictures, tables
 from lte_lightning.report.material import Material, Run, Setting
+from lte_lightning.report.methods import describe
 from lte_lightning.report.style import Style, ours, selectors, styles
 from lte_lightning.report.tables import Table, pick
 
 # Where methods are compared at one sparsity, and how far a setting may lie from it to be compared
 AT, REACH = 0.8, 0.15
 OWN_ROWS = 16  # of LTE in a heat map
-# Selectors whose scores are more than a yes or no
-SCORED = ("router", "softmax", "sigmamoe")
 
 
 @dataclass(frozen=True)
@@ -149,7 +148,7 @@ def _layers(task: str, settings: Sequence[Setting]) -> list[Section]:
 
 def _scores(task: str, settings: Sequence[Setting], looks: Mapping[str, Style]) -> list[Section]:
     def scored(run: Run) -> bool:
-        return run.lte.get("selector") in SCORED and sum(map(sum, run.histogram)) > 0
+        return describe(run.lte).graded and sum(map(sum, run.histogram)) > 0
 
     has = [setting for setting in settings if any(map(scored, setting.runs))]
     if not has:
@@ -158,7 +157,7 @@ def _scores(task: str, settings: Sequence[Setting], looks: Mapping[str, Style]) 
     text = f"Of all layers and seeds. {text}"
     if any(map(pictures.has_threshold, (run for setting in chosen for run in setting.runs))):
         text += " Dashed: LTE's threshold; a well separated selection has few scores near it."
-    if any(run.lte.get("selector") != "router" for setting in chosen for run in setting.runs):
+    if any(describe(run.lte).scales for setting in chosen for run in setting.runs):
         text += " Softmax and sigma-MoE keep the top experts and have no threshold; gates of the others are 0."
     text += " Other methods have no scores, only a choice."
     picture = _picture(f"scores-{task}", f"scores on {task}", pictures.scores(chosen, looks))
@@ -167,7 +166,7 @@ def _scores(task: str, settings: Sequence[Setting], looks: Mapping[str, Style]) 
 
 def _union(task: str, settings: Sequence[Setting], looks: Mapping[str, Style]) -> list[Section]:
     # pruned weights are the same for all tokens, and no expert is off
-    has = [s for s in settings if any(s.values("union_sparsity")) and s.runs[0].lte.get("selector") != "wanda"]
+    has = [s for s in settings if any(s.values("union_sparsity")) and not describe(s.runs[0].lte).prunes]
     if not has:
         return []
     chosen, choice = nearest(has)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from lte_lightning.report.loss import figure_text, kept_text, percent, sentence, tolerance_of, tolerated
 from lte_lightning.report.material import GFLOP, UNTRAINED, Material, Missing, Run, Setting
-from lte_lightning.report.methods import RIVALS, marked
+from lte_lightning.report.methods import RIVALS, describe, marked
 from lte_lightning.results import better
 from lte_lightning.sweep.table import mean_text
 
@@ -204,7 +204,8 @@ def _absent(material: Material) -> list[str]:
 
     def lacking(task: str | None) -> list[str]:
         mine = [run for run in material.of(task) if run.role == "point"]
-        return [name for name, is_it in RIVALS.items() if not any(is_it(run.lte) and not run.is_dense for run in mine)]
+        there = {describe(run.lte).rival for run in mine if not run.is_dense}
+        return [name for name in RIVALS if name not in there]
 
     everywhere = lacking(None)
     lines = [f"No figures of: {', '.join(everywhere)}."] if everywhere else []

@@ -1,54 +1,55 @@
 """Which experts run for a token: LTE's router and what it is compared with.
 
 A `Selector` is a module that maps what it reads, mostly the FFN input ``x_BTD``, to ``scores_BTE`` in [0, 1], in
-float32, and says what it is charged for; an expert runs in hard mode when its score exceeds the threshold. All but the
-router reach a sparsity that is asked for, and share a constructor: sizes, sparsity, generator.
+float32, and says what it is, needs, learns from and is charged for. To add one, write a file beside these, with
+`register_selector` above the class, and name the file below. Another package calls `register_selector` by itself.
 """
 
-from lte_lightning.selection.base import FfnShape, Selector
-from lte_lightning.selection.cats import Cats
-from lte_lightning.selection.chance import RandomRouter
-from lte_lightning.selection.d2dmoe import D2dmoe
-from lte_lightning.selection.dejavu import DejaVu
+from lte_lightning.selection import (  # noqa: F401 - each registers its selector
+    cats,
+    chance,
+    d2dmoe,
+    dejavu,
+    kla,
+    moefication,
+    narrow,
+    none,
+    router,
+    sigmamoe,
+    softmax,
+    teal,
+    wanda,
+)
+from lte_lightning.selection.base import Selector
+from lte_lightning.selection.facts import Activity, Description, Ffn, FfnShape, ModelShape
 from lte_lightning.selection.gates import Gates
-from lte_lightning.selection.kla import KeepLargest
-from lte_lightning.selection.moefication import Moefication
-from lte_lightning.selection.narrow import Narrow
 from lte_lightning.selection.none import NoExperts
 from lte_lightning.selection.predictor import Predictor
 from lte_lightning.selection.ranking import Ranking
+from lte_lightning.selection.registry import (
+    SELECTORS,
+    import_selector,
+    register_selector,
+    selector_class,
+    selector_names,
+)
 from lte_lightning.selection.router import Router
-from lte_lightning.selection.sigmamoe import SigmaMoe
-from lte_lightning.selection.softmax import NoisySoftmax
-from lte_lightning.selection.teal import Teal
-from lte_lightning.selection.wanda import Wanda
-
-RANKINGS: dict[str, type[Ranking]] = {
-    "cats": Cats,
-    "d2dmoe": D2dmoe,
-    "dejavu": DejaVu,
-    "kla": KeepLargest,
-    "moefication": Moefication,
-    "narrow": Narrow,
-    "none": NoExperts,
-    "random": RandomRouter,
-    "sigmamoe": SigmaMoe,
-    "softmax": NoisySoftmax,
-    "teal": Teal,
-    "wanda": Wanda,
-}
-SELECTORS = ("router", *RANKINGS)
 
 __all__ = [
-    "RANKINGS",
     "SELECTORS",
+    "Activity",
+    "Description",
+    "Ffn",
     "FfnShape",
     "Gates",
+    "ModelShape",
     "NoExperts",
     "Predictor",
     "Ranking",
     "Router",
     "Selector",
-    "Teal",
-    "Wanda",
+    "import_selector",
+    "register_selector",
+    "selector_class",
+    "selector_names",
 ]

@@ -1,49 +1,184 @@
-"""What every selector is."""
+"""The protocol of a selector: what it says about itself, and what it is asked to do.
 
-from dataclasses import dataclass
+Class attributes say what a selector is; the methods have defaults for everything that most selectors do not need. The
+rest of the package asks these attributes and methods, and never which class a selector is. `register_selector` gives a
+selector its name. Shapes: B batch, T tokens, N real tokens of a batch, D width of the model, F neurons, E experts, and
+I inputs, O outputs of one projection.
+"""
+
 from typing import ClassVar, Literal
 
 import torch
 from torch import nn
 
+from lte_lightning.errors import UserError
+from lte_lightning.selection.facts import Activity, Description, Ffn, FfnShape, ModelShape, Options
+
 Reads = Literal["input", "gate", "hidden"]
+Learns = Literal["never", "imitation", "efficiency", "balance"]
+Calibration = Literal["none", "dense", "sequential", "common", "pruning"]
+Scope = Literal["none", "ffn", "layers"]
 
-
-@dataclass(frozen=True)
-class FfnShape:
-    """Sizes of an FFN.
-
-    Args:
-        width: D.
-        experts: E.
-        gated: Whether it has a gate projection beside the up projection.
-    """
-
-    width: int
-    experts: int
-    gated: bool = False
+# What a selector with this attribute must define itself
+_PROMISED = {
+    ("learns", "imitation"): ("imitation_loss",),
+    ("learns", "balance"): ("balance_loss",),
+    ("calibration", "dense"): ("sample", "calibrate"),
+    ("calibration", "sequential"): ("sample", "calibrate"),
+    ("calibration", "common"): ("set_level",),
+    ("calibration", "pruning"): ("prune_scope", "least_important", "weights_left", "set_density"),
+}
 
 
 class Selector(nn.Module):
-    """Maps what it reads to ``scores_BTE`` in [0, 1], float32, and says what that costs.
+    """Maps what it reads to ``scores_BTE`` in [0, 1], float32; in hard mode an expert runs whose score exceeds tau.
 
-    ``reads`` is what `forward` is given: the FFN's ``input`` x_BTD; its ``gate`` activations, activation(gate(x)), or
-    of a plain FFN activation(up(x)), [B, T, F]; or its ``hidden`` activations, what the down projection is given,
-    [B, T, F]. Whoever reads the last knows what it is to predict: an oracle.
-
-    ``scales`` says that an expert's output is multiplied by its score in hard mode, too; those that do not run score 0.
+    Attributes:
+        label: Name for people, in tables and legends; the class's name if empty.
+        caveat: What its results must not be read without, shown beside the label.
+        oracle: Whether it reads what it is to save, and is charged nothing for that.
+        reads: What `forward` is given: the FFN's ``input`` x_BTD; its ``gate`` activations, activation(gate(x)), or of
+            a plain FFN activation(up(x)), [B, T, F]; or its ``hidden`` activations, the down projection's input.
+        scales: Whether an expert's output is multiplied by its score in hard mode, too; those that do not run score 0.
+        graded: Whether scores are more than a yes or no.
+        needs_expert_size: The only expert size that it works with; None for any.
+        no_target: Why it takes no ``target_sparsity``; empty if it needs one.
+        sparsity_of: What its sparsity is a share of: ``experts``, or ``weights``.
+        keeps_order: Whether neurons must keep the order that they have in the model, so that they are not grouped.
+        learns: How the router stage trains it: ``never``; by ``imitation`` of the dense model, alone (see
+            `imitation_loss`); or with the task, by equations 4 and 5 of the paper on its scores (``efficiency``), or by
+            a `balance_loss` of its own (``balance``).
+        balance_weight: Weight of the balance loss.
+        calibration: How it is calibrated on training rows when the expert stage begins: not at all (``none``); on what
+            the ``dense`` model does; layer after layer, each behind calibrated ones (``sequential``); by one level for
+            all layers (``common``, see `set_level`); or by ``pruning`` weights (see `least_important`).
     """
 
+    label: ClassVar[str] = ""
+    caveat: ClassVar[str] = ""
+    oracle: ClassVar[bool] = False
     reads: ClassVar[Reads] = "input"
     scales: ClassVar[bool] = False
+    graded: ClassVar[bool] = True
+    needs_expert_size: ClassVar[int | None] = None
+    no_target: ClassVar[str] = ""
+    sparsity_of: ClassVar[Literal["experts", "weights"]] = "experts"
+    keeps_order: ClassVar[bool] = False
+    learns: ClassVar[Learns] = "never"
+    balance_weight: ClassVar[float] = 1.0
+    calibration: ClassVar[Calibration] = "none"
+
+    # What it is
+
+    @classmethod
+    def called(cls, expert_size: int | None, target_sparsity: float | None) -> str:
+        """Returns the label, which may depend on how the method is used; None where that is not known."""
+        return cls.label or cls.__name__
+
+    @classmethod
+    def rival(cls, expert_size: int | None) -> str:
+        """Returns the name under which a report lists the method as missing; "" if it never does."""
+        return cls.label
+
+    @classmethod
+    def describe(cls, expert_size: int | None, target_sparsity: float | None) -> Description:
+        """Returns what a report must know of it."""
+        return Description(
+            label=cls.called(expert_size, target_sparsity),
+            caveat=cls.caveat,
+            rival=cls.rival(expert_size),
+            learns_with_task=cls.learns_with_task(),
+            scales=cls.scales,
+            graded=cls.graded,
+            oracle=cls.oracle,
+            prunes=cls.calibration == "pruning",
+        )
+
+    @classmethod
+    def learns_with_task(cls) -> bool:
+        """Says whether the router stage trains it together with the model."""
+        return cls.learns in ("efficiency", "balance")
+
+    @classmethod
+    def lacking(cls) -> list[str]:
+        """Returns the methods that the class must define and does not."""
+        needed = ["forward", "flops_per_token", "make"]
+        for (attribute, value), methods in _PROMISED.items():
+            needed += methods if getattr(cls, attribute) == value else ()
+        return [method for method in needed if _function(cls, method) is _function(Selector, method)]
+
+    # What it needs
+
+    @classmethod
+    def check(cls, options: Options) -> None:
+        """Checks a configuration that names this selector.
+
+        Raises:
+            UserError: If it cannot work with that.
+        """
+        name, target, size = options.selector, options.target_sparsity, cls.needs_expert_size
+        if not cls.no_target and (target is None or not 0.0 <= target < 1.0):
+            raise UserError(
+                f"selector {name!r} has target_sparsity {target}; it needs the share of the {cls.sparsity_of} that "
+                "shall not run, at least 0 and below 1"
+            )
+        if cls.no_target and target is not None:
+            raise UserError(f"selector {name!r} takes no target_sparsity (it is {target}): {cls.no_target}")
+        if size is not None and options.expert_size != size:
+            neurons = "single neurons" if size == 1 else f"experts of {size} neurons"
+            raise UserError(
+                f"selector {name!r} selects {neurons}; set expert_size to {size} (it is {options.expert_size})"
+            )
+        if cls.calibration != "pruning" and (options.wanda_pattern, options.wanda_scope) != ("unstructured", "ffn"):
+            raise UserError(
+                f"wanda_pattern {options.wanda_pattern} and wanda_scope {options.wanda_scope} are for 'wanda', not for "
+                f"selector {name!r}; leave them out"
+            )
+
+    @classmethod
+    def check_model(cls, options: Options, model: ModelShape) -> None:
+        """Checks a model before it is converted.
+
+        Raises:
+            UserError: If the selector cannot work with that.
+        """
+
+    @classmethod
+    def make(cls, shape: FfnShape, options: Options, generator: torch.Generator | None) -> "Selector":
+        """Returns the selector of one FFN.
+
+        Args:
+            shape: The FFN's sizes.
+            options: The configuration.
+            generator: Source of initial weights.
+        """
+        raise NotImplementedError(f"{cls.__name__} must define make")
+
+    def check_sparsity(self, options: Options) -> None:
+        """Checks that the target sparsity can be met with the FFN's experts.
+
+        Raises:
+            UserError: If not.
+        """
+
+    # How it selects
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
         """Returns the scores [B, T, E]."""
         raise NotImplementedError(f"{type(self).__name__} must define forward")
 
+    def linear(self) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+        """Returns weight [E, D] and bias [E] if scores are the sigmoid of one linear layer, which a kernel may compute.
+
+        None if `forward` has to be asked.
+        """
+        return None
+
     def thin(self, x_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns what gate and up projection are given of the input in hard mode: all of it, unless it is thinned."""
         return x_BTD, x_BTD
+
+    # What it costs
 
     def used(self, x_BTD: torch.Tensor, scores_BTE: torch.Tensor) -> torch.Tensor | None:
         """Returns the share of the FFN's weights that each token uses, [B, T, 1], float32.
@@ -64,3 +199,65 @@ class Selector(nn.Module):
     def whole_projections(self) -> int:
         """Returns how many of the FFN's projections are computed whole, for every neuron, before the choice."""
         return 0
+
+    # How it learns
+
+    def imitation_loss(self, activity: Activity) -> torch.Tensor:
+        """Returns how wrong the selector is about what the dense FFN does, a scalar; for ``learns = "imitation"``."""
+        raise NotImplementedError(f"{type(self).__name__} must define imitation_loss")
+
+    def balance_loss(self, x_ND: torch.Tensor, scores_NE: torch.Tensor) -> torch.Tensor:
+        """Returns how unevenly the experts are used, a scalar; for ``learns = "balance"``.
+
+        Args:
+            x_ND: The FFN's input.
+            scores_NE: What `forward` returned for it.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define balance_loss")
+
+    # How it is calibrated
+
+    def sample(self, activity: Activity) -> torch.Tensor:
+        """Returns what `calibrate` wants to know of N training tokens, [N, ...]."""
+        raise NotImplementedError(f"{type(self).__name__} must define sample")
+
+    def calibrate(self, sample: torch.Tensor, ffn: Ffn | None = None) -> None:
+        """Calibrates itself, for ``dense`` and ``sequential``.
+
+        Args:
+            sample: What `sample` returned for all calibration tokens.
+            ffn: Runs the FFN.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define calibrate")
+
+    def set_level(self, level: float) -> None:
+        """Sets the level, between 0 and 1, that all layers share; for ``common``. A higher one runs fewer experts."""
+        raise NotImplementedError(f"{type(self).__name__} must define set_level")
+
+    # How it prunes
+
+    def prune_scope(self) -> Scope:
+        """Returns which projections lose weights: ``none``, those of the ``ffn``, or of the ``layers``."""
+        return "none"
+
+    def least_important(self, weight_OI: torch.Tensor, norms_I: torch.Tensor) -> torch.Tensor:
+        """Returns True for the weights [O, I] that go.
+
+        Args:
+            weight_OI: A projection's weights, a row per output.
+            norms_I: L2 norms of its inputs over the calibration tokens.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define least_important")
+
+    def weights_left(self, inputs: int) -> int:
+        """Returns how many weights each row of a projection keeps."""
+        raise NotImplementedError(f"{type(self).__name__} must define weights_left")
+
+    def set_density(self, density: float) -> None:
+        """Notes the share of the FFN's weights that is left."""
+        raise NotImplementedError(f"{type(self).__name__} must define set_density")
+
+
+def _function(kind: type[Selector], method: str) -> object:
+    found = getattr(kind, method)
+    return getattr(found, "__func__", found)  # a classmethod is bound to another class each time

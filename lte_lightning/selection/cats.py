@@ -1,16 +1,24 @@
 """CATS: a threshold on the activated gate."""
 
 from lte_lightning.selection.magnitude import Magnitude
+from lte_lightning.selection.registry import register_selector
 
 
+@register_selector("cats")
 class Cats(Magnitude):
-    """CATS (Lee et al. 2024): a threshold on the |activated gate|, one per layer, calibrated on training rows.
+    """CATS: a threshold on the |activated gate|, one per layer, calibrated on training rows.
+
+    Source: Donghyun Lee, Je-Yong Lee, Genghan Zhang, Mo Tiwari, Azalia Mirhoseini: "CATS: Contextually-Aware
+    Thresholding for Sparsity in Large Language Models", COLM 2024, arXiv 2404.08763. Its activation: z where |z| >= t,
+    else 0, for z = SiLU(x W_gate); t is the quantile of |z| at the sparsity asked for.
 
     Charged the gate projection (of a plain FFN: the up projection) whole, since every neuron's is computed. No oracle:
     what it reads it has paid for. Each layer's level is calibrated behind layers that are sparse already, or the
     sparsity that is asked for would be missed; the authors calibrate on the dense model.
     """
 
+    label = "CATS"
+    caveat = "pays for the whole gate"
     rule = "level"
     reads = "gate"
 

@@ -4,16 +4,21 @@ import math
 
 import torch
 
-from lte_lightning.selection.base import FfnShape
+from lte_lightning.selection.facts import FfnShape
 from lte_lightning.selection.ranking import Ranking
+from lte_lightning.selection.registry import register_selector
 
 
+@register_selector("random")
 class RandomRouter(Ranking):
-    """Routers that are never trained (the paper's figure 12): the top experts of a random linear map.
+    """Routers that are never trained: the top experts of a random linear map.
+
+    Source: the paper (see `Router`), figure 12.
 
     Charged D * E multiply-adds, like LTE's. No oracle.
     """
 
+    label = "random routers"
     weight: torch.Tensor
 
     def __init__(self, shape: FfnShape, sparsity: float, generator: torch.Generator | None = None) -> None:

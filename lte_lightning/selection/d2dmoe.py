@@ -3,11 +3,18 @@
 import torch
 from torch.nn import functional
 
+from lte_lightning.selection.facts import Activity
 from lte_lightning.selection.predictor import Predictor
+from lte_lightning.selection.registry import register_selector
 
 
+@register_selector("d2dmoe")
 class D2dmoe(Predictor):
-    """D2DMoE (Szatkowski et al. 2024): regresses the norm of each expert's output; dynamic-k.
+    """D2DMoE: regresses the norm of each expert's output; dynamic-k.
+
+    Source: Filip Szatkowski, Bartosz Wójcik, Mikołaj Piórczyński, Simone Scardapane: "Exploiting Activation Sparsity
+    with Dense to Dynamic-k Mixture-of-Experts Conversion", NeurIPS 2024, arXiv 2310.04361: regression of the experts'
+    contributions, and dynamic-k gating; expert e runs where its predicted norm p_e >= (1 - tau) * max p.
 
     Experts run whose predicted norm exceeds a share of their token's largest; the share is one for all layers, as the
     authors', and calibrated. The network is two layers, 128 wide, with ReLU inside and the absolute value at its end;
@@ -16,6 +23,8 @@ class D2dmoe(Predictor):
     oracle.
     """
 
+    label = "D2DMoE"
+    caveat = "without its sparsity fine-tuning"
     rule = "common"
 
     def inner_width(self) -> int:
@@ -35,11 +44,11 @@ class D2dmoe(Predictor):
         norms = self.predict(given)
         return norms / norms.amax(-1, keepdim=True).clamp_min(1e-9)
 
-    def imitation_loss(self, x_ND: torch.Tensor, hidden_NF: torch.Tensor, down_FD: torch.Tensor) -> torch.Tensor:
+    def imitation_loss(self, activity: Activity) -> torch.Tensor:
         """Returns the mean squared error."""
-        down_ESD = down_FD.float().unflatten(0, (self.shape.experts, -1))
-        hidden_NES = hidden_NF.float().unflatten(-1, (self.shape.experts, -1))
+        down_ESD = activity.down_FD.float().unflatten(0, (self.shape.experts, -1))
+        hidden_NES = activity.hidden_NF.float().unflatten(-1, (self.shape.experts, -1))
         # |h W| by the Gram matrix of W: [E, S, S] instead of outputs [N, E, D]
         gram_ESS = down_ESD @ down_ESD.mT
         norm_NE = torch.einsum("nes,est,net->ne", hidden_NES, gram_ESS, hidden_NES).clamp_min(0.0).sqrt()
-        return functional.mse_loss(self.predict(x_ND), norm_NE / norm_NE.mean().clamp_min(1e-9))
+        return functional.mse_loss(self.predict(activity.x_ND), norm_NE / norm_NE.mean().clamp_min(1e-9))

@@ -5,11 +5,18 @@ import math
 import torch
 from torch.nn import functional
 
+from lte_lightning.selection.facts import Activity
 from lte_lightning.selection.predictor import Predictor
+from lte_lightning.selection.registry import register_selector
 
 
+@register_selector("dejavu")
 class DejaVu(Predictor):
-    """Deja Vu (Liu et al. 2023) as the paper uses it: a low-rank predictor of every neuron's magnitude.
+    """Deja Vu as the paper (see `Router`) uses it: a low-rank predictor of every neuron's magnitude.
+
+    Source: Zichang Liu, Jue Wang, Tri Dao, Tianyi Zhou, Binhang Yuan, Zhao Song, Anshumali Shrivastava, Ce Zhang,
+    Yuandong Tian, Christopher Ré, Beidi Chen: "Deja Vu: Contextual Sparsity for Efficient LLMs at Inference Time",
+    ICML 2023, arXiv 2310.17157; of its predictors the one for MLP blocks.
 
     Meant for experts of one neuron; of larger ones it predicts the sum. It is trained by squared error on
     |activation| in units of the layer's mean; the authors, whose models have ReLU, classify whether it is above 0. The
@@ -17,11 +24,13 @@ class DejaVu(Predictor):
     expert stage it is the paper's fine-tuned variant.
     """
 
+    label = "Deja Vu"
+
     def inner_width(self) -> int:
         """Returns D / 12, rounded up."""
         return math.ceil(self.shape.width / 12)
 
-    def imitation_loss(self, x_ND: torch.Tensor, hidden_NF: torch.Tensor, down_FD: torch.Tensor) -> torch.Tensor:
+    def imitation_loss(self, activity: Activity) -> torch.Tensor:
         """Returns the mean squared error."""
-        mass_NE = self.magnitude(hidden_NF)
-        return functional.mse_loss(self.predict(x_ND), mass_NE / mass_NE.mean().clamp_min(1e-9))
+        mass_NE = self.magnitude(activity.hidden_NF)
+        return functional.mse_loss(self.predict(activity.x_ND), mass_NE / mass_NE.mean().clamp_min(1e-9))

@@ -1,7 +1,5 @@
 """Routers of mixtures of experts: trained with the task, and what an expert gives is scaled by its gate."""
 
-from typing import ClassVar
-
 import torch
 from torch import nn
 from torch.nn import functional
@@ -18,7 +16,8 @@ class Gates(Ranking):
     """
 
     scales = True
-    balance_weight: ClassVar[float]
+    graded = True
+    learns = "balance"
     weight: nn.Parameter
 
     @property
@@ -30,6 +29,13 @@ class Gates(Ranking):
         """Returns x W_g, [..., E], float32."""
         return functional.linear(x, self.weight.to(x.dtype)).float()
 
+    @classmethod
+    def lacking(cls) -> list[str]:
+        """Returns the methods that the class must define and does not."""
+        return super().lacking() + [
+            name for name in ("importance", "gate") if getattr(cls, name) is getattr(Gates, name)
+        ]
+
     def gate(self, best: torch.Tensor) -> torch.Tensor:
         """Returns the gates of the experts that are kept, [..., K], from their importance."""
         raise NotImplementedError(f"{type(self).__name__} must define gate")
@@ -39,15 +45,6 @@ class Gates(Ranking):
         importance = self.importance(given)
         best = importance.topk(self.keep, dim=-1)
         return torch.zeros_like(importance).scatter(-1, best.indices, self.gate(best.values))
-
-    def balance_loss(self, x_ND: torch.Tensor, gates_NE: torch.Tensor) -> torch.Tensor:
-        """Returns how unevenly the experts are used by N tokens, a scalar, to be weighted by ``balance_weight``.
-
-        Args:
-            x_ND: The FFN's input.
-            gates_NE: What `forward` returned for it.
-        """
-        raise NotImplementedError(f"{type(self).__name__} must define balance_loss")
 
     def flops_per_token(self) -> int:
         """Returns 2 D E."""

@@ -4,12 +4,18 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from lte_lightning.selection.base import FfnShape
+from lte_lightning.selection.facts import Activity, FfnShape
 from lte_lightning.selection.predictor import Predictor
+from lte_lightning.selection.registry import register_selector
 
 
+@register_selector("moefication")
 class Moefication(Predictor):
-    """MoEfication's learned router (Zhang et al. 2022): a two-layer tanh network of width E picks the top experts.
+    """MoEfication's learned router: a two-layer tanh network of width E picks the top experts.
+
+    Source: Zhengyan Zhang, Yankai Lin, Zhiyuan Liu, Peng Li, Maosong Sun, Jie Zhou: "MoEfication: Transformer
+    Feed-forward Layers are Mixtures of Experts", Findings of ACL 2022, arXiv 2110.01786; the learned router is the "MLP
+    selection" of its section on expert selection.
 
     As in the authors' code it sees the input's direction, has no biases and ends in a matrix that starts as the
     identity, and it is trained by binary cross-entropy towards each expert's |activation| as a share of the largest in
@@ -17,6 +23,8 @@ class Moefication(Predictor):
     the activation for ReLU and fine-tune first: ``model.activation relu`` in the dense stage. Charged D * E + E * E
     multiply-adds. No oracle.
     """
+
+    label = "MoEfication"
 
     def __init__(self, shape: FfnShape, sparsity: float, generator: torch.Generator | None = None) -> None:
         super().__init__(shape, sparsity, generator)
@@ -35,7 +43,8 @@ class Moefication(Predictor):
         """Returns the network's output [..., E], float32, for the direction of x."""
         return super().predict(functional.normalize(x, dim=-1))
 
-    def imitation_loss(self, x_ND: torch.Tensor, hidden_NF: torch.Tensor, down_FD: torch.Tensor) -> torch.Tensor:
+    def imitation_loss(self, activity: Activity) -> torch.Tensor:
         """Returns the binary cross-entropy."""
-        mass_NE = self.magnitude(hidden_NF)
-        return functional.binary_cross_entropy_with_logits(self.predict(x_ND), mass_NE / mass_NE.max().clamp_min(1e-9))
+        mass_NE = self.magnitude(activity.hidden_NF)
+        share_NE = mass_NE / mass_NE.max().clamp_min(1e-9)
+        return functional.binary_cross_entropy_with_logits(self.predict(activity.x_ND), share_NE)

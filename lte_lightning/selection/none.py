@@ -3,13 +3,23 @@
 import torch
 
 from lte_lightning.selection.ranking import Ranking
+from lte_lightning.selection.registry import register_selector
 
 
+@register_selector("none")
 class NoExperts(Ranking):
     """Scores every expert 0, so that in hard mode the FFN is its output bias; it is charged nothing. No oracle.
 
     A task on which a model adapted like this loses little says little about any way to select experts.
     """
+
+    label = "floor"
+    no_target = "without experts it is 1"
+
+    @classmethod
+    def rival(cls, expert_size: int | None) -> str:
+        """Returns "": the floor is no method, and a report asks for it by itself."""
+        return ""
 
     @property
     def reachable(self) -> bool:

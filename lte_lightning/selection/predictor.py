@@ -4,20 +4,23 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from lte_lightning.selection.base import FfnShape
+from lte_lightning.selection.facts import FfnShape
 from lte_lightning.selection.ranking import Ranking
 
 
 class Predictor(Ranking):
-    """A ranking by a network that is trained, in the router stage, on what the dense model does.
+    """A ranking by a network of two matrices that is trained, in the router stage, on what the dense model does.
 
-    Charged both its matrices for every token. No oracle: it reads the FFN's input.
+    Charged both its matrices for every token. No oracle: it reads the FFN's input. A subclass defines `inner_width` and
+    `imitation_loss`.
 
     Args:
         shape: The FFN's sizes.
         sparsity: Share of the experts that shall not run.
         generator: Source of the initial weights.
     """
+
+    learns = "imitation"
 
     def __init__(self, shape: FfnShape, sparsity: float, generator: torch.Generator | None = None) -> None:
         super().__init__(shape, sparsity, generator)
@@ -44,13 +47,3 @@ class Predictor(Ranking):
     def importance(self, given: torch.Tensor) -> torch.Tensor:
         """Returns the prediction."""
         return self.predict(given)
-
-    def imitation_loss(self, x_ND: torch.Tensor, hidden_NF: torch.Tensor, down_FD: torch.Tensor) -> torch.Tensor:
-        """Returns how wrong the prediction is, a scalar.
-
-        Args:
-            x_ND: The FFN's input.
-            hidden_NF: Its activations.
-            down_FD: The down projection, a row per neuron.
-        """
-        raise NotImplementedError(f"{type(self).__name__} must define imitation_loss")

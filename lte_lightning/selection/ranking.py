@@ -4,16 +4,22 @@ from typing import ClassVar, Literal
 
 import torch
 
-from lte_lightning.selection.base import FfnShape, Selector
+from lte_lightning.errors import UserError
+from lte_lightning.selection.base import Calibration, Selector
+from lte_lightning.selection.facts import Activity, Ffn, FfnShape, Options
+
+Rule = Literal["top", "level", "common", "fixed"]
+_CALIBRATION: dict[Rule, Calibration] = {"top": "none", "level": "sequential", "common": "common", "fixed": "dense"}
 
 
 class Ranking(Selector):
     """Keeps the most important experts; a subclass says how important each is.
 
     The rule ``top`` keeps the same number for every token. ``level`` keeps those above a level of the layer, which
-    `calibrate` sets to a quantile seen on training rows; ``common`` those above one level of all layers, which
-    ``core/calibrate.py`` looks for; before that every expert runs. ``fixed`` keeps for all tokens those that are most
-    important on average over training rows.
+    `calibrate` sets to a quantile seen on training rows; ``common`` those that reach one level of all layers, which
+    ``core/routing/calibrate.py`` looks for; before that every expert runs. ``fixed`` keeps for all tokens those that
+    are most important on average over training rows. The rule decides how a subclass is calibrated, unless that says
+    so itself.
 
     Args:
         shape: The FFN's sizes.
@@ -21,9 +27,15 @@ class Ranking(Selector):
         generator: Source of initial weights.
     """
 
-    rule: ClassVar[Literal["top", "level", "common", "fixed"]] = "top"
+    graded = False
+    rule: ClassVar[Rule] = "top"
     level: torch.Tensor
     chosen_E: torch.Tensor
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "rule" in vars(cls) and "calibration" not in vars(cls):
+            cls.calibration = _CALIBRATION[cls.rule]
 
     def __init__(self, shape: FfnShape, sparsity: float, generator: torch.Generator | None = None) -> None:
         super().__init__()
@@ -35,6 +47,17 @@ class Ranking(Selector):
         elif self.rule == "fixed":
             self.register_buffer("chosen_E", torch.ones(shape.experts))
 
+    @classmethod
+    def lacking(cls) -> list[str]:
+        """Returns the methods that the class must define and does not."""
+        ranks = cls.forward is Ranking.forward and cls.importance is Ranking.importance
+        return super().lacking() + ["importance"] * ranks
+
+    @classmethod
+    def make(cls, shape: FfnShape, options: Options, generator: torch.Generator | None) -> Selector:
+        """Returns the selector of one FFN; with no target sparsity, nothing runs."""
+        return cls(shape, 1.0 if options.target_sparsity is None else options.target_sparsity, generator)
+
     def importance(self, given: torch.Tensor) -> torch.Tensor:
         """Returns how important each expert is for each token, [..., E], float32, from what the selector reads."""
         raise NotImplementedError(f"{type(self).__name__} must define importance")
@@ -44,8 +67,10 @@ class Ranking(Selector):
         if self.rule == "fixed":
             return self.chosen_E.float().expand(*given.shape[:-1], -1)
         importance = self.importance(given)
-        if self.rule in ("level", "common"):
+        if self.rule == "level":
             return (importance > self.level).float()
+        if self.rule == "common":
+            return (importance >= self.level).float()
         best = importance.topk(self.keep, dim=-1, sorted=False).indices  # sorted takes twice as long
         return torch.zeros_like(importance).scatter_(-1, best, 1.0)
 
@@ -56,19 +81,43 @@ class Ranking(Selector):
             return (1.0 - self.sparsity) * self.shape.experts > 1.0 - 1e-6
         return self.rule == "level" or self.keep > 0
 
-    @property
-    def calibrates(self) -> bool:
-        """Whether `calibrate` must be called before the first choice."""
-        return self.rule != "top"
+    def check_sparsity(self, options: Options) -> None:
+        """Checks that the sparsity leaves an expert to run.
+
+        Raises:
+            UserError: If not; the message says which sparsity would.
+        """
+        if self.reachable:
+            return
+        experts, kept, so = self.shape.experts, "none", "would be 'none', the floor"
+        if self.learns_with_task():
+            so = "would have nothing to learn"
+        elif self.rule == "common":
+            kept, so = "less than one", "runs at least the best of each token"
+        nearest = 1000 * (experts - 1) // experts / 1000  # rounded down, so that it is accepted
+        raise UserError(
+            f"target_sparsity {options.target_sparsity} keeps {kept} of {experts} experts, and selector "
+            f"{options.selector!r} {so}; lower it to {nearest:g}, or make experts smaller (expert_size is "
+            f"{options.expert_size})"
+        )
+
+    def sample(self, activity: Activity) -> torch.Tensor:
+        """Returns how important each expert is for each token, [N, E]."""
+        given = {"input": activity.x_ND, "gate": activity.gate_NF, "hidden": activity.hidden_NF}[self.reads]
+        return self.importance(given)
 
     @torch.no_grad()
-    def calibrate(self, importance_NE: torch.Tensor) -> None:
-        """Sets the level, or the fixed choice, from the importance of N tokens of the training rows."""
+    def calibrate(self, sample: torch.Tensor, ffn: Ffn | None = None) -> None:
+        """Sets the level, or the fixed choice, from the importance [N, E] of N tokens of the training rows."""
         if self.rule == "fixed":
-            best = importance_NE.mean(0).topk(self.keep).indices
+            best = sample.mean(0).topk(self.keep).indices
             self.chosen_E.zero_()[best] = 1.0
         elif self.rule == "level":
-            self.level.fill_(level_of(importance_NE.flatten().sort().values, self.sparsity))
+            self.level.fill_(level_of(sample.flatten().sort().values, self.sparsity))
+
+    def set_level(self, level: float) -> None:
+        """Sets the level that all layers share."""
+        self.level.fill_(level)
 
     def flops_per_token(self) -> int:
         """Returns 2 FLOPs for every weight of the ranking's own matrices."""

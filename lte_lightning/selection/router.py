@@ -6,10 +6,17 @@ import torch
 from torch import nn
 
 from lte_lightning.selection.base import Selector
+from lte_lightning.selection.facts import FfnShape, Options
+from lte_lightning.selection.registry import register_selector
 
 
+@register_selector("router")
 class Router(Selector):
     """Scores each expert by ``sigmoid(x W_g + b)`` (equation 1 of the paper, plus a bias).
+
+    Source: Haizhong Zheng, Xiaoyan Bai, Xueshen Liu, Z. Morley Mao, Beidi Chen, Fan Lai, Atul Prakash: "Learn To be
+    Efficient: Build Structured Sparsity in Large Language Models", NeurIPS 2024, arXiv 2402.06126. Equation 1 is the
+    score, equation 2 hard mode, equation 3 soft mode, equations 4 to 6 the losses. Here called "the paper".
 
     Charged D * E multiply-adds per token, about 1 % of the FFN. No oracle.
 
@@ -28,6 +35,10 @@ class Router(Selector):
         generator: Source of the initial weights.
     """
 
+    label = "LTE"
+    no_target = "its sparsity follows from efficiency_weight"
+    learns = "efficiency"
+
     def __init__(
         self,
         width: int,
@@ -44,6 +55,12 @@ class Router(Selector):
         start = math.log(threshold / (1.0 - threshold)) + margin
         self.bias = nn.Parameter(torch.full((experts,), start)) if bias else None
 
+    @classmethod
+    def make(cls, shape: FfnShape, options: Options, generator: torch.Generator | None) -> Selector:
+        """Returns the router of one FFN."""
+        start = options.router_bias, options.router_margin, options.router_scale
+        return cls(shape.width, shape.experts, options.threshold, *start, generator)
+
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
         """Returns scores [B, T, E] in (0, 1), float32 whatever the input's type.
 
@@ -53,6 +70,10 @@ class Router(Selector):
         bias_E = None if self.bias is None else self.bias.to(x_BTD.dtype)
         logits_BTE = nn.functional.linear(x_BTD, self.weight.to(x_BTD.dtype), bias_E)
         return torch.sigmoid(logits_BTE.float())
+
+    def linear(self) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+        """Returns its weights, unless a subclass scores in another way."""
+        return (self.weight, self.bias) if type(self).forward is Router.forward else None
 
     def flops_per_token(self) -> int:
         """Returns 2 D E."""

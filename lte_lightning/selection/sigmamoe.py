@@ -7,12 +7,18 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from lte_lightning.selection.base import FfnShape
+from lte_lightning.selection.facts import FfnShape
 from lte_lightning.selection.gates import Gates
+from lte_lightning.selection.registry import register_selector
 
 
+@register_selector("sigmamoe")
 class SigmaMoe(Gates):
-    """sigma-MoE (Csordas et al. 2023; section 5.5 of the paper): the top k of ``sigmoid(x W_g)``, not renormalised.
+    """sigma-MoE: the top k of ``sigmoid(x W_g)``, not renormalised.
+
+    Source: Róbert Csordás, Kazuki Irie, Jürgen Schmidhuber: "Approximating Two-Layer Feedforward Networks for Efficient
+    Transformers", Findings of EMNLP 2023, arXiv 2310.10837: output sum_{e in top k of s} s_e E_e(x) with
+    s = sigmoid(x W_g). Compared in section 5.5 of the paper (see `Router`).
 
     While the gates learn, each is dropped for a token with a probability of 0.05 (set to zero before the choice, and
     nothing is scaled up for it). The balance loss is the negative entropy of the mean over tokens of
@@ -22,6 +28,7 @@ class SigmaMoe(Gates):
     multiply-adds. No oracle.
     """
 
+    label = "sigma-MoE"
     balance_weight = 0.001
     dropout: ClassVar[float] = 0.05
 
@@ -40,7 +47,7 @@ class SigmaMoe(Gates):
         """Returns the sigmoid of each."""
         return best.sigmoid()
 
-    def balance_loss(self, x_ND: torch.Tensor, gates_NE: torch.Tensor) -> torch.Tensor:
+    def balance_loss(self, x_ND: torch.Tensor, scores_NE: torch.Tensor) -> torch.Tensor:
         """Returns the negative entropy of the mean choice, at least -log E."""
         log_share_E = self.logits(x_ND).log_softmax(-1).logsumexp(0) - math.log(len(x_ND))
         return (log_share_E.exp() * log_share_E).sum()

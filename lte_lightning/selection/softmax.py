@@ -4,12 +4,18 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from lte_lightning.selection.base import FfnShape
+from lte_lightning.selection.facts import FfnShape
 from lte_lightning.selection.gates import Gates
+from lte_lightning.selection.registry import register_selector
 
 
+@register_selector("softmax")
 class NoisySoftmax(Gates):
-    """Noisy top-k softmax gating (Shazeer et al. 2017; section 3.2 of the paper, which finds that it fails).
+    """Noisy top-k softmax gating, which the paper (see `Router`) finds to fail in its section 3.2.
+
+    Source: Noam Shazeer, Azalia Mirhoseini, Krzysztof Maziarz, Andy Davis, Quoc Le, Geoffrey Hinton, Jeff Dean:
+    "Outrageously Large Neural Networks: The Sparsely-Gated Mixture-of-Experts Layer", ICLR 2017, arXiv 1701.06538.
+    Equations 3 to 5 are the gates, 6 and 7 the importance loss.
 
     Gates are the softmax over the k largest of ``x W_g + softplus(x W_noise) * N(0, 1)``, and sum to 1; the noise is
     there only while the gates learn. Both matrices start at zero. The balance loss is the original's importance loss,
@@ -19,6 +25,7 @@ class NoisySoftmax(Gates):
     found that either does. Charged D * E multiply-adds. No oracle.
     """
 
+    label = "noisy top-k softmax"
     balance_weight = 0.1
 
     def __init__(self, shape: FfnShape, sparsity: float, generator: torch.Generator | None = None) -> None:
@@ -38,7 +45,7 @@ class NoisySoftmax(Gates):
         """Returns the softmax over those that are kept."""
         return best.softmax(-1)
 
-    def balance_loss(self, x_ND: torch.Tensor, gates_NE: torch.Tensor) -> torch.Tensor:
+    def balance_loss(self, x_ND: torch.Tensor, scores_NE: torch.Tensor) -> torch.Tensor:
         """Returns the squared coefficient of variation of the gates' sums over the tokens."""
-        importance_E = gates_NE.sum(0)
+        importance_E = scores_NE.sum(0)
         return importance_E.var(correction=0) / importance_E.mean().square().clamp_min(1e-9)

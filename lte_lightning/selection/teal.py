@@ -4,15 +4,20 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from lte_lightning.selection.base import FfnShape
+from lte_lightning.selection.facts import Activity, Ffn, FfnShape
 from lte_lightning.selection.magnitude import Magnitude
 from lte_lightning.selection.ranking import level_of
+from lte_lightning.selection.registry import register_selector
 
 STEP = 0.025  # by which the sparsity of a block grows at a time
 
 
+@register_selector("teal")
 class Teal(Magnitude):
-    """TEAL (Liu et al. 2024): each matrix is given only those of its inputs whose magnitude exceeds its threshold.
+    """TEAL: each matrix is given only those of its inputs whose magnitude exceeds its threshold.
+
+    Source: James Liu, Pragaash Ponnusamy, Tianle Cai, Han Guo, Yoon Kim, Ben Athiwaratkun: "Training-Free Activation
+    Sparsity in Large Language Models", ICLR 2025, arXiv 2408.14690; the allocation is its Algorithm 1.
 
     Gate and up projection leave out channels of the input x, the down projection leaves out neurons by their
     activation, |hidden|; a weight is used where its input is given. ``target_sparsity``, and the sparsity that is
@@ -27,7 +32,12 @@ class Teal(Magnitude):
     to the sparsity asked for; all blocks have the same, there and here. They train nothing: that is ``hard_before``.
     """
 
+    label = "TEAL"
+    caveat = "skips weights, not neurons"
+    needs_expert_size = 1
+    sparsity_of = "weights"
     rule = "level"
+    calibration = "dense"  # as its authors', unlike CATS's levels
     reads = "hidden"
     input_levels: torch.Tensor
 
@@ -47,6 +57,18 @@ class Teal(Magnitude):
         size_BTD = x_BTD.abs().float()
         shares = [(size_BTD > level).float().mean(-1, keepdim=True) for level in self.input_levels]
         return torch.stack([*shares, scores_BTE.mean(-1, keepdim=True)]).mean(0)
+
+    def sample(self, activity: Activity) -> torch.Tensor:
+        """Returns the FFN's input, [N, D]: all else follows from it."""
+        return activity.x_ND
+
+    @torch.no_grad()
+    def calibrate(self, sample: torch.Tensor, ffn: Ffn | None = None) -> None:
+        """Sets the levels of all matrices from N inputs [N, D] of the training rows."""
+        if ffn is None:
+            raise TypeError("TEAL allocates by the error of the FFN's output, so it needs the FFN")
+        hidden_NF, dense_ND = ffn.dense(sample)
+        self.allocate(sample, hidden_NF, dense_ND, lambda: ffn.hard(sample))
 
     @torch.no_grad()
     def allocate(

@@ -14,9 +14,9 @@ from lte_lightning.core.routing.observe import (
     imitation_loss,
     learns_with_task,
     neuron_activations,
-    rankings,
 )
 from lte_lightning.errors import UserError
+from lte_lightning.selection import SELECTORS
 from lte_lightning.tasks.evaluation import MeasuredModule, Stage, json_value
 
 # Calibrated on, or grouped by, so many tokens of the training rows; their neurons' importance is held in memory, a
@@ -36,10 +36,11 @@ def check_baseline(module: MeasuredModule, stages: Sequence[Stage]) -> None:
         raise UserError(f"selector {selector!r} learns and is calibrated in one process; set trainer.devices to 1")
     if module.trainer.world_size > 1 and module.stage == "dense" and groups_by_activation(module.net.lte_config):
         raise UserError("grouping 'coactivation' looks at activations in one process; set trainer.devices to 1")
+    learners = sorted(name for name, kind in SELECTORS.items() if kind.learns_with_task())
     if not module.freeze_routers and not learns_with_task(module.net):
         raise UserError(
-            f"freeze_routers is false, but selector {selector!r} does not learn with the task; only router, sigmamoe "
-            "and softmax do"
+            f"freeze_routers is false, but selector {selector!r} does not learn with the task; only "
+            f"{', '.join(learners[:-1])} and {learners[-1]} do"
         )
     if calibrates and module.stage != "expert" and stages[-1] == "router":
         raise UserError(
@@ -74,8 +75,11 @@ def activations_to_group_by(module: MeasuredModule) -> list[torch.Tensor] | None
 
 
 def prepare_choice(module: MeasuredModule) -> None:
-    """Calibrates a baseline on training rows, and measures it in hard mode before any adaptation."""
-    if not rankings(module.net):
+    """Calibrates a selector on training rows, and measures it in hard mode before any adaptation.
+
+    One that has learned with the task was measured so by the router stage.
+    """
+    if learns_with_task(module.net) and "hard_before" in module.measured:
         return
     was_training = module.training
     module.eval()

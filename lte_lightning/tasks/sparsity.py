@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torchmetrics import Metric
 
+from lte_lightning.core.routing.sparsity import Counts
 from lte_lightning.core.routing.trace import RouterTrace
 
 BINS = 50
@@ -34,14 +35,14 @@ class SparsityMeter(Metric):
 
     def update(self, trace: RouterTrace) -> None:
         """Adds the forward passes that a closed trace has seen."""
-        active_L, _ = trace.active_counts()
-        self.active_L += active_L
+        counts = trace.counts()
+        self.active_L += counts.active_L
+        self.tokens_L += counts.tokens_L
         idle_LK, batches_LK = trace.idle_experts(len(UNION_SIZES))
         self.idle_LK += idle_LK
         self.batches_LK += batches_LK
         for layer, scores_NE in enumerate(trace.scores().values()):
             bins = (scores_NE.detach() * BINS).long().clamp_(0, BINS - 1).flatten()
-            self.tokens_L[layer] += len(scores_NE)
             self.scores_LH[layer] += torch.bincount(bins, minlength=BINS)
 
     def compute(self) -> dict[str, Any]:
@@ -54,12 +55,10 @@ class SparsityMeter(Metric):
             evaluation's batch holds), and ``score_histogram``, how many scores of each layer fell in each of 50 bins of
             [0, 1].
         """
-        pairs = [int(n) * experts for n, experts in zip(self.tokens_L, self.experts, strict=True)]
-        per_layer = [1.0 - int(n) / max(total, 1) for n, total in zip(self.active_L, pairs, strict=True)]
-        overall = 1.0 - int(self.active_L.sum()) / max(sum(pairs), 1)
+        counts = Counts(self.active_L, self.tokens_L, self.experts)
         return {
-            "sparsity": overall,
-            "sparsity_per_layer": per_layer,
+            "sparsity": counts.sparsity(),
+            "sparsity_per_layer": counts.per_layer(),
             "union_sparsity": self._union_sparsity(),
             "score_histogram": self.scores_LH.tolist(),
         }

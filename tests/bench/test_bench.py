@@ -31,7 +31,7 @@ from lte_lightning.kernels.cpu import ffn as cpu_ffn
 from lte_lightning.kernels.dense_mask import run_dense_mask
 from lte_lightning.kernels.layout import ExpertWeights
 from lte_lightning.kernels.reference import run_reference
-from lte_lightning.selection import RANKINGS
+from lte_lightning.selection import SELECTORS
 
 CPU = torch.device("cpu")
 ISSUE = (
@@ -195,7 +195,7 @@ def test_a_folder_is_measured_without_its_head_as_a_named_shape_is(kind, config,
     assert bound(subject, "model", "decode", 1, 0.5) == bound(plain, "model", "decode", 1, 0.5)
 
 
-@pytest.mark.parametrize("selector", ["router", *RANKINGS])
+@pytest.mark.parametrize("selector", SELECTORS)
 def test_selectors_are_timed_or_refused(selector, saved, capsys):
     """Those that compute every neuron, or every expert, have nothing to gain."""
     lte = {"selector": selector, "target_sparsity": None if selector in ("router", "none") else 0.5}

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lte_lightning.selection import RANKINGS, FfnShape
+from lte_lightning.selection import SELECTORS, Activity, FfnShape
 from lte_lightning.selection.d2dmoe import D2dmoe
 from lte_lightning.selection.dejavu import DejaVu
 from lte_lightning.selection.moefication import Moefication
@@ -12,7 +12,7 @@ SPARSITY = 0.5  # keeps 3 of 6
 
 
 def made(name, sparsity=SPARSITY):
-    return RANKINGS[name](SHAPE, sparsity, torch.Generator().manual_seed(0))
+    return SELECTORS[name](SHAPE, sparsity, torch.Generator().manual_seed(0))
 
 
 def given(name):
@@ -87,25 +87,31 @@ def test_d2dmoe_keeps_what_comes_near_the_token_s_largest():
     assert d2dmoe(x_ND).equal((shares_NE > 0.3).float())
 
 
+def seen(x_ND, hidden_NF, down_FD, first_FD=None, activation=torch.relu):
+    first_FD = torch.randn(F, D) if first_FD is None else first_FD
+    return Activity(x_ND, hidden_NF, hidden_NF, first_FD, down_FD, activation)
+
+
 def test_losses_are_their_definitions():
     torch.manual_seed(2)
     x_ND, hidden_NF, down_FD = torch.randn(N, D), torch.randn(N, F), torch.randn(F, D)
+    activity = seen(x_ND, hidden_NF, down_FD)
     mass_NE = mass(hidden_NF)
 
     moefication = made("moefication")
     share_NE, predicted_NE = mass_NE / mass_NE.max(), moefication.predict(x_ND).sigmoid()
     expected = -(share_NE * predicted_NE.log() + (1 - share_NE) * (1 - predicted_NE).log()).mean()
-    torch.testing.assert_close(moefication.imitation_loss(x_ND, hidden_NF, down_FD), expected)
+    torch.testing.assert_close(moefication.imitation_loss(activity), expected)
 
     dejavu = made("dejavu")
     expected = (dejavu.predict(x_ND) - mass_NE / mass_NE.mean()).square().mean()
-    torch.testing.assert_close(dejavu.imitation_loss(x_ND, hidden_NF, down_FD), expected)
+    torch.testing.assert_close(dejavu.imitation_loss(activity), expected)
 
     d2dmoe = made("d2dmoe")
     outputs = [hidden_NF[:, e * 4 : e * 4 + 4] @ down_FD[e * 4 : e * 4 + 4] for e in range(E)]
     norm_NE = torch.stack([output.norm(dim=1) for output in outputs], 1)
     expected = (d2dmoe.predict(x_ND) - norm_NE / norm_NE.mean()).square().mean()
-    torch.testing.assert_close(d2dmoe.imitation_loss(x_ND, hidden_NF, down_FD), expected)
+    torch.testing.assert_close(d2dmoe.imitation_loss(activity), expected)
 
 
 @pytest.mark.parametrize("kind", [Moefication, DejaVu, D2dmoe])
@@ -124,7 +130,7 @@ def test_predictors_learn(kind):
     optimizer = torch.optim.Adam(predictor.parameters(), lr=0.01)
     for _ in range(300):
         optimizer.zero_grad()
-        predictor.imitation_loss(x_ND, hidden_NF, down_FD).backward()
+        predictor.imitation_loss(seen(x_ND, hidden_NF, down_FD)).backward()
         optimizer.step()
     assert found() > max(before, 0.5) + 0.1
 
@@ -148,7 +154,7 @@ def test_charges(name, flops):
     assert made(name).flops_per_token() == flops
 
 
-@pytest.mark.parametrize("name", [name for name, kind in RANKINGS.items() if not kind.scales])
+@pytest.mark.parametrize("name", [name for name, kind in SELECTORS.items() if not kind.graded])
 def test_scores_are_zero_or_one_and_half_precision_is_taken(name):
     selector = made(name)
     scores = selector(given(name).to(torch.bfloat16).view(4, 10, -1))

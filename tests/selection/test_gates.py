@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from lte_lightning.selection import RANKINGS, FfnShape
+from lte_lightning.selection import SELECTORS, FfnShape
 
 D, E, N, K = 8, 6, 40, 3
 KINDS = ["softmax", "sigmamoe"]
@@ -19,7 +19,7 @@ def made():
     """`made(name)`: gates with weights that hide nothing, in train mode."""
 
     def made(name, sparsity=0.5):
-        gates = RANKINGS[name](FfnShape(D, E), sparsity, torch.Generator().manual_seed(0))
+        gates = SELECTORS[name](FfnShape(D, E), sparsity, torch.Generator().manual_seed(0))
         with torch.no_grad():
             for parameter in gates.parameters():
                 parameter.copy_(torch.randn(parameter.shape))
@@ -138,10 +138,10 @@ def test_descent_evens_the_load_out(name, made, x_ND):
 
 
 def test_where_they_start():
-    softmax, sigma = (RANKINGS[name](FfnShape(D, E), 0.5, torch.Generator().manual_seed(0)) for name in KINDS)
+    softmax, sigma = (SELECTORS[name](FfnShape(D, E), 0.5, torch.Generator().manual_seed(0)) for name in KINDS)
     assert all(parameter.equal(torch.zeros(E, D)) for parameter in softmax.parameters())
     torch.testing.assert_close(sigma.weight.norm(dim=1), torch.ones(E))
-    again = RANKINGS["sigmamoe"](FfnShape(D, E), 0.5, torch.Generator().manual_seed(0))
+    again = SELECTORS["sigmamoe"](FfnShape(D, E), 0.5, torch.Generator().manual_seed(0))
     assert again.weight.equal(sigma.weight)
 
 

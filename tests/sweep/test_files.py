@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from lte_lightning.callbacks.stages import StagePlan
-from lte_lightning.report.methods import LEARNS_WITH_MODEL
+from lte_lightning.report.methods import describe
 from lte_lightning.sweep.points import Point
 from lte_lightning.sweep.spec import read_sweep
 
@@ -32,7 +32,7 @@ def plans(point: Point) -> dict[str, dict]:
 
 def stages_of_the_model(point: Point) -> dict[str, dict]:
     """The plans of those stages that train the model's weights."""
-    learns = point.overrides.get("model.lte.selector", "router") in LEARNS_WITH_MODEL
+    learns = describe({"selector": point.overrides.get("model.lte.selector", "router")}).learns_with_task
     found = {stage: plan for stage, plan in plans(point).items() if stage == "expert" or learns}
     return {stage: plan for stage, plan in found.items() if plan["epochs"] != 0}
 

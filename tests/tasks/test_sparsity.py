@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from lte_lightning.core.routing.sparsity import Counts
 from lte_lightning.tasks.sparsity import BINS, SparsityMeter
 
 
@@ -13,9 +14,10 @@ class Trace:
     def scores(self):
         return self.layers
 
-    def active_counts(self):
-        counts = [(scores_NE > 0.5).sum() for scores_NE in self.layers.values()]
-        return torch.stack(counts), len(self.layers["0"])
+    def counts(self):
+        active = [(scores_NE > 0.5).sum() for scores_NE in self.layers.values()]
+        tokens = [len(scores_NE) for scores_NE in self.layers.values()]
+        return Counts(torch.stack(active), torch.tensor(tokens), [s.shape[1] for s in self.layers.values()])
 
     def idle_experts(self, sizes):
         """As if every token were a row of its own, and there were no larger batches."""

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lte_lightning.errors import UserError
-from lte_lightning.selection import RANKINGS
+from lte_lightning.selection import selector_class
 
 
 @dataclass
@@ -18,7 +18,8 @@ class LteConfig:
             they already have.
         selector: ``router`` is LTE's; ``none`` never runs an expert, the floor that every method is read against. The
             baselines are ``cats``, ``d2dmoe``, ``dejavu``, ``kla``, ``moefication``, ``narrow``, ``random``,
-            ``sigmamoe``, ``softmax``, ``teal`` and ``wanda`` (see docs/baselines.md).
+            ``sigmamoe``, ``softmax``, ``teal`` and ``wanda`` (see docs/baselines.md). Others are those that
+            `register_selector` was told of; on the command line a class path, ``my_module.MySelector``, is one.
         target_sparsity: Share of the experts that a baseline shall not run; for ``teal`` and ``wanda`` share of the
             weights that shall not be used. LTE's own router has none: its sparsity follows from ``efficiency_weight``.
         threshold: An expert runs when its score exceeds this (tau in the paper).
@@ -36,21 +37,7 @@ class LteConfig:
 
     expert_size: int = 32
     grouping: Literal["kmeans", "coactivation", "random", "contiguous"] = "kmeans"
-    selector: Literal[
-        "router",
-        "none",
-        "cats",
-        "d2dmoe",
-        "dejavu",
-        "kla",
-        "moefication",
-        "narrow",
-        "random",
-        "sigmamoe",
-        "softmax",
-        "teal",
-        "wanda",
-    ] = "router"
+    selector: str = "router"
     target_sparsity: float | None = None
     threshold: float = 0.5
     router_bias: bool = True
@@ -65,31 +52,7 @@ class LteConfig:
             raise UserError(f"expert_size is {self.expert_size}; it must be at least 1 (the paper uses 32)")
         if not 0.0 < self.threshold < 1.0:
             raise UserError(f"threshold is {self.threshold}; it must lie in (0, 1), as scores do (the paper uses 0.5)")
-        wanted = self.selector in RANKINGS and self.selector != "none"
-        if wanted and (self.target_sparsity is None or not 0.0 <= self.target_sparsity < 1.0):
-            raise UserError(
-                f"selector {self.selector!r} has target_sparsity {self.target_sparsity}; it needs the share of the "
-                "experts that shall not run (of teal and wanda: of the weights), at least 0 and below 1"
-            )
-        if not wanted and self.target_sparsity is not None:
-            raise UserError(
-                f"selector {self.selector!r} takes no target_sparsity (it is {self.target_sparsity}): the sparsity of "
-                "LTE's router follows from efficiency_weight, and without experts it is 1"
-            )
-        if self.selector == "teal" and self.expert_size != 1:
-            raise UserError(
-                f"selector 'teal' leaves out single neurons; set expert_size to 1 (it is {self.expert_size})"
-            )
-        if self.selector != "wanda" and (self.wanda_pattern, self.wanda_scope) != ("unstructured", "ffn"):
-            raise UserError(
-                f"wanda_pattern {self.wanda_pattern} and wanda_scope {self.wanda_scope} are for 'wanda', not for "
-                f"selector {self.selector!r}; leave them out"
-            )
-        if self.wanda_pattern != "unstructured" and self.target_sparsity != 0.5:
-            raise UserError(
-                f"wanda_pattern {self.wanda_pattern} prunes half of the weights, and target_sparsity is "
-                f"{self.target_sparsity}; set it to 0.5"
-            )
+        selector_class(self.selector).check(self)
         if not self.router_scale > 0.0:
             raise UserError(
                 f"router_scale is {self.router_scale}; it must be positive, or all scores start equal and stay so"

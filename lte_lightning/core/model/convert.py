@@ -21,10 +21,10 @@ from lte_lightning.core.model.parts import (
     get_child,
     weight_rows,
 )
-from lte_lightning.core.model.storage import lay_out
+from lte_lightning.core.model.storage import activation_name, lay_out
 from lte_lightning.core.model.swap import expert_ffns, insert, lte_config, remove, require_expert_ffns, set_lte_config
 from lte_lightning.errors import UserError
-from lte_lightning.selection import RANKINGS, SELECTORS, FfnShape, Gates, Ranking, Router, Selector
+from lte_lightning.selection import FfnShape, ModelShape, Selector, selector_class
 
 
 def convert(
@@ -56,16 +56,14 @@ def convert(
     all_parts = [find_parts(layer, row) for layer, _ in sites]
     for parts in all_parts:
         expert_count(weight_rows(parts.up).shape[0], config.expert_size)
-    _check_selector(config)
-    if config.selector == "wanda":
-        _check_pruning(model, config, all_parts)
+    selector_class(config.selector).check_model(config, _model_shape(model, all_parts))
     if group and groups_by_activation(config):
         _require_activations(None)
 
     generator = torch.Generator().manual_seed(config.seed or 0)
     selectors = [_make_selector(config, parts, generator) for parts in all_parts]
     for selector in selectors:
-        _check_target(config, selector)
+        selector.check_sparsity(config)
     for (layer, stack), parts, selector in zip(sites, all_parts, selectors, strict=True):
         threshold = 0.0 if selector.scales else config.threshold
         ffn = ExpertFfn(parts, config.expert_size, selector.to(parts.up.weight.device), threshold)
@@ -110,8 +108,8 @@ def group_experts(
     """
     config = lte_config(model)
     ffns = expert_ffns(model)
-    # neurons on their own need no order, and Wanda's patterns count neighbours in the order of the model
-    if config.grouping == "contiguous" or config.expert_size == 1 or config.selector == "wanda":
+    keeps_order = config.expert_size == 1 or selector_class(config.selector).keeps_order
+    if config.grouping == "contiguous" or keeps_order:  # neurons on their own need no order
         return []
     if groups_by_activation(config):
         rows = _require_activations(activations)
@@ -154,46 +152,12 @@ def selector_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
         yield from ffn.selector.parameters()
 
 
-def _check_selector(config: LteConfig) -> None:
-    if config.selector not in SELECTORS:
-        raise UserError(f"unknown selector {config.selector!r}; there are {', '.join(SELECTORS)}")
-
-
-def _check_pruning(model: PreTrainedModel, config: LteConfig, all_parts: Sequence[FfnParts]) -> None:
-    if config.wanda_scope == "layers" and len(find_stacks(model)) > 1:
-        raise UserError(
-            f"wanda_scope is layers, and {model.config.model_type!r} has an encoder and a decoder, whose "
-            "cross-attention reads both; set wanda_scope to ffn"
-        )
-    if config.wanda_pattern == "unstructured":
-        return
-    projections = {
-        "ffn": [p for parts in all_parts for p in (parts.gate, parts.up, parts.down) if p is not None],
-        "layers": [m for layer in find_layers(model) for m in layer.modules() if isinstance(m, Projection)],
-    }[config.wanda_scope]
-    group = int(config.wanda_pattern[-1])
-    for inputs in (weight_rows(projection).shape[1] for projection in projections):
-        if inputs % group:
-            raise UserError(
-                f"wanda_pattern {config.wanda_pattern} needs rows of a multiple of {group} weights, and this "
-                f"{type(model).__name__} has a projection of {inputs} inputs; set it to unstructured"
-            )
-
-
-def _check_target(config: LteConfig, selector: Selector) -> None:
-    if not isinstance(selector, Ranking) or selector.reachable:
-        return
-    experts, kept, so = selector.shape.experts, "none", "would be 'none', the floor"
-    if isinstance(selector, Gates):
-        so = "would have nothing to learn"
-    elif selector.rule == "common":
-        kept, so = "less than one", "runs at least the best of each token"
-    nearest = 1000 * (experts - 1) // experts / 1000  # rounded down, so that it is accepted
-    raise UserError(
-        f"target_sparsity {config.target_sparsity} keeps {kept} of {experts} experts, and selector "
-        f"{config.selector!r} {so}; lower it to {nearest:g}, or make experts smaller (expert_size is "
-        f"{config.expert_size})"
-    )
+def _model_shape(model: PreTrainedModel, all_parts: Sequence[FfnParts]) -> ModelShape:
+    projections = [p for parts in all_parts for p in (parts.gate, parts.up, parts.down) if p is not None]
+    inside = [m for layer in find_layers(model) for m in layer.modules() if isinstance(m, Projection)]
+    ffn_inputs, layer_inputs = (tuple(weight_rows(p).shape[1] for p in each) for each in (projections, inside))
+    stacks = len(find_stacks(model))
+    return ModelShape(type(model).__name__, model.config.model_type, stacks, ffn_inputs, layer_inputs)
 
 
 def _require_activations(activations: Sequence[torch.Tensor] | None) -> Sequence[torch.Tensor]:
@@ -207,11 +171,6 @@ def _require_activations(activations: Sequence[torch.Tensor] | None) -> Sequence
 
 def _make_selector(config: LteConfig, parts: FfnParts, generator: torch.Generator) -> Selector:
     neurons, width = weight_rows(parts.up).shape
-    experts = neurons // config.expert_size
-    if config.selector == "router":
-        return Router(
-            width, experts, config.threshold, config.router_bias, config.router_margin, config.router_scale, generator
-        )
-    shape = FfnShape(width, experts, gated=parts.gate is not None)
-    sparsity = 1.0 if config.target_sparsity is None else config.target_sparsity
-    return RANKINGS[config.selector](shape, sparsity, generator)
+    activation = activation_name(parts.activation)
+    shape = FfnShape(width, neurons // config.expert_size, parts.gate is not None, activation)
+    return selector_class(config.selector).make(shape, config, generator)

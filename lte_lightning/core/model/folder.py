@@ -13,6 +13,7 @@ from transformers.utils import cached_file
 from lte_lightning.core.model.config import LteConfig
 from lte_lightning.core.model.experts import MODES
 from lte_lightning.errors import UserError
+from lte_lightning.selection import selector_class
 
 LAYOUT_VERSION = 1
 CONFIG_FILE = "lte_config.json"
@@ -48,9 +49,19 @@ def read_lte_config(source: str | os.PathLike[str], **hub: Any) -> LteConfig:
     try:
         if description["mode"] not in MODES:
             raise ValueError(f"unknown mode {description['mode']!r}")
+        _require_selector(source, description["lte"]["selector"])
         return LteConfig(**description["lte"])
+    except LayoutError:
+        raise
     except (KeyError, TypeError, ValueError) as error:
         raise LayoutError(f"{CONFIG_FILE} of {source} is damaged: {error}") from error
+
+
+def _require_selector(source: str | os.PathLike[str], name: str) -> None:
+    try:
+        selector_class(name)
+    except UserError as error:
+        raise LayoutError(f"{source} was converted with a selector that is not known here: {error}") from error
 
 
 def read_description(source: str | os.PathLike[str], **hub: Any) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from lte_lightning.core.model.folder import CONFIG_FILE, LAYOUT_VERSION, ROUTERS
 from lte_lightning.core.model.names import plain_names
 from lte_lightning.core.model.swap import expert_ffns, lte_config, plain, require_expert_ffns
 from lte_lightning.errors import UserError
+from lte_lightning.selection import selector_class
 
 
 def save_pretrained(
@@ -114,11 +115,13 @@ def _write(
     with plain(model):
         model.save_pretrained(folder, state_dict=state, **kwargs)
     save_file(routers, folder / ROUTERS_FILE)
+    config = lte_config(model)
     description = {
         "layout_version": LAYOUT_VERSION,
         "model_type": model.config.model_type,
         "mode": next(iter(ffns.values())).mode,
-        "lte": asdict(lte_config(model)),
+        "lte": asdict(config),
+        "selector": asdict(selector_class(config.selector).describe(config.expert_size, config.target_sparsity)),
         "about": about or {},
     }
     (folder / CONFIG_FILE).write_text(json.dumps(description, indent=2) + "\n")

@@ -13,7 +13,7 @@ from lte_lightning.core.model.parts import Projection
 from lte_lightning.errors import UserError
 from lte_lightning.kernels.dispatch import BACKENDS, Backend, Choice, choose, run_experts, run_router, say_once
 from lte_lightning.kernels.layout import ExpertWeights
-from lte_lightning.selection import Router, Selector
+from lte_lightning.selection import Selector
 
 if TYPE_CHECKING:
     from lte_lightning.core.model.experts import ExpertFfn
@@ -171,9 +171,10 @@ def route(ffn: "ExpertFfn", selector: Selector, x_BTD: torch.Tensor) -> torch.Te
         where a gradient may be wanted, and of every other selector.
     """
     on_triton = x_BTD.is_cuda or ffn.backend == "triton"  # everywhere else this is all that it costs
-    if not on_triton or type(selector) is not Router or _choose(ffn, x_BTD).backend != "triton":
+    linear = selector.linear() if on_triton else None
+    if linear is None or _choose(ffn, x_BTD).backend != "triton":
         return None
-    mask_NE = run_router(x_BTD.flatten(0, -2), selector.weight, selector.bias, ffn.threshold)
+    mask_NE = run_router(x_BTD.flatten(0, -2), *linear, ffn.threshold)
     return mask_NE.view(*x_BTD.shape[:-1], -1)
 
 

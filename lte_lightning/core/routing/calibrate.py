@@ -1,29 +1,29 @@
-"""Calibration of baselines on training rows: levels, fixed choices, TEAL's allocation, Wanda's pruning."""
+"""Calibration of selectors on training rows, in the way that each asks for."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from lte_lightning.core.model.convert import require_expert_ffns, set_mode
-from lte_lightning.core.model.experts import ExpertFfn
-from lte_lightning.core.routing.observe import enough, rankings, watch
+from lte_lightning.core.model.convert import lte_config, require_expert_ffns, set_mode
+from lte_lightning.core.model.experts import ExpertFfn, Mode
+from lte_lightning.core.routing.observe import enough, selectors, watch
 from lte_lightning.core.routing.prune import Batch, prune
 from lte_lightning.core.routing.trace import RouterTrace
-from lte_lightning.selection import Ranking, Teal, Wanda
+from lte_lightning.selection import Activity
 
 BISECTIONS = 12  # of a level between 0 and 1: closer than one in four thousand
 
 
 def needs_calibration(model: nn.Module) -> bool:
     """Says whether the model's selectors must be calibrated on training rows."""
-    return any(ranking.calibrates for ranking in rankings(model))
+    return selectors(model)[0].calibration != "none"
 
 
 @torch.no_grad()
 def calibrate(model: PreTrainedModel, batches: Iterator[Batch], tokens: int) -> None:
-    """Calibrates every ranking that needs it on training rows; of Wanda it prunes the model.
+    """Calibrates the selectors on training rows, by their ``calibration``; nothing if that is ``none``.
 
     Levels are set where they will be used: a layer's behind layers that leave out what theirs tell them to, and a level
     common to all layers by what the whole model leaves out. A level from the dense model would miss the sparsity that
@@ -35,73 +35,86 @@ def calibrate(model: PreTrainedModel, batches: Iterator[Batch], tokens: int) -> 
         batches: For each batch what runs the model on it, and its token masks.
         tokens: How many to calibrate on; batches are run until there are as many.
     """
-    first = next((ranking for ranking in rankings(model) if ranking.calibrates), None)
-    if first is None:
-        return
-    kept, ffns = list(enough(batches, tokens)), list(require_expert_ffns(model).values())
-    if isinstance(first, Wanda):
-        prune(model, kept)
-    elif first.rule == "common":
-        _bisect(model, first.sparsity, kept)
-    elif first.rule == "level" and not isinstance(first, Teal):
+    ways: dict[str, Callable[[PreTrainedModel, Sequence[Batch], int], None]] = {
+        "dense": _on_dense,
+        "sequential": _in_turn,
+        "common": _common_level,
+        "pruning": lambda model, batches, tokens: prune(model, batches),
+    }
+    way = ways.get(selectors(model)[0].calibration)
+    if way is not None:
+        way(model, list(enough(batches, tokens)), tokens)
         set_mode(model, "dense")
-        for ffn in ffns:
-            _set(ffn, _importance(model, [ffn], kept)[0][:tokens])
-            ffn.mode = "hard"
-    else:
-        set_mode(model, "dense")
-        for ffn, found in zip(ffns, _importance(model, ffns, kept), strict=True):
-            _set(ffn, found[:tokens])
+
+
+def _on_dense(model: PreTrainedModel, batches: Sequence[Batch], tokens: int) -> None:
     set_mode(model, "dense")
+    ffns = list(require_expert_ffns(model).values())
+    for ffn, sample in zip(ffns, _samples(ffns, batches), strict=True):
+        ffn.selector.calibrate(sample[:tokens].to(ffn.up.weight.device), _Runs(ffn))
 
 
-def _importance(model: nn.Module, ffns: Sequence[ExpertFfn], batches: Sequence[Batch]) -> list[torch.Tensor]:
-    """How important FFNs that run densely find their experts, [N, E] each; of TEAL the inputs, [N, D]."""
+def _in_turn(model: PreTrainedModel, batches: Sequence[Batch], tokens: int) -> None:
+    set_mode(model, "dense")
+    for ffn in require_expert_ffns(model).values():
+        (sample,) = _samples([ffn], batches)
+        ffn.selector.calibrate(sample[:tokens].to(ffn.up.weight.device), _Runs(ffn))
+        ffn.mode = "hard"
+
+
+def _common_level(model: PreTrainedModel, batches: Sequence[Batch], tokens: int) -> None:
+    """Looks for the one level of all layers, between 0 and 1, at which they are as sparse on average as asked for."""
+    low, high = 0.0, 1.0
+    wanted = lte_config(model).target_sparsity or 0.0
+    set_mode(model, "hard")
+    for _ in range(BISECTIONS):
+        level = (low + high) / 2
+        for selector in selectors(model):
+            selector.set_level(level)
+        counts = None
+        for run, token_masks_BT in batches:
+            with RouterTrace(model, *token_masks_BT) as trace:
+                run()
+            counts = trace.counts() if counts is None else counts + trace.counts()
+        too_sparse = counts is not None and counts.sparsity() > wanted
+        low, high = (low, level) if too_sparse else (level, high)
+
+
+def _samples(ffns: Sequence[ExpertFfn], batches: Sequence[Batch]) -> list[torch.Tensor]:
+    """What the selectors of FFNs that run densely want to know of every token, on the CPU."""
     seen: dict[int, list[torch.Tensor]] = {id(ffn): [] for ffn in ffns}
 
-    def see(ffn: ExpertFfn, x_ND: torch.Tensor, gate_NF: torch.Tensor, hidden_NF: torch.Tensor) -> None:
-        given = {"input": x_ND, "gate": gate_NF, "hidden": hidden_NF}[ffn.selector.reads]
-        if isinstance(ffn.selector, Teal):
-            seen[id(ffn)].append(x_ND.cpu())
-        elif isinstance(ffn.selector, Ranking):
-            seen[id(ffn)].append(ffn.selector.importance(given).cpu())
+    def see(ffn: ExpertFfn, activity: Activity) -> None:
+        seen[id(ffn)].append(ffn.selector.sample(activity).cpu())
 
     for run, token_masks_BT in batches:
         with watch(ffns, see, *token_masks_BT):
             run()
-    return [torch.cat(found) for found in seen.values()]
+    return [torch.cat(samples) for samples in seen.values()]
 
 
-def _set(ffn: ExpertFfn, found: torch.Tensor) -> None:
-    if isinstance(ffn.selector, Teal):
-        _allocate(ffn, ffn.selector, found.to(ffn.up.weight.device))
-    elif isinstance(ffn.selector, Ranking):
-        ffn.selector.calibrate(found)
+class _Runs:
+    """Runs one FFN for its selector; the FFN keeps its mode."""
 
+    def __init__(self, ffn: ExpertFfn) -> None:
+        self.ffn = ffn
 
-def _bisect(model: nn.Module, sparsity: float, batches: Sequence[Batch]) -> None:
-    """Looks for the one level of all layers, between 0 and 1, at which they are as sparse on average as asked for."""
-    low, high = 0.0, 1.0
-    set_mode(model, "hard")
-    for _ in range(BISECTIONS):
-        level = (low + high) / 2
-        for ranking in rankings(model):
-            ranking.level.fill_(level)
-        idle = total = 0
-        for run, token_masks_BT in batches:
-            with RouterTrace(model, *token_masks_BT) as trace:
-                run()
-            for scores_NE in trace.scores().values():
-                idle += int((scores_NE == 0).sum())
-                total += scores_NE.numel()
-        low, high = (low, level) if idle > sparsity * total else (level, high)
+    def dense(self, x_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        hiddens: list[torch.Tensor] = []
+        self.ffn.observer = lambda *given: hiddens.append(given[-1])
+        try:
+            out_ND = self._run(x_ND, "dense")
+        finally:
+            self.ffn.observer = None
+        return hiddens[0], out_ND
 
+    def hard(self, x_ND: torch.Tensor) -> torch.Tensor:
+        return self._run(x_ND, "hard")
 
-def _allocate(ffn: ExpertFfn, teal: Teal, x_ND: torch.Tensor) -> None:
-    """Runs the FFN on its inputs with the levels that are tried."""
-    hiddens: list[torch.Tensor] = []
-    ffn.observer = lambda *given: hiddens.append(given[-1])
-    dense_ND = ffn(x_ND)
-    ffn.observer, ffn.mode = None, "hard"
-    teal.allocate(x_ND, hiddens[0], dense_ND, lambda: ffn(x_ND))
-    ffn.mode = "dense"
+    def _run(self, x_ND: torch.Tensor, mode: Mode) -> torch.Tensor:
+        before, self.ffn.mode = self.ffn.mode, mode
+        try:
+            out_ND: torch.Tensor = self.ffn(x_ND)
+        finally:
+            self.ffn.mode = before
+        return out_ND

@@ -12,10 +12,9 @@ from lte_lightning.core.model.experts import ExpertFfn
 from lte_lightning.core.model.parts import weight_rows
 from lte_lightning.core.routing.prune import Batch
 from lte_lightning.errors import UserError
-from lte_lightning.selection import Gates, Predictor, Ranking, Router
+from lte_lightning.selection import Activity, Selector
 
-# See an FFN's input x_ND, its activated gate and its hidden activations [N, F], of N real tokens.
-See = Callable[[ExpertFfn, torch.Tensor, torch.Tensor, torch.Tensor], None]
+See = Callable[[ExpertFfn, Activity], None]
 
 
 @contextmanager
@@ -54,7 +53,9 @@ def watch(ffns: Sequence[ExpertFfn], see: See, *token_masks_BT: torch.Tensor) ->
         if x_BTD.shape[:-1] not in (mask_BT.shape, (mask_BT.numel(),)):  # OPT hands over its tokens in one row
             raise UserError(f"the token mask has shape {tuple(mask_BT.shape)}, the tokens {tuple(x_BTD.shape[:-1])}")
         real_N = mask_BT.flatten().bool()
-        see(ffn, *(tensor.flatten(0, -2)[real_N] for tensor in (x_BTD, gate_BTF, hidden_BTF)))
+        x_ND, gate_NF, hidden_NF = (tensor.flatten(0, -2)[real_N] for tensor in (x_BTD, gate_BTF, hidden_BTF))
+        first_FD = weight_rows(ffn.up if ffn.gate is None else ffn.gate).detach()
+        see(ffn, Activity(x_ND, gate_NF, hidden_NF, first_FD, weight_rows(ffn.down).detach().T, ffn.activation))
 
     for ffn in ffns:
         ffn.observer = show
@@ -65,25 +66,29 @@ def watch(ffns: Sequence[ExpertFfn], see: See, *token_masks_BT: torch.Tensor) ->
             ffn.observer = None
 
 
-def rankings(model: nn.Module) -> list[Ranking]:
-    """Returns the baselines' selectors of a model; empty with LTE's routers."""
-    selectors = [ffn.selector for ffn in require_expert_ffns(model).values()]
-    return [selector for selector in selectors if isinstance(selector, Ranking)]
+def selectors(model: nn.Module) -> list[Selector]:
+    """Returns the selectors of a model, one of each FFN; all are of the same class."""
+    return [ffn.selector for ffn in require_expert_ffns(model).values()]
+
+
+def learns(model: nn.Module) -> bool:
+    """Says whether the model's selectors are trained at all."""
+    return selectors(model)[0].learns != "never"
 
 
 def imitates(model: nn.Module) -> bool:
     """Says whether the model's selectors are trained on what the dense model does, instead of with the task."""
-    return any(isinstance(selector, Predictor) for selector in rankings(model))
+    return selectors(model)[0].learns == "imitation"
 
 
 def balances(model: nn.Module) -> bool:
     """Says whether the model's selectors have a balance loss, instead of equation 6's two terms."""
-    return any(isinstance(selector, Gates) for selector in rankings(model))
+    return selectors(model)[0].learns == "balance"
 
 
 def learns_with_task(model: nn.Module) -> bool:
     """Says whether the model's selectors are trained with the task: LTE's routers, and gates."""
-    return all(isinstance(ffn.selector, Router | Gates) for ffn in require_expert_ffns(model).values())
+    return selectors(model)[0].learns_with_task()
 
 
 def imitation_loss(
@@ -92,19 +97,17 @@ def imitation_loss(
     """Returns the mean over the layers of their predictors' loss; nothing but the predictors gets a gradient.
 
     Args:
-        model: Whose selectors are `Predictor`s.
+        model: Whose selectors learn by imitation.
         run: Runs the model once.
         *token_masks_BT: As for `observe`.
         weights: Multiply the losses of each stack's layers, one weight per stack.
     """
     losses = []
 
-    def see(ffn: ExpertFfn, x_ND: torch.Tensor, gate_NF: torch.Tensor, hidden_NF: torch.Tensor) -> None:
-        down_FD = weight_rows(ffn.down).T
-        if isinstance(ffn.selector, Predictor):
-            with torch.enable_grad():
-                loss = ffn.selector.imitation_loss(x_ND, hidden_NF, down_FD.detach())
-                losses.append(loss if weights is None else loss * weights[ffn.stack])
+    def see(ffn: ExpertFfn, activity: Activity) -> None:
+        with torch.enable_grad():
+            loss = ffn.selector.imitation_loss(activity)
+            losses.append(loss if weights is None else loss * weights[ffn.stack])
 
     with observe(model, see, *token_masks_BT), torch.no_grad():
         run()
@@ -124,8 +127,8 @@ def neuron_activations(model: nn.Module, batches: Iterator[Batch], tokens: int) 
     """
     seen: dict[int, list[torch.Tensor]] = {id(ffn): [] for ffn in require_expert_ffns(model).values()}
 
-    def see(ffn: ExpertFfn, x_ND: torch.Tensor, gate_NF: torch.Tensor, hidden_NF: torch.Tensor) -> None:
-        seen[id(ffn)].append(hidden_NF.abs().to("cpu", torch.bfloat16))
+    def see(ffn: ExpertFfn, activity: Activity) -> None:
+        seen[id(ffn)].append(activity.hidden_NF.abs().to("cpu", torch.bfloat16))
 
     with torch.no_grad():
         for run, token_masks_BT in enough(batches, tokens):

@@ -1,4 +1,4 @@
-"""Wanda: pruning a converted model's weights by their size and that of what they are multiplied with."""
+"""Pruning of a converted model's weights, for selectors such as Wanda that leave weights out for every token."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -8,12 +8,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from lte_lightning.core.model.config import LteConfig
 from lte_lightning.core.model.convert import expert_ffns, lte_config, set_mode
 from lte_lightning.core.model.experts import ExpertFfn
 from lte_lightning.core.model.parts import Projection, find_layers, weight_rows
 from lte_lightning.errors import UserError
-from lte_lightning.selection import Wanda
+from lte_lightning.selection import selector_class
 
 # What runs the model on a batch, and the batch's token masks
 Batch = tuple[Callable[[], object], tuple[torch.Tensor, ...]]
@@ -21,21 +20,17 @@ Batch = tuple[Callable[[], object], tuple[torch.Tensor, ...]]
 
 @torch.no_grad()
 def prune(model: PreTrainedModel, batches: Sequence[Batch]) -> None:
-    """Sets the least important weights to 0 (Wanda, Sun et al. 2023), in place, by the model's configuration.
+    """Sets the weights to 0 that the model's selectors name, in place (see `Selector.least_important`).
 
-    A weight is as important as its size times the L2 norm of its input over the real tokens, and competes within its
-    row (the weights of one output), or with its neighbours in a pattern such as 2:4. As the authors do, layers are
-    pruned one after the other, each by the inputs that it has behind the pruned ones. They calibrate on 128 texts of
-    2,048 tokens, here it is training rows.
+    As Wanda's authors do, layers are pruned one after the other, each by the inputs that it has behind the pruned ones.
 
     Args:
-        model: Converted with selector ``wanda``; its mode is ``dense`` afterwards.
+        model: A converted model; its mode is ``dense`` afterwards.
         batches: What to calibrate on; each runs once for every layer.
 
     Raises:
         UserError: If a projection is given something else than the batch's tokens.
     """
-    config = lte_config(model)
     set_mode(model, "dense")
     for ffn, projections in _targets(model):
         with _input_squares(projections, ffn.stack) as (squares, show):
@@ -44,20 +39,10 @@ def prune(model: PreTrainedModel, batches: Sequence[Batch]) -> None:
                 run()
         for projection in projections:
             weight_OI = weight_rows(projection)
-            weight_OI.masked_fill_(least_important(weight_OI, squares[projection].sqrt(), config), 0.0)
-        if isinstance(ffn.selector, Wanda):
-            weights = [p.weight for p in (ffn.gate, ffn.up, ffn.down) if p is not None]
-            left = sum(int(weight.count_nonzero()) for weight in weights)
-            ffn.selector.density.fill_(left / sum(weight.numel() for weight in weights))
-
-
-def least_important(weight_OI: torch.Tensor, norms_I: torch.Tensor, config: LteConfig) -> torch.Tensor:
-    """Returns True for the weights [out, in] that go, given the norms [in] of the inputs."""
-    score_OI = weight_OI.abs().float() * norms_I
-    row = int(config.wanda_pattern[-1]) if config.wanda_pattern != "unstructured" else score_OI.shape[1]
-    score_OGR = score_OI.unflatten(1, (-1, row))
-    gone = score_OGR.topk(row - _left(row, config), largest=False).indices
-    return torch.zeros_like(score_OGR, dtype=torch.bool).scatter_(-1, gone, True).flatten(1)
+            weight_OI.masked_fill_(ffn.selector.least_important(weight_OI, squares[projection].sqrt()), 0.0)
+        weights = [p.weight for p in (ffn.gate, ffn.up, ffn.down) if p is not None]
+        left = sum(int(weight.count_nonzero()) for weight in weights)
+        ffn.selector.set_density(left / sum(weight.numel() for weight in weights))
 
 
 def hold_zeros(model: PreTrainedModel) -> None:
@@ -69,26 +54,28 @@ def hold_zeros(model: PreTrainedModel) -> None:
 
 
 def weights_left(model: PreTrainedModel) -> dict[Projection, int]:
-    """Returns how many weights each projection keeps that is to be pruned; empty but for Wanda.
+    """Returns how many weights each projection keeps that is to be pruned; empty where none is.
 
     The weights may be on the meta device: every row of a projection keeps the same number.
     """
-    config = lte_config(model)
-    shapes = {p: weight_rows(p).shape for _, projections in _targets(model) for p in projections}
-    return {projection: rows * _left(row, config) for projection, (rows, row) in shapes.items()}
-
-
-def _left(row: int, config: LteConfig) -> int:
-    return row - round((config.target_sparsity or 0.0) * row)
+    left = {}
+    for ffn, projections in _targets(model):
+        for projection in projections:
+            rows, inputs = weight_rows(projection).shape
+            left[projection] = rows * ffn.selector.weights_left(inputs)
+    return left
 
 
 def _targets(model: PreTrainedModel) -> Iterator[tuple[ExpertFfn, list[Projection]]]:
     """The projections that are pruned, layer after layer."""
-    config = lte_config(model)
-    for layer in find_layers(model) if config.selector == "wanda" else ():
+    if selector_class(lte_config(model).selector).calibration != "pruning":
+        return
+    for layer in find_layers(model):
         (ffn,) = expert_ffns(layer).values()
-        inside: nn.Module = layer if config.wanda_scope == "layers" else ffn
-        yield ffn, [module for module in inside.modules() if isinstance(module, Projection)]
+        scope = ffn.selector.prune_scope()
+        if scope != "none":
+            inside: nn.Module = layer if scope == "layers" else ffn
+            yield ffn, [module for module in inside.modules() if isinstance(module, Projection)]
 
 
 @contextmanager
@@ -107,7 +94,7 @@ def _input_squares(
         x_NI = given[0].flatten(0, -2)
         if len(x_NI) != len(real_N):
             raise UserError(
-                f"wanda cannot tell real tokens from padding: a projection is given {len(x_NI)} rows, and the batch "
+                f"pruning cannot tell real tokens from padding: a projection is given {len(x_NI)} rows, and the batch "
                 f"has {len(real_N)} tokens; set wanda_scope to ffn"
             )
         squares[projection] += x_NI[real_N].float().square().sum(0)

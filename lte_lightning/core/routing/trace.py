@@ -9,8 +9,8 @@ from torch import nn
 from lte_lightning.core.model.convert import require_expert_ffns
 from lte_lightning.core.model.experts import ExpertFfn
 from lte_lightning.core.routing.losses import SEPARABILITY_EPSILON, efficiency_loss, separability_loss
+from lte_lightning.core.routing.sparsity import Counts
 from lte_lightning.errors import UserError
-from lte_lightning.selection import Gates
 
 
 class RouterTrace:
@@ -95,7 +95,7 @@ class RouterTrace:
         used_BT1 = ffn.selector.used(x_BTD, scores_BTE)
         if used_BT1 is not None:
             self._used[self._names[id(ffn)]].append(used_BT1)
-        if self._grad_enabled and isinstance(ffn.selector, Gates):
+        if self._grad_enabled and ffn.selector.learns == "balance":
             self._inputs[self._names[id(ffn)]].append(x_BTD)
 
     def _real(self, scores_BTE: torch.Tensor, mask_BT: torch.Tensor | None) -> torch.Tensor:
@@ -147,36 +147,44 @@ class RouterTrace:
         return None if weights is None else weights[[ffn.stack for ffn in self._ffns.values()]]
 
     def balance_loss(self, weights: torch.Tensor | None = None) -> torch.Tensor:
-        """Returns the balance losses of `Gates` over the real tokens, each at its method's weight, summed over layers.
+        """Returns the selectors' balance losses over the real tokens, at their method's weight, summed over layers.
 
-        For a model whose selectors are `Gates`, traced while gradients are enabled; ``weights`` as for
-        `efficiency_loss`.
+        For a model whose selectors have one, traced while gradients are enabled; ``weights`` as for `efficiency_loss`.
         """
         losses = []
         for name, gates_NE in self.scores().items():
             selector, mask_BT = self._ffns[name].selector, self._masks[self._ffns[name].stack]
-            if isinstance(selector, Gates):
-                x_ND = torch.cat([self._real(x_BTD, mask_BT) for x_BTD in self._inputs[name]])
-                weight = selector.balance_weight * (1.0 if weights is None else weights[self._ffns[name].stack])
-                losses.append(weight * selector.balance_loss(x_ND, gates_NE))
+            x_ND = torch.cat([self._real(x_BTD, mask_BT) for x_BTD in self._inputs[name]])
+            weight = selector.balance_weight * (1.0 if weights is None else weights[self._ffns[name].stack])
+            losses.append(weight * selector.balance_loss(x_ND, gates_NE))
         return torch.stack(losses).sum()
 
     @torch.no_grad()
-    def active_counts(self) -> tuple[torch.Tensor, int]:
-        """Returns how many (token, expert) pairs run in each layer in hard mode, [L] int64, and the tokens N.
+    def counts(self) -> Counts:
+        """Returns how many (token, expert) pairs run in each layer in hard mode, and the tokens that it has seen.
 
-        With an encoder and a decoder, N is the encoder's; the decoder's is the length of its layers' `scores`. Where a
-        selector says which share of the weights a token uses, that counts as the same share of the experts.
+        Where a selector says which share of the weights a token uses, that counts as the same share of the experts.
         """
-        scores, counts = self.scores(), []
+        scores, active = self.scores(), []
         for name, scores_NE in scores.items():
             if self._used[name]:
                 mask_BT = self._masks[self._ffns[name].stack]
                 shares = torch.stack([self._real(used_BT1, mask_BT).sum() for used_BT1 in self._used[name]]).sum()
-                counts.append((shares * scores_NE.shape[1]).round().long())
+                active.append((shares * scores_NE.shape[1]).round().long())
             else:
-                counts.append((scores_NE > self._ffns[name].threshold).sum())
-        return torch.stack(counts), next(iter(scores.values())).shape[0]
+                active.append((scores_NE > self._ffns[name].threshold).sum())
+        tokens = [len(scores_NE) for scores_NE in scores.values()]
+        active_L = torch.stack(active)
+        tokens_L = torch.tensor(tokens, device=active_L.device)
+        return Counts(active_L, tokens_L, [ffn.experts for ffn in self._ffns.values()])
+
+    def active_counts(self) -> tuple[torch.Tensor, int]:
+        """Returns how many (token, expert) pairs run in each layer in hard mode, [L] int64, and the tokens N.
+
+        With an encoder and a decoder, N is the encoder's; `counts` has the decoder's.
+        """
+        counts = self.counts()
+        return counts.active_L, int(counts.tokens_L[0])
 
     @torch.no_grad()
     def idle_experts(self, sizes: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -211,12 +219,7 @@ class RouterTrace:
 
     def sparsity(self) -> float:
         """Returns the share of FFN neurons (or weights) that do not run in hard mode, over real tokens and layers."""
-        active_L, _ = self.active_counts()
-        active = neurons = 0
-        for n, (name, scores_NE) in zip(active_L, self.scores().items(), strict=True):
-            active += int(n) * self._ffns[name].expert_size
-            neurons += scores_NE.shape[0] * self._ffns[name].neurons
-        return 1.0 - active / neurons
+        return self.counts().sparsity()
 
 
 def _union_counts(active_NE: torch.Tensor, real_BT: torch.Tensor, sizes: int, decodes: bool) -> torch.Tensor:

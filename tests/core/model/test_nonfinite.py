@@ -6,7 +6,7 @@ import torch
 from lte_lightning import LteConfig, convert, set_backend, set_mode
 from lte_lightning.core.model.convert import expert_ffns
 from lte_lightning.core.model.parts import weight_rows
-from lte_lightning.selection import RANKINGS, FfnShape, Selector
+from lte_lightning.selection import SELECTORS, FfnShape, Selector
 from lte_lightning.selection.sigmamoe import SigmaMoe
 
 IDLE = slice(16, 32)  # the neurons of the second expert
@@ -165,12 +165,12 @@ def test_torch_compile_keeps_tokens_apart_too(hard):
     assert actual[selected_BT].isnan().all()
 
 
-@pytest.mark.parametrize("name", [name for name, kind in RANKINGS.items() if kind.reads != "input"])
+@pytest.mark.parametrize("name", [name for name, kind in SELECTORS.items() if kind.reads != "input"])
 def test_selectors_that_read_activations(name, hard):
     """They read all experts; what is not finite in the down projection alone is nothing that they see."""
     ffn, x_BTD, _ = one_ffn(hard("llama", "lm"))
     ffn.expert_size = 1
-    ffn.selector = RANKINGS[name](FfnShape(ffn.width, ffn.experts, gated=True), 0.5)
+    ffn.selector = SELECTORS[name](FfnShape(ffn.width, ffn.experts, gated=True), 0.5)
     if ffn.selector.rule == "level":
         ffn.selector.level.fill_(0.1)
     elif ffn.selector.rule == "fixed":

@@ -27,10 +27,11 @@ def test_every_ffn_is_seen_with_the_real_tokens_of_its_stack(family, build):
     model = convert(build(family), LteConfig(8, "contiguous"), progress=False).eval()
     batch, masks = inputs_of(model)
     seen = []
-    with torch.no_grad(), observe(model, lambda ffn, x, gate, hidden: seen.append((ffn, x, gate, hidden)), *masks):
+    with torch.no_grad(), observe(model, lambda *each: seen.append(each), *masks):
         model(**batch)
     assert {id(ffn) for ffn, *_ in seen} == {id(ffn) for ffn in expert_ffns(model).values()}
-    for ffn, x_ND, gate_NF, hidden_NF in seen:
+    for ffn, did in seen:
+        x_ND, gate_NF, hidden_NF = did.x_ND, did.gate_NF, did.hidden_NF
         tokens = int(masks[ffn.stack].sum())
         assert x_ND.shape == (tokens, ffn.width)
         assert gate_NF.shape == hidden_NF.shape == (tokens, ffn.neurons)
@@ -70,7 +71,7 @@ def test_activations_of_every_neuron_on_real_tokens(family, build):
     model = convert(build(family), LteConfig(8, "coactivation"), progress=False, group=False).eval()
     batch, masks = inputs_of(model)
     seen = []
-    with torch.no_grad(), observe(model, lambda ffn, x, gate, hidden: seen.append(hidden.abs()), *masks):
+    with torch.no_grad(), observe(model, lambda ffn, did: seen.append(did.hidden_NF.abs()), *masks):
         model(**batch)
     found = neuron_activations(model, iter([(lambda: model(**batch), masks)] * 2), 100)
     assert len(found) == len(seen) == 2

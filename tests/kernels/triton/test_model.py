@@ -15,7 +15,7 @@ from lte_lightning import LteConfig, RouterTrace, convert, set_backend, set_mode
 from lte_lightning.bench.subject import ForcedSelector
 from lte_lightning.core.model.convert import expert_ffns, selector_parameters
 from lte_lightning.kernels.triton.common import INTERPRETED
-from lte_lightning.selection import RANKINGS, FfnShape
+from lte_lightning.selection import SELECTORS, FfnShape
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 LAYERS = 2
@@ -111,7 +111,7 @@ def test_who_wants_scores_or_gradients_gets_torchs_router(make):
 def test_other_selectors_are_asked(make):
     model, ids_BT = make(), torch.randint(3, 64, (1, 3), device=DEVICE)
     for ffn in expert_ffns(model).values():
-        ffn.selector = RANKINGS["random"](FfnShape(ffn.width, ffn.experts), 0.5).to(DEVICE)
+        ffn.selector = SELECTORS["random"](FfnShape(ffn.width, ffn.experts), 0.5).to(DEVICE)
     assert spied(model, ids_BT)[1] == (0, LAYERS)
 
 
