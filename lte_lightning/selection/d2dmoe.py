@@ -16,9 +16,9 @@ class D2dmoe(Predictor):
     with Dense to Dynamic-k Mixture-of-Experts Conversion", NeurIPS 2024, arXiv 2310.04361: regression of the experts'
     contributions, and dynamic-k gating; expert e runs where its predicted norm p_e >= (1 - tau) * max p.
 
-    Experts run whose predicted norm exceeds a share of their token's largest; the share is one for all layers, as the
-    authors', and calibrated. The network is two layers, 128 wide, with ReLU inside and the absolute value at its end;
-    squared error in units of the layer's mean. Before that the authors fine-tune the dense model towards sparse
+    As in the authors' code the network is two layers, 128 wide, without biases, with ReLU inside and the absolute value
+    at its end, trained by squared error; 1 - tau is one share for all layers, and a token's best expert always runs.
+    They choose tau by hand; here it is calibrated. Before that they fine-tune the dense model towards sparse
     activations, which is left out: all methods start from the same model. Charged 128 * (D + E) multiply-adds. No
     oracle.
     """
@@ -40,9 +40,10 @@ class D2dmoe(Predictor):
         return super().predict(x).abs()
 
     def importance(self, given: torch.Tensor) -> torch.Tensor:
-        """Returns the predicted norms, each as a share of its token's largest."""
+        """Returns the predicted norms, each as a share of its token's largest; 1 where that is 0, so that all run."""
         norms = self.predict(given)
-        return norms / norms.amax(-1, keepdim=True).clamp_min(1e-9)
+        largest = norms.amax(-1, keepdim=True)
+        return torch.where(largest > 0.0, norms / largest, 1.0)
 
     def imitation_loss(self, activity: Activity) -> torch.Tensor:
         """Returns the mean squared error."""
@@ -51,4 +52,4 @@ class D2dmoe(Predictor):
         # |h W| by the Gram matrix of W: [E, S, S] instead of outputs [N, E, D]
         gram_ESS = down_ESD @ down_ESD.mT
         norm_NE = torch.einsum("nes,est,net->ne", hidden_NES, gram_ESS, hidden_NES).clamp_min(0.0).sqrt()
-        return functional.mse_loss(self.predict(activity.x_ND), norm_NE / norm_NE.mean().clamp_min(1e-9))
+        return functional.mse_loss(self.predict(activity.x_ND), norm_NE)

@@ -1,4 +1,4 @@
-"""Deja Vu: a low-rank predictor of every neuron's magnitude."""
+"""Deja Vu: a low-rank predictor of every neuron's activity."""
 
 import math
 
@@ -12,16 +12,21 @@ from lte_lightning.selection.registry import register_selector
 
 @register_selector("dejavu")
 class DejaVu(Predictor):
-    """Deja Vu as the paper (see `Router`) uses it: a low-rank predictor of every neuron's magnitude.
+    """Deja Vu: a low-rank predictor tells which neurons are active; the top run.
 
     Source: Zichang Liu, Jue Wang, Tri Dao, Tianyi Zhou, Binhang Yuan, Zhao Song, Anshumali Shrivastava, Ce Zhang,
     Yuandong Tian, Christopher Ré, Beidi Chen: "Deja Vu: Contextual Sparsity for Efficient LLMs at Inference Time",
     ICML 2023, arXiv 2310.17157; of its predictors the one for MLP blocks.
 
-    Meant for experts of one neuron; of larger ones it predicts the sum. It is trained by squared error on
-    |activation| in units of the layer's mean; the authors, whose models have ReLU, classify whether it is above 0. The
-    rank is D / 12, as theirs is in OPT-175B (1,000 of 12,288). Charged rank * (D + E) multiply-adds. No oracle. With an
-    expert stage it is the paper's fine-tuned variant.
+    As in the authors' code the network is two matrices without biases or an inner activation. Their models have ReLU,
+    and so has the loss two forms. With ReLU it is theirs, binary cross-entropy towards "is not 0", the rarer answer
+    weighing more. Of any other activation no neuron is 0, and it is as the paper (see `Router`) describes its Deja Vu,
+    "low-rank predictors estimate neuron values": squared error on |activation| in units of the layer's mean.
+
+    Meant for experts of one neuron; of larger ones it predicts whether one of them is active, or the sum. They keep
+    what exceeds 0.5; here it is the number that the sparsity asks for. The rank is D / 12, as theirs is in OPT-175B
+    (1,000 of 12,288). Charged rank * (D + E) multiply-adds. No oracle. With an expert stage it is the paper's
+    fine-tuned variant.
     """
 
     label = "Deja Vu"
@@ -31,6 +36,11 @@ class DejaVu(Predictor):
         return math.ceil(self.shape.width / 12)
 
     def imitation_loss(self, activity: Activity) -> torch.Tensor:
-        """Returns the mean squared error."""
-        mass_NE = self.magnitude(activity.hidden_NF)
-        return functional.mse_loss(self.predict(activity.x_ND), mass_NE / mass_NE.mean().clamp_min(1e-9))
+        """Returns the weighted binary cross-entropy with ReLU, else the mean squared error."""
+        mass_NE, predicted_NE = self.magnitude(activity.hidden_NF), self.predict(activity.x_ND)
+        if self.shape.activation != "relu":
+            return functional.mse_loss(predicted_NE, mass_NE / mass_NE.mean().clamp_min(1e-9))
+        active_NE = (mass_NE > 0.0).float()
+        share = active_NE.mean() + 0.005
+        weight_NE = active_NE * (1.0 - share) + share
+        return functional.binary_cross_entropy_with_logits(predicted_NE, active_NE, weight_NE)

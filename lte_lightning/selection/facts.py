@@ -1,6 +1,5 @@
 """What a selector is told, and what it tells: sizes, activations, options, and its description for reports."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -67,7 +66,6 @@ class Activity:
         hidden_NF: What the down projection is given.
         first_FD: The weights whose product with the input is activated: the gate's, or the up projection's.
         down_FD: The down projection's weights, a row per neuron.
-        activation: The activation itself.
     """
 
     x_ND: torch.Tensor
@@ -75,7 +73,6 @@ class Activity:
     hidden_NF: torch.Tensor
     first_FD: torch.Tensor
     down_FD: torch.Tensor
-    activation: Callable[[torch.Tensor], torch.Tensor]
 
 
 class Ffn(Protocol):

@@ -18,10 +18,12 @@ class Moefication(Predictor):
     selection" of its section on expert selection.
 
     As in the authors' code it sees the input's direction, has no biases and ends in a matrix that starts as the
-    identity, and it is trained by binary cross-entropy towards each expert's |activation| as a share of the largest in
-    the batch. Theirs starts at the experts' mean weights, this at random, and both learn at a rate of 0.01. They swap
-    the activation for ReLU and fine-tune first: ``model.activation relu`` in the dense stage. Charged D * E + E * E
-    multiply-adds. No oracle.
+    identity, and it is trained by binary cross-entropy towards each expert's activation as a share of the largest in
+    the batch. They swap the activation for ReLU and fine-tune first: ``model.activation relu`` in the dense stage. With
+    ReLU the label is theirs, the sum of relu(W x / |x|), without biases: what the direction alone activates. Any other
+    activation is far from what it is elsewhere at inputs so small, and the label is the sum of |activation| at the
+    input itself. Theirs starts at the experts' mean weights, this at random, and both learn at a rate of 0.01. Charged
+    D * E + E * E multiply-adds. No oracle.
     """
 
     label = "MoEfication"
@@ -29,7 +31,6 @@ class Moefication(Predictor):
     def __init__(self, shape: FfnShape, sparsity: float, generator: torch.Generator | None = None) -> None:
         super().__init__(shape, sparsity, generator)
         self.second = nn.Parameter(torch.eye(shape.experts))
-        self.bias = None
 
     def inner_width(self) -> int:
         """Returns E."""
@@ -45,6 +46,10 @@ class Moefication(Predictor):
 
     def imitation_loss(self, activity: Activity) -> torch.Tensor:
         """Returns the binary cross-entropy."""
-        mass_NE = self.magnitude(activity.hidden_NF)
+        neurons_NF = activity.hidden_NF
+        if self.shape.activation == "relu":
+            direction_ND = functional.normalize(activity.x_ND, dim=-1)
+            neurons_NF = functional.linear(direction_ND, activity.first_FD.to(direction_ND.dtype)).relu()
+        mass_NE = self.magnitude(neurons_NF)
         share_NE = mass_NE / mass_NE.max().clamp_min(1e-9)
         return functional.binary_cross_entropy_with_logits(self.predict(activity.x_ND), share_NE)

@@ -1,5 +1,7 @@
 """What learns to predict, from the FFN's input, what its neurons will do; the model stays as it is."""
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn import functional
@@ -12,7 +14,7 @@ class Predictor(Ranking):
     """A ranking by a network of two matrices that is trained, in the router stage, on what the dense model does.
 
     Charged both its matrices for every token. No oracle: it reads the FFN's input. A subclass defines `inner_width` and
-    `imitation_loss`.
+    `imitation_loss`. There are no biases; a model that was saved when two methods had one at the output keeps it.
 
     Args:
         shape: The FFN's sizes.
@@ -28,7 +30,14 @@ class Predictor(Ranking):
         # not nn.Linear: it would take its first weights from the global generator
         self.first = nn.Parameter(torch.randn(inner, shape.width, generator=generator) / shape.width**0.5)
         self.second = nn.Parameter(torch.randn(shape.experts, inner, generator=generator) / inner**0.5)
-        self.bias: nn.Parameter | None = nn.Parameter(torch.zeros(shape.experts))
+        self.bias: nn.Parameter | None
+        self.register_parameter("bias", None)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        stored = state_dict.get(f"{prefix}bias")
+        if stored is not None and self.bias is None:
+            self.bias = nn.Parameter(torch.zeros_like(stored, dtype=self.second.dtype, device=self.second.device))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def inner_width(self) -> int:
         """Returns the width of the network's inner layer."""

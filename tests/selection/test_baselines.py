@@ -11,8 +11,8 @@ SHAPE = FfnShape(D, E)
 SPARSITY = 0.5  # keeps 3 of 6
 
 
-def made(name, sparsity=SPARSITY):
-    return SELECTORS[name](SHAPE, sparsity, torch.Generator().manual_seed(0))
+def made(name, sparsity=SPARSITY, shape=SHAPE):
+    return SELECTORS[name](shape, sparsity, torch.Generator().manual_seed(0))
 
 
 def given(name):
@@ -64,7 +64,7 @@ def test_random_routers_rank_by_a_map_that_is_not_trained():
 
 def test_deja_vu_keeps_the_top():
     predictor, x_ND = made("dejavu"), given("dejavu")
-    predicted_NE = x_ND @ predictor.first.T @ predictor.second.T + predictor.bias
+    predicted_NE = x_ND @ predictor.first.T @ predictor.second.T
     assert predictor(x_ND).equal(top(predicted_NE.detach(), 3))
 
 
@@ -80,16 +80,25 @@ def test_moefication_keeps_the_top_of_a_network_that_sees_the_direction():
 
 def test_d2dmoe_keeps_what_comes_near_the_token_s_largest():
     d2dmoe, x_ND = made("d2dmoe"), given("d2dmoe")
-    norms_NE = (torch.relu(x_ND @ d2dmoe.first.T) @ d2dmoe.second.T + d2dmoe.bias).abs().detach()
+    norms_NE = (torch.relu(x_ND @ d2dmoe.first.T) @ d2dmoe.second.T).abs().detach()
     shares_NE = norms_NE / norms_NE.max(1, keepdim=True).values
     assert bool((d2dmoe(x_ND) == 1).all())  # not calibrated
-    d2dmoe.level.fill_(0.3)
-    assert d2dmoe(x_ND).equal((shares_NE > 0.3).float())
+    d2dmoe.set_level(0.3)
+    assert d2dmoe(x_ND).equal((shares_NE >= 0.3).float())
+    d2dmoe.set_level(1.0)  # the authors' tau 0
+    assert d2dmoe(x_ND).equal(top(shares_NE, 1))
 
 
-def seen(x_ND, hidden_NF, down_FD, first_FD=None, activation=torch.relu):
+def test_d2dmoe_runs_all_experts_of_a_token_that_it_predicts_nothing_of():
+    d2dmoe, x_ND = made("d2dmoe"), given("d2dmoe")
+    d2dmoe.set_level(0.9)
+    d2dmoe.first.data.zero_()
+    assert bool((d2dmoe(x_ND) == 1).all())
+
+
+def seen(x_ND, hidden_NF, down_FD, first_FD=None):
     first_FD = torch.randn(F, D) if first_FD is None else first_FD
-    return Activity(x_ND, hidden_NF, hidden_NF, first_FD, down_FD, activation)
+    return Activity(x_ND, hidden_NF, hidden_NF, first_FD, down_FD)
 
 
 def test_losses_are_their_definitions():
@@ -110,8 +119,47 @@ def test_losses_are_their_definitions():
     d2dmoe = made("d2dmoe")
     outputs = [hidden_NF[:, e * 4 : e * 4 + 4] @ down_FD[e * 4 : e * 4 + 4] for e in range(E)]
     norm_NE = torch.stack([output.norm(dim=1) for output in outputs], 1)
-    expected = (d2dmoe.predict(x_ND) - norm_NE / norm_NE.mean()).square().mean()
+    expected = (d2dmoe.predict(x_ND) - norm_NE).square().mean()
     torch.testing.assert_close(d2dmoe.imitation_loss(activity), expected)
+
+
+def test_losses_with_relu_are_the_authors():
+    torch.manual_seed(2)
+    x_ND, up_FD = 3 * torch.randn(N, D), torch.randn(F, D)
+    up_FD[:8] -= 2.0  # or every expert would have an active neuron
+    hidden_NF = (x_ND @ up_FD.T - 4.0).relu()
+    activity, relu = seen(x_ND, hidden_NF, torch.randn(F, D), up_FD), FfnShape(D, E, activation="relu")
+
+    moefication = made("moefication", shape=relu)
+    mass_NE = mass((x_ND / x_ND.norm(dim=1, keepdim=True) @ up_FD.T).relu())  # no bias, and no length
+    share_NE, predicted_NE = mass_NE / mass_NE.max(), moefication.predict(x_ND).sigmoid()
+    expected = -(share_NE * predicted_NE.log() + (1 - share_NE) * (1 - predicted_NE).log()).mean()
+    torch.testing.assert_close(moefication.imitation_loss(activity), expected)
+
+    dejavu = made("dejavu", shape=relu)
+    losses, active = [], [[float(value) > 0 for value in row] for row in mass(hidden_NF)]
+    share = sum(map(sum, active)) / (N * E) + 0.005
+    assert 0.1 < share < 0.9
+    for row, predicted_E in zip(active, dejavu.predict(x_ND).sigmoid(), strict=True):
+        for is_active, predicted in zip(row, predicted_E, strict=True):
+            losses.append(-predicted.log() if is_active else -share * (1 - predicted).log())
+    torch.testing.assert_close(dejavu.imitation_loss(activity), torch.stack(losses).mean())
+
+
+@pytest.mark.parametrize("name", ["d2dmoe", "dejavu"])
+def test_a_model_saved_with_a_bias_keeps_it(name):
+    """As version 0.1.0 wrote them."""
+    old, x_ND = made(name), given(name)
+    stored = old.state_dict() | {"bias": torch.randn(E)}
+    loaded = made(name)
+    loaded.load_state_dict(stored)
+    inner_NI = x_ND @ loaded.first.T
+    inner_NI = inner_NI.relu() if name == "d2dmoe" else inner_NI
+    expected_NE = inner_NI @ loaded.second.T + stored["bias"]
+    torch.testing.assert_close(loaded.predict(x_ND), expected_NE.abs() if name == "d2dmoe" else expected_NE)
+    assert loaded.state_dict().keys() == stored.keys()
+    assert loaded.bias.requires_grad
+    assert "bias" not in made(name).state_dict()
 
 
 @pytest.mark.parametrize("kind", [Moefication, DejaVu, D2dmoe])

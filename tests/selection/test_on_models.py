@@ -81,12 +81,12 @@ def kept(name, ffn, x_ND, dense_ND):
     if name == "random":
         return best_half(x_ND @ selector.weight.T)
     if name == "dejavu":
-        return best_half(x_ND @ selector.first.T @ selector.second.T + selector.bias)
+        return best_half(x_ND @ selector.first.T @ selector.second.T)
     if name == "moefication":
         direction_ND = x_ND / x_ND.norm(dim=1, keepdim=True)
         return best_half(torch.tanh(direction_ND @ selector.first.T) @ selector.second.T)
-    norms_NE = (torch.relu(x_ND @ selector.first.T) @ selector.second.T + selector.bias).abs()
-    return (norms_NE / norms_NE.max(1, keepdim=True).values > selector.level).float()
+    norms_NE = (torch.relu(x_ND @ selector.first.T) @ selector.second.T).abs()
+    return (norms_NE / norms_NE.max(1, keepdim=True).values >= selector.level).float()
 
 
 def charged(name, size, share, gated):

@@ -55,7 +55,7 @@ def watch(ffns: Sequence[ExpertFfn], see: See, *token_masks_BT: torch.Tensor) ->
         real_N = mask_BT.flatten().bool()
         x_ND, gate_NF, hidden_NF = (tensor.flatten(0, -2)[real_N] for tensor in (x_BTD, gate_BTF, hidden_BTF))
         first_FD = weight_rows(ffn.up if ffn.gate is None else ffn.gate).detach()
-        see(ffn, Activity(x_ND, gate_NF, hidden_NF, first_FD, weight_rows(ffn.down).detach().T, ffn.activation))
+        see(ffn, Activity(x_ND, gate_NF, hidden_NF, first_FD, weight_rows(ffn.down).detach().T))
 
     for ffn in ffns:
         ffn.observer = show
