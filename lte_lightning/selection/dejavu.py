@@ -16,7 +16,7 @@ class DejaVu(Predictor):
 
     Source: Zichang Liu, Jue Wang, Tri Dao, Tianyi Zhou, Binhang Yuan, Zhao Song, Anshumali Shrivastava, Ce Zhang,
     Yuandong Tian, Christopher Ré, Beidi Chen: "Deja Vu: Contextual Sparsity for Efficient LLMs at Inference Time",
-    ICML 2023, arXiv 2310.17157; of its predictors the one for MLP blocks.
+    ICML 2023, arXiv 2310.17157; of its predictors the one for MLP blocks: logits W_2 W_1 x, one per neuron.
 
     As in the authors' code the network is two matrices without biases or an inner activation. Their models have ReLU,
     and so has the loss two forms. With ReLU it is theirs, binary cross-entropy towards "is not 0", the rarer answer

@@ -8,8 +8,9 @@ from lte_lightning.selection.registry import register_selector
 class KeepLargest(Magnitude):
     """KLA, keep the largest activations: per token the neurons whose |activation| is largest.
 
-    Source: the paper (see `Router`), section 5.1, with experts of one neuron. With larger ones, whose |activations| are
-    summed, it is the ground truth of MoEfication (see `Moefication`), which for ReLU sums the positive activations.
+    Source: the paper (see `Router`), section 5.1, with experts of one neuron: the k largest |h_i| of the hidden
+    activations h. With larger ones, whose |activations| are summed, it is the ground truth of MoEfication (see
+    `Moefication`), which for ReLU sums the positive activations.
 
     An oracle: it reads the activations that it saves, and is charged nothing for them.
     """

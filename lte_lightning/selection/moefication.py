@@ -15,7 +15,7 @@ class Moefication(Predictor):
 
     Source: Zhengyan Zhang, Yankai Lin, Zhiyuan Liu, Peng Li, Maosong Sun, Jie Zhou: "MoEfication: Transformer
     Feed-forward Layers are Mixtures of Experts", Findings of ACL 2022, arXiv 2110.01786; the learned router is the "MLP
-    selection" of its section on expert selection.
+    selection" of its section on expert selection: logits W_2 tanh(W_1 x / |x|), one per expert.
 
     As in the authors' code it sees the input's direction, has no biases and ends in a matrix that starts as the
     identity, and it is trained by binary cross-entropy towards each expert's activation as a share of the largest in

@@ -17,7 +17,8 @@ class Teal(Magnitude):
     """TEAL: each matrix is given only those of its inputs whose magnitude exceeds its threshold.
 
     Source: James Liu, Pragaash Ponnusamy, Tianle Cai, Han Guo, Yoon Kim, Ben Athiwaratkun: "Training-Free Activation
-    Sparsity in Large Language Models", ICLR 2025, arXiv 2408.14690; the allocation is its Algorithm 1.
+    Sparsity in Large Language Models", ICLR 2025, arXiv 2408.14690; an input is x where |x| > t, else 0,
+    and the allocation is its Algorithm 1.
 
     Gate and up projection leave out channels of the input x, the down projection leaves out neurons by their
     activation, |hidden|; a weight is used where its input is given. ``target_sparsity``, and the sparsity that is
