@@ -73,9 +73,9 @@ def goldens(session: nox.Session) -> None:
 
 @nox.session(python=False, requires=["env"])
 def gpu(session: nox.Session) -> None:
-    """Run the tests that need a CUDA device, then time the triton backend: one row per figure in gpu.csv."""
+    """Run the tests that need a CUDA device, then measure the triton backend: CSV files in gpu/."""
     session.run("pytest", "-m", "gpu", *session.posargs, env=OFFLINE)
-    session.run("python", "benchmarks/triton_ffn.py", "--csv", "gpu.csv")
+    session.run("python", "benchmarks/gpu/measure.py", "--out", "gpu")
 
 
 @nox.session(python=False, requires=["env"], default=False)

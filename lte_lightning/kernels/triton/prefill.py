@@ -17,6 +17,7 @@ from lte_lightning.kernels.dense_mask import dense_hidden, scale_experts
 from lte_lightning.kernels.layout import ExpertWeights
 from lte_lightning.kernels.triton.common import activate, add_bias, dot, has_buffers, is_hopper
 from lte_lightning.kernels.triton.lists import choose_form, list_active, list_groups
+from lte_lightning.kernels.triton.repair import repair
 
 GROUPED = {"BLOCK_M": 128, "BLOCK_F": 32, "BLOCK_D": 64, "num_warps": 4, "num_stages": 3}
 """A tile of one expert: tokens, neurons, and numbers of the model's width per step."""
@@ -25,12 +26,7 @@ WIDE_UNION = UNION | {"BLOCK_F": 128}
 """A tile of several experts; a wide one where there are the registers for it."""
 FEW = {"BLOCK_M": 64, "BLOCK_F": 32, "BLOCK_D": 64, "num_warps": 4, "num_stages": 4}
 """The union's tile where there is one block of tokens."""
-AGAIN = {
-    2: {"BLOCK_F": 32, "BLOCK_D": 128, "num_warps": 8, "num_stages": 2},
-    4: {"BLOCK_F": 32, "BLOCK_D": 64, "num_warps": 8, "num_stages": 3},
-}
-"""The down projection's, by bytes per weight, where the dense one was not finite."""
-SWIZZLE = 8
+SWIZZLE = 16
 """Blocks of tokens that share a tile of weights while it is in the cache."""
 GROUPED_COST_16THS = 23
 """What a grouped tile of one expert costs, a union tile's share of an expert being 16."""
@@ -192,60 +188,6 @@ def prefill_union_kernel(
     tl.store(out, hidden.to(hidden_ptr.dtype.element_ty), mask=chosen)
 
 
-@triton.jit(do_not_specialize=["N"])
-def spoilt_kernel(
-    y_ptr, spoilt_ptr, N, D: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr
-):
-    """Writes 1 for each part of D of a block of tokens that holds a number that is not finite, else 0."""
-    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    bad = tl.zeros([16, BLOCK_D], tl.int32)
-    for n0 in range(0, BLOCK_M, 16):
-        n = tl.program_id(1).to(tl.int64) * BLOCK_M + n0 + tl.arange(0, 16)
-        y = tl.load(y_ptr + n[:, None] * D + d[None, :], mask=(n[:, None] < N) & (d[None, :] < D), other=0.0)
-        bad |= (y.to(tl.float32) * 0.0 != 0.0).to(tl.int32)
-    tl.store(spoilt_ptr + tl.program_id(1) * PARTS + tl.program_id(0), tl.max(tl.max(bad, 1), 0))
-
-
-@triton.jit(do_not_specialize=["N"])
-def prefill_again_kernel(
-    hidden_ptr,
-    down_ptr,
-    bias_ptr,
-    active_ptr,
-    count_ptr,
-    spoilt_ptr,
-    y_ptr,
-    N,
-    PARTS: tl.constexpr,
-    E: tl.constexpr,
-    S: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """BLOCK_D outputs of a spoilt block of tokens, over the experts that the block needs."""
-    block = tl.program_id(1)
-    part = tl.arange(0, PARTS)
-    spoilt = tl.max(tl.load(spoilt_ptr + block * PARTS + part), 0) != 0
-    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    n = block.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    end = tl.where(spoilt, tl.load(count_ptr + block) * S, 0)
-    y = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for first in range(0, end, BLOCK_F):
-        place = first + tl.arange(0, BLOCK_F)
-        f_ok = place < end
-        e = tl.load(active_ptr + block * E + place // S, mask=f_ok, other=0).to(tl.int64)
-        f = e * S + place % S
-        valid = (n < N)[:, None] & f_ok[None, :]
-        hidden = tl.load(hidden_ptr + n[:, None] * (E * S) + f[None, :], mask=valid, other=0.0)
-        inside = f_ok[:, None] & (d < D)[None, :]
-        y = dot(hidden, tl.load(down_ptr + f[:, None] * D + d[None, :], mask=inside, other=0.0), y)
-    y = add_bias(y, bias_ptr, d[None, :], (d < D)[None, :])
-    out = y_ptr + n[:, None] * D + d[None, :]
-    tl.store(out, y.to(y_ptr.dtype.element_ty), mask=(n < N)[:, None] & (d < D)[None, :] & spoilt)
-
-
 def run_prefill(x_ND: torch.Tensor, mask_NE: torch.Tensor, weights: ExpertWeights) -> torch.Tensor:
     """Computes the selected experts' output for any number of tokens.
 
@@ -258,27 +200,15 @@ def run_prefill(x_ND: torch.Tensor, mask_NE: torch.Tensor, weights: ExpertWeight
     Returns:
         The output [N, D]; the hidden activations between are of the input's type.
     """
-    N, D = x_ND.shape
-    E, S, _ = weights.up_ESD.shape
     wide = WIDE_UNION if is_hopper() else UNION
-    tile = wide if FEW["BLOCK_M"] < N else FEW
+    tile = wide if len(x_ND) > FEW["BLOCK_M"] else FEW
     active_ME, count_M = list_active(mask_NE, tile["BLOCK_M"])
     if x_ND.dtype == torch.float32:
         hidden_NF = scale_experts(dense_hidden(x_ND, weights), mask_NE.view(torch.bool))
     else:
         hidden_NF = _hidden(x_ND, mask_NE, weights, active_ME, count_M, tile)
-    down_FD = weights.down_ESD.flatten(0, 1)
-    y_ND = functional.linear(hidden_NF, down_FD.T, weights.down_bias_D)
-
-    M, parts = len(count_M), triton.next_power_of_2(triton.cdiv(D, 512))
-    shape = {"D": D, "PARTS": parts, "BLOCK_M": tile["BLOCK_M"]}
-    spoilt_MP = torch.empty((M, parts), dtype=torch.int32, device=x_ND.device)
-    spoilt_kernel[(parts, M)](y_ND, spoilt_MP, N, BLOCK_D=512, **shape)
-    again = AGAIN[x_ND.element_size()]
-    prefill_again_kernel[(triton.cdiv(D, again["BLOCK_D"]), M)](
-        hidden_NF, weights.down_ESD, weights.down_bias_D, active_ME, count_M, spoilt_MP, y_ND, N,
-        E=E, S=S, **shape, **again,
-    )  # fmt: skip
+    y_ND = functional.linear(hidden_NF, weights.down_ESD.flatten(0, 1).T, weights.down_bias_D)
+    repair(y_ND, hidden_NF, weights, active_ME, count_M, tile["BLOCK_M"])
     return y_ND
 
 

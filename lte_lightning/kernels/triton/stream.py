@@ -21,7 +21,7 @@ from lte_lightning.kernels.triton.common import (
 )
 
 STREAM = {
-    2: {"TILE": 8192, "num_warps": 4, "PER_SM": 2},
+    2: {"TILE": 8192, "num_warps": 8, "PER_SM": 2},
     4: {"TILE": 4096, "num_warps": 8, "PER_SM": 2},
 }
 """By bytes per weight: numbers of each matrix per step, and programs per multiprocessor."""

@@ -24,6 +24,7 @@ from lte_lightning.kernels.layout import ExpertWeights
 from lte_lightning.kernels.triton import decode as triton_decode
 from lte_lightning.kernels.triton import lists as triton_lists
 from lte_lightning.kernels.triton import prefill as triton_prefill
+from lte_lightning.kernels.triton import repair as triton_repair
 from lte_lightning.kernels.triton import router as triton_router
 from lte_lightning.kernels.triton import stream as triton_stream
 from lte_lightning.kernels.triton.common import INTERPRETED
@@ -43,7 +44,7 @@ CHIPS = {
 }
 KERNELS = {
     name
-    for module in (triton_decode, triton_lists, triton_prefill, triton_router, triton_stream)
+    for module in (triton_decode, triton_lists, triton_prefill, triton_repair, triton_router, triton_stream)
     for name, value in vars(module).items()
     if isinstance(value, JITFunction) and name.endswith("_kernel")
 }
