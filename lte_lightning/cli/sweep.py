@@ -18,9 +18,9 @@ from lte_lightning.shipped import SWEEPS, resolve
 from lte_lightning.store import read_run_file
 from lte_lightning.sweep.engine import Engine, Runner, Summary
 from lte_lightning.sweep.folder import COPY, FRONT, SweepFolder
-from lte_lightning.sweep.identity import Known, recognise
 from lte_lightning.sweep.local import LocalRunner
 from lte_lightning.sweep.points import Point, Sweep, options
+from lte_lightning.sweep.recall import Known, recognise
 from lte_lightning.sweep.search import Trials
 from lte_lightning.sweep.spec import read_sweep
 from lte_lightning.sweep.table import write_tables
@@ -49,8 +49,7 @@ def main(args: list[str]) -> None:
     runner = _runner(given)
     found = check(sweep, folder, points)
     with folder.hold(sweep, words=["lte", "sweep", *args]):
-        folder.about["planned"] = [point.name for point in _all_points(sweep, folder)[0]]
-        folder.save()
+        folder.plan(_all_points(sweep, folder)[0])
         if isinstance(runner, LocalRunner):
             runner.inherited = folder.lock
         tracker = Tracker(folder, found["tracking_uri"]) if found["mlflow"] else None

@@ -1,7 +1,7 @@
 """Reads what a report is made of: runs, the sweeps that they belong to, and benchmarks."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -77,11 +77,12 @@ def finish(material: Material, bench: Iterable[str | Path]) -> Material:
 
 def _read(folders: list[Path], sweeps: dict[Path, SweptFolder], material: Material) -> list[Run]:
     """Reads run folders; of those of a sweep, the newest of each of its points."""
-    found, points = [], {}
+    found: list[Run] = []
+    points: dict[tuple[Path, str], list[Path]] = {}
     for folder in folders:
         swept, name = sweeps.get(folder.parent), read_run_file(folder).get("name")
         if swept is None:
-            found.append(read_run(folder, {}))
+            found.append(read_run(folder))
         elif reason := swept.left_out(name):
             material.left_out.append((name or folder.name, reason))
         else:
@@ -90,18 +91,30 @@ def _read(folders: list[Path], sweeps: dict[Path, SweptFolder], material: Materi
     order = {(path, name): i for path, swept in sweeps.items() for i, name in enumerate(swept.points)}
     for (path, name), same in sorted(points.items(), key=lambda item: order[item[0]]):
         kept = max(same, key=newest)
-        found.append(read_run(kept, sweeps[path].points[name]))
+        swept = sweeps[path]
+        point = swept.points[name]
+        facts = (point.role, point.variant, point.parameters) if point else ()
+        found.append(read_run(kept, *facts, command=swept.commands.get(name)))
         material.left_out += [(folder.name, OLDER) for folder in same if folder != kept]
     return found
 
 
-def read_run(folder: Path, point: dict[str, Any]) -> Run:
+def read_run(
+    folder: Path,
+    role: str | None = None,
+    variant: str | None = None,
+    parameters: Mapping[str, Any] | None = None,
+    command: str | None = None,
+) -> Run:
     """Reads a run folder.
 
     Args:
         folder: With ``run.json``, ``results.json``, ``config.yaml`` and ``model/lte_config.json``; the last two may
             be missing.
-        point: What a sweep remembers of it; empty if it belongs to none.
+        role: What it is in its sweep; of a run that belongs to none, what its model says.
+        variant: The sweep's variant.
+        parameters: What tells it from the variant's other points.
+        command: The command that ran it, if anybody remembers that.
 
     Raises:
         UserError: If it is damaged, or of another version.
@@ -114,19 +127,18 @@ def read_run(folder: Path, point: dict[str, Any]) -> Run:
     lte = model.get("lte") or {"selector": "router"} | known
     lte = lte | {"description": model.get("selector")}
     dense = results.sparsity is None and not results.expert_stage_ran
-    role = point.get("role") or ("floor" if lte.get("selector") == "none" else "start" if dense else "point")
+    role = role or ("floor" if lte.get("selector") == "none" else "start" if dense else "point")
     # A variant may be named like its task, alone (its methods are told by their selectors) or before the method
-    task, variant = results.task, point.get("variant")
-    variant = None if variant == task else variant and variant.removeprefix(f"{task}: ")
+    variant = None if variant == results.task else variant and variant.removeprefix(f"{results.task}: ")
     return Run(
         folder=folder,
         name=about.get("name"),
         method=variant or method_name(lte),
         role=role,
-        parameters=point.get("parameters", {}),
+        parameters=dict(parameters or {}),
         results=results,
         histogram=views.get("score_histogram", []),
-        command=point.get("command") or f"lightning fit --config {folder}/config.yaml",
+        command=command or f"lightning fit --config {folder}/config.yaml",
         options=options,
         lte=lte,
         family=model.get("model_type"),

@@ -1,21 +1,15 @@
 """What a sweep's folder says of its points: which of its runs count, and what is not done."""
 
 import os
-import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from lte_lightning.report.material import Missing
 from lte_lightning.results import FILE
-from lte_lightning.sweep.folder import COPY, FRONT, SWEEP_FILE, SweepFolder, read_sweep_file
-from lte_lightning.sweep.points import slug
+from lte_lightning.sweep.folder import FRONT, SWEEP_FILE, SweepFolder, read_sweep_file
+from lte_lightning.sweep.points import Point
+from lte_lightning.sweep.record import Record
 
-# As `lte_lightning.sweep.points` names them
-POINT = re.compile(r"(?P<words>.+)-s(?P<seed>\d+)-[0-9a-f]{8}")
 REASON = 160  # characters of a log's line
 
 
@@ -26,7 +20,9 @@ class SweptFolder:
     Args:
         path: The folder.
         text: What the sweep says of itself.
-        points: What is remembered of each of its points, by name, in the order of the sweep's file.
+        points: Each of its points, by name, in the order of the sweep's file; None of one that was never begun, if an
+            earlier version kept its name alone.
+        commands: The command of each that was begun.
         obsolete: Names of those that the sweep's file no longer asks for.
         missing: The points that are asked for and not done.
         typed: The commands that ran it, each with the folder where it was typed.
@@ -34,7 +30,8 @@ class SweptFolder:
 
     path: Path
     text: str
-    points: dict[str, dict[str, Any]]
+    points: dict[str, Point | None]
+    commands: dict[str, str | None]
     obsolete: set[str]
     missing: list[Missing]
     typed: list[tuple[str, str]]
@@ -52,29 +49,28 @@ def read_swept(path: Path) -> SweptFolder:
     Raises:
         UserError: If its ``sweep.json`` is damaged, or of another version.
     """
-    about, folder = read_sweep_file(path / SWEEP_FILE), SweepFolder(path)
-    points = folder.statuses()
-    planned = about.get("planned", [])
-    seeds = {name: _seed(name, points) for name in planned}
+    folder = SweepFolder(path)
+    folder.about = about = read_sweep_file(path / SWEEP_FILE)
+    plan, records = folder.planned(), folder.records()
+    points = plan | {name: record.point for name, record in records.items()}
+    asked = [point for name in plan if (point := points[name]) is not None]
     # A sweep that was last started with other seeds plans nothing of the rest's, and a search none of its trials
-    shared = {seed for seed in seeds.values() if seed is not None}
-    own = {seeds[name] for name in planned if _role(name, points) == "point" and not _is_search(path)} & shared
+    shared = {point.seed for point in asked}
+    own = {point.seed for point in asked if point.role == "point" and not _is_search(path)}
     obsolete = {
         name
-        for name in points
-        if name not in seeds and _seed(name, points) in (own if _role(name, points) == "point" else shared)
+        for name, record in records.items()
+        if name not in plan and record.point.seed in (own if record.point.role == "point" else shared)
     }
-    attempts, running = folder.attempts(), is_running(path)
-    variants = [*_variants(path / COPY), *(point.get("variant") for point in points.values())]
-    missing = []
-    for name in dict.fromkeys([*planned, *points]):
-        done = any((run / FILE).exists() for run in attempts.get(name, []))
-        if not done and name not in obsolete:
-            status = _status(folder, name, running)
-            missing.append(missing_point(name, points, about.get("name", path.name), status, variants))
-    ordered = {name: points.get(name, {}) for name in dict.fromkeys([*planned, *points])}
+    attempts, running, name = folder.attempts(), is_running(path), about.get("name", path.name)
+    missing = [
+        missing_point(key, point, name, _status(folder, records.get(key), key, running))
+        for key, point in points.items()
+        if key not in obsolete and not any((run / FILE).exists() for run in attempts.get(key, []))
+    ]
     typed = [(known["command"], known["folder"]) for known in about.get("commands", [])]
-    return SweptFolder(path, about.get("text", ""), ordered, obsolete, missing, typed)
+    commands = {key: record.command for key, record in records.items()}
+    return SweptFolder(path, about.get("text", ""), points, commands, obsolete, missing, typed)
 
 
 def _is_search(path: Path) -> bool:
@@ -98,8 +94,8 @@ def is_running(path: Path) -> bool:
     return False
 
 
-def _status(folder: SweepFolder, name: str, running: bool) -> str:
-    status = folder.status(name).get("status", "not started")
+def _status(folder: SweepFolder, record: Record | None, name: str, running: bool) -> str:
+    status = (record and record.status) or "not started"
     if status == "stopped" or (status == "running" and not running):  # a sweep that is killed says nothing
         return "stopped before it was done"
     if status == "done":
@@ -110,44 +106,17 @@ def _status(folder: SweepFolder, name: str, running: bool) -> str:
     return ": ".join([status, *(line.strip()[:REASON] for line in lines)])
 
 
-def missing_point(
-    name: str, points: dict[str, dict[str, Any]], sweep: str, status: str, variants: Iterable[str | None]
-) -> Missing:
-    """Says of a point what is remembered of it, or what its name tells.
+def missing_point(name: str, point: Point | None, sweep: str, status: str) -> Missing:
+    """Says which point is missing: by its name, where nothing else was kept of it.
 
     Args:
         name: The point's.
-        points: What is remembered of the sweep's points.
+        point: The point, if it is known.
         sweep: The sweep's name.
         status: What became of the point.
-        variants: Those that the sweep is known to have.
     """
-    known, found = points.get(name, {}), POINT.fullmatch(name)
-    values = [f"{key.split('.')[-1]} {value}" for key, value in known.get("parameters", {}).items()]
-    method = known.get("variant") or (known.get("role") if known.get("role") != "point" else "fit")
-    if known.get("role") is None:
-        # Not started: all there is are the words of its name, which a sweep made from the variant and the parameters
-        words, *pairs = re.split(r"-(?=[A-Za-z_][A-Za-z_0-9.]*=)", found["words"] if found else name)
-        values = [pair.replace("=", " ", 1) for pair in pairs]
-        same = (variant for variant in variants if variant and slug(variant) == words)
-        method = next(same, words.replace("_", " ").strip())
-    return Missing(sweep, str(method), ", ".join(values), _seed(name, points), status)
-
-
-def _variants(file: Path) -> list[str]:
-    """The variants that a sweep file names; none if it is not there or cannot be read."""
-    try:
-        return [str(name) for name in yaml.safe_load(file.read_text())["variants"]]
-    except (OSError, yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError):
-        return []
-
-
-def _seed(name: str, points: dict[str, dict[str, Any]]) -> int | None:
-    known, found = points.get(name, {}).get("seed"), POINT.fullmatch(name)
-    return known if known is not None else int(found["seed"]) if found else None
-
-
-def _role(name: str, points: dict[str, dict[str, Any]]) -> str:
-    found = POINT.fullmatch(name)
-    named = found["words"] if found and found["words"] in ("start", "floor") else "point"
-    return points.get(name, {}).get("role") or named
+    if point is None:
+        return Missing(sweep, name, "", None, status)
+    values = [f"{key.split('.')[-1]} {value}" for key, value in point.parameters.items()]
+    method = point.variant or (point.role if point.role != "point" else "fit")
+    return Missing(sweep, method, ", ".join(values), point.seed, status)

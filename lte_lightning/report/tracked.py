@@ -18,7 +18,9 @@ from lte_lightning.report.tested import TESTS
 from lte_lightning.results import FILE as RESULTS
 from lte_lightning.store import RUN_LAYOUT, mlflow_store, reason, shown, write_json
 from lte_lightning.sweep.network import ask
+from lte_lightning.sweep.points import Point, restore
 from lte_lightning.sweep.table import newest
+from lte_lightning.sweep.tracking import PLAN
 
 # What `read_run` reads, where a fit logs it
 FILES = (RESULTS, "config.yaml", "model/lte_config.json")
@@ -55,11 +57,12 @@ def collect_tracked(
         if not found:
             name = experiment or ", ".join(run_ids)
             raise UserError(f"none of the {len(runs)} runs of {name} is a finished fit; name others")
-        variants = [run.data.tags.get("lte.variant") for run in found]
+        waited = [run for run in others if _point(run) not in done]
+        plans = {parent: _plan(client, parent) for parent in {run.data.tags.get(PARENT, "") for run in waited}}
         missing = [
-            missing_point(_name(run), {}, run.data.tags.get(PARENT, ""), _status(run), variants)
-            for run in others
-            if _point(run) not in done
+            missing_point(_name(run), plans[parent].get(_name(run)), parent, _status(run))
+            for run in waited
+            for parent in [run.data.tags.get(PARENT, "")]
         ]
         material = Material(missing=missing)
         _read(found, Path(folder), material)
@@ -147,11 +150,20 @@ def _read(runs: Sequence[Any], folder: Path, material: Material) -> None:
         kept = max(same, key=lambda run: newest(folder / run.info.run_id))
         material.left_out += [(run.info.run_id, OLDER) for run in same if run is not kept]
         # The whole configuration tells the fits of a sweep apart, too
-        point = {key: kept.data.tags.get(f"lte.{key}") for key in ("role", "variant")}
-        point["parameters"] = json.loads(kept.data.tags.get("lte.parameters", "{}"))
+        tags = kept.data.tags
+        facts = tags.get("lte.role"), tags.get("lte.variant"), json.loads(tags.get("lte.parameters", "{}"))
         config = f"mlflow artifacts download --run-id {kept.info.run_id} --artifact-path config.yaml --dst-path ."
-        point |= {"command": f"{config} && lightning fit --config config.yaml"}
-        material.runs.append(read_run(folder / kept.info.run_id, point))
+        command = f"{config} && lightning fit --config config.yaml"
+        material.runs.append(read_run(folder / kept.info.run_id, *facts, command=command))
+
+
+def _plan(client: Any, parent: str) -> dict[str, Point | None]:
+    """Returns the points of a sweep by name, if its parent run has them: a run that was not finished says nothing."""
+    if not parent or PLAN not in {file.path for file in client.list_artifacts(parent)}:
+        return {}
+    with tempfile.TemporaryDirectory(prefix="lte-plan-") as folder:
+        stored = json.loads(Path(client.download_artifacts(parent, PLAN, folder)).read_text())["points"]
+    return {point.name: point for content in stored if (point := restore(content))}
 
 
 def _name(run: Any) -> str:

@@ -5,13 +5,14 @@ import shlex
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from lte_lightning.results import FILE, read_results
 from lte_lightning.sweep.folder import SweepFolder, resumable
 from lte_lightning.sweep.points import Point, options
+from lte_lightning.sweep.record import Record
 from lte_lightning.sweep.search import Trials
 from lte_lightning.sweep.tracking import Tracker
 
@@ -136,13 +137,13 @@ class Engine:
 
     def _start(self, point: Point) -> None:
         words = self.words(point)
-        before = self.folder.status(point.name)
+        before = self.folder.record(point.name)
         with self.folder.log(point.name).open("a") as log:
             log.write(f"$ lightning {shlex.join(words)}\n")
         self.folder.remember(
             point,
             status="running",
-            command=before.get("command") if "--ckpt_path" in words else f"lightning {shlex.join(words)}",
+            command=before and before.command if "--ckpt_path" in words else f"lightning {shlex.join(words)}",
             resumed="--ckpt_path" in words,
             began=time.strftime("%Y-%m-%d %H:%M:%S"),
         )
@@ -153,18 +154,18 @@ class Engine:
         """Returns the words of a point's command: its fit, or how its last one goes on."""
         attempts = self.folder.attempts().get(point.name, [])
         runs = [run for run in attempts if not (run / FILE).exists()]  # what was found is never removed
-        before = self.folder.status(point.name)
+        before = self.folder.record(point.name) or Record(point)
         # A signal, or a machine that was lost, says nothing against the checkpoint
-        failed = before.get("status") == "failed" and 0 < before.get("code", 1) < SIGNALS
-        if runs and resumable(runs[-1]) and not (failed and before.get("resumed")):
+        failed = before.status == "failed" and 0 < (1 if before.code is None else before.code) < SIGNALS
+        if runs and resumable(runs[-1]) and not (failed and before.resumed):
             if self.tracker:
                 self.tracker.adopt(runs[-1])
             run = os.path.relpath(runs[-1])
             return ["fit", "--config", f"{run}/config.yaml", "--ckpt_path", f"{run}/checkpoints/last.ckpt"]
-        for run in runs:  # no checkpoint, or one that led nowhere twice
-            shutil.rmtree(run, ignore_errors=True)
+        for lost in runs:  # no checkpoint, or one that led nowhere twice
+            shutil.rmtree(lost, ignore_errors=True)
             if self.tracker:
-                self.tracker.forget(run.name)
+                self.tracker.forget(lost.name)
         return point.arguments() + options(self.place(point))
 
     def place(self, point: Point) -> dict[str, Any]:
@@ -207,23 +208,23 @@ class Engine:
             self.say(f"    {line}")
 
     def _seconds(self, name: str) -> float:
-        now = time.monotonic() - self._running[name]
-        return round(now + self.folder.status(name).get("seconds", 0.0), 1)
+        now, before = time.monotonic() - self._running[name], self.folder.record(name)
+        return round(now + ((before and before.seconds) or 0.0), 1)
 
     def _finish(self, point: Point, run: Path) -> None:
         self.summary.done.append(point.name)
-        before = self.folder.status(point.name)
-        facts = {"status": "done", "run": run.name}
+        before = self.folder.record(point.name) or Record(point)
+        now = replace(before, point=point, status="done", run=run.name)
         # MLflow is told before that is remembered: a sweep that is killed in between tells it again
-        if self.tracker and before.get("told") != self.tracker.parent and self.tracker.point_done(point, run):
-            facts["told"] = self.tracker.parent
-        if any(before.get(key) != value for key, value in facts.items()):
-            self.folder.remember(point, **facts)
+        if self.tracker and before.told != self.tracker.parent and self.tracker.point_done(point, run):
+            now = replace(now, told=self.tracker.parent)
+        if now != before:
+            self.folder.remember(point, status=now.status, run=now.run, told=now.told)
         self._tell_trials(point, run)
 
     def _tell_trials(self, point: Point, run: Path | None) -> None:
         if self.trials is not None and point.role == "point":
-            for line in self.trials.tell(point.name, run and read_results(run)):
+            for line in self.trials.tell(point.name, None if run is None else read_results(run)):
                 self.say(line)
 
     def _count(self) -> str:

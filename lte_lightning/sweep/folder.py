@@ -15,6 +15,7 @@ import uuid
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,10 @@ import yaml
 from lte_lightning.errors import UserError
 from lte_lightning.results import FILE
 from lte_lightning.store import write_json
-from lte_lightning.sweep.points import Point, Sweep
+from lte_lightning.sweep.points import Point, Sweep, restore
+from lte_lightning.sweep.record import Record
 
-LAYOUT = 1
+LAYOUT = 1  # of what earlier versions wrote, too: of a point they kept its name, not its configs and options
 SWEEP_FILE = "sweep.json"
 COPY = "sweep.yaml"  # of the sweep file
 FRONT = "front.md"  # the best trials of a search
@@ -162,22 +164,30 @@ class SweepFolder:
 
     # What became of the points
 
-    def status(self, name: str) -> dict[str, Any]:
-        """Returns what is remembered of a point; nothing if its file is damaged or was never written."""
-        try:
-            return json.loads((self.points / f"{name}.json").read_text())
-        except (OSError, ValueError):
-            return {}
+    def record(self, name: str) -> Record | None:
+        """Returns what is remembered of a point; None if its file is damaged or was never written."""
+        return Record.of(_read(self.points / f"{name}.json"))
 
-    def statuses(self) -> dict[str, dict[str, Any]]:
+    def records(self) -> dict[str, Record]:
         """Returns what is remembered of all points, by name."""
-        return {file.stem: self.status(file.stem) for file in sorted(self.points.glob("*.json"))}
+        found = {file.stem: self.record(file.stem) for file in sorted(self.points.glob("*.json"))}
+        return {name: record for name, record in found.items() if record is not None}
 
     def remember(self, point: Point, **facts: Any) -> None:
-        """Adds to what is remembered of a point."""
-        keys = ("name", "role", "variant", "parameters", "seed", "start", "floor")
-        identity = {key: getattr(point, key) for key in keys}
-        write_json(self.points / f"{point.name}.json", self.status(point.name) | identity | facts)
+        """Stores a point, and adds to what is remembered of it."""
+        before = self.record(point.name) or Record(point)
+        write_json(self.points / f"{point.name}.json", replace(before, point=point, **facts).content())
+
+    def plan(self, points: Sequence[Point]) -> None:
+        """Stores the points that the sweep asks for, whole, begun or not."""
+        self.about["plan"] = [asdict(point) for point in points]
+        self.save()
+
+    def planned(self) -> dict[str, Point | None]:
+        """Returns the points that the sweep asked for last, by name; an earlier version knew their names alone."""
+        names: dict[str, Point | None] = dict.fromkeys(self.about.get("planned", []))
+        found = [restore(content) for content in self.about.get("plan", [])]
+        return names | {point.name: point for point in found if point is not None}
 
     def log(self, name: str) -> Path:
         """Returns the file of what a point printed."""

@@ -36,7 +36,7 @@ class LocalRunner:
         self.inherited = inherited
         wanted = os.environ.get("OMP_NUM_THREADS", "")
         self.threads = int(wanted) if wanted.isdecimal() and int(wanted) else max(1, cores() // workers)
-        self._running: dict[str, subprocess.Popen] = {}
+        self._running: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(self, name: str, words: list[str], log: Path) -> None:
         """Starts a command; what it prints is added to the log."""

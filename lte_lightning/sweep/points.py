@@ -1,12 +1,12 @@
-"""The fits that a sweep consists of, and what each is called."""
+"""The fits that a sweep consists of: what each is, what makes it the same as another, and what it is called."""
 
 import hashlib
 import json
+import math
 import os
 import re
-import shlex
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from lte_lightning.errors import UserError
 DENSE_ONLY = {"stages.router.epochs": 0, "stages.expert.epochs": 0}
 FROM_START = {"stages.dense.epochs": 0}
 FLOOR = {"model.lte.selector": "none", "stages.router.epochs": 0}
-# What cannot change a figure
+INIT = "model.init_from"
+# What cannot change a value that a fit finds
 NEUTRAL = (
     "trainer.logger",
     "trainer.enable_progress_bar",
@@ -24,11 +25,13 @@ NEUTRAL = (
     "trainer.log_every_n_steps",
     "trainer.default_root_dir",
 )
+# Options of which a whole number counts batches, and a fraction is a share of them: there 1 and 1.0 differ
+BY_SHARE = ("trainer.limit_", "trainer.overfit_batches", "trainer.val_check_interval")
 
 
 @dataclass(frozen=True)
 class Point:
-    """One fit of a sweep.
+    """One fit of a sweep, whole: it is stored as it is, and nothing has to be found out from its name or command.
 
     Args:
         name: Unique in the sweep; names its files and its run.
@@ -40,6 +43,8 @@ class Point:
         overrides: All options that the sweep sets, the parameters among them.
         start: Name of the fit whose dense model it starts from.
         floor: Name of the fit whose floor is reported with it.
+        identity: Digest of what tells it from other fits (see `identify`); empty where an earlier version, which kept
+            a point's name but not its options, ran it.
     """
 
     name: str
@@ -51,16 +56,37 @@ class Point:
     overrides: dict[str, Any] = field(hash=False)
     start: str | None = None
     floor: str | None = None
+    identity: str = ""
 
     @property
     def needs(self) -> list[str]:
         """The fits that must be done before it."""
         return [name for name in (self.start, self.floor) if name]
 
+    @property
+    def files(self) -> list[str]:
+        """The names of its configuration files."""
+        return [Path(path).name for path in self.configs]
+
+    @property
+    def options(self) -> dict[str, str]:
+        """Its options in canonical form; without the weights that it would start from if it had no start."""
+        return {key: value for key, value in canonical(self.overrides).items() if not (self.start and key == INIT)}
+
     def arguments(self) -> list[str]:
         """The fit's command line, except for what other fits give it and where it leaves its run."""
         words = ["fit", *(word for path in self.configs for word in ("--config", path))]
         return words + options({"seed_everything": self.seed} | self.overrides)
+
+
+def restore(content: dict[str, Any]) -> Point | None:
+    """Returns a point as it was stored, with empty configs and options by an earlier version; None if it is none."""
+    known = {each.name for each in fields(Point)}
+    kept = {"configs": (), "overrides": {}} | {key: value for key, value in content.items() if key in known}
+    try:
+        return Point(**kept | {"configs": tuple(kept["configs"])})
+    except TypeError:
+        return None
 
 
 @dataclass(frozen=True)
@@ -113,9 +139,9 @@ class Sweep:
             UserError: If two of them are the same.
         """
         if self.search is None:
-            found = [p for name, block in self.variants.items() for one in block.points for p in self._fits(name, one)]
+            found = [p for name, block in self.variants.items() for one in block.points for p in self.fits(name, one)]
         else:
-            found = [p for name in self.variants for p in self._fits(name, {}) if p.role != "point"]
+            found = [p for name in self.variants for p in self.fits(name, {}) if p.role != "point"]
         points: dict[str, Point] = {}
         for point in found:
             if point.name in points and point.role == "point":
@@ -127,9 +153,10 @@ class Sweep:
     def trial(self, parameters: dict[str, Any]) -> list[Point]:
         """The points of one trial of a search, one for each seed."""
         (name,) = self.variants
-        return [point for point in self._fits(name, parameters) if point.role == "point"]
+        return [point for point in self.fits(name, parameters) if point.role == "point"]
 
-    def _fits(self, variant: str | None, parameters: dict[str, Any]) -> list[Point]:
+    def fits(self, variant: str | None, parameters: dict[str, Any]) -> list[Point]:
+        """The points of one setting, one for each seed, with the starts and floors that they share."""
         block, fits = self.variants[variant], []
         dense = [key for key in parameters if key.startswith("stages.dense.")]
         if dense and block.start is not None:
@@ -145,22 +172,71 @@ class Sweep:
                 fits.append(start)
             going_on = FROM_START if start else {}
             if block.floor is not None:
-                floor = replace(shared, role="floor", start=start and start.name)
-                floor = self._named(replace(floor, overrides=block.floor | self.extra | FLOOR | going_on))
+                overrides = block.floor | self.extra | FLOOR | going_on
+                floor = self._named(replace(shared, role="floor", overrides=overrides), start)
                 fits.append(floor)
             overrides = block.overrides | parameters | self.extra | going_on
             point = Point("", "point", variant, parameters, seed, block.configs, overrides)
-            fits.append(self._named(replace(point, start=start and start.name, floor=floor and floor.name)))
+            fits.append(self._named(point, start, floor))
         return self.recognise(fits) if self.recognise else fits
 
-    def _named(self, point: Point) -> Point:
+    def _named(self, point: Point, start: Point | None = None, floor: Point | None = None) -> Point:
+        point = replace(point, start=start.name if start else None, floor=floor.name if floor else None)
         # Files by the name that the sweep file gives them, so that a sweep may move with its repository
         files = [os.path.relpath(path, self.path.parent) for path in point.configs]
         same = [files, sorted(point.overrides.items()), point.seed, point.role, point.variant, point.start, point.floor]
         digest = hashlib.sha256(json.dumps(same, default=str).encode()).hexdigest()[:8]
         values = [f"{key.split('.')[-1]}={text(value)}" for key, value in point.parameters.items()]
         words = [point.role if point.role != "point" else point.variant or "fit", *values]
-        return replace(point, name=f"{slug('-'.join(words))[:80]}-s{point.seed}-{digest}")
+        name = f"{slug('-'.join(words))[:80]}-s{point.seed}-{digest}"
+        return replace(point, name=name, identity=identify(point, start, floor))
+
+
+def identify(point: Point, start: Point | None = None, floor: Point | None = None) -> str:
+    """Returns a digest of what tells a fit from others: its options in canonical form, its configs, and what it needs.
+
+    Configs count by their names: a sweep may move, and its folder looks after what is in them.
+    """
+    facts: list[Any] = [point.role, point.variant, point.seed, point.files, sorted(point.options.items())]
+    facts += [need.identity if need else None for need in (start, floor)]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def canonical(options: Mapping[str, Any]) -> dict[str, str]:
+    """Returns a fit's options as every spelling of the same fit has them.
+
+    A path may end with a slash, a number be written as a text, as 1 or as 1.0. How a stage that is skipped would be
+    trained is left out, and so is what is shown of a fit.
+    """
+    kept = {key: _plain(key, value) for key, value in options.items() if key not in NEUTRAL}
+    stages = {key: key.rpartition(".") for key in kept if key.startswith("stages.")}
+    lengths = ("epochs", "steps")
+    skipped = {stage for key, (stage, _, last) in stages.items() if last in lengths and kept[key] == "0"}
+    idle = {key for key, (stage, _, last) in stages.items() if stage in skipped and last not in lengths}
+    return {key: value for key, value in kept.items() if key not in idle}
+
+
+def _plain(key: str, value: Any) -> str:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            return value.rstrip("/") or value
+    whole = isinstance(value, float) and math.isfinite(value) and value.is_integer()
+    return text(int(value) if whole and not key.startswith(BY_SHARE) else value)
+
+
+def differences(old: Point, new: Point) -> list[str]:
+    """Says in which options two fits of a variant differ; what a sweep varies, and the seeds, are none."""
+    varied, mine, theirs = {*old.parameters, *new.parameters}, old.options, new.options
+    keys = [key for key in sorted({*mine, *theirs} - varied) if mine.get(key) != theirs.get(key)]
+    found = [f"{key} {mine.get(key, 'unset')}, now {theirs.get(key, 'unset')}" for key in keys]
+    return found if old.files == new.files else [f"configs {', '.join(old.files)}", *found]
+
+
+def are_rivals(point: Point, other: Point) -> bool:
+    """Says whether both are fits of the same variant."""
+    return (point.role, point.variant) == (other.role, other.variant)
 
 
 def slug(words: str) -> str:
@@ -171,12 +247,6 @@ def slug(words: str) -> str:
 def options(values: dict[str, Any]) -> list[str]:
     """Writes options as a command line has them."""
     return [word for key, value in values.items() for word in (f"--{key}", text(value))]
-
-
-def read_options(command: str | None) -> list[tuple[str, str]]:
-    """Reads the options of a fit's command line, the two words before them apart; there may be several ``config``."""
-    words = shlex.split(command or "")[2:]
-    return [(key.removeprefix("--"), value) for key, value in zip(words[::2], words[1::2], strict=False)]
 
 
 def text(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import logging
 import math
 import os
 import signal
@@ -62,7 +63,7 @@ class RayRunner:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                ray.init(address, log_to_driver=False, logging_level="ERROR")
+                ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split())[:300]
             raise UserError(

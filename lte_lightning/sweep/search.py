@@ -5,6 +5,7 @@ import statistics
 import time
 import zlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ class Trials:
         except ImportError as error:
             raise UserError('a search needs Optuna: pip install "lte-lightning[sweep]"') from error
         self._optuna, self._states = optuna, optuna.trial.TrialState
+        assert sweep.search is not None
         self.sweep, self.search, self.patience = sweep, sweep.search, patience
         self._owner: str = folder.about["id"]
         self.storage = self.search.storage or f"sqlite:///{folder.path / 'optuna.db'}"
@@ -63,7 +65,7 @@ class Trials:
         study = self._optuna.create_study(
             storage=self.storage,
             study_name=self.search.study or self.sweep.path.stem,
-            directions=list(self.search.objectives.values()),
+            directions=[*self.search.objectives.values()],  # type: ignore[list-item]  # the words were checked
             load_if_exists=True,
         )
         # Neither a sweep that goes on nor another that shares the study draws what was drawn before
@@ -151,7 +153,7 @@ class Trials:
         trial = self._ask_storage(self.study.ask)
         self._ask_storage(lambda: trial.set_user_attr(FOLDER, self._owner))
         for key, given in self._ranges.items():
-            self._ask_storage(lambda key=key, given=given: self._suggest(trial, key, given))
+            self._ask_storage(partial(self._suggest, trial, key, given))
         return trial
 
     def _suggest(self, trial: Any, key: str, given: Any) -> None:

@@ -117,7 +117,8 @@ def _block(entry: dict[str, Any], base: Block, path: Path, where: str) -> Block:
 
 
 def _points(entry: dict[str, Any], path: Path, where: str) -> list[dict[str, Any]]:
-    grid, entries = [{}], [{}]
+    grid: list[dict[str, Any]] = [{}]
+    entries: list[dict[str, Any]] = [{}]
     if "grid" in entry:
         axes = _mapping(entry["grid"], path, f"grid of {where}")
         for key, values in axes.items():
@@ -173,7 +174,7 @@ def _wrong_range(given: dict[str, Any]) -> str | None:
         choices = given["choices"]
         plain = isinstance(choices, list) and all(isinstance(one, str | int | float | None) for one in choices)
         return None if choices and plain else "give choices as a list of numbers and words"
-    numbers = {key: given.get(key) for key in ("low", "high", "step") if key in given}
+    numbers = {key: given[key] for key in ("low", "high", "step") if key in given}
     if not {"low", "high"} <= given.keys() <= {"low", "high", "log", "step"}:
         return "give low and high (log, step), or choices"
     if not all(type(value) in (int, float) and math.isfinite(value) for value in numbers.values()):

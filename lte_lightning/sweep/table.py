@@ -3,13 +3,14 @@
 import csv
 import math
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lte_lightning.results import FILE, read_results
 from lte_lightning.sweep.folder import SweepFolder
-from lte_lightning.sweep.points import NEUTRAL, Point, read_options
+from lte_lightning.sweep.points import NEUTRAL, Point
 
 # Options that are no choice of a fit's: its seed, its place, and what is shown of it
 NO_CHOICE = ("run.", "seed_everything", "ckpt_path", *NEUTRAL)
@@ -29,8 +30,7 @@ VALUES = (
 
 def newest(run: Path) -> tuple[int, int, str]:
     """A key to sort run folders with results by, the newest last."""
-    files = run / FILE, run / "run.json"
-    return *(file.stat().st_mtime_ns for file in files), run.name
+    return (run / FILE).stat().st_mtime_ns, (run / "run.json").stat().st_mtime_ns, run.name
 
 
 def write_tables(folder: SweepFolder, points: Sequence[Point]) -> list[Path]:
@@ -45,14 +45,14 @@ def write_tables(folder: SweepFolder, points: Sequence[Point]) -> list[Path]:
         row: dict[str, Any] = {"name": point.name, "role": point.role, "variant": point.variant or ""}
         row |= {key: point.parameters.get(key, "") for key in keys} | {"seed": point.seed}
         whole = [run for run in attempts.get(point.name, []) if folder.finished(point.name, {point.name: [run]})]
-        run, known = max(whole, key=newest, default=None), folder.status(point.name)
-        row["status"] = "done" if run else known.get("status", "missing")
+        run, known = max(whole, key=newest, default=None), folder.record(point.name)
+        row["status"] = "done" if run else (known and known.status) or "missing"
         if run:
             results = read_results(run)
             row |= {key: getattr(results, key) for key in ("task", "metric", *VALUES)}
             if results.hard is None and results.expert_stage_ran:
                 row["hard"] = math.nan
-        row |= {"seconds": known.get("seconds"), "run": run.name if run else None}
+        row |= {"seconds": known and known.seconds, "run": run.name if run else None}
         rows.append(row)
     names = ["name", "role", "variant", *keys, "seed", "status", "task", "metric", *VALUES, "seconds", "run"]
     files = [folder.path / "table.csv", folder.path / "table.md"]
@@ -66,25 +66,29 @@ def write_tables(folder: SweepFolder, points: Sequence[Point]) -> list[Path]:
 
 def _labels(folder: SweepFolder, points: Sequence[Point]) -> dict[str, str]:
     """What each fit is called over the seeds; of several starts and floors also what tells them apart."""
+    stored = {name: record.point for name, record in folder.records().items() if record.point.identity}
+    whole = stored | {point.name: point for point in points if point.identity}
     labels = {point.name: point.variant or "fit" for point in points}
     for role in ("start", "floor"):
-        options = {point.name: _identity(folder, point.name) for point in points if point.role == role}
-        known = [one for one in options.values() if one]
-        names = sorted({key for one in known for key in one})
-        names = [key for key in names if len({one.get(key) for one in known}) > 1]
-        for name, own in options.items():
-            words = dict.fromkeys(f"{key.split('.')[-1]} {own.get(key, 'as configured')}" for key in names)
+        mine = [point for point in points if point.role == role]
+        known = {point.name: _choices(whole[point.name], whole) for point in mine if point.name in whole}
+        names = sorted({key for one in known.values() for key in one})
+        names = [key for key in names if len({one.get(key) for one in known.values()}) > 1]
+        several = max(Counter(point.seed for point in mine).values(), default=0) > 1
+        for name in (point.name for point in mine):
+            own = known.get(name)
+            words = dict.fromkeys(f"{key.split('.')[-1]} {(own or {}).get(key, 'as configured')}" for key in names)
+            if own is None and several:  # an earlier version did not keep what tells it from the others
+                words = {name: None}
             labels[name] = f"{role} ({', '.join(words)})" if words else role
     return labels
 
 
-def _identity(folder: SweepFolder, name: str) -> dict[str, str]:
-    """What makes a start or a floor what it is, the seed apart, by the command that ran it; nothing if it never ran."""
-    status = folder.status(name)
-    pairs = read_options(status.get("command"))
-    own = {key: value for key, value in pairs if not key.startswith(("config", "model.init_from", *NO_CHOICE))}
-    own |= {"configs": " + ".join(Path(value).stem for key, value in pairs if key == "config")} if pairs else {}
-    start = _identity(folder, status["start"]) if status.get("start") else {}
+def _choices(point: Point, points: dict[str, Point]) -> dict[str, str]:
+    """What makes a start or a floor what it is, the seed apart: its configs and options, and those of its start."""
+    own = {"configs": " + ".join(Path(path).stem for path in point.configs)}
+    own |= point.options
+    start = _choices(points[point.start], points) if point.start in points else {}
     return own | {f"start.{key}": value for key, value in start.items()}
 
 
@@ -116,7 +120,7 @@ def mean_text(values: Sequence[float | None], scale: float = 1.0, unit: str = ""
 
     A figure that is not defined is NaN, and said to be undefined: no mean leaves it out.
     """
-    found = [scale * value for value in values if value is not None and value != ""]
+    found = [scale * value for value in values if value is not None]
     if not found:
         return "–"
     if undefined := sum(map(math.isnan, found)):

@@ -24,6 +24,7 @@ from lte_lightning.sweep.folder import SweepFolder
 from lte_lightning.sweep.network import ask
 from lte_lightning.sweep.points import Point
 
+PLAN = "plan.json"  # of the parent run: its points, whole, for who reads about those that were not finished
 PARAMETER_LENGTH = 500  # MLflow's own limit is larger; the whole is in the child's config.yaml
 
 
@@ -169,11 +170,17 @@ class Tracker:
             self.client.delete_run(run_id)
 
     def begin(self) -> None:
-        """Notes in the parent run which sweep it is, and the command that was typed last."""
+        """Notes in the parent run which sweep it is, the command that was typed last, and the points that it plans."""
         about = self.folder.about
         last = about["commands"][-1] if about.get("commands") else {}
         tags = {"lte.sweep": about["name"], "lte.command": last.get("command"), "lte.folder": last.get("folder")}
-        self._try("the sweep's command", lambda: self._tag(tags))
+
+        def tell() -> None:
+            self._tag(tags)
+            if plan := about.get("plan"):
+                self.client.log_dict(self.parent, {"points": plan}, PLAN)
+
+        self._try("the sweep's command", tell)
 
     def end(self, files: list[Path], failed: bool) -> None:
         """Adds files to the parent run, and the versions of the code that its fits were run with; ends it."""

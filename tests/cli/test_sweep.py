@@ -328,7 +328,13 @@ def test_the_smoke_sweep_on_a_real_mlflow_server(server, tiny, sweep, tmp_path, 
     assert parent.info.status == "FINISHED"
     assert "--data.train_rows 32" in parent.data.tags["lte.command"]
     files = {file.path for file in client.list_artifacts(parent.info.run_id)}
-    assert files == {"sweep.yaml", "table.csv", "table.md", *(file.name for file in (folder / "report").iterdir())}
+    assert files == {
+        "plan.json",
+        "sweep.yaml",
+        "table.csv",
+        "table.md",
+        *(file.name for file in (folder / "report").iterdir()),
+    }
     assert {"index.html", "quality-sst2.png"} <= files
     results = results_of(folder)
     assert runs.keys() == results.keys()

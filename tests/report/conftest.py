@@ -110,13 +110,15 @@ def figures() -> Callable[..., dict[str, Any]]:
 
 @pytest.fixture(scope="session")
 def make_points() -> Callable[..., Path]:
-    """`make_points(folder, points, planned)` writes a sweep of such points.
+    """`make_points(folder, points, planned)` writes a sweep of such points; planned are names, or points.
 
     A point is a mapping of its `name` and `seed`, of what else a sweep remembers of it (`variant`, `parameters`,
     `role`, `status`), of its `results` (none: no run), and of what else `write_run` takes. `run` names its folder.
     """
 
-    def make(folder: Path, points: list[dict[str, Any]], planned: list[str] | None = None, **about: Any) -> Path:
+    def make(
+        folder: Path, points: list[dict[str, Any]], planned: list[str | dict[str, Any]] | None = None, **about: Any
+    ) -> Path:
         (folder / "points").mkdir(parents=True)
         for point in points:
             name, given = point["name"], dict(point)
@@ -127,7 +129,9 @@ def make_points() -> Callable[..., Path]:
             if found := given.pop("results", None):
                 write_run(folder / given.pop("run", name), name, found, **given)
         names = [point["name"] for point in points] if planned is None else planned
-        about = {"layout": LAYOUT, "name": folder.name, "text": "", "planned": names} | about
+        plan = [{"role": "point", "variant": None, "parameters": {}} | name for name in names if isinstance(name, dict)]
+        names = [name if isinstance(name, str) else name["name"] for name in names]
+        about = {"layout": LAYOUT, "name": folder.name, "text": "", "planned": names, "plan": plan} | about
         (folder / "sweep.json").write_text(json.dumps(about))
         return folder
 

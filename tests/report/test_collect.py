@@ -158,8 +158,9 @@ def test_what_the_sweep_no_longer_asks_for_is_left_out(make_points, figures, tmp
     lost = f"{name.format(0.5, 0)}, start-s0-bbbbbbbb"
     assert f"Left out, for the sweep no longer asks for them: {lost}." in lines
     assert "Left out, for they lie in a sweep's folder and are none of its points: stray." in lines
-    planned = ["other-s0-01234567", "other-s1-01234567"]
-    about = json.loads((folder / "sweep.json").read_text()) | {"planned": planned}
+    other = {"role": "point", "variant": "other", "parameters": {}}
+    plan = [other | {"name": f"other-s{seed}-01234567", "seed": seed} for seed in (0, 1)]
+    about = json.loads((folder / "sweep.json").read_text()) | {"planned": [], "plan": plan}
     (folder / "sweep.json").write_text(json.dumps(about))
     with pytest.raises(UserError, match=r"none of the runs counts: .* start the sweep again, or name others"):
         collect([folder])
@@ -193,7 +194,12 @@ def test_missing_points_are_grouped_and_their_state_is_said(make_points, figures
         {"name": "LTE-c", "seed": 2, "status": "blocked", **LTE},
     ]
     planned = [point["name"] for point in points]
-    planned += [name.format(level, seed) for level in (0.5, 0.7) for seed in (1, 2)] + ["fit-s3-0123abcd"]
+    planned += [
+        {"name": name.format(level, seed), "seed": seed, "parameters": {"model.lte.target_sparsity": level}} | kla
+        for level in (0.5, 0.7)
+        for seed in (1, 2)
+    ]
+    planned += [{"name": "fit-s3-0123abcd", "seed": 3}]
     folder = make_points(tmp_path / "up" / "trial", points, planned)
     (folder / "points" / "LTE-b.log").write_text("$ lightning fit\nTraceback\nRuntimeError: out of memory\n")
     expected = [
@@ -214,16 +220,15 @@ def test_missing_points_are_grouped_and_their_state_is_said(make_points, figures
     assert (alone.settings()[0].method, alone.missing) == ("KLA (oracle)", [])
 
 
-def test_points_of_a_variant_that_was_not_begun_have_its_name(make_points, figures, tmp_path):
-    names = ["Wanda_2_4_-target_sparsity=0.5-s0-0123abcd", "other_one-s0-0123abcd"]
-    folder = make_points(tmp_path / "trial", [{"name": "a", "seed": 0, "results": figures(0.9, 0.5)}], ["a", *names])
-    lines = [
-        f"Not done: {method} of seed 0 (not started)."
-        for method in ("Wanda 2 4: target_sparsity 0.5", "Wanda (2:4): target_sparsity 0.5")
-    ]
-    assert tables.not_run(collect([folder]))[0] == lines[0]
-    (folder / "sweep.yaml").write_text('variants: {"Wanda (2:4)": {list: [{a.b: 1}]}}')
-    assert tables.not_run(collect([folder]))[:2] == [lines[1], "Not done: other one: seed 0 (not started)."]
+def test_points_that_an_earlier_version_did_not_begin_are_named(make_points, figures, tmp_path):
+    """It kept their names alone, and nothing is read out of those."""
+    name = "Wanda_2_4_-target_sparsity=0.5-s0-0123abcd"
+    folder = make_points(tmp_path / "trial", [{"name": "a", "seed": 0, "results": figures(0.9, 0.5)}], ["a", name])
+    assert tables.not_run(collect([folder]))[0] == f"Not done: {name} (not started)."
+    planned = {"name": name, "seed": 0, "variant": "Wanda (2:4)", "parameters": {"model.lte.target_sparsity": 0.5}}
+    folder = make_points(tmp_path / "now", [{"name": "a", "seed": 0, "results": figures(0.9, 0.5)}], ["a", planned])
+    line = "Not done: Wanda (2:4): target_sparsity 0.5 of seed 0 (not started)."
+    assert tables.not_run(collect([folder]))[0] == line
 
 
 def test_a_point_runs_as_long_as_its_sweep_holds_the_folder(make_points, figures, tmp_path):

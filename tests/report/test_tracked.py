@@ -49,6 +49,9 @@ def store(make_points, figures, tmp_path_factory):
         if point["name"] == NAME.format(0.5, 0):
             add("first try", name=point["name"], status="FAILED")
         add(point["name"], made / point["name"], **tags)
+    plan = [{"name": NAME.format(0.9, seed), "seed": seed, "role": "point", "variant": "KLA"} for seed in (0, 1)]
+    plan = [point | {"parameters": {"model.target_sparsity": 0.9}} for point in plan]
+    client.log_dict(ids["sweep"], {"points": plan}, "plan.json")
     add("failed", name=NAME.format(0.9, 1), status="FAILED")
     add("running", name=NAME.format(0.9, 0), status=None)
     add("own", made / NAME.format(0.5, 0), client.create_experiment("lte"), parent=False)

@@ -13,8 +13,8 @@ import yaml
 
 from lte_lightning.sweep.engine import Engine, Summary
 from lte_lightning.sweep.folder import SweepFolder
-from lte_lightning.sweep.identity import recognise
 from lte_lightning.sweep.local import LocalRunner
+from lte_lightning.sweep.recall import recognise
 from lte_lightning.sweep.search import Trials
 from lte_lightning.sweep.spec import read_sweep
 

@@ -44,7 +44,9 @@ def test_starts_that_differ_are_not_averaged(bench):
         ["floor (activation relu)", "0, 1"],
     ]
     # points of other seeds, of which only what the folder remembers is known
-    points = [replace(p, configs=(), overrides={}) if p.seed else p for p in read_sweep(mine.file).points()]
+    points = [
+        replace(p, configs=(), overrides={}, identity="") if p.seed else p for p in read_sweep(mine.file).points()
+    ]
     write_tables(swept.folder, points)
     assert [seeds for (seeds,) in cells(table, "seeds")] == ["0, 1"] * 6
     alone = bench(seeds=[0], start={})

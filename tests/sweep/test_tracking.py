@@ -8,7 +8,7 @@ from mlflow.tracking import MlflowClient
 
 from lte_lightning.errors import UserError
 from lte_lightning.sweep.folder import SweepFolder
-from lte_lightning.sweep.identity import recognise
+from lte_lightning.sweep.recall import recognise
 from lte_lightning.sweep.spec import read_sweep
 from lte_lightning.sweep.tracking import Tracker
 

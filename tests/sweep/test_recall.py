@@ -8,7 +8,7 @@ import pytest
 
 from lte_lightning.errors import UserError
 from lte_lightning.sweep.folder import SweepFolder
-from lte_lightning.sweep.identity import Known, recognise
+from lte_lightning.sweep.recall import Known, recognise
 from lte_lightning.sweep.spec import read_sweep
 from lte_lightning.sweep.table import write_tables
 
@@ -33,6 +33,7 @@ def all_points(trial, swept, *args, **more):
         ({}, {"trainer.logger": False, "trainer.enable_progress_bar": False}),
         ({"data.train_rows": "100"}, {"data.train_rows": 100}),
         ({"stages.expert.learning_rate": "1e-4"}, {"stages.expert.learning_rate": 0.0001}),
+        ({"model.separability_weight": 1.0}, {"model.separability_weight": "1"}),
         # a stage that is skipped may have any rate
         ({"stages.dense.learning_rate": 1e-4, "stages.dense.epochs": 0}, {"stages.dense.epochs": 0}),
     ],
@@ -40,13 +41,88 @@ def all_points(trial, swept, *args, **more):
 def test_what_changes_no_figure_changes_no_fit(before, now, bench):
     trial = bench(start={}, floor={}, variants=BOTH, seeds=[0, 1])
     first = trial.run(extra=before)
-    names = {point.name for point in read_sweep(trial.file, now).points()}
-    assert not names & first.engine.points.keys()  # the names alone would do all of it once more
+    points = read_sweep(trial.file, now).points()
+    assert not {point.name for point in points} & first.engine.points.keys()  # the names alone would do all of it again
+    assert {point.identity for point in points} == {point.identity for point in first.engine.points.values()}
     again = trial.run(extra=now)
     assert again.said == ["8 of 8 points are done already."]
     assert again.engine.points.keys() == first.engine.points.keys()
     points, left_out = all_points(trial, again, now)
     assert (len(points), left_out) == (8, 0)
+
+
+def test_a_whole_number_of_batches_is_no_share_of_them(bench):
+    trial = bench(overrides={"trainer.limit_train_batches": 1.0})
+    trial.run()
+    trial.content["overrides"] = {"trainer.limit_train_batches": 1}
+    with pytest.raises(UserError, match=r"other options: trainer\.limit_train_batches 1\.0, now 1; use those"):
+        trial.run()
+
+
+def test_a_point_is_stored_whole(bench):
+    """What is read back is what was run: of the start, the floor, the points, and of the plan."""
+    options = {"data.files": ["a", "b"], "model.lte": {"selector": "router"}, "data.cut": None, "data.rate": 1e-5}
+    trial = bench(start={}, floor={}, variants=BOTH, overrides=options, seeds=[0, 1])
+    swept = trial.run()
+    points = swept.engine.points
+    assert {name: record.point for name, record in swept.folder.records().items()} == points
+    again = SweepFolder(swept.folder.path)
+    with again.hold(read_sweep(trial.file)):
+        again.plan(list(points.values()))
+    assert again.planned() == points
+    assert len({point.identity for point in points.values()}) == len(points)
+
+
+def forget(folder):
+    """Makes a folder one of an earlier version, which kept neither configs nor options."""
+    for file in folder.points.glob("*.json"):
+        kept = {"configs", "overrides", "identity"}
+        file.write_text(json.dumps({key: v for key, v in json.loads(file.read_text()).items() if key not in kept}))
+    about = folder.path / "sweep.json"
+    known = json.loads(about.read_text())
+    names = [point["name"] for point in known.pop("plan", [])]
+    about.write_text(json.dumps(known | {"planned": names, "commands": [{"command": "lte sweep trial.yaml"}]}))
+
+
+def test_a_folder_of_an_earlier_version_is_gone_on_with(bench):
+    """By what its points are made of: the sweep's file, their variant, parameters and seed, and the same options."""
+    trial = bench(start={}, floor={}, variants=BOTH, seeds=[0, 1])
+    first = trial.run(extra={"data.source": "rows"})
+    forget(first.folder)
+    again = trial.run(extra={"data.source": "rows", "trainer.logger": False}, seeds=[0])
+    assert again.said == ["4 of 4 points are done already."]
+    points, left_out = all_points(trial, again, {"data.source": "rows"}, seeds=[0])
+    assert ({point.name for point in points}, left_out) == (first.engine.points.keys(), 0)
+    assert all(point.identity for point in points)
+    # from now on its points are whole, those of seed 0
+    whole = [record.point.identity != "" for record in again.folder.records().values()]
+    assert (sum(whole), len(whole)) == (4, 8)
+    assert trial.run(extra={"data.source": "rows/"}, seeds=[0]).said == ["4 of 4 points are done already."]
+
+
+def test_a_folder_of_an_earlier_version_with_other_options_is_refused(bench):
+    trial = bench(start={}, variants=BOTH)
+    first = trial.run(extra={"data.source": "rows"})
+    forget(first.folder)
+    before = {file: file.read_bytes() for file in first.folder.path.rglob("*") if file.is_file()}
+    message = (
+        r"3 finished fits in .*trial belong to other options: an earlier version kept their names alone, .*; go on "
+        r"with 'lte sweep trial\.yaml', or choose another --folder"
+    )
+    with pytest.raises(UserError, match=message):
+        trial.run(extra={"data.source": "others"})
+    assert {file: file.read_bytes() for file in first.folder.path.rglob("*") if file.is_file()} == before
+
+
+def test_starts_of_an_earlier_version_that_may_differ_are_not_averaged(bench):
+    variants = {"LTE": {}, "MoEfication": {"start": {"overrides": {"model.activation": "relu"}}}}
+    trial = bench(seeds=[0, 1], start={}, variants=variants)
+    swept = trial.run()
+    forget(swept.folder)
+    points = [record.point for record in swept.folder.records().values()]
+    lines = write_tables(swept.folder, points)[1].read_text().splitlines()
+    starts = [line.split("|")[3].strip() for line in lines if "start (" in line]
+    assert sorted(starts) == sorted(f"start ({point.name})" for point in points if point.role == "start")
 
 
 def test_a_fit_that_was_killed_is_recognised_too(bench, tmp_path):

@@ -1,0 +1,45 @@
+"""What a sweep remembers of each point that was begun, ``points/NAME.json``."""
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from lte_lightning.sweep.points import Point, restore
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a sweep remembers of a point that was begun.
+
+    Args:
+        point: The point.
+        status: ``running``, ``done``, ``failed``, ``blocked`` or ``stopped``.
+        command: The command that began it.
+        resumed: Whether it went on from a checkpoint when it was started last.
+        began: When it was started last.
+        seconds: How long all of its attempts took, but for those that were killed by force.
+        code: The exit code of one that failed.
+        run: The run folder of one that is done.
+        told: The run in MLflow that knows that it is done.
+    """
+
+    point: Point
+    status: str | None = None
+    command: str | None = None
+    resumed: bool = False
+    began: str | None = None
+    seconds: float | None = None
+    code: int | None = None
+    run: str | None = None
+    told: str | None = None
+
+    @classmethod
+    def of(cls, content: dict[str, Any]) -> "Record | None":
+        """Returns the record that a file holds; None if it holds none."""
+        known = {each.name for each in fields(cls)} - {"point"}
+        point = restore(content)
+        return None if point is None else cls(point, **{key: value for key, value in content.items() if key in known})
+
+    def content(self) -> dict[str, Any]:
+        """Returns what the file holds: the point, and what there is to say of it."""
+        facts = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "point"}
+        return asdict(self.point) | {key: value for key, value in facts.items() if value is not None}
