@@ -48,6 +48,7 @@ class TextData(LightningDataModule):
     test_splits: tuple[str, ...] = ("test",)
     columns: tuple[str, ...] = ()
     targets: tuple[str, ...] = ()  # the columns that rows to predict need not have
+    hint = ""  # what to do about a column that is missing
     formats: tuple[str, ...] = TABLES
     generates = False  # whether the tokenizer is a language model's
     predict_role = "test"  # whose rows are predicted
@@ -199,7 +200,7 @@ class TextData(LightningDataModule):
         if len(rows) == 0:
             raise DataError(f"{where} has no rows")
         columns = list(columns or self.columns)
-        require_columns(rows, columns, where)
+        require_columns(rows, columns, where, self.hint)
         rows = rows.select_columns(columns)
         self.check_rows(rows, where)
         return rows

@@ -15,12 +15,12 @@ def require_at_least(**limits: tuple[float | None, float]) -> None:
             raise DataError(f"{name} is {value}, but must be at least {least}")
 
 
-def require_columns(rows: Dataset, columns: Sequence[str], where: str) -> None:
+def require_columns(rows: Dataset, columns: Sequence[str], where: str, hint: str = "") -> None:
     """Checks that the columns are there, and names the nearest ones if not."""
     for column in columns:
         if column not in rows.column_names:
             near = meant(column, rows.column_names)
-            raise DataError(f"{where} has no column {column!r}{near}; it has {', '.join(rows.column_names)}")
+            raise DataError(f"{where} has no column {column!r}{near}; it has {', '.join(rows.column_names)}{hint}")
 
 
 def require_text(rows: Dataset, columns: Sequence[str], where: str) -> None:

@@ -49,6 +49,7 @@ class ClassificationData(TextData):
         metric: What is reported if the model names no metric.
     """
 
+    hint = "; name yours by data.text and data.label"
     predict_role = "predict"
     stratifies = True
 

@@ -84,6 +84,7 @@ class GlueData(ClassificationData):
         glue: The task's columns, classes and metric.
     """
 
+    hint = ""
     stratifies = False  # a seed's rows stay what they were
 
     def __init__(

@@ -5,64 +5,59 @@ from typing import Any, Literal
 from datasets import Dataset
 from jinja2 import TemplateError
 
+from lte_lightning.data.chats import ALPACA, Form, Messages, answered, conversation, find_form
 from lte_lightning.data.checks import require_text
 from lte_lightning.data.packaged import DataError
 from lte_lightning.data.prompts import Example, PromptData
 
 _TASK = "Below is an instruction that describes a task"
 _WANTED = "Write a response that appropriately completes the request."
-_ALPACA = ("instruction", "input", "output")
-_ROLES = ("system", "user", "assistant")
-Messages = list[dict[str, str]]
 
 
 class InstructData(PromptData):
-    """Instructions and answers, tokenised once, with the loss on the answers only.
+    """Instructions, prompts or conversations with their answers, tokenised once, with the loss on the answers only.
 
-    Rows have Alpaca's columns `instruction`, `input` and `output`, or Tulu's `messages`: lists of a `role` (system,
-    user, assistant) and its `content`; every assistant turn is an answer. They are written by the tokenizer's chat
-    template, where it has one, and else as Alpaca's prompt, which further turns of a conversation repeat. The loss is
-    on the answers and the token that ends them. Rows whose answers lie beyond `max_length` are left out, counted and
-    reported.
+    Rows have one of these forms, found by their columns: `messages`, lists of a `role` (system, user, assistant) and
+    its `content`; ShareGPT's `conversations`, lists of `from` (human, gpt) and `value`; Alpaca's `instruction`, `input`
+    and `output`; or `prompt` and `completion`. Every answer of a conversation carries loss, and the token that ends it.
+    Rows are written by the tokenizer's chat template where it has one; else a prompt and its completion stand as they
+    are, and all others as Alpaca's prompt, which further turns of a conversation repeat. Rows whose answers lie beyond
+    `max_length` are left out, counted and reported.
 
     Args:
         tokenizer: Folder, hub id or `package://` path of the tokenizer: that of the model.
-        source: Folder with train.jsonl and, unless some rows are held out, validation.jsonl (also json, csv, tsv,
-            parquet), or id of a data set on the hub.
+        source: One file (jsonl, json, csv, tsv, parquet; compressed or not), folder with train.* and perhaps
+            validation.* and test.*, or id of a data set on the hub.
         revision: Branch or commit of the hub data set.
-        prompt: `chat` for the tokenizer's chat template, `alpaca` for Alpaca's prompt, `auto` for the first where there
-            is one.
+        columns: Names of your columns, if they are others: one of conversations; two of a prompt and its answer; three
+            of an instruction, its input and the answer.
+        prompt: `chat` for the tokenizer's chat template, `alpaca` for Alpaca's prompt, `plain` for a prompt and its
+            answer as they are, `auto` for the first where there is one.
         max_length: Tokens of prompt and answer together.
-        max_new_tokens: Tokens to generate at most.
         batch_size: Rows per training batch and device.
         eval_batch_size: Rows per validation, test and prediction batch and device.
-        holdout: Share of the training rows, up to 0.5, that becomes the validation set, and the test set of a source
-            that has no other rows.
-        train_rows: Train on a random subset of this many rows; all of them by default.
-        seed: Decides the holdout, the subset and the order of training batches.
-        streaming: Read and tokenise the training rows on the way, again and again, instead of all of them before: for
-            sets that do not fit on the disk. Stages are then given in steps.
-        shuffle_buffer: Rows of a stream to shuffle at a time; they are in memory, tokenised.
+        **kwargs: See `PromptData`.
     """
 
-    columns = _ALPACA
+    hint = "; conversations are in `messages` or `conversations`; other names are given by data.columns"
 
     def __init__(
         self,
         tokenizer: str,
         source: str = "tatsu-lab/alpaca",
         revision: str | None = None,
-        prompt: Literal["auto", "chat", "alpaca"] = "auto",
+        columns: list[str] | None = None,
+        prompt: Literal["auto", "chat", "alpaca", "plain"] = "auto",
         max_length: int = 512,
-        max_new_tokens: int = 100,
         batch_size: int = 8,
         eval_batch_size: int = 16,
-        holdout: float = 0.0,
-        train_rows: int | None = None,
-        seed: int = 0,
-        streaming: bool = False,
-        shuffle_buffer: int = 10_000,
+        **kwargs: Any,
     ) -> None:
+        if columns is not None and not 1 <= len(set(columns)) == len(columns) <= 3:
+            raise DataError(
+                f"columns is {columns!r}: name one column of conversations, two of a prompt and its answer, or three "
+                "of an instruction, its input and the answer"
+            )
         super().__init__(
             task="instruct",
             tokenizer=tokenizer,
@@ -70,56 +65,54 @@ class InstructData(PromptData):
             subset=None,
             revision=revision,
             max_length=max_length,
-            max_new_tokens=max_new_tokens,
             batch_size=batch_size,
             eval_batch_size=eval_batch_size,
-            holdout=holdout,
-            train_rows=train_rows,
-            seed=seed,
-            streaming=streaming,
-            shuffle_buffer=shuffle_buffer,
+            **kwargs,
         )
         self.prompt = prompt
+        self._take(Form(tuple(columns), plain=len(columns) == 2) if columns else ALPACA)
+        self._named = columns is not None
+
+    def _take(self, form: Form) -> None:
+        self.form, self.columns, self.targets = form, form.columns, form.answer
 
     def load_splits(self) -> dict[str, Dataset]:
-        """Read every split, and see whether rows are conversations."""
+        """Read every split, and see which form the rows have."""
         splits = super().load_splits()
-        names = [rows.column_names for rows in splits.values()]
-        if self.streaming:
-            names.append(list(next(iter(self.open_stream()), {})))
-        if any("messages" in columns for columns in names):
-            self.columns = ("messages",)
+        if not self._named:
+            names = [rows.column_names for rows in splits.values()]
+            if self.streaming:
+                names.append(list(next(iter(self.open_stream()), {})))
+            self._take(find_form(names))
         return splits
 
     def rows(self, role: str) -> list[Dataset]:
-        """Returns the checked rows; held-out ones also for the test, if the source has nothing but training rows.
-
-        For predictions those of ``test.*``, if there are; they need no ``output``, and may end with what is asked.
-        """
-        if role == "predict" and "test" in self._splits:
-            test = self._splits["test"]
-            rows = self.split("test", [name for name in self.columns if name != "output" or name in test.column_names])
-            if self.columns != _ALPACA:
-                rows = Dataset.from_list([{"messages": _answered(messages)} for messages in rows["messages"]])
-            return [rows]
-        if role in ("test", "predict") and self.holdout and set(self._splits) == {"train"}:
-            return [self.held_out()]
-        return super().rows(role)
+        """Returns the checked rows of a role; those to predict need no answer, and may end with what is asked."""
+        name = "train" if self.is_file else "test"
+        if role != "predict" or name not in self._splits:
+            return super().rows(role)
+        there = self._splits[name].column_names
+        rows = self.split(name, [column for column in self.columns if column not in self.targets or column in there])
+        if self.form.is_conversation:
+            column = self.columns[0]
+            rows = Dataset.from_list([{column: answered(conversation(turns))} for turns in rows[column][:]])
+        return [rows]
 
     def check_rows(self, rows: Dataset, name: str) -> None:
         """Checks that everything is text, in known roles."""
-        if self.columns == _ALPACA:
-            require_text(rows, rows.column_names, name)
-            return
-        for row, messages in enumerate(rows["messages"]):
-            if not messages:
-                raise DataError(f"{name}, row {row} (from 0): messages is {messages!r}, not a conversation")
-            for message in messages:
-                if message.get("role") not in _ROLES or not isinstance(message.get("content"), str):
-                    raise DataError(
-                        f"{name}, row {row} (from 0): {message!r} is no message with a role ({', '.join(_ROLES)}) and "
-                        "a text as content"
-                    )
+        written = [column for column in rows.column_names if not self._holds_messages(rows, column)]
+        require_text(rows, written, name)
+        for column in (column for column in rows.column_names if column not in written):
+            for row, turns in enumerate(rows[column][:]):
+                try:
+                    conversation(turns)
+                except DataError as error:
+                    is_turn = " is no message" in str(error)
+                    what = "" if is_turn else f"{column} is "
+                    raise DataError(f"{name}, row {row} (from 0): {what}{error}") from None
+
+    def _holds_messages(self, rows: Dataset, column: str) -> bool:
+        return self.form.is_conversation or isinstance(rows[0][column], list | dict)
 
     @property
     def chat(self) -> bool:
@@ -128,31 +121,32 @@ class InstructData(PromptData):
             raise DataError(
                 f"tokenizer {self._tokenizer_name!r} has no chat template; use prompt alpaca, or a tokenizer with one"
             )
-        return self.prompt != "alpaca" and bool(self.tokenizer.chat_template)
+        return self.prompt in ("auto", "chat") and bool(self.tokenizer.chat_template)
+
+    @property
+    def plain_text(self) -> bool:
+        """Says whether prompt and answer stand as they are."""
+        if self.prompt == "plain" and len(self.columns) != 2:
+            raise DataError(f"prompt is plain, but rows have {', '.join(self.columns)}, not a prompt and its answer")
+        return self.prompt == "plain" or (self.prompt == "auto" and self.form.plain and not self.chat)
 
     def recipe(self) -> list[Any]:
         """How conversations are written."""
-        return ["chat" if self.chat else "alpaca"]
+        if self.plain_text:
+            return ["plain", self.columns]
+        return ["chat" if self.chat else "alpaca", *(self.columns if self.columns != ALPACA.columns else ())]
 
     def examples(self, rows: list[dict[str, Any]]) -> list[Example]:
         """Returns prompts and answers."""
-        if self.columns != _ALPACA:
-            write = self._by_template if self.chat else _as_alpaca
-            return [write(row["messages"]) for row in rows]
-        if not self.chat:
-            return [
-                Example([(alpaca_prompt(row["instruction"], row["input"]), False), (row.get("output", ""), True)])
-                for row in rows
-            ]
-        return [
-            self._by_template(
-                [
-                    {"role": "user", "content": "\n\n".join(filter(None, (row["instruction"], row["input"])))},
-                    {"role": "assistant", "content": row.get("output", "")},
-                ]
-            )
-            for row in rows
-        ]
+        return [self._example(row) for row in rows]
+
+    def _example(self, row: dict[str, Any]) -> Example:
+        if self.chat:
+            return self._by_template(self.form.messages(row))
+        if self.form.is_conversation or not isinstance(row[self.columns[0]], str):
+            return _as_alpaca(self.form.messages(row))
+        asked, context, answer = self.form.parts(row)
+        return Example([(asked if self.plain_text else alpaca_prompt(asked, context), False), (answer, True)])
 
     def _by_template(self, messages: Messages) -> Example:
         segments: list[tuple[str, bool]] = []
@@ -180,11 +174,6 @@ class InstructData(PromptData):
             raise DataError(
                 f"the chat template of {self._tokenizer_name!r} refuses a conversation ({error}): {messages!r:.200}"
             ) from error
-
-
-def _answered(messages: Messages) -> Messages:
-    # What ends with a question gets an empty answer, which a prediction takes the place of.
-    return messages if messages[-1]["role"] == "assistant" else [*messages, {"role": "assistant", "content": ""}]
 
 
 def alpaca_prompt(instruction: str, context: str = "") -> str:

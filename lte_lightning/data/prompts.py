@@ -165,7 +165,8 @@ class PromptData(StreamingData):
 
         For predictions there are the prompts alone.
         """
-        _ = self.prompt_limit
+        if role in ("test", "predict"):
+            _ = self.prompt_limit  # before anything is read
         sets, parts = self.rows(role), []
         if role == "predict":
             return [self._prompts(sets[0], role)]

@@ -177,7 +177,7 @@ class StreamingData(TextData):
                 return
             except (OSError, ValueError) as error:
                 raise DataError(f"cannot read {where}: {error.__cause__ or error}") from error
-            require_columns(rows, self.columns, where)
+            require_columns(rows, self.columns, where, self.hint)
             rows = rows.select_columns(list(self.columns))
             self.check_rows(rows, where)
             yield row, rows

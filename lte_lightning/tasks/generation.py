@@ -88,6 +88,11 @@ class Generation(LanguageModel):
 
     # Samples to read
 
+    def on_fit_start(self) -> None:
+        """Refuses samples that there is no room for."""
+        if self.hparams["samples"]:
+            _ = self.trainer.datamodule.prompt_limit
+
     def on_validation_epoch_end(self) -> None:
         """Logs the figures, and keeps a few answers of the stage's last view for reading."""
         super().on_validation_epoch_end()

@@ -1,0 +1,150 @@
+"""Every form of instructions and conversations gives the same tokens."""
+
+import json
+
+import pytest
+
+from lte_lightning.data import DataError, InstructData
+from lte_lightning.data.chats import conversation, find_form
+from lte_lightning.data.instruct import alpaca_prompt
+
+MESSAGES = [{"role": "user", "content": "eat"}, {"role": "assistant", "content": "a cat"}]
+SHARE = [{"from": "human", "value": "eat"}, {"from": "gpt", "value": "a cat"}]
+FORMS = {
+    "messages": {"messages": MESSAGES},
+    "sharegpt": {"conversations": SHARE},
+    "alpaca": {"instruction": "eat", "input": "", "output": "a cat"},
+    "alpaca without input": {"instruction": "eat", "output": "a cat"},
+    "prompt": {"prompt": "eat", "completion": "a cat"},
+    "prompt as messages": {"prompt": MESSAGES[:1], "completion": MESSAGES[1:]},
+}
+NAMED = {
+    ("dialog",): {"dialog": MESSAGES},
+    ("turns",): {"turns": SHARE},
+    ("question", "reply"): {"question": "eat", "reply": "a cat"},
+    ("task", "context", "reply"): {"task": "eat", "context": "", "reply": "a cat"},
+}
+
+
+@pytest.fixture
+def chats(tmp_path, make_lm_tokenizer):
+    """`chats(row, chat=True)`: a module on one file of twenty rows like it."""
+
+    def make(row, chat=True, name="chats.jsonl", count=20, **options):
+        make_lm_tokenizer(chat=chat).save_pretrained(tmp_path / "lm")
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for _ in range(count)))
+        return InstructData(
+            str(tmp_path / "lm"), str(tmp_path / name), **{"max_length": 256, "batch_size": 32} | options
+        )
+
+    return make
+
+
+def read(data, loader):
+    """The first row's tokens as text, and those that carry the loss."""
+    batch = next(iter(loader))
+    ids, mask, labels = (batch[name][0] for name in ("input_ids", "attention_mask", "labels"))
+    return data.tokenizer.decode(ids[mask.bool()]), data.tokenizer.decode(ids[labels != -100])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_by_the_chat_template(chats, form):
+    data = chats(FORMS[form])
+    data.setup("fit")
+    assert read(data, data.train_dataloader()) == ("<|user|>eat\n<|assistant|>a cat</s>", "a cat</s>")
+    assert [len(rows) for rows in (data._ready["train"][0], data._ready["validation"][0])] == [18, 2]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_without_a_template(chats, form):
+    data = chats(FORMS[form], chat=False)
+    data.setup("fit")
+    opening = "eat" if form == "prompt" else alpaca_prompt("eat")
+    assert read(data, data.train_dataloader()) == (f"{opening}a cat</s>", "a cat</s>")
+
+
+@pytest.mark.parametrize("columns", NAMED)
+def test_columns_of_other_names(chats, columns):
+    data = chats(NAMED[columns] | {"prompt": "other", "completion": "x"}, columns=list(columns))
+    data.setup("fit")
+    assert read(data, data.train_dataloader()) == ("<|user|>eat\n<|assistant|>a cat</s>", "a cat</s>")
+
+
+def test_plain_text_although_there_is_a_template(chats):
+    data = chats(FORMS["prompt"], prompt="plain")
+    data.setup("fit")
+    assert read(data, data.train_dataloader()) == ("eata cat</s>", "a cat</s>")
+
+
+@pytest.mark.parametrize(
+    ("row", "references"),
+    [
+        ({"messages": MESSAGES[:1]}, []),
+        ({"conversations": SHARE[:1]}, []),
+        ({"instruction": "eat", "input": ""}, []),
+        ({"prompt": "eat"}, []),
+        ({"prompt": MESSAGES[:1]}, []),
+        ({"prompt": "eat", "completion": "a cat"}, ["a cat"]),
+    ],
+)
+def test_what_is_to_predict_may_end_with_what_is_asked(chats, row, references):
+    data = chats(row, count=2)
+    data.setup("predict")
+    (batch,) = data.predict_dataloader()
+    assert batch["prompt"] == ["<|user|>eat\n<|assistant|>"]
+    assert batch["references"] == [references * 2]
+
+
+def test_streams_find_their_form_too(chats, tmp_path):
+    make = chats(FORMS["sharegpt"], name="train.jsonl")
+    (tmp_path / "validation.jsonl").write_text(json.dumps(FORMS["sharegpt"]) + "\n")
+    data = InstructData(make._tokenizer_name, str(tmp_path), streaming=True, max_length=256)
+    data.setup("fit")
+    assert read(data, data.train_dataloader()) == ("<|user|>eat\n<|assistant|>a cat</s>", "a cat</s>")
+
+
+def test_no_room_to_generate_is_needed_where_nothing_is_generated(chats):
+    data = chats(FORMS["messages"], max_length=60, max_new_tokens=100)
+    data.setup("fit")
+    for stage in ("test", "predict"):
+        with pytest.raises(DataError, match="leaves no room for a prompt before 100 new tokens"):
+            data.setup(stage)
+
+
+def test_hugging_face_s_older_lists_in_a_mapping_and_several_systems():
+    turns = {"from": ["system", "human", "gpt"], "value": ["be brief", "eat", ""]}
+    assert conversation(turns) == [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": "eat"},
+        {"role": "assistant", "content": ""},
+    ]
+    assert conversation([{"role": "user", "content": "a", "from": None, "value": None}])[0]["content"] == "a"
+
+
+def test_several_forms_at_once_are_taken_by_their_order():
+    assert find_form([["prompt", "completion", "messages"]]).columns == ("messages",)
+    assert find_form([["question", "answer"]]).columns == ("instruction", "input", "output")
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "complaint"),
+    [
+        (
+            {"question": "a", "reply": "b"},
+            {},
+            r"no column 'instruction'.*in `messages` or `conv.*data\.columns",
+        ),
+        ({"prompt": "a", "response": "b"}, {}, r"no column 'completion'.*it has prompt, response; .*data\.columns"),
+        ({"messages": "user: hi"}, {}, r"row 0 \(from 0\): messages is 'user: hi', not a conversation"),
+        ({"messages": ["hi"]}, {}, r"row 0 .*'hi' is no message with a role \(system, user, assistant; ShareGPT"),
+        ({"conversations": [{"from": "tool", "value": "a"}]}, {}, r"'from': 'tool'.* is no message"),
+        ({"conversations": [{"from": "human", "value": None}]}, {}, r"'value': None.* is no message"),
+        (FORMS["messages"], {"prompt": "plain"}, "prompt is plain, but rows have messages"),
+        (FORMS["prompt"], {"columns": ["prompt", "prompt"]}, "name one column of conversations, two of a prompt"),
+        (FORMS["prompt"], {"columns": ["a", "b", "c", "d"]}, "or three of an instruction"),
+        (FORMS["prompt"], {"columns": ["promt", "completion"]}, r"no column 'promt' \(do you mean 'prompt'\?\)"),
+    ],
+)
+def test_what_is_no_chat_is_refused(chats, row, options, complaint):
+    with pytest.raises(DataError, match=complaint):
+        chats(row, **options).setup("fit")
