@@ -19,7 +19,7 @@ from lte_lightning.errors import UserError
 from lte_lightning.kernels.dispatch import Backend
 from lte_lightning.tasks.baselines import activations_to_group_by, imitate, prepare_choice
 from lte_lightning.tasks.evaluation import MeasuredModule, Stage
-from lte_lightning.tasks.loading import give_experts, load
+from lte_lightning.tasks.loading import check_checkpoint, give_experts, load
 
 
 class LteModule(MeasuredModule):
@@ -178,6 +178,7 @@ class LteModule(MeasuredModule):
         if saved != self.net.lte_config:
             give_experts(self.net, saved)
             self._make_meters()
+        check_checkpoint(self, checkpoint["state_dict"])
         self.stage = checkpoint["lte"]["stage"]
         self.measured = checkpoint["lte"]["measured"]
         self.apply_stage()

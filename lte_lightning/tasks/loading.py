@@ -7,12 +7,16 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
-from lte_lightning.core.model.checkpoint import from_pretrained, is_lte, read_description
+from lte_lightning.core.model.checkpoint import from_pretrained
+from lte_lightning.core.model.checks import listed, require_complete, require_finite, require_sound_routers
 from lte_lightning.core.model.config import LteConfig
 from lte_lightning.core.model.convert import convert, expert_ffns, restore
+from lte_lightning.core.model.folder import is_lte, read_description
+from lte_lightning.core.model.names import plain_names
 from lte_lightning.errors import UserError
 
 _STAGE_OF_MODE = {"dense": "dense", "soft": "router", "hard": "expert"}
@@ -85,7 +89,7 @@ def _load_plain(
     seed: int,
 ) -> PreTrainedModel:
     if layers is None and from_scratch is None:
-        return auto_class.from_pretrained(source, **arguments)
+        return _read_plain(auto_class, source, **arguments)
     dtype = arguments["dtype"]
     config = AutoConfig.from_pretrained(source, **{key: value for key, value in arguments.items() if key != "dtype"})
     if from_scratch is not None:
@@ -97,10 +101,36 @@ def _load_plain(
     if layers is not None:
         _keep_layers(config, source, layers)
     if from_scratch is None:
-        return auto_class.from_pretrained(source, config=config, dtype=dtype)
+        return _read_plain(auto_class, source, cut=layers is not None, config=config, dtype=dtype)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return auto_class.from_config(config, dtype=dtype)
+
+
+def _read_plain(auto_class: Any, source: str, cut: bool = False, **arguments: Any) -> PreTrainedModel:
+    model, info = auto_class.from_pretrained(source, output_loading_info=True, **arguments)
+    require_complete(model, info, source, cut)
+    require_finite(dict(model.named_parameters()), source)
+    return model
+
+
+def check_checkpoint(module: nn.Module, state: dict[str, torch.Tensor]) -> None:
+    """Refuses a checkpoint that lacks weights of a module, has others, or holds values that are not finite.
+
+    Args:
+        module: What the checkpoint is for, its model converted as the checkpoint says.
+        state: Its state dict.
+
+    Raises:
+        UserError: If it does.
+    """
+    ffns = expert_ffns(module)
+    wanted, given = (set(plain_names(ffns, each)) for each in (module.state_dict(), state))
+    if missing := sorted(wanted - given):
+        raise UserError(f"the checkpoint lacks weights: {listed(missing)}")
+    if others := sorted(given - wanted):
+        raise UserError(f"the checkpoint has weights that the model does not take: {listed(others)}")
+    require_sound_routers(state, "the checkpoint")
 
 
 def _activation_key(source: str, wanted: str) -> str:

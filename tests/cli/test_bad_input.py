@@ -126,10 +126,10 @@ def test_a_loss_that_is_not_finite_ends_the_fit_and_spares_the_checkpoint(tiny, 
     assert resumed.results["hard"] >= 0
 
 
-def test_weights_that_are_not_finite(tiny, refused, tmp_path):
+def test_weights_that_make_the_loss_nan(tiny, refused, tmp_path):
     folder = shutil.copytree(tiny.model, tmp_path / "poisoned")
     weights = load_file(folder / "model.safetensors")
-    weights["encoder.layer.0.intermediate.dense.weight"][3] = torch.nan
+    weights["encoder.layer.0.intermediate.dense.weight"][3] = 3e38  # finite, and what they make of anything is not
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     config = tiny.config(**{"model.init_args.pretrained": str(folder)})
     refused(config, "the validation loss is nan in stage 'dense' at step 0")
@@ -189,6 +189,65 @@ def test_weights_that_were_cut_short(fitted, tiny, refused, tmp_path):
     weights = (cut / "model.safetensors").read_bytes()
     (cut / "model.safetensors").write_bytes(weights[: len(weights) // 2])
     refused(tiny.config(), "cannot load the model .*cut", "--model.init_from", cut)
+
+
+NAN = float("nan")
+FFN = "bert.encoder.layer.0.intermediate.dense.weight"
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("lte_routers.safetensors", lambda t: t[FFN].fill_(NAN), rf"lte_routers.safetensors holds NaN .*: {FFN}"),
+        ("model.safetensors", lambda t: t[FFN].fill_(NAN), rf"damaged holds NaN or infinite values: {FFN}"),
+        ("model.safetensors", lambda t: t.pop(FFN), rf"damaged lacks weights of a BertFor\w+: {FFN}"),
+        ("model.safetensors", lambda t: t[FFN].add_(1.0), r"the weights' file is not what was saved with its routers"),
+    ],
+    ids=["nan-routers", "nan-weights", "missing", "another-model"],
+)
+def test_a_damaged_model_of_a_run(fitted, tiny, refused, tmp_path, file, change, message):
+    damaged = shutil.copytree(fitted.run / "model", tmp_path / "damaged")
+    tensors = load_file(damaged / file)
+    change(tensors)
+    save_file(tensors, damaged / file, {"format": "pt"})
+    refused(tiny.config(), message, "--model.init_from", damaged, command="test")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(FFN.removeprefix("bert.")), rf"lacks weights of a BertFor\w+: {FFN}"),
+        (
+            lambda t: t["embeddings.word_embeddings.weight"].fill_(NAN),
+            r"NaN or infinite values: bert\.embeddings",
+        ),
+        (lambda t: t.update({"encoder.layer.9.output.dense.bias": torch.ones(2)}), r"not take: encoder\.layer\.9"),
+    ],
+    ids=["missing", "nan", "more-layers"],
+)
+def test_a_damaged_plain_model(tiny, refused, tmp_path, change, message):
+    damaged = shutil.copytree(tiny.model, tmp_path / "damaged")
+    tensors = load_file(damaged / "model.safetensors")
+    change(tensors)
+    save_file(tensors, damaged / "model.safetensors", {"format": "pt"})
+    refused(tiny.config(), message, "--model.init_from", damaged)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state, key: state.pop(key), r"the checkpoint lacks weights: net\.bert"),
+        (lambda state, key: state.update({"net.more": torch.ones(1)}), r"that the model does not take: net\.more"),
+        (lambda state, key: state[key].fill_(NAN), r"the checkpoint holds NaN or infinite values: net\.bert"),
+    ],
+    ids=["missing", "more", "nan"],
+)
+def test_a_damaged_checkpoint(fitted, tiny, refused, tmp_path, change, message):
+    (path,) = (fitted.run / "checkpoints").glob("best*.ckpt")
+    checkpoint = torch.load(path, weights_only=True)
+    change(checkpoint["state_dict"], next(key for key in checkpoint["state_dict"] if "selector" in key))
+    torch.save(checkpoint, tmp_path / "damaged.ckpt")
+    refused(tiny.config(), message, "--ckpt_path", tmp_path / "damaged.ckpt", command="test")
 
 
 def test_a_model_that_has_passed_the_first_stage(fitted, tiny, refused):

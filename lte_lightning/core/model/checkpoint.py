@@ -8,6 +8,7 @@ import transformers
 from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
+from lte_lightning.core.model.checks import require_complete, require_finite, require_sound_routers
 from lte_lightning.core.model.convert import convert, expert_ffns, set_mode
 from lte_lightning.core.model.folder import (
     HUB_OPTIONS,
@@ -18,6 +19,8 @@ from lte_lightning.core.model.folder import (
     read_lte_config,
     read_routers,
     require_file,
+    require_own,
+    stored_weights,
 )
 from lte_lightning.core.model.routers import load_routers
 from lte_lightning.core.model.storage import set_backend
@@ -43,15 +46,16 @@ def from_pretrained(
         **kwargs: Passed to the plain model's ``from_pretrained`` (``dtype``, ``device_map``, ``revision``, ...).
 
     Raises:
-        UserError: If there is no such backend.
-        LayoutError: If the source is not an LTE model, is of another layout version, or its files disagree.
+        UserError: If there is no such backend, or weights are missing, not finite, or of no use to the model.
+        LayoutError: If the source is not an LTE model, is of another layout version, or its routers are not those
+            that were saved with its weights.
     """
     if backend not in BACKENDS:
         raise UserError(f"unknown backend {backend!r}; there are {', '.join(BACKENDS)}")
     hub = {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
     wants_info = kwargs.pop("output_loading_info", False)
     config = read_lte_config(source, **hub)
-    mode = read_description(source, **hub)["mode"]
+    description = read_description(source, **hub)
     hf_config = AutoConfig.from_pretrained(source, **hub)
     if auto_class is None:
         architecture = (hf_config.architectures or ["none"])[0]
@@ -65,12 +69,18 @@ def from_pretrained(
         model, info = auto_class.from_pretrained(source, output_loading_info=True, **kwargs)
     finally:
         _LOADS_PLAIN.reset(token)
+    require_complete(model, info, source)
+    require_finite(dict(model.named_parameters()), source)
     convert(model, config, group=False)
-    load_routers(model, routers, require_file(source, ROUTERS_FILE, **hub))
+    path = require_file(source, ROUTERS_FILE, **hub)
+    load_routers(model, routers, path)
+    require_sound_routers(routers, path)
+    weights = stored_weights(source, kwargs.get("variant"), **hub)
+    require_own(description, weights, routers, source, model.base_model_prefix)
     for ffn in expert_ffns(model).values():
         for parameter in ffn.selector.parameters():  # not buffers: a calibrated level is not to be rounded
             parameter.data = parameter.data.to(ffn.up.weight.dtype)
-    set_mode(model, mode)
+    set_mode(model, description["mode"])
     set_backend(model, backend)
     return (model, info) if wants_info else model  # type: ignore[return-value]
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers.utils import cached_file
 
+from lte_lightning.core.model.checks import listed
 from lte_lightning.core.model.config import LteConfig
+from lte_lightning.core.model.digest import FORMAT, differing
 from lte_lightning.core.model.experts import MODES
 from lte_lightning.errors import UserError
 from lte_lightning.selection import selector_class
@@ -95,6 +98,83 @@ def read_routers(source: str | os.PathLike[str], **hub: Any) -> dict[str, torch.
         return load_file(path)
     except SafetensorError as error:
         raise LayoutError(f"{path} is damaged: {error}") from error
+
+
+def stored_weights(source: str | os.PathLike[str], variant: str | None = None, **hub: Any) -> dict[str, torch.Tensor]:
+    """Returns the weights as the files hold them, mapped into memory and not yet read.
+
+    Args:
+        source: A folder, or a hub id.
+        variant: As ``from_pretrained`` takes it.
+        **hub: `HUB_OPTIONS`.
+    """
+    for kind in ("model.safetensors", "pytorch_model.bin"):
+        for name in (kind, f"{kind}.index.json"):
+            stem, _, ending = name.rpartition(".")
+            path = find(source, f"{stem}.{variant}.{ending}" if variant else name, **hub)
+            if path is None:
+                continue
+            files = [path]
+            if name != kind:
+                shards = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+                files = [require_file(source, shard, **hub) for shard in shards]
+            return {key: value for file in files for key, value in _read(file).items()}
+    return {}
+
+
+def _read(file: Path) -> dict[str, torch.Tensor]:
+    if file.suffix == ".safetensors":
+        return load_file(file)
+    found: dict[str, torch.Tensor] = torch.load(file, weights_only=True, mmap=True, map_location="cpu")
+    return found
+
+
+def require_own(
+    description: dict[str, Any],
+    weights: Mapping[str, torch.Tensor],
+    routers: Mapping[str, torch.Tensor],
+    source: object,
+    prefix: str = "",
+) -> None:
+    """Refuses weights and routers that were not saved with each other.
+
+    Args:
+        description: The contents of ``lte_config.json``; one that was written before there were digests says nothing.
+        weights: The folder's weights, or some of them, as they are stored.
+        routers: The folder's routers.
+        source: Where they are from, for the message.
+        prefix: What the names may or may not begin with: that of the base model.
+
+    Raises:
+        LayoutError: If they were not, or the digest is of a format that this version does not know.
+    """
+    digest = description.get("digest")
+    if digest is None:
+        return
+
+    def short(entries: Mapping[str, Any]) -> dict[str, Any]:
+        return {name.removeprefix(f"{prefix}."): value for name, value in entries.items()}
+
+    try:
+        if digest["format"] != FORMAT:
+            raise LayoutError(
+                f"{CONFIG_FILE} of {source} has a digest of format {digest['format']!r}, this lte-lightning reads "
+                f"{FORMAT}; install the version that wrote it"
+            )
+        wrong_routers = differing(digest["routers"], routers)
+        wrong_weights = differing(short(digest["weights"]), short(weights))
+    except (AttributeError, KeyError, TypeError, IndexError) as error:
+        raise LayoutError(f"the digest in {CONFIG_FILE} of {source} is damaged: {error!r}") from error
+    for wrong, what, other in (
+        (wrong_routers, ROUTERS_FILE, "weights"),
+        (wrong_weights, "the weights' file", "routers"),
+    ):
+        if wrong:
+            raise LayoutError(
+                f"{source}: {what} is not what was saved with its {other} ({listed(wrong)} differ), so routers and "
+                f"weights are of different models. Put back what was saved; if you changed it on purpose, take "
+                f'"digest" out of {CONFIG_FILE} and measure the model again'
+            )
 
 
 def find(source: str | os.PathLike[str], name: str, **hub: Any) -> Path | None:

@@ -8,7 +8,16 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from lte_lightning.core.model.folder import CONFIG_FILE, ROUTERS_FILE, LayoutError, read_lte_config, read_routers
+from lte_lightning.core.model.checks import require_sound_routers
+from lte_lightning.core.model.folder import (
+    CONFIG_FILE,
+    ROUTERS_FILE,
+    LayoutError,
+    read_description,
+    read_lte_config,
+    read_routers,
+    require_own,
+)
 from lte_lightning.core.model.names import is_held, plain_names, weight_names
 from lte_lightning.core.model.swap import expert_ffns, lte_config, require_expert_ffns
 from lte_lightning.errors import UserError
@@ -25,9 +34,11 @@ def load_routers(model: PreTrainedModel, routers: Mapping[str, torch.Tensor], or
     Raises:
         LayoutError: If they do not fit.
     """
-    stored = dict(routers)
+    # a task's model has the base model under a name, and the base model alone has none
+    base = f"{model.base_model_prefix}."
+    stored = {key.removeprefix(base): value for key, value in routers.items()}
     for name, ffn in require_expert_ffns(model).items():
-        prefix = f"{name}."
+        prefix = f"{name.removeprefix(base)}."
         own = {key.removeprefix(prefix): stored.pop(key) for key in list(stored) if key.startswith(prefix)}
         try:
             ffn.selector.load_state_dict(own)
@@ -64,6 +75,8 @@ def with_routers(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> M
         folder = file.parent
         _require_same_conversion(model, folder)
         own = read_routers(folder)
+        require_sound_routers(own, folder / ROUTERS_FILE)
+        require_own(read_description(folder), given, own, folder)
         return {**state, **{_own_name(ffns, key): value for key, value in own.items()}}
     if all(ffn.mode == "dense" for ffn in ffns.values()):
         return state

@@ -19,7 +19,9 @@ import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from lte_lightning.core.model.folder import CONFIG_FILE, LAYOUT_VERSION, ROUTERS_FILE
+from lte_lightning.core.model.checks import listed
+from lte_lightning.core.model.digest import FORMAT, digest
+from lte_lightning.core.model.folder import CONFIG_FILE, LAYOUT_VERSION, ROUTERS_FILE, stored_weights
 from lte_lightning.core.model.names import plain_names
 from lte_lightning.core.model.swap import expert_ffns, lte_config, plain, require_expert_ffns
 from lte_lightning.errors import UserError
@@ -123,6 +125,11 @@ def _write(
         "lte": asdict(config),
         "selector": asdict(selector_class(config.selector).describe(config.expert_size, config.target_sparsity)),
         "about": about or {},
+        "digest": {
+            "format": FORMAT,
+            "weights": digest(stored_weights(folder, kwargs.get("variant"))),
+            "routers": digest(routers),
+        },
     }
     (folder / CONFIG_FILE).write_text(json.dumps(description, indent=2) + "\n")
 
@@ -175,12 +182,6 @@ def _require_loadable(model: PreTrainedModel, state: dict[str, torch.Tensor]) ->
             raise UserError(
                 f"{key} is {list(value.shape)}, and that of a {name} of this configuration is {list(wanted[key].shape)}"
             )
-
-
-def listed(names: list[str], most: int = 3) -> str:
-    """Returns the first few names, and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
 
 
 def _replace(folder: Path, staging: Path) -> None:

@@ -1,0 +1,219 @@
+"""Folders that lack weights, have others, hold NaN, or mix two models: refused, and what is wrong is named."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForSequenceClassification
+
+from lte_lightning import LteConfig, convert, from_pretrained, save_pretrained, set_mode
+from lte_lightning.core.model.convert import expert_ffns
+from lte_lightning.core.model.digest import differing, digest
+from lte_lightning.core.model.folder import LayoutError, read_description
+from lte_lightning.errors import UserError
+
+FFN = "bert.encoder.layer.1.intermediate.dense"
+
+
+@pytest.fixture
+def make(build, tmp_path):
+    """`make(name, seed)`: the folder of a saved model in hard mode; another seed gives other weights and routers."""
+
+    def make(name="saved", seed=0, **kwargs):
+        model = convert(build(), LteConfig(16, "random", seed=seed), progress=False)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.01 * seed)
+        set_mode(model, "hard")
+        return save_pretrained(model, tmp_path / name, **kwargs)
+
+    return make
+
+
+def change(file, edit):
+    tensors = load_file(file)
+    edit(tensors)
+    save_file(tensors, file, {"format": "pt"})
+
+
+def logits(model, batch):
+    with torch.no_grad():
+        return model(**batch).logits
+
+
+def nan(key, value=float("nan")):
+    return lambda tensors: tensors[key].view(-1)[-1].fill_(value)
+
+
+WEIGHTS = {
+    "ffn-missing": (lambda t: t.pop(f"{FFN}.weight"), rf"saved lacks weights of a Bert\w+: {FFN}\.weight"),
+    "head-missing": (lambda t: t.pop("classifier.bias"), r"saved lacks weights of a Bert\w+: classifier\.bias"),
+    "layer-more": (
+        lambda t: t.update({"bert.encoder.layer.2.output.dense.bias": torch.zeros(32)}),
+        r"saved has weights that a Bert\w+ of its config\.json does not take: bert\.encoder\.layer\.2\.output",
+    ),
+    "ffn-nan": (nan(f"{FFN}.weight"), rf"saved holds NaN or infinite values: {FFN}\.weight"),
+    "attention-inf": (
+        nan("bert.encoder.layer.0.attention.self.query.bias", float("inf")),
+        r"saved holds NaN or infinite values: bert\.encoder\.layer\.0\.attention\.self\.query\.bias",
+    ),
+    "changed": (
+        nan("classifier.weight", 1.0),
+        r"the weights' file is not what was saved with its routers \(classifier\.w",
+    ),
+}
+
+
+@pytest.mark.parametrize(("edit", "message"), WEIGHTS.values(), ids=WEIGHTS)
+def test_weights(make, edit, message):
+    folder = make()
+    change(folder / "model.safetensors", edit)
+    with pytest.raises(UserError, match=message):
+        from_pretrained(folder)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_routers_that_are_not_finite(make, value):
+    folder = make()
+    change(folder / "lte_routers.safetensors", nan(f"{FFN}.bias", value))
+    with pytest.raises(UserError, match=rf"lte_routers\.safetensors holds NaN or infinite values: {FFN}\.bias"):
+        from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("files", "wrong"),
+    [
+        (["lte_routers.safetensors"], r"lte_routers\.safetensors is not what was saved with its weights"),
+        (["model.safetensors"], r"the weights' file is not what was saved with its routers"),
+        (["lte_routers.safetensors", "lte_config.json"], r"the weights' file is not what was saved with its routers"),
+    ],
+)
+def test_files_of_another_model_of_the_same_shape(make, files, wrong):
+    mine, other = make("mine"), make("other", seed=1)
+    for name in files:
+        shutil.copy(other / name, mine / name)
+    with pytest.raises(LayoutError, match=rf"mine: {wrong} \(.* and \d+ more differ\)"):
+        from_pretrained(mine)
+
+
+def test_infinite_levels_are_legal(build, batch, tmp_path):
+    config = LteConfig(16, "random", selector="cats", target_sparsity=0.5)
+    model = convert(build("llama", "lm"), config, progress=False)
+    assert from_pretrained(save_pretrained(model, tmp_path / "saved")).lte_config == config
+
+
+def test_folders_without_a_digest_are_read(make, batch):
+    folder = make()
+    description = read_description(folder)
+    expected = logits(from_pretrained(folder), batch)
+    (folder / "lte_config.json").write_text(json.dumps({k: v for k, v in description.items() if k != "digest"}))
+    assert logits(from_pretrained(folder), batch).equal(expected)
+
+
+@pytest.mark.parametrize(
+    ("digest", "message"),
+    [
+        ({"format": 2}, "digest of format 2, this lte-lightning reads 1; install the version"),
+        ({}, r"the digest in lte_config\.json of .* is damaged: KeyError"),
+        ({"format": 1, "weights": 3, "routers": {}}, "is damaged"),
+        ([], "is damaged"),
+    ],
+)
+def test_a_digest_that_cannot_be_read(make, digest, message):
+    folder = make()
+    (folder / "lte_config.json").write_text(json.dumps(read_description(folder) | {"digest": digest}))
+    with pytest.raises(LayoutError, match=message):
+        from_pretrained(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", ["50GB", "20KB"], ids=["one-file", "sharded"])
+def test_what_another_tool_wrote_again_is_read(make, dtype, size):
+    folder = make(max_shard_size="30KB")
+    again = AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype)
+    for file in folder.glob("model*"):
+        file.unlink()
+    again.save_pretrained(folder, max_shard_size=size)
+    assert from_pretrained(folder).dtype == dtype
+    make("other", seed=1)
+    shutil.copy(folder.parent / "other" / "lte_routers.safetensors", folder)
+    shutil.copy(folder.parent / "other" / "lte_config.json", folder)
+    with pytest.raises(LayoutError, match="the weights' file is not what was saved"):
+        from_pretrained(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_the_type_that_a_model_is_loaded_in_does_not_matter(make, dtype):
+    assert from_pretrained(make(), dtype=dtype).dtype == dtype
+
+
+def test_values_that_half_precision_cannot_hold(make):
+    folder = make()
+    change(folder / "model.safetensors", nan("classifier.weight", 1e6))
+    description = read_description(folder)
+    del description["digest"]
+    (folder / "lte_config.json").write_text(json.dumps(description))
+    assert from_pretrained(folder).dtype == torch.float32
+    with pytest.raises(UserError, match=r"NaN or infinite values: classifier\.weight"):
+        from_pretrained(folder, dtype=torch.float16)
+
+
+def test_pickled_weights_and_variants_are_checked(make, batch):
+    folder = make(variant="fp32")
+    expected = logits(from_pretrained(folder, variant="fp32"), batch)
+    weights = load_file(folder / "model.fp32.safetensors")
+    (folder / "model.fp32.safetensors").unlink()
+    torch.save(weights, folder / "pytorch_model.bin")
+    assert logits(from_pretrained(folder), batch).equal(expected)
+    weights["classifier.bias"] += 1
+    torch.save(weights, folder / "pytorch_model.bin")
+    with pytest.raises(LayoutError, match=r"\(classifier\.bias differ\)"):
+        from_pretrained(folder)
+
+
+def test_the_base_model_alone(make, batch):
+    folder = make()
+    base, whole = from_pretrained(folder, AutoModel), from_pretrained(folder)
+    with torch.no_grad():
+        assert base(**batch).pooler_output.equal(whole.bert(**batch).pooler_output)
+    assert [ffn.mode for ffn in expert_ffns(base).values()] == ["hard"] * 2
+
+
+def test_another_head_is_new_and_the_base_is_not(build, tmp_path):
+    folder = save_pretrained(convert(build("llama", "lm"), LteConfig(16), progress=False), tmp_path / "saved")
+    assert from_pretrained(folder, AutoModelForSequenceClassification).score.weight.shape == (3, 32)
+    change(folder / "model.safetensors", lambda tensors: tensors.pop("model.norm.weight"))
+    with pytest.raises(UserError, match=r"lacks weights of a LlamaForSequenceClassification: model\.norm\.weight"):
+        from_pretrained(folder, AutoModelForSequenceClassification)
+
+
+def test_weights_that_were_changed_after_they_were_mapped(build, make):
+    folder = make()
+    weights = load_file(folder / "model.safetensors")
+    model = convert(build(), LteConfig(16, "random", seed=0), progress=False)
+    set_mode(model, "hard")
+    weights["classifier.weight"] += 1.0
+    with pytest.raises(LayoutError, match=r"\(classifier\.weight differ\)"):
+        model.load_state_dict(weights)
+
+
+def test_a_digest_covers_a_small_tensor_whole_and_a_large_one_in_blocks():
+    small, large = torch.zeros(1000), torch.zeros(2_000_000)
+    entries = digest({"small": small, "large": large, "empty": torch.zeros(0), "bits": torch.tensor(True)})
+    assert differing(entries, {"small": small.clone(), "large": large.clone(), "empty": torch.zeros(0)}) == []
+    for place in (0, 499, 999):
+        assert differing(entries, {"small": small.index_fill(0, torch.tensor(place), 1e-30)}) == ["small"]
+    assert differing(entries, {"large": large + 1e-30, "small": small.view(10, 100)}) == ["large", "small"]
+    assert differing(entries, {"large": large.index_fill(0, torch.tensor(1_999_999), 1.0)}) == ["large"]
+
+
+def test_a_digest_of_another_type_is_compared_by_values():
+    values = torch.linspace(-3, 3, 1001)
+    entries = digest({"w": values})
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        assert differing(entries, {"w": values.to(dtype)}) == []
+        assert differing(entries, {"w": (values * 1.05).to(dtype)}) == ["w"]
+    assert differing(entries, {"w": values.to(torch.int8)}) == ["w"]
+    assert differing(digest({"w": values.bfloat16()}), {"w": values.half()}) == []
