@@ -1,5 +1,5 @@
 """``lte bench``: what skipping experts saves on this machine, against the dense model, in one process."""
 
-from lte_lightning.bench.command import HELP, main
+from lte_lightning.bench.command import main
 
-__all__ = ["HELP", "main"]
+__all__ = ["main"]

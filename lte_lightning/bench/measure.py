@@ -6,7 +6,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
@@ -295,8 +295,3 @@ def bound(subject: Subject, scope: str, phase: str, tokens: int, sparsity: float
         modules = [module for layer in find_layers(subject.dense) for module in layer.modules()]
         rest = sum(m.weight.numel() for m in modules if isinstance(m, Projection)) / subject.layers - block
     return (rest + block) / (rest + router + runs * block)
-
-
-def as_row(figure: Figure) -> dict[str, Any]:
-    """Returns a CSV row: `COLUMNS`, floats to four significant digits."""
-    return {key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in asdict(figure).items()}

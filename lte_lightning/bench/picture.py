@@ -3,8 +3,8 @@
 import math
 from pathlib import Path
 
-from lte_lightning.bench.command import counted
 from lte_lightning.bench.measure import Figure
+from lte_lightning.bench.output import counted
 
 COLUMNS = 4  # panels side by side; more are not legible
 

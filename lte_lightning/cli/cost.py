@@ -1,31 +1,8 @@
 """``lte cost``: what a token costs a model at a sparsity, without loading its weights."""
 
-import argparse
-import json
-from dataclasses import asdict
-from typing import Any
+from json import dumps
 
-import torch
-from rich.console import Console
-from rich.table import Table
-from transformers import PreTrainedModel
-from transformers.utils import logging as hf_logging
-
-from lte_lightning.core.accounting.cost import GFLOP, TokenCost, check_context, speedup_bound, token_cost
-from lte_lightning.core.accounting.memory import GIB, PRECISIONS, training_memory
-from lte_lightning.core.accounting.skeleton import skeleton
-from lte_lightning.core.model.convert import lte_config, require_expert_ffns
-from lte_lightning.core.model.folder import CONFIG_FILE, is_lte, read_description
-from lte_lightning.errors import UserError
-
-DTYPES = {
-    "bf16": torch.bfloat16,
-    "bfloat16": torch.bfloat16,
-    "fp16": torch.float16,
-    "float16": torch.float16,
-    "fp32": torch.float32,
-    "float32": torch.float32,
-}
+from lte_lightning.options import call
 
 
 def main(args: list[str]) -> None:
@@ -34,138 +11,47 @@ def main(args: list[str]) -> None:
     Raises:
         UserError: If an argument is wrong; nothing is printed then.
     """
-    options = _parser().parse_args(args)
-    hf_logging.set_verbosity_error()
-    if options.dtype not in DTYPES:
-        raise UserError(f"unknown dtype {options.dtype!r}; there are {', '.join(DTYPES)}")
-    if options.batch_size < 1:
-        raise UserError(f"batch-size is {options.batch_size}; it must be at least 1")
-    dtype = DTYPES[options.dtype]
-    model = skeleton(options.model, options.expert_size)
-    context = check_context(model, options.context)
-    sparsity = _sparsity(options.model, model) if options.sparsity is None else options.sparsity
-    layers = len(require_expert_ffns(model))
-    per_layer = sparsity if isinstance(sparsity, list) else [sparsity] * layers
-    dense = token_cost(model, None, dtype, context)
-    sparse = token_cost(model, per_layer, dtype, context)
-    memory = training_memory(model, options.batch_size * context, options.precision)
-    found = {
-        "model": options.model,
-        "expert_size": lte_config(model).expert_size,
-        "sparsity_per_layer": per_layer,
-        "dtype": str(dtype).removeprefix("torch."),
-        "context": context,
-        **figures(model, dense, sparse, per_layer),
-        "training_memory": {
-            "precision": options.precision,
-            "tokens": options.batch_size * context,
-            **asdict(memory),
-            "total": memory.total(),
-            "total_checkpointed": memory.total(checkpointing=True),
-        },
-    }
-    if options.json:
-        print(json.dumps(found, indent=2, allow_nan=False))
+    call(cost, "lte cost", args)
+
+
+def cost(
+    model: str,
+    sparsity: float | None = None,
+    dtype: str = "bf16",
+    context: int | None = None,
+    expert_size: int | None = None,
+    batch_size: int = 1,
+    precision: str = "bf16-mixed",
+    json: bool = False,
+) -> None:
+    """Shows what a token costs a model, dense and at a sparsity, and the memory that training needs.
+
+    FLOPs, weights and bytes per token, and the speed-up bound of memory-bound decoding that follows. No weights are
+    loaded.
+
+    Args:
+        model: Folder (plain or LTE), hub id, or config.json.
+        sparsity: Share of the FFN neurons that do not run, in every layer. By default what a saved LTE model measured.
+        dtype: Of weights and KV cache: bf16, fp16, fp32.
+        context: Tokens attended to. By default 1024, or all that the model allows.
+        expert_size: Neurons per expert of a plain model. By default 32.
+        batch_size: Texts of that length per device, for the memory.
+        precision: For the memory: 64-true, 32-true, bf16-true, 16-true, bf16-mixed or 16-mixed.
+        json: Print JSON instead of tables.
+
+    Raises:
+        UserError: If an option's value is not one.
+    """
+    from rich.console import Console
+
+    from lte_lightning.cli.costs import cost_table, memory_table, work_out
+
+    costs = work_out(model, sparsity, dtype, context, expert_size, batch_size, precision)
+    if json:
+        print(dumps(costs, indent=2, allow_nan=False))
         return
     console = Console()
     console = console if console.is_terminal else Console(width=100)
-    print(options.model)
-    console.print(_cost_table(found))
-    console.print(_memory_table(found["training_memory"]))
-
-
-def figures(
-    model: PreTrainedModel, dense: TokenCost, sparse: TokenCost, sparsity_per_layer: list[float]
-) -> dict[str, Any]:
-    """Returns the figures of a dense and of a sparse token side by side, as ``--json`` prints them."""
-    ffns = list(require_expert_ffns(model).values())
-    neurons = [ffn.neurons for ffn in ffns]
-    running = sum(n * (1.0 - s) for n, s in zip(neurons, sparsity_per_layer, strict=True))
-    router = sum(ffn.selector.flops_per_token() for ffn in ffns) / sum(ffn.flops_dense() for ffn in ffns)
-    bounds = {
-        "bound": speedup_bound(dense.bytes, sparse.bytes),
-        "ffn_bound": speedup_bound(dense.ffn_bytes, sparse.ffn_bytes),
-    }
-    return {
-        "sparsity": 1.0 - running / sum(neurons),
-        "paper_gflops_per_token": {"dense": dense.paper_flops / GFLOP, "sparse": sparse.paper_flops / GFLOP},
-        "flops_per_token": {"dense": dense.flops, "sparse": sparse.flops},
-        "parameters_per_token": {"dense": dense.parameters, "sparse": sparse.parameters},
-        "bytes_per_token": {"dense": dense.bytes, "sparse": sparse.bytes},
-        # an FFN of which nothing runs and nothing is read has no bound: JSON knows no infinity
-        **{key: {"dense": 1.0, "sparse": value if value < float("inf") else None} for key, value in bounds.items()},
-        "router_share_of_ffn_flops": router,
-    }
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="lte cost",
-        description="FLOPs, weights and bytes per token of a model, dense and at a sparsity, the speed-up bound of "
-        "memory-bound decoding that follows, and the memory that training needs. No weights are loaded.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--model", required=True, help="folder (plain or LTE), hub id, or config.json")
-    parser.add_argument(
-        "--sparsity",
-        type=float,
-        help="share of the FFN neurons that do not run, in every layer (default: what a saved LTE model measured)",
-    )
-    parser.add_argument("--dtype", default="bf16", help="of weights and KV cache: bf16, fp16, fp32 (default: bf16)")
-    parser.add_argument("--context", type=int, help="tokens attended to (default: 1024, or all that the model allows)")
-    parser.add_argument("--expert-size", type=int, help="neurons per expert of a plain model (default: 32)")
-    parser.add_argument(
-        "--batch-size", type=int, default=1, help="texts of that length per device, for the memory (default: 1)"
-    )
-    parser.add_argument(
-        "--precision", default="bf16-mixed", help=f"for the memory: {', '.join(PRECISIONS)} (default: bf16-mixed)"
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    return parser
-
-
-def _sparsity(source: str, model: PreTrainedModel) -> list[float]:
-    """The sparsity per layer that a saved LTE model remembers of its last measurement."""
-    measured = read_description(source)["about"].get("measured", {}) if is_lte(source) else {}
-    hardest = measured.get("hard") or measured.get("hard_before") or {}
-    if "sparsity_per_layer" not in hardest:
-        where = f"{CONFIG_FILE} of {source} has none" if is_lte(source) else f"{source} is a plain model"
-        raise UserError(f"which sparsity? {where}: give --sparsity, a share from 0 to 1")
-    return list(hardest["sparsity_per_layer"])
-
-
-def _cost_table(found: dict[str, Any]) -> Table:
-    title = f"cost per token: {found['dtype']}, context {found['context']}, experts of {found['expert_size']}"
-    table = Table(title=title, title_justify="left")
-    for column in ("", "dense", f"{100 * found['sparsity']:.1f} % sparse", "quotient"):
-        table.add_column(column, justify="right" if column else "left")
-    rows = [
-        ("GFLOPs as the paper counts (2^30)", "paper_gflops_per_token", 1, "{:.4f}"),
-        ("GFLOPs with scores and head (10^9)", "flops_per_token", 1e9, "{:.4f}"),
-        ("weights read (10^6)", "parameters_per_token", 1e6, "{:.3f}"),
-        ("MB moved (10^6), KV cache included", "bytes_per_token", 1e6, "{:.3f}"),
-    ]
-    for label, key, unit, form in rows:
-        dense, sparse = found[key]["dense"], found[key]["sparse"]
-        quotient = f"{dense / sparse:.2f}x" if sparse else "∞"
-        table.add_row(label, form.format(dense / unit), form.format(sparse / unit), quotient)
-    table.add_section()
-    for label, key in (("speed-up bound, end to end", "bound"), ("speed-up bound, FFN blocks alone", "ffn_bound")):
-        bound = found[key]["sparse"]
-        table.add_row(label, "1.00x", "", "∞" if bound is None else f"{bound:.2f}x")
-    share = 100 * found["router_share_of_ffn_flops"]
-    table.caption = f"Bounds: bytes moved at batch 1. Routers, included: {share:.2f} % of the dense FFNs."
-    table.caption_justify = "left"
-    return table
-
-
-def _memory_table(found: dict[str, Any]) -> Table:
-    title = f"training memory, {found['tokens']} tokens per device, {found['precision']}"
-    table = Table(title=title, title_justify="left", min_width=60)
-    for column in ("GiB", "plain", "gradient checkpointing"):
-        table.add_column(column, justify="left" if column == "GiB" else "right")
-    for name in ("weights", "gradients", "optimizer"):  # AdamW's
-        table.add_row(name, *[f"{found[name] / GIB:.2f}"] * 2)
-    for name in ("activations", "total"):
-        table.add_row(name, f"{found[name] / GIB:.2f}", f"{found[f'{name}_checkpointed'] / GIB:.2f}")
-    return table
+    print(model)
+    console.print(cost_table(costs))
+    console.print(memory_table(costs["training_memory"]))

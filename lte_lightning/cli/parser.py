@@ -4,7 +4,7 @@ import inspect
 import re
 import sys
 from collections.abc import Iterable
-from typing import Any, NoReturn
+from typing import Any
 
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import LightningArgumentParser
@@ -12,28 +12,23 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lte_lightning.core.model.config import LteConfig
 from lte_lightning.errors import meant
 from lte_lightning.lazy import load_all
+from lte_lightning.options import ShortErrors, cause
 from lte_lightning.shipped import resolve_options
 from lte_lightning.tasks.base import LteModule
 
 load_all("lte_lightning.tasks", "lte_lightning.data")  # jsonargparse knows the classes that are imported
 
 
-class LteParser(LightningArgumentParser):
+class LteParser(ShortErrors, LightningArgumentParser):
     """Lightning's parser with shorter errors, which knows the configurations that come with the package."""
 
     def parse_args(self, args: list[str] | None = None, *more: Any, **options: Any) -> Any:
         """Parses; ``--config lte:NAME`` is a file of the package."""
         return super().parse_args(resolve_options(sys.argv[1:] if args is None else list(args)), *more, **options)
 
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Prints the cause, and exits with code 2."""
-        if not self.exit_on_error:
-            super().error(message, ex)
-        parser = getattr(ex, "subcommand_parser", None) or self
-        program = parser.prog.replace(" [options]", "")
-        print(f"error: {explain(message, parser._option_string_actions)}", file=sys.stderr)
-        print(f"see {program} --help", file=sys.stderr)
-        sys.exit(2)
+    def explain(self, message: str, options: Iterable[str]) -> str:
+        """Returns what is wrong, as the module's `explain` does."""
+        return explain(message, options)
 
 
 def explain(message: str, options: Iterable[str] = ()) -> str:
@@ -43,19 +38,12 @@ def explain(message: str, options: Iterable[str] = ()) -> str:
         message: Of jsonargparse.
         options: The parser's options, ``--trainer.devices`` and the like.
     """
-    if found := re.search(r"unrecognized arguments: (\S+)", message):
-        return f"unknown option {found[1].split('=')[0]}{_meant(found[1].split('=')[0], options)}"
     if found := re.search(r"(?:Option|Key|[Kk]ey|Group key) '([^']+)' is not (?:accepted|expected)", message):
         name = found[1].split(".")[-1]
         return f"{_where(message)}unknown name {found[1]!r}{_elsewhere(name) or _meant(name, _names())}"
     if found := re.search(r"Expected a dot import path string: (\S+)", message):
         return f"{_where(message)}there is no class {found[1]}{_meant(found[1], _classes())}"
-    lines = [line.strip() for line in message.splitlines()]
-    # What a union of types says of its last member, None, explains nothing; nor does its list of types
-    noise = ("Expected a <class 'NoneType'>", "Does not validate against any", "Subtypes:", "Errors:", "Given value")
-    causes = [line.removeprefix("- ") for line in lines if line and not line.removeprefix("- ").startswith(noise)]
-    given = [line for line in lines if line.startswith("Given value:")]
-    return "\n  ".join(causes + given[:1])
+    return cause(message, options)
 
 
 def _where(message: str) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lte_lightning.core.model.families import FAMILIES
+from lte_lightning.core.model.families import reads_first_token
 from lte_lightning.report.methods import Lte, describe, marked
 from lte_lightning.results import Results, better
 
@@ -79,9 +79,8 @@ class Run:
     def inner_sparsity(self) -> float | None:
         """Sparsity without the last layer, where a classifier reads one token of that; else None."""
         layers = self.results.sparsity_per_layer
-        family = FAMILIES.get(self.family or "")
         classifies = str(self.options.get("model.class_path")).endswith("Classification")
-        reads_one = family is not None and family.first_token and classifies
+        reads_one = classifies and reads_first_token(self.family)
         return statistics.fmean(layers[:-1]) if reads_one and layers and len(layers) > 1 else None
 
     @property

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from lte_lightning import LteConfig, convert, save_pretrained, set_mode
-from lte_lightning.bench import command, machine, main
+from lte_lightning.bench import machine, main, output
 from lte_lightning.bench.measure import COLUMNS, bound, interleave, measure, timed
 from lte_lightning.bench.rivals import executed_width, index_select, make_rivals, masked, with_dense_down
 from lte_lightning.bench.subject import SHAPES, ForcedSelector, Subject, dense_blocks, make_subject
@@ -281,8 +281,8 @@ def test_the_help_names_the_shapes(capsys):
 
 
 def test_quartiles_lie_within_the_timings():
-    assert command._quartiles([1.0, 9.0]) == (3.0, 7.0)
-    assert command._quartiles([4.0]) == (4.0, 4.0)
+    assert output.quartiles([1.0, 9.0]) == (3.0, 7.0)
+    assert output.quartiles([4.0]) == (4.0, 4.0)
 
 
 def test_a_declared_fallback_is_named(capsys):
@@ -396,7 +396,7 @@ def test_where_nothing_can_be_bound(monkeypatch):
     monkeypatch.delattr(os, "sched_setaffinity")
     with machine.pinned(1) as cores:
         assert cores == []
-    assert command._named([]) == "of the system's choice"
+    assert output.named([]) == "of the system's choice"
 
 
 def test_one_logical_cpu_of_each_core_comes_first(monkeypatch):
@@ -436,7 +436,7 @@ def test_all_tensors_are_where_the_subject_is(monkeypatch):
 def test_a_busy_machine_is_said_to_be(monkeypatch, capsys):
     for load, warned in ((0.0, False), (100.0, True)):
         monkeypatch.setattr(os, "getloadavg", lambda load=load: (load, load, load))
-        command._say_where(CPU, [0, 2])
+        output.say_where(CPU, [0, 2])
         captured = capsys.readouterr()
         assert f"on cores 0,2, load {load:.2f}" in captured.out
         assert ("this machine is busy" in captured.err) == warned

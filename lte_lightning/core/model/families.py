@@ -146,6 +146,12 @@ def find_row(model_type: str) -> FfnRow:
     return FAMILIES[model_type].row
 
 
+def reads_first_token(model_type: str | None) -> bool:
+    """Says whether a family's classification head reads the first token alone; False if it is unknown."""
+    family = FAMILIES.get(model_type or "")
+    return family is not None and family.first_token
+
+
 _PAGE = """# Families
 
 <!-- Made by `python -m lte_lightning.core.model.families > docs/families.md` from `FAMILIES`. -->

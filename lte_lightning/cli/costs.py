@@ -1,0 +1,141 @@
+"""What ``lte cost`` works out, and the tables that it prints."""
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from rich.table import Table
+from transformers import PreTrainedModel
+from transformers.utils import logging as hf_logging
+
+from lte_lightning.core.accounting.cost import GFLOP, TokenCost, check_context, speedup_bound, token_cost
+from lte_lightning.core.accounting.memory import GIB, training_memory
+from lte_lightning.core.accounting.skeleton import skeleton
+from lte_lightning.core.model.convert import lte_config, require_expert_ffns
+from lte_lightning.core.model.folder import CONFIG_FILE, is_lte, read_description
+from lte_lightning.errors import UserError
+
+DTYPES = {
+    "bf16": torch.bfloat16,
+    "bfloat16": torch.bfloat16,
+    "fp16": torch.float16,
+    "float16": torch.float16,
+    "fp32": torch.float32,
+    "float32": torch.float32,
+}
+
+
+def work_out(
+    source: str,
+    sparsity: float | None,
+    dtype: str,
+    context: int | None,
+    expert_size: int | None,
+    batch_size: int,
+    precision: str,
+) -> dict[str, Any]:
+    """Returns the costs of a model as ``lte cost --json`` prints them; the arguments are the command's options.
+
+    Raises:
+        UserError: If one of them is wrong.
+    """
+    hf_logging.set_verbosity_error()
+    if dtype not in DTYPES:
+        raise UserError(f"unknown dtype {dtype!r}; there are {', '.join(DTYPES)}")
+    if batch_size < 1:
+        raise UserError(f"batch-size is {batch_size}; it must be at least 1")
+    model = skeleton(source, expert_size)
+    context = check_context(model, context)
+    layers = len(require_expert_ffns(model))
+    per_layer = measured_sparsity(source, model) if sparsity is None else [sparsity] * layers
+    dense = token_cost(model, None, DTYPES[dtype], context)
+    sparse = token_cost(model, per_layer, DTYPES[dtype], context)
+    memory = training_memory(model, batch_size * context, precision)
+    return {
+        "model": source,
+        "expert_size": lte_config(model).expert_size,
+        "sparsity_per_layer": per_layer,
+        "dtype": str(DTYPES[dtype]).removeprefix("torch."),
+        "context": context,
+        **figures(model, dense, sparse, per_layer),
+        "training_memory": {
+            "precision": precision,
+            "tokens": batch_size * context,
+            **asdict(memory),
+            "total": memory.total(),
+            "total_checkpointed": memory.total(checkpointing=True),
+        },
+    }
+
+
+def figures(
+    model: PreTrainedModel, dense: TokenCost, sparse: TokenCost, sparsity_per_layer: list[float]
+) -> dict[str, Any]:
+    """Returns the figures of a dense and of a sparse token side by side, as ``--json`` prints them."""
+    ffns = list(require_expert_ffns(model).values())
+    neurons = [ffn.neurons for ffn in ffns]
+    running = sum(n * (1.0 - s) for n, s in zip(neurons, sparsity_per_layer, strict=True))
+    router = sum(ffn.selector.flops_per_token() for ffn in ffns) / sum(ffn.flops_dense() for ffn in ffns)
+    bounds = {
+        "bound": speedup_bound(dense.bytes, sparse.bytes),
+        "ffn_bound": speedup_bound(dense.ffn_bytes, sparse.ffn_bytes),
+    }
+    return {
+        "sparsity": 1.0 - running / sum(neurons),
+        "paper_gflops_per_token": {"dense": dense.paper_flops / GFLOP, "sparse": sparse.paper_flops / GFLOP},
+        "flops_per_token": {"dense": dense.flops, "sparse": sparse.flops},
+        "parameters_per_token": {"dense": dense.parameters, "sparse": sparse.parameters},
+        "bytes_per_token": {"dense": dense.bytes, "sparse": sparse.bytes},
+        # an FFN of which nothing runs and nothing is read has no bound: JSON knows no infinity
+        **{key: {"dense": 1.0, "sparse": value if value < float("inf") else None} for key, value in bounds.items()},
+        "router_share_of_ffn_flops": router,
+    }
+
+
+def measured_sparsity(source: str, model: PreTrainedModel) -> list[float]:
+    """Returns the sparsity per layer that a saved LTE model remembers of its last measurement."""
+    measured = read_description(source)["about"].get("measured", {}) if is_lte(source) else {}
+    hardest = measured.get("hard") or measured.get("hard_before") or {}
+    if "sparsity_per_layer" not in hardest:
+        where = f"{CONFIG_FILE} of {source} has none" if is_lte(source) else f"{source} is a plain model"
+        raise UserError(f"which sparsity? {where}: give --sparsity, a share from 0 to 1")
+    return list(hardest["sparsity_per_layer"])
+
+
+def cost_table(found: dict[str, Any]) -> Table:
+    """Returns the costs of a dense and of a sparse token side by side."""
+    title = f"cost per token: {found['dtype']}, context {found['context']}, experts of {found['expert_size']}"
+    table = Table(title=title, title_justify="left")
+    for column in ("", "dense", f"{100 * found['sparsity']:.1f} % sparse", "quotient"):
+        table.add_column(column, justify="right" if column else "left")
+    rows = [
+        ("GFLOPs as the paper counts (2^30)", "paper_gflops_per_token", 1, "{:.4f}"),
+        ("GFLOPs with scores and head (10^9)", "flops_per_token", 1e9, "{:.4f}"),
+        ("weights read (10^6)", "parameters_per_token", 1e6, "{:.3f}"),
+        ("MB moved (10^6), KV cache included", "bytes_per_token", 1e6, "{:.3f}"),
+    ]
+    for label, key, unit, form in rows:
+        dense, sparse = found[key]["dense"], found[key]["sparse"]
+        quotient = f"{dense / sparse:.2f}x" if sparse else "∞"
+        table.add_row(label, form.format(dense / unit), form.format(sparse / unit), quotient)
+    table.add_section()
+    for label, key in (("speed-up bound, end to end", "bound"), ("speed-up bound, FFN blocks alone", "ffn_bound")):
+        bound = found[key]["sparse"]
+        table.add_row(label, "1.00x", "", "∞" if bound is None else f"{bound:.2f}x")
+    share = 100 * found["router_share_of_ffn_flops"]
+    table.caption = f"Bounds: bytes moved at batch 1. Routers, included: {share:.2f} % of the dense FFNs."
+    table.caption_justify = "left"
+    return table
+
+
+def memory_table(found: dict[str, Any]) -> Table:
+    """Returns the memory that training needs, with and without gradient checkpointing."""
+    title = f"training memory, {found['tokens']} tokens per device, {found['precision']}"
+    table = Table(title=title, title_justify="left", min_width=60)
+    for column in ("GiB", "plain", "gradient checkpointing"):
+        table.add_column(column, justify="left" if column == "GiB" else "right")
+    for name in ("weights", "gradients", "optimizer"):  # AdamW's
+        table.add_row(name, *[f"{found[name] / GIB:.2f}"] * 2)
+    for name in ("activations", "total"):
+        table.add_row(name, f"{found[name] / GIB:.2f}", f"{found[f'{name}_checkpointed'] / GIB:.2f}")
+    return table

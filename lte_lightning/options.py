@@ -1,0 +1,87 @@
+"""Commands that are one typed function: its signature is their options, its docstring their help."""
+
+import inspect
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NoReturn
+
+from jsonargparse import ArgumentParser, auto_cli
+
+from lte_lightning.errors import meant
+
+
+class ShortErrors(ArgumentParser):
+    """A parser that says what is wrong and which name was probably meant, without the whole usage."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Prints the cause, and exits with code 2."""
+        if not self.exit_on_error:
+            super().error(message, ex)
+        parser = getattr(ex, "subcommand_parser", None) or self
+        program = parser.prog.replace(" [options]", "")
+        print(f"error: {self.explain(message, parser._option_string_actions)}", file=sys.stderr)
+        print(f"see {program} --help", file=sys.stderr)
+        sys.exit(2)
+
+    def explain(self, message: str, options: Iterable[str]) -> str:
+        """Returns what is wrong, by jsonargparse's message and the parser's options."""
+        return cause(message, options)
+
+
+def cause(message: str, options: Iterable[str] = ()) -> str:
+    """Cuts jsonargparse's account of an error down to its cause, and names the option that was probably meant.
+
+    Args:
+        message: Of jsonargparse.
+        options: The parser's options, ``--trainer.devices`` and the like.
+    """
+    if found := re.search(r"unrecognized arguments: (\S+)", message):
+        option = found[1].split("=")[0]
+        return f"unknown option {option}{meant(option, options, '; did you mean {}?')}"
+    lines = [line.strip() for line in message.splitlines()]
+    # What a union of types says of its last member, None, explains nothing; nor does its list of types
+    noise = ("Expected a <class 'NoneType'>", "Does not validate against any", "Subtypes:", "Errors:", "Given value")
+    causes = [line.removeprefix("- ") for line in lines if line and not line.removeprefix("- ").startswith(noise)]
+    given = [line for line in lines if line.startswith("Given value:")]
+    return "\n  ".join(causes + given[:1])
+
+
+def call(function: Callable[..., Any], program: str, args: Sequence[str]) -> Any:
+    """Calls a function with the options of a command line, and returns its result.
+
+    Args:
+        function: Its parameters are the options. It should import what is slow only when it runs, so that a help text
+            does not wait for that.
+        program: Name of the command in its help, such as ``lte bench``.
+        args: The command line without the command. ``--batch-size`` is ``--batch_size``, an option of type ``bool``
+            may stand alone, and one of type ``list`` takes all the words behind it.
+    """
+    words = list(_plain(function, args))
+    return auto_cli(function, words, as_positional=False, prog=program, parser_class=ShortErrors, allow_abbrev=False)
+
+
+def _plain(function: Callable[..., Any], args: Sequence[str]) -> Iterator[str]:
+    """Yields the command line as jsonargparse takes it: every option with one value."""
+    types = {f"--{name}": parameter.annotation for name, parameter in inspect.signature(function).parameters.items()}
+    rest = list(args)
+    while rest:
+        option, equals, value = rest.pop(0).partition("=")
+        if option.startswith("--"):
+            option = option.replace("-", "_").replace("__", "--", 1)
+        values = [] if equals else [*_until_option(rest)]
+        wanted = types.get(option)
+        if wanted is bool and not equals and not (values and values[0] in ("true", "false")):
+            yield f"{option}=true"
+        elif wanted == list[str] and not equals and values:
+            yield from (f"{option}+={value}" for value in values)
+            del rest[: len(values)]
+        else:
+            yield f"{option}{equals}{value}"
+
+
+def _until_option(words: Sequence[str]) -> Iterator[str]:
+    for word in words:
+        if word.startswith("--"):
+            return
+        yield word

@@ -1,0 +1,124 @@
+"""The options of the commands that are one typed function, and how their words are read."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lte_lightning.cli import main
+from lte_lightning.options import call
+
+# A renamed option breaks scripts: change these only with an entry in the changelog.
+OPTIONS = {
+    "bench": {
+        "shape": "llama2-7b",
+        "scope": "ffn,model",
+        "dtype": "f32,bf16",
+        "tokens": "1",
+        "sparsity": "0,0.25,0.5,0.65,0.8,0.9,0.95",
+        "backend": "auto",
+        "device": "auto",
+        "threads": None,
+        "layers": None,
+        "repeats": 11,
+        "clock": "wall",
+        "rivals": False,
+        "csv": None,
+        "picture": None,
+        "mlflow": None,
+    },
+    "cost": {
+        "model": "FOLDER",
+        "sparsity": None,
+        "dtype": "bf16",
+        "context": None,
+        "expert_size": None,
+        "batch_size": 1,
+        "precision": "bf16-mixed",
+        "json": False,
+    },
+    "harness": {
+        "model": "FOLDER",
+        "tasks": ["piqa"],
+        "num_fewshot": None,
+        "limit": None,
+        "batch_size": 1,
+        "include": None,
+        "out": None,
+    },
+}
+REQUIRED = {"bench": [], "cost": ["--model", "FOLDER"], "harness": ["--model", "FOLDER", "--tasks", "piqa"]}
+
+
+@pytest.mark.parametrize("command", OPTIONS)
+def test_options_are_these(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, *REQUIRED[command], "--print_config"])
+    config = yaml.safe_load(capsys.readouterr().out)
+    assert stop.value.code == 0
+    assert config == OPTIONS[command]
+    assert list(config) == list(OPTIONS[command])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["bench", "--sparsty", "0.5"], "unknown option --sparsty; did you mean --sparsity?"),
+        (["bench", "--spars", "0.5"], "unknown option --spars"),  # no abbreviations
+        (["bench", "--threads", "two"], "Given value: two"),
+        (["bench", "extra"], "unknown option extra"),
+        (["cost"], "the following arguments are required: model"),
+        (["cost", "--model", "x", "--batchsize", "2"], "unknown option --batchsize; did you mean --batch_size?"),
+        (["cost", "--model", "x", "--json", "maybe"], "error: "),
+        (["harness", "--model", "x"], "the following arguments are required: tasks"),
+        (["harness", "--model", "x", "--tasks"], "error: "),
+    ],
+)
+def test_a_wrong_option(words, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    printed = capsys.readouterr()
+    assert (stop.value.code, printed.out) == (2, "")
+    assert message in printed.err
+    assert printed.err.endswith(f"see lte {words[0]} --help\n")
+
+
+def takes(batch_size: int = 1, quick: bool = False, names: list[str] | None = None, out: Path | None = None) -> tuple:
+    """Takes options."""
+    return batch_size, quick, names, out
+
+
+def wants(names: list[str], quick: bool = False) -> tuple:
+    """Wants options."""
+    return names, quick
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("", (1, False, None, None)),
+        ("--batch-size 3", (3, False, None, None)),
+        ("--batch_size=3 --quick", (3, True, None, None)),
+        ("--quick false --out a/b-c", (1, False, None, Path("a/b-c"))),
+        ("--quick --batch-size=2", (2, True, None, None)),
+    ],
+)
+def test_words(words, expected):
+    assert call(takes, "lte takes", words.split()) == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("--names a", (["a"], False)),
+        ("--names a,b c --quick", (["a,b", "c"], True)),
+        ("--quick --names null 1", (["null", "1"], True)),
+    ],
+)
+def test_lists(words, expected):
+    assert call(wants, "lte wants", words.split()) == expected
+
+
+def test_a_configuration_file(tmp_path):
+    (tmp_path / "a.yaml").write_text("batch_size: 7\nout: x\n")
+    assert call(takes, "lte takes", ["--config", str(tmp_path / "a.yaml"), "--quick"]) == (7, True, None, Path("x"))
