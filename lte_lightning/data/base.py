@@ -219,6 +219,8 @@ class TextData(LightningDataModule):
         left = len(rows) - held_out
         if self.train_rows is not None and self.train_rows > left:
             raise DataError(f"train_rows is {self.train_rows}, but {self._name('train')} has {left} rows for training")
+        if held_out and left < 1:
+            raise DataError(f"{self._name('train')} has {len(rows)} row: too few to hold one out for validation")
         order = self.shuffled(rows, held_out)
         chosen = order[held_out:][: self.train_rows]
         return rows.select(np.sort(chosen)), rows.select(np.sort(order[:held_out]))

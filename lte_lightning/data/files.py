@@ -53,6 +53,13 @@ def find_split(source: str | Path, split: str, formats: Sequence[str] = FORMATS)
     return found[0] if found else None
 
 
+def find_files(folder: str | Path, formats: Sequence[str]) -> list[Path]:
+    """Returns all files of these formats in a folder and below, but not hidden ones, in the order of their names."""
+    root = Path(folder)
+    files = [file for file in root.rglob("*") if file.is_file() and suffix_of(file) in formats]
+    return sorted(file for file in files if not any(part.startswith(".") for part in file.relative_to(root).parts))
+
+
 def read_split(source: str | Path, split: str, label: str = LABEL, formats: Sequence[str] = FORMATS) -> Dataset:
     """Read one split from a local folder or file.
 

@@ -2,17 +2,18 @@
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, Value, concatenate_datasets
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from lte_lightning.core.model.head import IGNORED
-from lte_lightning.data.checks import require_text
-from lte_lightning.data.files import FORMATS
+from lte_lightning.data.checks import require_columns, require_text
+from lte_lightning.data.files import FORMATS, TABLES, find_files, find_split, read_split, suffix_of
 from lte_lightning.data.packaged import DataError
 from lte_lightning.data.padding import pad_prompts
 from lte_lightning.data.streaming import Mark, StreamingData
@@ -21,6 +22,7 @@ from lte_lightning.data.text import BucketBatchSampler, fingerprint
 _HEADING = re.compile(
     r"\s= [^=].*[^=] =\s*"
 )  # WikiText's heading of an article; those of its sections have two or more
+_BEGINS = "begins a document"
 _WORD = re.compile(r"\S+")
 
 
@@ -35,24 +37,27 @@ class LanguageModelData(StreamingData):
 
     Args:
         tokenizer: Folder, hub id or `package://` path of the tokenizer: that of the model.
-        source: Folder with train.txt and validation.txt, or with files that have a column `text` (json lines, csv, tsv,
-            parquet), or id of a data set on the hub with that column.
+        source: One file of text (txt, md) or with a column of text (jsonl, json, csv, tsv, parquet), compressed or not;
+            folder with train.* and perhaps validation.*; any other folder, of which all such files are read, in the
+            order of their names; or id of a data set on the hub.
         subset: Name of the hub data set's configuration.
         revision: Branch or commit of the hub data set.
+        text: Name of the column of text.
         documents: What a document is: `heading`, everything from one WikiText heading of an article to the next (lines
-            keep their line breaks); `row`, a line of text or a row of a table, unless it is blank; `whole`, a file.
+            keep their line breaks); `row`, a line of text or a row of a table, unless it is blank; `whole`, a file;
+            `auto`, a file of text, but a row of a table.
         block_size: Tokens per block.
         batch_size: Blocks per training batch and device.
         eval_batch_size: Blocks per evaluation batch and device.
-        seed: Decides the order of training batches.
-        streaming: Read and tokenise the training rows on the way, again and again, instead of all of them before: for
-            sets that do not fit on the disk. Stages are then given in steps.
         shuffle_buffer: Blocks of a stream to shuffle at a time; they are in memory, tokenised.
+        holdout: Share of the training rows, up to 0.5, that becomes the validation set: the last ones, or any if each
+            is a document. By default a tenth of a source that has no validation rows, and else none.
+        **kwargs: See `StreamingData`.
     """
 
-    columns = ("text",)
     generates = True
-    formats = FORMATS
+    formats = (*FORMATS, ".md")
+    hint = "; name yours by data.text"
     first = (0, 0)
 
     def __init__(
@@ -61,13 +66,14 @@ class LanguageModelData(StreamingData):
         source: str = "Salesforce/wikitext",
         subset: str | None = "wikitext-103-raw-v1",
         revision: str | None = None,
-        documents: Literal["heading", "row", "whole"] = "heading",
+        text: str = "text",
+        documents: Literal["auto", "heading", "row", "whole"] = "heading",
         block_size: int = 1024,
         batch_size: int = 8,
         eval_batch_size: int = 8,
-        seed: int = 0,
-        streaming: bool = False,
         shuffle_buffer: int = 1_000,
+        holdout: float | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(
             task=subset if subset and "wikitext" in subset else "lm",
@@ -78,25 +84,75 @@ class LanguageModelData(StreamingData):
             max_length=block_size,
             batch_size=batch_size,
             eval_batch_size=eval_batch_size,
-            holdout=0.0,
-            train_rows=None,
-            seed=seed,
-            streaming=streaming,
             shuffle_buffer=shuffle_buffer,
+            holdout=holdout,
+            train_rows=None,
+            **kwargs,
         )
+        self.text = text
+        self.columns = (text,)
         self.documents = documents
         if self.is_local:
             self.task = "lm"
 
+    def load_splits(self) -> dict[str, Dataset]:
+        """Read every split that the source has; of a folder without them all files are training rows."""
+        if self.streaming or not self.is_local or self.is_file:
+            splits = super().load_splits()
+            files = [Path(self.source)] if self.is_file else []
+        else:
+            names = ("train", *self.validation_splits, *self.test_splits)
+            files = [file for name in names if (file := find_split(self.source, name, self.formats))]
+            if files:
+                splits = super().load_splits()
+            else:
+                files = find_files(self.source, self.formats)
+                splits = {"train": self._joined(files)} if files else {}
+        if self.documents == "auto":
+            is_text = any(suffix_of(file) not in TABLES for file in files)
+            self.documents = "whole" if is_text else "row"
+        return splits
+
+    def read(self, split: str) -> Dataset:
+        """Returns the rows of a local split."""
+        return self._read(find_split(self.source, split, self.formats))
+
+    def _read(self, file: Path) -> Dataset:
+        rows = read_split(file, file.stem, formats=self.formats)
+        # The lines of a file of text come as "text"
+        is_named = suffix_of(file) in TABLES or self.text == "text"
+        return rows if is_named else rows.rename_column("text", self.text)
+
+    def _joined(self, files: list[Path]) -> Dataset:
+        """Returns the rows of several files, with what begins a document: a file of text, or each row of a table."""
+        parts = []
+        for file in files:
+            rows = self._read(file)
+            require_columns(rows, [self.text], str(file), self.hint)
+            require_text(rows, [self.text], str(file))
+            begins = [suffix_of(file) in TABLES or row == 0 for row in range(len(rows))]
+            texts = rows.select_columns([self.text]).cast_column(self.text, Value("string"))
+            parts.append(texts.add_column(_BEGINS, begins))
+        self.columns = (self.text, _BEGINS)
+        return concatenate_datasets(parts)
+
     def check_rows(self, rows: Dataset, name: str) -> None:
         """Checks that there is text."""
-        require_text(rows, self.columns, name)
-        if not any(text.strip() for text in rows["text"]):
+        require_text(rows, (self.text,), name)
+        if not any(text.strip() for text in rows[self.text]):
             raise DataError(f"{name} has no text")
+
+    def shuffled(self, rows: Dataset, held_out: int) -> np.ndarray:
+        """Returns the training rows in the order in which they are chosen: of running text first its end."""
+        if self.documents == "row":
+            return super().shuffled(rows, held_out)
+        return np.roll(np.arange(len(rows)), held_out)
 
     def prepare(self, role: str) -> list[Any]:
         """Tokenises the text and packs it."""
         (rows,) = self.rows(role)
+        if not any(text.strip() for text in rows[self.text]):
+            raise DataError(f"the {len(rows)} rows of {self.source} for {role} have no text; set another data.holdout")
         encoded = rows.map(
             self._encode,
             batched=True,
@@ -129,14 +185,15 @@ class LanguageModelData(StreamingData):
             yield _block(rest_4T[:, : self.max_length])
             rest_4T = rest_4T[:, self.max_length - 1 :]
 
-    def _encode(self, rows: dict[str, list[str]], indices: list[int]) -> dict[str, list[Any]]:
-        texts = [text.rstrip("\r\n") for text in rows["text"]]
+    def _encode(self, rows: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+        texts = [text.rstrip("\r\n") for text in rows[self.text]]
         if self.documents == "row":
             starts = [bool(text.strip()) for text in texts]
             pieces = [text if start else "" for text, start in zip(texts, starts, strict=True)]
         else:
             pieces = [f"{text}\n" for text in texts]
-            starts = [index == 0 for index in indices]
+            begins = rows.get(_BEGINS, [False] * len(texts))
+            starts = [index == 0 or begin for index, begin in zip(indices, begins, strict=True)]
             if self.documents == "heading":
                 starts = [first or bool(_HEADING.fullmatch(text)) for first, text in zip(starts, pieces, strict=True)]
         encoded = self.tokenizer(pieces, add_special_tokens=False, return_offsets_mapping=True)

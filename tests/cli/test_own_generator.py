@@ -1,4 +1,4 @@
-"""A file of ShareGPT's conversations through all stages, and answers to a file of questions."""
+"""Own conversations and own text through all stages, and answers to a file of questions."""
 
 import json
 from pathlib import Path
@@ -45,3 +45,13 @@ def test_room_to_generate_is_asked_for_by_samples_alone(samples, code, tiny_lm, 
     fit = lightning(tmp_path, None, "fit", *words, *options)
     assert fit.code == code, fit.err
     assert ("leaves no room for a prompt before 100 new tokens" in fit.err) is bool(code)
+
+
+def test_a_folder_of_notes_adapts_a_language_model(tiny_lm, lightning, tmp_path):
+    (tmp_path / "notes").mkdir()
+    for animal in ANIMALS:
+        (tmp_path / "notes" / f"{animal}.md").write_text(f"# {animal}\n\nthe {animal} eats.\n" * 5)
+    words = ["--config", "lte:lm/own-text", "--data.source", "notes", "--model.pretrained", tiny_lm.model, *TINY]
+    fit = lightning(tmp_path, None, "fit", *words, "--data.block_size", 32, "--trainer.logger", "false")
+    assert fit.code == 0, fit.err
+    assert fit.results["word_perplexity"]["hard"] > 1
