@@ -1,7 +1,7 @@
 """What a fit and a test leave, ``results.json`` and ``test.json``: one type each, written and read here alone."""
 
 import json
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeVar
@@ -11,6 +11,7 @@ from lte_lightning.store import write_json
 
 LOWER_IS_BETTER = ("perplexity", "loss", "mae", "mse")
 FILE = "results.json"  # of a fit, in its run folder
+PROGRESS = "progress.json"
 View = Literal["dense", "soft", "hard_before", "hard"]
 Record = TypeVar("Record", bound="Evaluation")
 
@@ -183,6 +184,37 @@ OBJECTIVES = (
     *("dense_flops_per_token", "dense_bytes_per_token"),
 )
 MEASURED = ("speedup", "latency_ms", "dense_latency_ms")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a fit stands (``progress.json`` in its run folder, as long as it runs).
+
+    Attributes:
+        stage: The stage that trains.
+        epoch: Its epoch, from 1.
+        epochs: How many epochs the stage has.
+        done: How many epochs of the fit are done.
+        total: How many epochs the fit has.
+    """
+
+    stage: str
+    epoch: int
+    epochs: int
+    done: int
+    total: int
+
+    def write(self, run: Path) -> None:
+        """Writes the file into a run folder."""
+        write_json(run / PROGRESS, asdict(self))
+
+    @staticmethod
+    def read(run: Path) -> "Place | None":
+        """Returns where a run stands; None if nobody says so, for nothing but what is shown depends on it."""
+        try:
+            return Place(**json.loads((run / PROGRESS).read_text()))
+        except (OSError, ValueError, TypeError):
+            return None
 
 
 def read_results(run: Path) -> Results:

@@ -20,6 +20,7 @@ from lte_lightning.sweep.engine import Engine, Runner, Summary
 from lte_lightning.sweep.folder import COPY, FRONT, SweepFolder
 from lte_lightning.sweep.local import LocalRunner
 from lte_lightning.sweep.points import Point, Sweep, options
+from lte_lightning.sweep.progress import Watch
 from lte_lightning.sweep.recall import Known, recognise
 from lte_lightning.sweep.search import Trials
 from lte_lightning.sweep.spec import read_sweep
@@ -54,12 +55,14 @@ def main(args: list[str]) -> None:
             runner.inherited = folder.lock
         tracker = Tracker(folder, found["tracking_uri"]) if found["mlflow"] else None
         trials = Trials(sweep, folder) if sweep.search else None
-        engine = Engine(folder, runner, tracker, trials)
+        watch = Watch(folder, runner.slots)
+        engine = Engine(folder, runner, tracker, trials, watch=watch)
         summary, files = None, []
         try:
             if tracker:
                 tracker.begin()
-            summary = engine.run(points)
+            with watch:
+                summary = engine.run(points)
         except KeyboardInterrupt:
             sys.exit(128 + signal.SIGINT)
         finally:
@@ -211,7 +214,7 @@ def _show(sweep: Sweep, folder: SweepFolder, points: list[Point]) -> None:
     for point in points:
         done = folder.finished(point.name, attempts)
         print(f"# {point.name}{': done' if done else ''}")
-        print(f"lightning {shlex.join(point.arguments())} {shlex.join(options(engine.place(point)))}")
+        print(f"lightning {shlex.join(point.arguments())} {shlex.join(options(engine.place(point, shown=True)))}")
     if sweep.search:
         print(f"# and {sweep.search.trials} trials over {', '.join(sweep.search.parameters)}, as Optuna proposes them")
 

@@ -28,7 +28,7 @@ from lte_lightning.recording.loggers import RunLogger, mlflow_of
 from lte_lightning.recording.memory import expected_memory
 from lte_lightning.recording.pictures import draw_scores, draw_sparsity
 from lte_lightning.recording.tables import make_results, read_floor, results_table, show, test_table
-from lte_lightning.results import FILE, Evaluation, read_results
+from lte_lightning.results import FILE, PROGRESS, Evaluation, Place, read_results
 from lte_lightning.store import (
     RUN_LAYOUT,
     first_contact,
@@ -203,6 +203,13 @@ class Recorder(Callback):
         """Says how much memory the fit is expected to take."""
         rank_zero_info(f"expected memory per device: {expected_memory(trainer, pl_module)}")
 
+    @rank_zero_only
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leaves word of where the fit stands, for who waits for it."""
+        if self.folder is not None:
+            stage, number, epochs = pl_module.schedule.place(trainer.current_epoch)
+            Place(stage, number + 1, epochs, trainer.current_epoch, trainer.max_epochs).write(self.folder)
+
     # Results
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -231,6 +238,7 @@ class Recorder(Callback):
         self.table = results_table(results)
         self.written = self.folder / FILE
         results.write(self.written)
+        (self.folder / PROGRESS).unlink(missing_ok=True)
         files = [self.written]
         views = module.measured.get("hard") or module.measured.get("hard_before")
         if views:

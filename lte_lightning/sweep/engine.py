@@ -4,6 +4,7 @@ import os
 import shlex
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,10 +13,12 @@ from typing import Any, Protocol
 from lte_lightning.results import FILE, read_results
 from lte_lightning.sweep.folder import SweepFolder, resumable
 from lte_lightning.sweep.points import Point, options
+from lte_lightning.sweep.progress import Watch
 from lte_lightning.sweep.record import Record
 from lte_lightning.sweep.search import Trials
 from lte_lightning.sweep.tracking import Tracker
 
+LOOK = 1.0  # seconds between two looks at what runs
 SIGNALS = 128  # exit codes above it, and below 0, are those of signals
 
 
@@ -27,8 +30,8 @@ class Runner(Protocol):
     def start(self, name: str, words: list[str], log: Path) -> None:
         """Starts a command."""
 
-    def wait(self) -> tuple[str, int]:
-        """Returns the name and the exit code of the next command that ends."""
+    def wait(self, patience: float) -> tuple[str, int] | None:
+        """Returns the name and the exit code of the next command that ends; None if none does within some seconds."""
 
     def stop(self) -> None:
         """Ends all commands."""
@@ -52,6 +55,7 @@ class Engine:
         tracker: Who tells MLflow, if anybody.
         trials: Who proposes further points, if anybody.
         say: Where to print.
+        watch: Who shows what runs now, if anybody.
     """
 
     def __init__(
@@ -61,7 +65,9 @@ class Engine:
         tracker: Tracker | None = None,
         trials: Trials | None = None,
         say: Callable[[str], None] = lambda line: print(line, flush=True),
+        watch: Watch | None = None,
     ) -> None:
+        self.watch = watch
         self.folder, self.runner, self.tracker, self.trials, self.say = folder, runner, tracker, trials, say
         self.summary = Summary()
         self.points: dict[str, Point] = {}
@@ -82,7 +88,10 @@ class Engine:
                     pass
                 if not self._running:
                     break
-                self._settle(*self.runner.wait())
+                if ended := self.runner.wait(LOOK):
+                    self._settle(*ended)
+                if self.watch:
+                    self.watch.look(self._ended(), self._waiting())
         except BaseException:
             self.say(f"Stopped: {len(self._running)} running points are ended, start the sweep again to go on.")
             self.runner.stop()
@@ -113,16 +122,24 @@ class Engine:
         if found := [point for point in points if point.name in self._runs]:
             self.say(f"{len(found)} of {len(points)} points are done already.")
 
+    def _needs(self, point: Point) -> list[str]:
+        """What must be done before a point: its start; the floor only where a search judges by it."""
+        by_floor = self.trials is not None and {*self.trials.search.objectives} & {"floor", "span_kept"}
+        return [name for name in (point.start, point.floor if by_floor else None) if name]
+
     def _start_next(self) -> bool:
-        for point in list(self._pending):
-            lost = [name for name in point.needs if name in self.summary.failed or name in self.summary.blocked]
+        # First those whose floor is done, for their own results can name it
+        waiting = sorted(self._pending, key=lambda point: point.floor is not None and point.floor not in self._runs)
+        for point in waiting:
+            needs = self._needs(point)
+            lost = [name for name in needs if name in self.summary.failed or name in self.summary.blocked]
             if lost:
                 self._pending.remove(point)
                 self.summary.blocked.append(point.name)
                 self.folder.remember(point, status="blocked")
                 # A trial of which a fit was not run is not judged: it is taken up when the sweep is started again
                 self.say(f"{self._count()} {point.name}: not run, for {lost[0]} failed")
-            elif all(name in self._runs for name in point.needs):
+            elif all(name in self._runs for name in needs):
                 self._pending.remove(point)
                 self._start(point)
                 return True
@@ -133,7 +150,8 @@ class Engine:
         return False
 
     def _shared_failed(self) -> bool:
-        return any(self.points[name].role != "point" for name in self.summary.failed)
+        needed = {name for point in self.points.values() for name in self._needs(point)}
+        return any(self.points[name].role == "start" or name in needed for name in self.summary.failed)
 
     def _start(self, point: Point) -> None:
         words = self.words(point)
@@ -149,6 +167,8 @@ class Engine:
         )
         self._running[point.name] = time.monotonic()  # before it runs: an interrupt may come at any moment
         self.runner.start(point.name, words, self.folder.log(point.name))
+        if self.watch:
+            self.watch.started(point)
 
     def words(self, point: Point) -> list[str]:
         """Returns the words of a point's command: its fit, or how its last one goes on."""
@@ -168,12 +188,17 @@ class Engine:
                 self.tracker.forget(lost.name)
         return point.arguments() + options(self.place(point))
 
-    def place(self, point: Point) -> dict[str, Any]:
-        """Returns the options that give a point what it needs, and tell it where to leave its run."""
+    def place(self, point: Point, shown: bool = False) -> dict[str, Any]:
+        """Returns the options that give a point what it needs, and tell it where to leave its run.
+
+        Args:
+            point: The point.
+            shown: Whether they are shown only, and may name runs that are to come.
+        """
         given: dict[str, Any] = {}
         if point.start:
             given["model.init_from"] = os.path.relpath(self._run(point.start) / "model")
-        if point.floor:
+        if point.floor and (shown or point.floor in self._runs):
             given["run.floor_from"] = os.path.relpath(self._run(point.floor) / FILE)
         given |= {"run.root": os.path.relpath(self.folder.path.parent), "run.experiment": self.folder.path.name}
         given |= {"run.name": point.name, "trainer.enable_progress_bar": False}
@@ -186,6 +211,8 @@ class Engine:
         point, seconds = self.points[name], self._seconds(name)
         del self._running[name]
         run = self.folder.finished(name)
+        if self.watch:
+            self.watch.ended(name, run is not None)
         # A start whose model is needed once more has old results; what else has them is done, however it ended
         if run is not None and (code == 0 or (run / "model").is_dir()):
             self._runs[name] = run
@@ -228,8 +255,15 @@ class Engine:
                 self.say(line)
 
     def _count(self) -> str:
-        ended = len(self.summary.done) + len(self.summary.failed) + len(self.summary.blocked)
-        return f"[{ended}/{ended + self._left()}]"
+        return f"[{self._ended()}/{self._ended() + self._left()}]"
+
+    def _ended(self) -> int:
+        return len(self.summary.done) + len(self.summary.failed) + len(self.summary.blocked)
+
+    def _waiting(self) -> dict[str, int]:
+        """How many points wait, by role."""
+        found = Counter(point.role for point in self._pending)
+        return {**found, "point": found["point"] + (self.trials.left() if self.trials else 0)}
 
     def _left(self) -> int:
         further = self.trials.left() if self.trials else 0

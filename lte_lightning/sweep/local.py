@@ -51,14 +51,16 @@ class LocalRunner:
                 preexec_fn=_in_child if os.name == "posix" else None,
             )
 
-    def wait(self) -> tuple[str, int]:
-        """Returns the name and the exit code of the next command that ends."""
-        while True:
+    def wait(self, patience: float) -> tuple[str, int] | None:
+        """Returns the name and the exit code of the next command that ends; None if none does within some seconds."""
+        deadline = time.monotonic() + patience
+        while time.monotonic() < deadline:
             for name, process in self._running.items():
                 if process.poll() is not None:
                     del self._running[name]
                     return name, process.returncode
             time.sleep(0.05)
+        return None
 
     def stop(self, patience: float = 60) -> None:
         """Ends all commands, by an interrupt first, which lets a fit keep its last checkpoint."""

@@ -60,7 +60,7 @@ class Point:
 
     @property
     def needs(self) -> list[str]:
-        """The fits that must be done before it."""
+        """The fits that belong to it: its start, which must be done before, and its floor, which is only reported."""
         return [name for name in (self.start, self.floor) if name]
 
     @property
@@ -189,16 +189,17 @@ class Sweep:
         values = [f"{key.split('.')[-1]}={text(value)}" for key, value in point.parameters.items()]
         words = [point.role if point.role != "point" else point.variant or "fit", *values]
         name = f"{slug('-'.join(words))[:80]}-s{point.seed}-{digest}"
-        return replace(point, name=name, identity=identify(point, start, floor))
+        return replace(point, name=name, identity=identify(point, start))
 
 
-def identify(point: Point, start: Point | None = None, floor: Point | None = None) -> str:
-    """Returns a digest of what tells a fit from others: its options in canonical form, its configs, and what it needs.
+def identify(point: Point, start: Point | None = None) -> str:
+    """Returns a digest of what tells a fit from others: its options in canonical form, its configs, and its start.
 
-    Configs count by their names: a sweep may move, and its folder looks after what is in them.
+    The floor is only reported beside it. Configs count by their names: a sweep may move, and its folder knows what they
+    hold.
     """
     facts: list[Any] = [point.role, point.variant, point.seed, point.files, sorted(point.options.items())]
-    facts += [need.identity if need else None for need in (start, floor)]
+    facts.append(start.identity if start else None)
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 

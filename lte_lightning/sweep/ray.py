@@ -95,9 +95,12 @@ class RayRunner:
         command = [*self.program, *words]
         self._running[self._task.remote(command, os.getcwd(), variables, str(log))] = name
 
-    def wait(self) -> tuple[str, int]:
-        """Returns the name and the exit code of the next command that ends."""
-        (ended,), _ = self._ray.wait(list(self._running), num_returns=1)
+    def wait(self, patience: float) -> tuple[str, int] | None:
+        """Returns the name and the exit code of the next command that ends; None if none does within some seconds."""
+        found, _ = self._ray.wait(list(self._running), num_returns=1, timeout=patience)
+        if not found:
+            return None
+        (ended,) = found
         name = self._running.pop(ended)
         try:
             return name, self._ray.get(ended)

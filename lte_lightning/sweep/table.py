@@ -5,6 +5,7 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +42,16 @@ def write_tables(folder: SweepFolder, points: Sequence[Point]) -> list[Path]:
     attempts, rows = folder.attempts(), []
     keys = list(dict.fromkeys(key for point in points for key in point.parameters))
     labels = _labels(folder, points)
+    runs = {point.name: _newest(attempts.get(point.name, [])) for point in points}
     for point in points:
         row: dict[str, Any] = {"name": point.name, "role": point.role, "variant": point.variant or ""}
         row |= {key: point.parameters.get(key, "") for key in keys} | {"seed": point.seed}
-        whole = [run for run in attempts.get(point.name, []) if folder.finished(point.name, {point.name: [run]})]
-        run, known = max(whole, key=newest, default=None), folder.record(point.name)
+        run, known = runs[point.name], folder.record(point.name)
         row["status"] = "done" if run else (known and known.status) or "missing"
         if run:
             results = read_results(run)
+            if results.floor is None and point.floor and (beside := runs.get(point.floor)):
+                results = replace(results, floor=read_results(beside).floor)
             row |= {key: getattr(results, key) for key in ("task", "metric", *VALUES)}
             if results.hard is None and results.expert_stage_ran:
                 row["hard"] = math.nan
@@ -62,6 +65,11 @@ def write_tables(folder: SweepFolder, points: Sequence[Point]) -> list[Path]:
         writer.writerows(rows)
     files[1].write_text(_markdown([row | {"label": labels[row["name"]]} for row in rows], keys))
     return files
+
+
+def _newest(attempts: Sequence[Path]) -> Path | None:
+    done = [run for run in attempts if (run / FILE).exists()]
+    return max(done, key=newest, default=None)
 
 
 def _labels(folder: SweepFolder, points: Sequence[Point]) -> dict[str, str]:

@@ -24,6 +24,7 @@ from lte_lightning.errors import UserError
 from lte_lightning.report.collect import collect
 from lte_lightning.report.tables import everything
 from lte_lightning.report.tracked import collect_tracked
+from lte_lightning.results import Place
 from lte_lightning.store import read_run_file
 from lte_lightning.sweep.folder import SweepFolder
 from lte_lightning.sweep.spec import OBJECTIVES, read_sweep
@@ -222,10 +223,16 @@ def test_a_killed_sweep_goes_on_as_if_nothing_had_been(sweep_file, sweep, lightn
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert results_of(killed) == {}
+    (begun,) = (file.parent for file in killed.glob("*/run.json"))
+    place = Place.read(begun)
+    assert (place.stage, place.epochs, place.total) == ("dense", 8, 8)
+    assert place.epoch == place.done + 1 <= 8
     outcome = sweep(file, "--folder", "runs/killed")
     assert outcome.code == 0, outcome.err
     assert outcome.written == killed / "table.md"
     assert "[2/2] LTE-efficiency_weight=0.5-s0" in outcome.out
+    assert re.search(r"LTE-efficiency_weight=0.5-s0-\w+: started\n", outcome.out)
+    assert not list(killed.glob("*/progress.json"))
     assert next(killed.glob("points/start*.log")).read_text().count("--ckpt_path") == 1
     found = results_of(killed)
     for name, results in found.items():

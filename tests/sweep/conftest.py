@@ -1,5 +1,6 @@
 """Sweeps whose fits are the stand-in, so that an engine's test takes no longer than the engine."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -55,6 +56,7 @@ class Bench:
         extra: dict[str, Any] | None = None,
         runner: Any = None,
         tracker: Any = None,
+        watch: Any = None,
         **more: Any,
     ) -> Swept:
         folder, said = SweepFolder(self.cwd / "runs" / "trial"), []
@@ -62,8 +64,10 @@ class Bench:
         with folder.hold(sweep, patience=5):
             runner = runner or LocalRunner(workers, (sys.executable, str(STAND_IN)), folder.lock)
             trials = Trials(sweep, folder) if sweep.search else None
-            engine = Engine(folder, runner, tracker and tracker(folder), trials, say=said.append)
-            return Swept(engine.run(sweep.points()), folder, said, engine)
+            shown = watch(folder, runner.slots) if watch else None
+            engine = Engine(folder, runner, tracker and tracker(folder), trials, said.append, shown)
+            with shown or contextlib.nullcontext():
+                return Swept(engine.run(sweep.points()), folder, said, engine)
 
     def begin(self, workers: int = 1) -> subprocess.Popen:
         """Starts the same in a process of its own, to be killed."""

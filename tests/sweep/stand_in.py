@@ -13,6 +13,12 @@ import zipfile
 from pathlib import Path
 
 
+def begin_epoch(run: Path, stage: str, done: int) -> None:
+    place = {"stage": stage, "epoch": 1, "epochs": 1, "done": done, "total": 2}
+    (run / "progress.tmp").write_text(json.dumps(place))
+    (run / "progress.tmp").replace(run / "progress.json")
+
+
 def main() -> None:
     words = sys.argv[2:]
     given = dict(zip(words[::2], words[1::2], strict=True))
@@ -34,7 +40,9 @@ def main() -> None:
         print("a line before")
         sys.exit("error: this point cannot be")
     seconds = float(given.get("--data.step", 0))
+    begin_epoch(run, "router", 0)
     time.sleep(seconds / 2)
+    begin_epoch(run, "expert", 1)
     if not (run / "checkpoints").exists():
         (run / "checkpoints").mkdir()
         with zipfile.ZipFile(run / "checkpoints" / "last.ckpt", "w") as file:

@@ -116,6 +116,28 @@ def test_without_its_start_a_point_is_not_run(bench):
     assert sum(": not run, for start-s" in line for line in swept.said) == 2
 
 
+def floors_of(swept):
+    file = write_tables(swept.folder, list(swept.engine.points.values()))[0]
+    return {row["role"]: (row["status"], row["floor"]) for row in csv.DictReader(file.read_text().splitlines())}
+
+
+def test_points_do_not_wait_for_the_floor(bench):
+    """It is reported beside them all the same."""
+    trial = bench(floor={"overrides": {"data.step": 3.0}}, grid={ETA: [0.1, 0.2]})
+    swept = trial.run(workers=2)
+    roles = [swept.engine.points[name].role for name in swept.summary.done]
+    assert roles == ["point", "point", "floor"]
+    assert floors_of(swept) == {"floor": ("done", "0.5"), "point": ("done", "0.5")}
+    (run,) = swept.folder.attempts()[swept.summary.done[0]]
+    assert "--run.floor_from" not in json.loads((run / "config.yaml").read_text())
+
+
+def test_without_its_floor_a_point_is_run(bench):
+    swept = bench(floor={"overrides": {"data.fail": "true"}}, grid={ETA: [0.1]}).run()
+    assert (len(swept.summary.done), len(swept.summary.failed), swept.summary.blocked) == (1, 1, [])
+    assert floors_of(swept) == {"floor": ("failed", ""), "point": ("done", "")}
+
+
 def test_means_and_deviations_over_the_seeds(bench):
     swept = bench(seeds=[0, 1, 2], start={}, floor={}, variants={"LTE": {"grid": {ETA: [0.5]}}}).run()
     lines = write_tables(swept.folder, list(swept.engine.points.values()))[1].read_text().splitlines()

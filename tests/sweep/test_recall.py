@@ -168,15 +168,19 @@ def test_fits_of_other_options_are_left_out_of_the_tables(bench):
     assert text.count("| B |") == text.count("| A |") == 1
 
 
-def test_a_fit_that_got_a_floor_takes_the_place_of_the_one_without(bench):
+def test_a_floor_that_is_added_is_run_alone(bench):
+    """It is reported beside fits that were done before."""
     trial = bench(start={}, variants=BOTH)
     first = trial.run()
     trial.content["floor"] = {}
     swept = trial.run()
-    assert len(swept.summary.done) == 1 + 1 + 2
+    assert swept.said[0] == "3 of 4 points are done already."
     points, left_out = all_points(trial, swept)
-    assert (len(points), left_out) == (4, 2)
-    assert {point.name for point in points} & first.engine.points.keys() == {swept.summary.done[0]}
+    assert (len(points), left_out) == (4, 0)
+    assert first.engine.points.keys() < {point.name for point in points}
+    table = write_tables(swept.folder, points)[1].read_text()
+    (line,) = (line for line in table.splitlines() if "| A |" in line)
+    assert line.split("|")[9].strip() == "0.5000"
 
 
 def test_the_tables_hold_what_was_not_chosen_this_time(bench):
