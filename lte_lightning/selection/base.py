@@ -42,7 +42,8 @@ class Selector(nn.Module):
         scales: Whether an expert's output is multiplied by its score in hard mode, too; those that do not run score 0.
         graded: Whether scores are more than a yes or no.
         needs_expert_size: The only expert size that it works with; None for any.
-        no_target: Why it takes no ``target_sparsity``; empty if it needs one.
+        no_target: Why it takes no ``target_sparsity``; empty if it takes one.
+        optional_target: Whether it works without a ``target_sparsity``, too.
         sparsity_of: What its sparsity is a share of: ``experts``, or ``weights``.
         keeps_order: Whether neurons must keep the order that they have in the model, so that they are not grouped.
         learns: How the router stage trains it: ``never``; by ``imitation`` of the dense model, alone (see
@@ -62,6 +63,7 @@ class Selector(nn.Module):
     graded: ClassVar[bool] = True
     needs_expert_size: ClassVar[int | None] = None
     no_target: ClassVar[str] = ""
+    optional_target: ClassVar[bool] = False
     sparsity_of: ClassVar[Literal["experts", "weights"]] = "experts"
     keeps_order: ClassVar[bool] = False
     learns: ClassVar[Learns] = "never"
@@ -117,7 +119,8 @@ class Selector(nn.Module):
             UserError: If it cannot work with that.
         """
         name, target, size = options.selector, options.target_sparsity, cls.needs_expert_size
-        if not cls.no_target and (target is None or not 0.0 <= target < 1.0):
+        lacks = target is None and not cls.optional_target
+        if not cls.no_target and (lacks or (target is not None and not 0.0 <= target < 1.0)):
             raise UserError(
                 f"selector {name!r} has target_sparsity {target}; it needs the share of the {cls.sparsity_of} that "
                 "shall not run, at least 0 and below 1"
@@ -215,7 +218,21 @@ class Selector(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} must define balance_loss")
 
+    # How its sparsity is held
+
+    def controlled(self) -> bool:
+        """Says whether its target sparsity is held while it and the model train (see `raise_logits`)."""
+        return False
+
+    def raise_logits(self, by: torch.Tensor) -> None:
+        """Adds a number, a scalar, to the logits of all experts; for a controlled selector."""
+        raise NotImplementedError(f"{type(self).__name__} must define raise_logits")
+
     # How it is calibrated
+
+    def calibrates(self) -> Calibration:
+        """Returns how this selector is calibrated: as its class says, or by its options."""
+        return self.calibration
 
     def sample(self, activity: Activity) -> torch.Tensor:
         """Returns what `calibrate` wants to know of N training tokens, [N, ...]."""

@@ -5,8 +5,10 @@ import math
 import torch
 from torch import nn
 
-from lte_lightning.selection.base import Selector
-from lte_lightning.selection.facts import FfnShape, Options
+from lte_lightning.errors import UserError
+from lte_lightning.selection.base import Calibration, Selector
+from lte_lightning.selection.facts import Activity, Ffn, FfnShape, Options
+from lte_lightning.selection.ranking import level_of
 from lte_lightning.selection.registry import register_selector
 
 
@@ -33,10 +35,12 @@ class Router(Selector):
         margin: Initial distance from the threshold in logits; used only with a bias.
         scale: Initial spread of the logits.
         generator: Source of the initial weights.
+        target_sparsity: Share of the experts that shall not run, held by the bias while the router and the model train,
+            and calibrated on training rows between the stages. None: sparsity follows from the efficiency loss.
     """
 
     label = "LTE"
-    no_target = "its sparsity follows from efficiency_weight"
+    optional_target = True
     learns = "efficiency"
 
     def __init__(
@@ -48,18 +52,35 @@ class Router(Selector):
         margin: float = 2.0,
         scale: float = 0.4,
         generator: torch.Generator | None = None,
+        target_sparsity: float | None = None,
     ) -> None:
         super().__init__()
+        self.threshold_logit = math.log(threshold / (1.0 - threshold))
+        self.target_sparsity = target_sparsity
         weight_ED = torch.randn(experts, width, generator=generator) * (scale / math.sqrt(width))
         self.weight = nn.Parameter(weight_ED)
-        start = math.log(threshold / (1.0 - threshold)) + margin
+        start = self.threshold_logit + margin
         self.bias = nn.Parameter(torch.full((experts,), start)) if bias else None
+
+    @classmethod
+    def check(cls, options: Options) -> None:
+        """Checks a configuration that names this selector.
+
+        Raises:
+            UserError: If it cannot work with that.
+        """
+        super().check(options)
+        if options.target_sparsity is not None and not options.router_bias:
+            raise UserError(
+                f"target_sparsity {options.target_sparsity} is held by the routers' biases, and router_bias is false; "
+                "set it to true, or leave target_sparsity out"
+            )
 
     @classmethod
     def make(cls, shape: FfnShape, options: Options, generator: torch.Generator | None) -> Selector:
         """Returns the router of one FFN."""
         start = options.router_bias, options.router_margin, options.router_scale
-        return cls(shape.width, shape.experts, options.threshold, *start, generator)
+        return cls(shape.width, shape.experts, options.threshold, *start, generator, options.target_sparsity)
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
         """Returns scores [B, T, E] in (0, 1), float32 whatever the input's type.
@@ -67,9 +88,36 @@ class Router(Selector):
         The sigmoid is taken in float32: one in half precision lands exactly on the threshold, where the separability
         loss has its pole.
         """
+        return torch.sigmoid(self.logits(x_BTD))
+
+    def logits(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        """Returns what the sigmoid is taken of, [B, T, E], float32."""
         bias_E = None if self.bias is None else self.bias.to(x_BTD.dtype)
-        logits_BTE = nn.functional.linear(x_BTD, self.weight.to(x_BTD.dtype), bias_E)
-        return torch.sigmoid(logits_BTE.float())
+        return nn.functional.linear(x_BTD, self.weight.to(x_BTD.dtype), bias_E).float()
+
+    def controlled(self) -> bool:
+        """Says whether there is a target sparsity to be held."""
+        return self.target_sparsity is not None
+
+    @torch.no_grad()
+    def raise_logits(self, by: torch.Tensor) -> None:
+        """Adds a number to every expert's bias."""
+        assert self.bias is not None  # `check` sees to it
+        self.bias.add_(by)
+
+    def calibrates(self) -> Calibration:
+        """Returns ``sequential`` where there is a target sparsity to be met."""
+        return "sequential" if self.controlled() else "none"
+
+    def sample(self, activity: Activity) -> torch.Tensor:
+        """Returns the logits [N, E]."""
+        return self.logits(activity.x_ND)
+
+    def calibrate(self, sample: torch.Tensor, ffn: Ffn | None = None) -> None:
+        """Moves the bias so that the target's share of the logits [N, E] does not exceed the threshold."""
+        if self.target_sparsity:
+            level = level_of(sample.flatten().sort().values, self.target_sparsity)
+            self.raise_logits(sample.new_tensor(self.threshold_logit - level))
 
     def linear(self) -> tuple[torch.Tensor, torch.Tensor | None] | None:
         """Returns its weights, unless a subclass scores in another way."""

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lte_lightning.core.model.config import LteConfig
 from lte_lightning.core.model.convert import group_experts
 from lte_lightning.core.model.names import own_names
+from lte_lightning.core.routing.control import controlled
 from lte_lightning.core.routing.losses import SEPARABILITY_EPSILON
 from lte_lightning.core.routing.observe import balances, imitates
 from lte_lightning.core.routing.prune import hold_zeros
@@ -18,6 +19,7 @@ from lte_lightning.data.packaged import resolve
 from lte_lightning.errors import UserError
 from lte_lightning.kernels.dispatch import Backend
 from lte_lightning.tasks.baselines import activations_to_group_by, imitate, prepare_choice
+from lte_lightning.tasks.control import SparsityControl
 from lte_lightning.tasks.evaluation import MeasuredModule, Stage
 from lte_lightning.tasks.loading import check_checkpoint, give_experts, load
 
@@ -31,7 +33,8 @@ class LteModule(MeasuredModule):
         init_from: Take the weights from here instead: a fine-tuned model with the same tokenizer (folder or hub id), or
             the ``model`` folder of an earlier run, which goes on in the stage it had reached.
         lte: Experts and routers. Default: the paper's choices, or those of an LTE model given by ``init_from``.
-        efficiency_weight: eta, the weight of the efficiency loss: the sparsity dial (the paper uses 0 to 2).
+        efficiency_weight: eta, the weight of the efficiency loss: the sparsity dial (the paper uses 0 to 2). By default
+            0.5, or 0 where ``lte.target_sparsity`` is held instead.
         separability_weight: lambda, the weight that the separability loss ends with.
         separability_start: Share of the router stage after which lambda begins to grow from 0. With 0 here and in
             ``separability_end``, lambda is constant, as the paper's text reads.
@@ -58,7 +61,7 @@ class LteModule(MeasuredModule):
         pretrained: str,
         init_from: str | None = None,
         lte: LteConfig | None = None,
-        efficiency_weight: float = 0.5,
+        efficiency_weight: float | None = None,
         separability_weight: float = 0.5,
         separability_start: float = 0.5,
         separability_end: float = 1.0,
@@ -77,8 +80,14 @@ class LteModule(MeasuredModule):
                 f"separability_start {separability_start} and separability_end {separability_end} are shares of the "
                 "router stage: 0 <= start <= end <= 1"
             )
+        target = None if lte is None or lte.selector != "router" else lte.target_sparsity
+        if target is not None and efficiency_weight:
+            raise UserError(
+                f"lte.target_sparsity {target} and efficiency_weight {efficiency_weight} are two dials of one thing; "
+                "leave one out (--model.efficiency_weight null)"
+            )
         weights = {
-            "efficiency_weight": efficiency_weight,
+            "efficiency_weight": efficiency_weight or 0.0,
             "separability_weight": separability_weight,
             "balance_weight": balance_weight,
         }
@@ -99,6 +108,7 @@ class LteModule(MeasuredModule):
         self.schedule: Any = None
         self._step_amounts = torch.zeros(0)  # what the current optimizer step holds, over all devices
         self._step_losses: dict[str, torch.Tensor] = {}
+        self._control = SparsityControl()
 
     # The task, by the subclass
 
@@ -196,6 +206,18 @@ class LteModule(MeasuredModule):
         if self.stage == "expert":
             hold_zeros(self.net)
 
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Holds the target sparsity, once the optimizer has stepped."""
+        done = batch_idx + 1
+        if done % self.trainer.accumulate_grad_batches == 0 or done == self.trainer.num_training_batches:
+            self._control.step(self)
+
+    @property
+    def efficiency_weight(self) -> float:
+        """eta: what was given, else 0.5, or 0 where a target sparsity is held."""
+        given = self.hparams["efficiency_weight"]
+        return (0.0 if controlled(self.net) else 0.5) if given is None else given
+
     def separability_weight_now(self) -> float:
         """Returns lambda at this point of the router stage; in the expert stage it has its full weight."""
         if self.stage == "expert":
@@ -216,12 +238,15 @@ class LteModule(MeasuredModule):
         task_weight, token_weights = self._batch_weights(batch, batch_idx)
         if self.stage == "router" and imitates(self.net):
             loss = imitate(self, batch, token_weights)
-        elif not self.routers_learn:
+        elif not (self.routers_learn or self._control.applies(self)):
             loss = self._note("task_loss", self.run_model(batch).loss * task_weight)
         else:
             with self.trace(batch) as trace:
-                task_loss = self.run_model(batch).loss * task_weight
-            loss = self._note("task_loss", task_loss) + self._router_loss(trace, token_weights)
+                loss = self._note("task_loss", self.run_model(batch).loss * task_weight)
+            if self.routers_learn:
+                loss = loss + self._router_loss(trace, token_weights)
+            if self._control.applies(self):
+                self._control.see(self, trace)
         self._note("loss", loss)
         self._log_step(batch_idx)
         self._require_finite(loss, "training")
@@ -270,4 +295,4 @@ class LteModule(MeasuredModule):
         self._note("separability_loss", separability)
         weight = self.separability_weight_now()
         self.log("train/separability_weight", weight)
-        return self.hparams["efficiency_weight"] * efficiency + weight * separability
+        return self.efficiency_weight * efficiency + weight * separability

@@ -77,9 +77,10 @@ def activations_to_group_by(module: MeasuredModule) -> list[torch.Tensor] | None
 def prepare_choice(module: MeasuredModule) -> None:
     """Calibrates a selector on training rows, and measures it in hard mode before any adaptation.
 
-    One that has learned with the task was measured so by the router stage.
+    One that has learned with the task, and is not calibrated, was measured so by the router stage.
     """
-    if learns_with_task(module.net) and "hard_before" in module.measured:
+    measured = learns_with_task(module.net) and not needs_calibration(module.net)
+    if measured and "hard_before" in module.measured:
         return
     was_training = module.training
     module.eval()

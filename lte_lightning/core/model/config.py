@@ -20,8 +20,9 @@ class LteConfig:
             baselines are ``cats``, ``d2dmoe``, ``dejavu``, ``kla``, ``moefication``, ``narrow``, ``random``,
             ``sigmamoe``, ``softmax``, ``teal`` and ``wanda`` (see docs/baselines.md). Others are those that
             `register_selector` was told of; on the command line a class path, ``my_module.MySelector``, is one.
-        target_sparsity: Share of the experts that a baseline shall not run; for ``teal`` and ``wanda`` share of the
-            weights that shall not be used. LTE's own router has none: its sparsity follows from ``efficiency_weight``.
+        target_sparsity: Share of the experts that shall not run; for ``teal`` and ``wanda`` share of the
+            weights that shall not be used. For LTE's own router, in place of ``efficiency_weight``: it is held while
+            the routers and the model train. Without it, LTE's sparsity follows from ``efficiency_weight``.
         threshold: An expert runs when its score exceeds this (tau in the paper).
         router_bias: Give each router a bias, so that scores can start above the threshold (see ``router_margin``).
             ``false`` is the paper's bias-free equation 1, whose scores start around 0.5.

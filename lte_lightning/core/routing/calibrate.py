@@ -18,7 +18,7 @@ BISECTIONS = 12  # of a level between 0 and 1: closer than one in four thousand
 
 def needs_calibration(model: nn.Module) -> bool:
     """Says whether the model's selectors must be calibrated on training rows."""
-    return selectors(model)[0].calibration != "none"
+    return selectors(model)[0].calibrates() != "none"
 
 
 @torch.no_grad()
@@ -41,7 +41,7 @@ def calibrate(model: PreTrainedModel, batches: Iterator[Batch], tokens: int) -> 
         "common": _common_level,
         "pruning": lambda model, batches, tokens: prune(model, batches),
     }
-    way = ways.get(selectors(model)[0].calibration)
+    way = ways.get(selectors(model)[0].calibrates())
     if way is not None:
         way(model, list(enough(batches, tokens)), tokens)
         set_mode(model, "dense")

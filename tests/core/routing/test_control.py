@@ -1,0 +1,65 @@
+import pytest
+import torch
+from transformers import BertConfig, BertForSequenceClassification
+
+from lte_lightning import LteConfig, RouterTrace, convert, set_mode
+from lte_lightning.core.model.convert import expert_ffns
+from lte_lightning.core.routing.control import LIMIT, controlled, distances, follow, wanted_sparsity
+
+
+@pytest.fixture
+def model():
+    config = BertConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=256
+    )
+    net = BertForSequenceClassification(config).eval()
+    convert(net, LteConfig(expert_size=8, target_sparsity=0.7), progress=False)
+    set_mode(net, "hard")
+    return net
+
+
+def trace_of(model, ids_BT, mask_BT):
+    with RouterTrace(model, mask_BT) as trace, torch.no_grad():
+        model(input_ids=ids_BT, attention_mask=mask_BT)
+    return trace
+
+
+@pytest.mark.parametrize("target", [0.3, 0.5, 0.8, 0.9, 0.95])
+@pytest.mark.parametrize("mode", ["soft", "hard"])
+def test_a_few_steps_reach_the_target_in_every_layer(model, target, mode):
+    set_mode(model, mode)
+    ids_BT, mask_BT = torch.randint(64, (16, 20)), torch.ones(16, 20, dtype=torch.long)
+    mask_BT[:, 12:] = 0
+    for _ in range(20):
+        follow(model, distances(model, trace_of(model, ids_BT, mask_BT), target), 0.7)
+    counts = trace_of(model, ids_BT, mask_BT).counts()
+    ran_L = counts.active_L / (counts.tokens_L * torch.tensor([ffn.experts for ffn in expert_ffns(model).values()]))
+    assert (1 - ran_L).tolist() == pytest.approx([target, target], abs=0.01)
+
+
+def test_padding_is_not_looked_at(model):
+    ids_BT, mask_BT = torch.randint(64, (4, 10)), torch.ones(4, 10, dtype=torch.long)
+    mask_BT[:, 6:] = 0
+    first = distances(model, trace_of(model, ids_BT, mask_BT), 0.5)
+    other_BT = torch.where(mask_BT.bool(), ids_BT, torch.randint(64, (4, 10)))
+    assert distances(model, trace_of(model, other_BT, mask_BT), 0.5).tolist() == pytest.approx(first.tolist(), abs=1e-5)
+
+
+def test_a_step_is_limited(model):
+    for ffn in expert_ffns(model).values():
+        ffn.selector.raise_logits(torch.tensor(9.0))
+    ids_BT, mask_BT = torch.randint(64, (4, 10)), torch.ones(4, 10, dtype=torch.long)
+    assert distances(model, trace_of(model, ids_BT, mask_BT), 0.5).tolist() == [-LIMIT, -LIMIT]
+
+
+def test_the_goal_rises_in_the_first_quarter():
+    assert [wanted_sparsity(0.8, progress) for progress in (0.0, 0.125, 0.25, 0.6, 1.0)] == pytest.approx(
+        [0.7, 0.75, 0.8, 0.8, 0.8]
+    )
+
+
+def test_only_a_router_with_a_target_is_controlled(model):
+    assert controlled(model)
+    plain = BertForSequenceClassification(BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2))
+    convert(plain, LteConfig(), progress=False)
+    assert not controlled(plain)
