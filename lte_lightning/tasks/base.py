@@ -10,21 +10,21 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lte_lightning.core.model.config import LteConfig
 from lte_lightning.core.model.convert import group_experts
 from lte_lightning.core.model.names import own_names
-from lte_lightning.core.routing.control import controlled
 from lte_lightning.core.routing.losses import SEPARABILITY_EPSILON
-from lte_lightning.core.routing.observe import balances, imitates
+from lte_lightning.core.routing.observe import imitates
 from lte_lightning.core.routing.prune import hold_zeros
-from lte_lightning.core.routing.trace import RouterTrace
 from lte_lightning.data.packaged import resolve
 from lte_lightning.errors import UserError
 from lte_lightning.kernels.dispatch import Backend
 from lte_lightning.tasks.baselines import activations_to_group_by, imitate, prepare_choice
 from lte_lightning.tasks.control import SparsityControl
-from lte_lightning.tasks.evaluation import MeasuredModule, Stage
+from lte_lightning.tasks.distillation import Distillation
+from lte_lightning.tasks.evaluation import Stage
 from lte_lightning.tasks.loading import check_checkpoint, give_experts, load
+from lte_lightning.tasks.router_loss import RouterLosses
 
 
-class LteModule(MeasuredModule):
+class LteModule(RouterLosses):
     """A model in one of LTE's stages; a subclass adds the task.
 
     Args:
@@ -41,6 +41,10 @@ class LteModule(MeasuredModule):
         separability_end: Share of the router stage at which lambda is reached; it grows linearly in between.
         separability_epsilon: Keeps the separability loss finite (see ``core/losses.py``).
         balance_weight: Factor of the balance loss of selectors ``softmax`` and ``sigmamoe``, in their authors' weights.
+        distillation: Share, 0 to 1, of the task's loss that is the divergence from a dense teacher's logits, in the
+            router and in the expert stage; see ``teacher``. The labels have the rest.
+        teacher: The dense model to learn from, a folder or a hub id with the same outputs; by default the model as it
+            is when the router stage begins.
         freeze_routers: Leave the routers as they are in the expert stage (the paper). ``false`` trains them on, with
             the router stage's loss at its full weights and a straight-through gradient (Bengio et al. 2013).
         activation: Swap a plain model's activation for this one before fine-tuning (``relu`` for MoEfication).
@@ -67,6 +71,8 @@ class LteModule(MeasuredModule):
         separability_end: float = 1.0,
         separability_epsilon: float = SEPARABILITY_EPSILON,
         balance_weight: float = 1.0,
+        distillation: float = 0.0,
+        teacher: str | None = None,
         freeze_routers: bool = True,
         activation: str | None = None,
         layers: int | None = None,
@@ -109,6 +115,7 @@ class LteModule(MeasuredModule):
         self._step_amounts = torch.zeros(0)  # what the current optimizer step holds, over all devices
         self._step_losses: dict[str, torch.Tensor] = {}
         self._control = SparsityControl()
+        self._distillation = Distillation(distillation, teacher)
 
     # The task, by the subclass
 
@@ -152,6 +159,7 @@ class LteModule(MeasuredModule):
 
     def enter_stage(self, stage: Stage) -> None:
         """Moves to a stage: groups the neurons on leaving ``dense``, sets the mode and what is trainable."""
+        self._distillation.enter(self, stage)
         if self.stage == "dense" and stage != "dense":
             groupings = group_experts(self.net, self.trainer.is_global_zero, activations_to_group_by(self))
             if groupings:
@@ -171,6 +179,7 @@ class LteModule(MeasuredModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps the stage and what was measured so far."""
         checkpoint["lte"] = {"stage": self.stage, "measured": self.measured, "config": asdict(self.net.lte_config)}
+        checkpoint["lte"] |= self._distillation.saved()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restores the stage, before optimizers are configured."""
@@ -191,6 +200,7 @@ class LteModule(MeasuredModule):
         check_checkpoint(self, checkpoint["state_dict"])
         self.stage = checkpoint["lte"]["stage"]
         self.measured = checkpoint["lte"]["measured"]
+        self._distillation.resume(self, checkpoint["lte"])
         self.apply_stage()
 
     def configure_optimizers(self) -> Any:
@@ -212,23 +222,6 @@ class LteModule(MeasuredModule):
         if done % self.trainer.accumulate_grad_batches == 0 or done == self.trainer.num_training_batches:
             self._control.step(self)
 
-    @property
-    def efficiency_weight(self) -> float:
-        """eta: what was given, else 0.5, or 0 where a target sparsity is held."""
-        given = self.hparams["efficiency_weight"]
-        return (0.0 if controlled(self.net) else 0.5) if given is None else given
-
-    def separability_weight_now(self) -> float:
-        """Returns lambda at this point of the router stage; in the expert stage it has its full weight."""
-        if self.stage == "expert":
-            return self.hparams["separability_weight"]
-        start, end = self.hparams["separability_start"], self.hparams["separability_end"]
-        if self.stage_progress >= end:
-            return self.hparams["separability_weight"]
-        if self.stage_progress <= start:
-            return 0.0
-        return self.hparams["separability_weight"] * (self.stage_progress - start) / (end - start)
-
     def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
         """Returns the stage's loss: the task's, with equation 6's two terms or a balance loss where routers learn.
 
@@ -239,18 +232,27 @@ class LteModule(MeasuredModule):
         if self.stage == "router" and imitates(self.net):
             loss = imitate(self, batch, token_weights)
         elif not (self.routers_learn or self._control.applies(self)):
-            loss = self._note("task_loss", self.run_model(batch).loss * task_weight)
+            loss = self._task_loss(batch, task_weight)
         else:
             with self.trace(batch) as trace:
-                loss = self._note("task_loss", self.run_model(batch).loss * task_weight)
+                loss = self._task_loss(batch, task_weight)
             if self.routers_learn:
                 loss = loss + self._router_loss(trace, token_weights)
             if self._control.applies(self):
                 self._control.see(self, trace)
-        self._note("loss", loss)
+        self.note("loss", loss)
         self._log_step(batch_idx)
         self._require_finite(loss, "training")
         return loss
+
+    def _task_loss(self, batch: dict[str, torch.Tensor], weight: torch.Tensor | float) -> torch.Tensor:
+        outputs = self.run_model(batch)
+        loss = self.note("task_loss", outputs.loss * weight)
+        divergence = self._distillation.divergence(self, batch, outputs)
+        if divergence is None:
+            return loss
+        share = self._distillation.share
+        return (1.0 - share) * loss + share * self.note("distillation_loss", divergence * weight)
 
     def amounts(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Returns what the losses of a batch are means of, counts [1 + stacks]: of the task, and of the routers."""
@@ -274,7 +276,8 @@ class LteModule(MeasuredModule):
         weights = here * (accumulate * devices) / self._step_amounts
         return weights[0], weights[1:]
 
-    def _note(self, name: str, loss: torch.Tensor) -> torch.Tensor:
+    def note(self, name: str, loss: torch.Tensor) -> torch.Tensor:
+        """Keeps a loss to be logged at the end of the optimizer step, and returns it."""
         mean = loss.detach() / self.trainer.accumulate_grad_batches
         self._step_losses[name] = mean + self._step_losses.pop(name, 0.0)
         return loss
@@ -286,13 +289,3 @@ class LteModule(MeasuredModule):
             for name, loss in self._step_losses.items():
                 self.log(f"train/{name}", loss, prog_bar=name == "loss")
             self._step_losses = {}
-
-    def _router_loss(self, trace: RouterTrace, weights: torch.Tensor | None) -> torch.Tensor:
-        if balances(self.net):
-            return self.hparams["balance_weight"] * self._note("balance_loss", trace.balance_loss(weights))
-        efficiency = self._note("efficiency_loss", trace.efficiency_loss(weights))
-        separability = trace.separability_loss(self.hparams["separability_epsilon"], weights)
-        self._note("separability_loss", separability)
-        weight = self.separability_weight_now()
-        self.log("train/separability_weight", weight)
-        return self.efficiency_weight * efficiency + weight * separability

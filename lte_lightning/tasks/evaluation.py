@@ -57,9 +57,13 @@ class MeasuredModule(LightningModule):
         """Returns what the metric is updated with, predictions and targets for most."""
         raise TypeError(f"{type(self).__name__} must define outputs_for_metric")
 
-    def run_model(self, batch: dict[str, torch.Tensor]) -> Any:
-        """Returns the model's outputs, with their loss."""
-        return self.net(**batch)
+    def run_model(self, batch: dict[str, torch.Tensor], net: Any = None) -> Any:
+        """Returns the outputs of the model, or of another one, with their loss."""
+        return (self.net if net is None else net)(**batch)
+
+    def kept_logits(self, outputs: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Returns the logits that the loss is the mean over, [N, C]."""
+        return outputs.logits
 
     def trace(self, batch: dict[str, torch.Tensor]) -> RouterTrace:
         """Returns a trace of the batch's real tokens."""

@@ -123,10 +123,17 @@ class LanguageModel(LteModule):
         """Returns loss and perplexity."""
         return Perplexity()
 
-    def run_model(self, batch: dict[str, torch.Tensor]) -> Any:
+    def run_model(self, batch: dict[str, torch.Tensor], net: Any = None) -> Any:
         """Returns the model's outputs, a decoder's logits only where there are labels; words are not for the model."""
+        net = self.net if net is None else net
         inputs = {key: value for key, value in batch.items() if key != "words"}
-        return self.net(**inputs) if self.net.config.is_encoder_decoder else run_where_asked(self.net, inputs)
+        return net(**inputs) if net.config.is_encoder_decoder else run_where_asked(net, inputs)
+
+    def kept_logits(self, outputs: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Returns the logits that have a label, [N, V]."""
+        if self.net.config.is_encoder_decoder:
+            return outputs.logits[batch["labels"] != IGNORED]
+        return outputs.logits[0]
 
     def task_amount(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Returns how many tokens have a label."""

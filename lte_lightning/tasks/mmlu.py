@@ -56,9 +56,10 @@ class Mmlu(LanguageModel):
         """Returns accuracy per subject."""
         return SubjectAccuracy(self.trainer.datamodule.subjects)
 
-    def run_model(self, batch: dict[str, torch.Tensor]) -> Any:
+    def run_model(self, batch: dict[str, torch.Tensor], net: Any = None) -> Any:
         """Returns the model's outputs, with the logits before the answer's letter alone."""
-        return run_where_asked(self.net, {key: value for key, value in batch.items() if key not in QUESTION_KEYS})
+        net = self.net if net is None else net
+        return run_where_asked(net, {key: value for key, value in batch.items() if key not in QUESTION_KEYS})
 
     def outputs_for_metric(self, outputs: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """Returns the chosen letters, the right ones, and the subjects; keeps the likelihoods."""

@@ -1,0 +1,49 @@
+"""What routers learn from besides the task: the terms of equation 6, or a balance loss, and their weights."""
+
+import torch
+
+from lte_lightning.core.routing.control import controlled
+from lte_lightning.core.routing.observe import balances
+from lte_lightning.core.routing.trace import RouterTrace
+from lte_lightning.tasks.evaluation import MeasuredModule
+
+
+class RouterLosses(MeasuredModule):
+    """A module with the routers' losses; `LteModule` has their options.
+
+    Attributes:
+        stage_progress: Share of the current stage that is done.
+    """
+
+    stage_progress: float
+
+    def note(self, name: str, loss: torch.Tensor) -> torch.Tensor:
+        """Keeps a loss to be logged at the end of the optimizer step, and returns it."""
+        raise TypeError(f"{type(self).__name__} must define note")
+
+    @property
+    def efficiency_weight(self) -> float:
+        """eta: what was given, else 0.5, or 0 where a target sparsity is held."""
+        given = self.hparams["efficiency_weight"]
+        return (0.0 if controlled(self.net) else 0.5) if given is None else given
+
+    def separability_weight_now(self) -> float:
+        """Returns lambda at this point of the router stage; in the expert stage it has its full weight."""
+        if self.stage == "expert":
+            return self.hparams["separability_weight"]
+        start, end = self.hparams["separability_start"], self.hparams["separability_end"]
+        if self.stage_progress >= end:
+            return self.hparams["separability_weight"]
+        if self.stage_progress <= start:
+            return 0.0
+        return self.hparams["separability_weight"] * (self.stage_progress - start) / (end - start)
+
+    def _router_loss(self, trace: RouterTrace, weights: torch.Tensor | None) -> torch.Tensor:
+        if balances(self.net):
+            return self.hparams["balance_weight"] * self.note("balance_loss", trace.balance_loss(weights))
+        efficiency = self.note("efficiency_loss", trace.efficiency_loss(weights))
+        separability = trace.separability_loss(self.hparams["separability_epsilon"], weights)
+        self.note("separability_loss", separability)
+        weight = self.separability_weight_now()
+        self.log("train/separability_weight", weight)
+        return self.efficiency_weight * efficiency + weight * separability
