@@ -190,7 +190,7 @@ class StageSchedule(Callback):
             )
         if self.stages[0] != "dense" or pl_module.stage != "dense":
             trainer.num_sanity_val_steps = float("inf")  # measures what the fit starts from
-        if self.stages[0] == "expert" and pl_module.stage == "dense" and list(selector_parameters(pl_module.net)):
+        if self.stages[0] == "expert" and pl_module.stage == "dense" and learns(pl_module.net):
             rank_zero_warn("the router stage is skipped: the routers are as they were initialised")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

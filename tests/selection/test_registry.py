@@ -1,6 +1,7 @@
 """Names of selectors: what may be registered, what is refused, and what is said then."""
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -161,6 +162,12 @@ def test_every_method_names_its_source(kind):
     assert (
         re.search(r'Source: .*: ".*", .*arXiv \d{4}\.\d{5}', text) or "(see `Router`)" in text or kind.label == "floor"
     )
+
+
+def test_all_are_documented():
+    table = (Path(__file__).parents[2] / "docs" / "baselines.md").read_text()
+    assert {name for name in SELECTORS if f"\n| `{name}` |" in table} == set(BUILT_IN)
+    assert {name for name in SELECTORS if f"``{name}``" in LteConfig.__doc__} == set(BUILT_IN)
 
 
 def test_a_kernel_may_compute_the_router_alone():

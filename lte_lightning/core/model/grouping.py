@@ -65,7 +65,7 @@ def group_neurons(weight_FD: torch.Tensor, expert_size: int, method: Method = "k
             what each neuron does on D training tokens: its |activations|.
         expert_size: Neurons per expert, a divisor of F.
         method: ``kmeans`` (balanced, on L2-normalised rows), ``coactivation``, ``random``, or ``contiguous`` (the
-            checkpoint's order). ``coactivation`` is MoEfication's co-activation graph split (Zhang et al. 2022) and
+            checkpoint's order). ``coactivation`` is MoEfication's co-activation graph split (arXiv 2110.01786) and
             runs the same clustering on |activations|: the Gram matrix of their normalised rows is the graph's edges,
             and the least inertia puts the most weight of edges within experts.
         seed: Equal seeds give equal groupings; torch's global generator is neither read nor moved.

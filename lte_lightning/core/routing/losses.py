@@ -1,4 +1,7 @@
-"""The two losses that LTE adds to the task's in its first stage, in float32."""
+"""The two losses that LTE adds to the task's in its first stage, in float32.
+
+Source: equations 4 and 5 of the paper, arXiv 2402.06126 (cited in full in ``lte_lightning/selection/router.py``).
+"""
 
 from collections.abc import Sequence
 
