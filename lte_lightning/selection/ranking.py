@@ -34,6 +34,8 @@ class Ranking(Selector):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
+        if cls.rule not in _CALIBRATION:
+            raise UserError(f"{cls.__name__} has the rule {cls.rule!r}; there are {', '.join(_CALIBRATION)}")
         if "rule" in vars(cls) and "calibration" not in vars(cls):
             cls.calibration = _CALIBRATION[cls.rule]
 

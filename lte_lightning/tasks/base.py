@@ -46,7 +46,8 @@ class LteModule(RouterLosses):
         teacher: The dense model to learn from, a folder or a hub id with the same outputs; by default the model as it
             is when the router stage begins.
         freeze_routers: Leave the routers as they are in the expert stage (the paper). ``false`` trains them on, with
-            the router stage's loss at its full weights and a straight-through gradient (Bengio et al. 2013).
+            the router stage's loss at its full weights and a straight-through gradient (Bengio, Léonard,
+            Courville 2013, arXiv 1308.3432).
         activation: Swap a plain model's activation for this one before fine-tuning (``relu`` for MoEfication).
         layers: Keep only this many layers, the first ones, of a plain model (of encoder and decoder alike).
         gradient_checkpointing: Keep fewer activations for the backward pass, and compute them again: slower, in less

@@ -95,6 +95,8 @@ def test_what_is_refused(name, kind, message):
 def test_the_rule_says_how_a_ranking_is_calibrated():
     kinds = {rule: type("Mine", (First,), {"rule": rule}).calibration for rule in ("top", "level", "common", "fixed")}
     assert kinds == {"top": "none", "level": "sequential", "common": "common", "fixed": "dense"}
+    with pytest.raises(UserError, match="Mine has the rule 'most'; there are top, level, common, fixed"):
+        type("Mine", (First,), {"rule": "most"})
 
 
 def test_class_paths_are_imported_on_demand(tmp_path, monkeypatch):
