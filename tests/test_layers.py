@@ -42,6 +42,7 @@ CIRCLES = {
         "convert",
         "experts",
         "folder",
+        "hub",
         "instance",
         "names",
         "nonfinite",

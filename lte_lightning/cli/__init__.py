@@ -23,6 +23,7 @@ COMMANDS = {
     "bench": ("lte_lightning.bench", "time FFNs and models with experts skipped, against dense"),
     "cost": ("lte_lightning.cli.cost", "FLOPs, bytes and speed-up bound of a model at a sparsity"),
     "configs": ("lte_lightning.cli.configs", "list the configurations and sweeps that come with the package"),
+    "push": ("lte_lightning.cli.push", "upload a saved model and its card to the Hugging Face hub"),
     "harness": ("lte_lightning.cli.harness", "evaluate a saved model on tasks of the lm-evaluation-harness"),
 }
 

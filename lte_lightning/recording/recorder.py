@@ -27,7 +27,7 @@ from lte_lightning.recording.latency import measure_latency
 from lte_lightning.recording.loggers import RunLogger, mlflow_of
 from lte_lightning.recording.memory import expected_memory
 from lte_lightning.recording.pictures import draw_scores, draw_sparsity
-from lte_lightning.recording.tables import make_results, read_floor, results_table, show, test_table
+from lte_lightning.recording.tables import facts_for_card, make_results, read_floor, results_table, show, test_table
 from lte_lightning.results import FILE, PROGRESS, Evaluation, Place, read_results
 from lte_lightning.store import (
     RUN_LAYOUT,
@@ -227,7 +227,7 @@ class Recorder(Callback):
     def _export(self, trainer: Trainer, module: LightningModule) -> None:
         module.before_export()
         results = make_results(trainer, module, self.floor.floor if self.floor else None)
-        about = {"stage": module.stage, "measured": module.measured}
+        about = {"stage": module.stage, "measured": module.measured, **facts_for_card(results, module.hparams)}
         save_pretrained(module.net, self.folder / "model", about)
         tokenizer = getattr(trainer.datamodule, "tokenizer", None)
         if hasattr(tokenizer, "save_pretrained"):

@@ -1,6 +1,7 @@
 """The results of a fit and of a test: collected from the module, and laid out for people."""
 
 import platform
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from rich.table import Table
 
 from lte_lightning.callbacks.stages import StageSchedule
 from lte_lightning.core.accounting.cost import GFLOP
+from lte_lightning.core.model.card import public_name
 from lte_lightning.core.model.convert import lte_config
 from lte_lightning.errors import UserError
 from lte_lightning.recording.machine import code, machine
@@ -94,6 +96,26 @@ def read_floor(path: str) -> Results:
     if results.floor is None:
         raise UserError(f"{path} gives no floor, its fit had none; {way_out}")
     return results
+
+
+def facts_for_card(results: Results, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what a saved model's card says of the fit: values, and no paths or machines, for it may be published.
+
+    Args:
+        results: What the fit has found.
+        options: The module's options.
+    """
+    kept = ("task", "metric", *VIEW_MODES, "floor", "sparsity", "sparsity_before", "sparsity_per_layer", "seed")
+    kept += ("flops_per_token", "dense_flops_per_token", "seconds_per_stage")
+    content = results.content()
+    packages = ("python", "lte-lightning", "torch", "transformers", "commit", "code", "precision")
+    versions = {key: results.versions[key] for key in packages if results.versions.get(key) is not None}
+    recipe = ("efficiency_weight", "separability_weight", "balance_weight", "freeze_routers", "activation", "layers")
+    return {
+        "results": {key: content[key] for key in kept if content.get(key) is not None}
+        | {"data": public_name(results.data), "versions": versions},
+        "recipe": {key: options[key] for key in recipe if options.get(key) is not None},
+    }
 
 
 def results_table(results: Results) -> Table:

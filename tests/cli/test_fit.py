@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import lte_lightning
@@ -53,6 +54,21 @@ def test_every_epoch_has_a_line(fitted):
     before = f"hard_before: accuracy {results['hard_before']:.4f}, sparsity {results['sparsity_before']:.4f} ("
     assert before in lines[4]
     assert "8 experts x 8 neurons" in fitted.out
+
+
+def test_the_card_of_its_model(fitted, tiny):
+    card, results = ModelCard.load(fitted.run / "model" / "README.md"), fitted.results
+    (value,) = card.data.eval_results
+    assert (value.dataset_name, value.metric_type, value.metric_value) == ("sst2", "accuracy", results["hard"])
+    flops = results["flops_per_token"] / 2**30
+    assert (
+        f"| selected experts | {results['hard']:.4f} | {100 * results['sparsity']:.1f} % | {flops:.4f} |" in card.text
+    )
+    for line in ("Data: sst2.", "| base model | model |", "| efficiency_weight | 1.0 |", "| seed | 1 |"):
+        assert line in card.text
+    assert str(tiny.folder) not in card.content  # it may be published
+    config = json.loads((fitted.run / "model" / "lte_config.json").read_text())
+    assert str(tiny.folder) not in json.dumps(config)
 
 
 def test_files_of_the_run(fitted):

@@ -1,7 +1,9 @@
 """Loading a saved model, sparse."""
 
 import os
+from collections.abc import Iterator
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import transformers
@@ -29,7 +31,8 @@ from lte_lightning.kernels.dispatch import BACKENDS, Backend
 
 # whether the Auto classes are asked by `from_pretrained`, for the plain model
 _LOADS_PLAIN: ContextVar[bool] = ContextVar("loads_plain", default=False)
-_TRANSFORMERS_OWN = _BaseAutoModelClass.__dict__["from_pretrained"]
+# what `register` has replaced
+_TRANSFORMERS_OWN: dict[Any, Any] = {}
 
 
 def from_pretrained(
@@ -80,6 +83,7 @@ def from_pretrained(
     for ffn in expert_ffns(model).values():
         for parameter in ffn.selector.parameters():  # not buffers: a calibrated level is not to be rounded
             parameter.data = parameter.data.to(ffn.up.weight.dtype)
+    model.__dict__["lte_base"] = description.get("base")  # saved again, its card will say so
     set_mode(model, description["mode"])
     set_backend(model, backend)
     return (model, info) if wants_info else model  # type: ignore[return-value]
@@ -95,14 +99,27 @@ def register(active: bool = True) -> None:
     Args:
         active: False undoes it.
     """
-    setattr(_BaseAutoModelClass, "from_pretrained", _from_pretrained if active else _TRANSFORMERS_OWN)  # noqa: B010
+    if not active:
+        while _TRANSFORMERS_OWN:
+            auto_class, own = _TRANSFORMERS_OWN.popitem()
+            auto_class.from_pretrained = own
+        return
+    for auto_class in _with_subclasses(_BaseAutoModelClass):  # each has a copy of the method, for its own docstring
+        if "from_pretrained" in vars(auto_class) and auto_class not in _TRANSFORMERS_OWN:
+            _TRANSFORMERS_OWN[auto_class] = own = vars(auto_class)["from_pretrained"]
+            auto_class.from_pretrained = classmethod(partial(_load_either, own.__func__))
 
 
-@classmethod  # type: ignore[misc]
-def _from_pretrained(cls: Any, source: Any, *args: Any, **kwargs: Any) -> Any:
+def _with_subclasses(base: Any) -> Iterator[Any]:
+    yield base
+    for each in base.__subclasses__():
+        yield from _with_subclasses(each)
+
+
+def _load_either(own: Any, auto_class: Any, source: Any, *args: Any, **kwargs: Any) -> Any:
     hub = {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
     if _LOADS_PLAIN.get() or not is_lte(source, **hub):
-        return _TRANSFORMERS_OWN.__func__(cls, source, *args, **kwargs)
+        return own(auto_class, source, *args, **kwargs)
     if args:
         raise TypeError(f"{source} is an LTE model, which takes options by name: not {args}")
-    return from_pretrained(source, cls, **kwargs)
+    return from_pretrained(source, auto_class, **kwargs)

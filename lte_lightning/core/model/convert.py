@@ -134,6 +134,7 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
     for layer in find_layers(model):
         remove(layer)
     del model.lte_config
+    model.__dict__.pop("lte_base", None)
     release(model)
     return model
 

@@ -4,8 +4,12 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, ModelCard
+from transformers import AutoConfig
 
-# what training leaves beside a model: large, and of no use to others
+from lte_lightning.core.model.card import README, write_card
+from lte_lightning.core.model.folder import read_description
+
+# What training leaves beside a model is large, and of no use to others.
 _LEFT_BEHIND = ["checkpoint-*/**", "optimizer.*", "scheduler.pt", "scaler.pt", "rng_state*", "training_args.bin"]
 
 
@@ -17,7 +21,7 @@ def push_folder(
     tags: list[str] | None = None,
     **kwargs: Any,
 ) -> str:
-    """Uploads a saved model.
+    """Uploads a saved model, its card by the name of the repository.
 
     Args:
         folder: Where it lies.
@@ -30,11 +34,12 @@ def push_folder(
     Returns:
         The commit's address.
     """
-    if tags:
-        card = ModelCard.load(folder / "README.md")
-        card.data.tags = [*dict.fromkeys([*(card.data.tags or []), *tags])]
-        card.save(folder / "README.md")
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    write_card(folder, read_description(folder), AutoConfig.from_pretrained(folder), repo_id)
+    if tags:
+        card = ModelCard.load(folder / README)
+        card.data.tags = [*dict.fromkeys([*(card.data.tags or []), *tags])]
+        card.save(folder / README)
     kwargs = {"commit_message": "Upload model"} | kwargs
     return str(api.upload_folder(folder_path=folder, repo_id=repo_id, ignore_patterns=_LEFT_BEHIND, **kwargs))

@@ -19,9 +19,10 @@ import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
+from lte_lightning.core.model.card import README, is_ours, licence, public_name, write_card
 from lte_lightning.core.model.checks import listed
 from lte_lightning.core.model.digest import FORMAT, digest
-from lte_lightning.core.model.folder import CONFIG_FILE, LAYOUT_VERSION, ROUTERS_FILE, stored_weights
+from lte_lightning.core.model.folder import CONFIG_FILE, LAYOUT_VERSION, ROUTERS_FILE, find, stored_weights
 from lte_lightning.core.model.names import plain_names
 from lte_lightning.core.model.swap import expert_ffns, lte_config, plain, require_expert_ffns
 from lte_lightning.errors import UserError
@@ -91,6 +92,8 @@ def save_into(model: PreTrainedModel, folder: Path, **kwargs: Any) -> Path:
         for path in folder.iterdir():
             if re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?", path.name):
                 path.unlink()
+        if not is_ours(folder / README):
+            written.remove(README)
         for name in sorted(written, key=lambda name: name == CONFIG_FILE):
             (staging / name).replace(folder / name)
     finally:
@@ -125,6 +128,7 @@ def _write(
         "lte": asdict(config),
         "selector": asdict(selector_class(config.selector).describe(config.expert_size, config.target_sparsity)),
         "about": about or {},
+        "base": _base(model),
         "digest": {
             "format": FORMAT,
             "weights": digest(stored_weights(folder, kwargs.get("variant"))),
@@ -132,6 +136,16 @@ def _write(
         },
     }
     (folder / CONFIG_FILE).write_text(json.dumps(description, indent=2) + "\n")
+    write_card(folder, description, model.config)
+
+
+def _base(model: PreTrainedModel) -> dict[str, str | None]:
+    """Returns the model that this one began as, ``model`` and ``license``: of a saved model what its folder said."""
+    if (kept := model.__dict__.get("lte_base")) is not None:
+        return dict(kept)
+    source = getattr(model.config, "_name_or_path", None)
+    own_card = find(source, README, local_files_only=True) if source else None
+    return {"model": public_name(source), "license": licence(own_card) if own_card else None}
 
 
 def _take_routers(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

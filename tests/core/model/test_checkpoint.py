@@ -93,6 +93,7 @@ def test_files(routed, tmp_path):
     set_mode(model, "soft")
     folder = save_pretrained(model, tmp_path / "deep" / "saved", about={"stage": "router"})
     assert sorted(path.name for path in folder.iterdir()) == [
+        "README.md",
         "config.json",
         "lte_config.json",
         "lte_routers.safetensors",
