@@ -47,7 +47,7 @@ def cause(message: str, options: Iterable[str] = ()) -> str:
     return "\n  ".join(causes + given[:1])
 
 
-def call(function: Callable[..., Any], program: str, args: Sequence[str]) -> Any:
+def call(function: Callable[..., Any], program: str, args: Sequence[str], positional: str | None = None) -> Any:
     """Calls a function with the options of a command line, and returns its result.
 
     Args:
@@ -56,17 +56,22 @@ def call(function: Callable[..., Any], program: str, args: Sequence[str]) -> Any
         program: Name of the command in its help, such as ``lte bench``.
         args: The command line without the command. ``--batch-size`` is ``--batch_size``, an option of type ``bool``
             may stand alone, and one of type ``list`` takes all the words behind it.
+        positional: The parameter that words without an option are for, if they are for one.
     """
-    words = list(_plain(function, args))
+    words = list(_plain(function, args, positional))
     return auto_cli(function, words, as_positional=False, prog=program, parser_class=ShortErrors, allow_abbrev=False)
 
 
-def _plain(function: Callable[..., Any], args: Sequence[str]) -> Iterator[str]:
+def _plain(function: Callable[..., Any], args: Sequence[str], positional: str | None) -> Iterator[str]:
     """Yields the command line as jsonargparse takes it: every option with one value."""
     types = {f"--{name}": parameter.annotation for name, parameter in inspect.signature(function).parameters.items()}
     rest = list(args)
     while rest:
-        option, equals, value = rest.pop(0).partition("=")
+        word = rest.pop(0)
+        if positional and not word.startswith("--"):
+            yield f"--{positional}{'+' * (types[f'--{positional}'] == list[str])}={word}"
+            continue
+        option, equals, value = word.partition("=")
         if option.startswith("--"):
             option = option.replace("-", "_").replace("__", "--", 1)
         values = [] if equals else [*_until_option(rest)]
@@ -76,6 +81,8 @@ def _plain(function: Callable[..., Any], args: Sequence[str]) -> Iterator[str]:
         elif wanted == list[str] and not equals and values:
             yield from (f"{option}+={value}" for value in values)
             del rest[: len(values)]
+        elif positional and values and not equals:  # or its value would be taken for such a word
+            yield f"{option}={rest.pop(0)}"
         else:
             yield f"{option}{equals}{value}"
 

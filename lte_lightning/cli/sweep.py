@@ -106,8 +106,8 @@ def check(sweep: Sweep, folder: SweepFolder, points: list[Point]) -> dict[str, A
     for point in points:
         for run in attempts.get(point.name, []):
             read_run_file(run)
-        if run := folder.finished(point.name, attempts):
-            read_results(run)
+        if done := folder.finished(point.name, attempts):
+            read_results(done)
     first_seed = [point for point in points if point.seed == sweep.seeds[0]]
     missing = [point for point in first_seed if folder.finished(point.name, attempts) is None]
     if sweep.search:

@@ -78,7 +78,7 @@ def finish(material: Material, bench: Iterable[str | Path]) -> Material:
 def _read(folders: list[Path], sweeps: dict[Path, SweptFolder], material: Material) -> list[Run]:
     """Reads run folders; of those of a sweep, the newest of each of its points."""
     found: list[Run] = []
-    points: dict[tuple[Path, str], list[Path]] = {}
+    points: dict[tuple[Path, Any], list[Path]] = {}
     for folder in folders:
         swept, name = sweeps.get(folder.parent), read_run_file(folder).get("name")
         if swept is None:
@@ -93,8 +93,8 @@ def _read(folders: list[Path], sweeps: dict[Path, SweptFolder], material: Materi
         kept = max(same, key=newest)
         swept = sweeps[path]
         point = swept.points[name]
-        facts = (point.role, point.variant, point.parameters) if point else ()
-        found.append(read_run(kept, *facts, command=swept.commands.get(name)))
+        role, variant, parameters = (point.role, point.variant, point.parameters) if point else (None, None, None)
+        found.append(read_run(kept, role, variant, parameters, swept.commands.get(name)))
         material.left_out += [(folder.name, OLDER) for folder in same if folder != kept]
     return found
 

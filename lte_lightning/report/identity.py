@@ -36,10 +36,10 @@ def name_experiments(runs: list[Run]) -> None:
         models = sorted({other[2:] for other in same_task if other[1] == metric}, key=str)
         names[key] = name if len(models) == 1 else f"{name}, {_model_name(key[2:], models)}"
     taken: dict[str, Hashable] = {}
-    for key, name in names.items():
+    for model, name in names.items():
         if name in taken:  # a path that ends alike in all that can be read
-            name = names[key] = f"{name} ({len(taken)})"
-        taken[name] = key
+            name = names[model] = f"{name} ({len(taken)})"
+        taken[name] = model
     for run in runs:
         run.task = names[keys[id(run)]]
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from lte_lightning.core.model.families import reads_first_token
 from lte_lightning.report.methods import Lte, describe, marked
+from lte_lightning.report.missing import Missing
 from lte_lightning.results import Results, better
 
 GFLOP = 2**30  # as the paper counts
@@ -112,8 +113,11 @@ class Setting:
     parameters: dict[str, Any]
     runs: list[Run]
 
-    def values(self, key: str | Callable[[Run], float | None]) -> list[float]:
-        """Returns a figure of every run that has it.
+    def values(self, key: str | Callable[[Run], Any]) -> list[Any]:
+        """Returns a result of every run that has it.
+
+        Args:
+            key: A field of `Results` or ``span_kept``, or what gives it of a run.
 
         Of ``value`` and ``span_kept`` there are none if that of a seed is not defined: a mean over the others flatters.
         """
@@ -166,25 +170,6 @@ class Setting:
             name = next((end for end in ends if not any(other.endswith(f".{end}") for other in others)), key)
             words.append(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}")
         return ", ".join(words) or "–"
-
-
-@dataclass(frozen=True)
-class Missing:
-    """A point that is not done.
-
-    Args:
-        sweep: Its sweep's name.
-        method: Its variant, or what it is to others.
-        parameters: Its parameters, in a few words.
-        seed: Its seed, if known.
-        status: What became of it.
-    """
-
-    sweep: str
-    method: str
-    parameters: str
-    seed: int | None
-    status: str
 
 
 @dataclass

@@ -3,6 +3,7 @@
 import io
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 import matplotlib
@@ -11,6 +12,7 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from lte_lightning.report.bench import title
 from lte_lightning.report.material import Material, Run, Setting
@@ -43,7 +45,7 @@ def render(draw: Draw) -> tuple[bytes, bytes]:
     """Returns a picture as two PNGs, for light and for dark pages."""
     found = []
     for theme in (LIGHT, DARK):
-        with matplotlib.rc_context(_style(theme)):
+        with matplotlib.rc_context(_style(theme)):  # type: ignore[arg-type]  # its keys are a list of words
             figure, buffer = Figure(figsize=(WIDTH, HEIGHT), layout="constrained"), io.BytesIO()
             draw(figure)
             figure.savefig(buffer, dpi=DPI, metadata={"Software": MADE_BY})
@@ -82,12 +84,14 @@ def quality(
         dense, floor = (float(np.mean(values)) if values else None for values in references)
         values = {method: [scale * value for s in mine for value in s.values(key)] for method, mine in drawn.items()}
         limits = None
-        if values and (key == "span_kept" or _is_span(material.tasks[task], dense, floor)):
+        is_span = key == "span_kept" or better(material.tasks[task], dense or 0.0, floor or 0.0)
+        if values and dense is not None and floor is not None and is_span:
             own = values.get(next(iter(looks)), [])
             limits = _limits([value for found in values.values() for value in found], own, dense, floor)
         for i, method in enumerate(name for name in looks if name in drawn):
             mine, options = drawn[method], looks[method].options | {"zorder": 9 - i / 100}
-            points = sorted(((100 * s.mean(across), scale * s.mean(key), s) for s in mine), key=lambda point: point[:2])
+            means = [(100 * fmean(s.values(across)), scale * fmean(s.values(key)), s) for s in mine]
+            points = sorted(means, key=lambda point: point[:2])
             axes.plot([x for x, _, _ in points], [mean for _, mean, _ in points], **options)
             for x, _, setting in points:
                 seeds = [scale * value for value in setting.values(key)]
@@ -98,7 +102,7 @@ def quality(
             handles.append(Line2D([], [], **options, label=label))
         for reference, line in zip(references, ("--", ":"), strict=True):
             if reference:
-                axes.axhline(np.mean(reference), color=ink, linestyle=line, linewidth=1.2)
+                axes.axhline(fmean(reference), color=ink, linestyle=line, linewidth=1.2)
                 axes.axhspan(min(reference), max(reference), color=ink, alpha=0.08, linewidth=0)
         if limits:
             axes.set_ylim(*limits)
@@ -116,10 +120,6 @@ def _references(material: Material, task: str, key: str) -> tuple[list[float], l
     if key == "span_kept":
         return [100.0], [0.0]
     return material.reference(task, "dense"), material.reference(task, "floor")
-
-
-def _is_span(metric: str, dense: float | None, floor: float | None) -> bool:
-    return dense is not None and floor is not None and better(metric, dense, floor)
 
 
 def _limits(values: Sequence[float], own: Sequence[float], dense: float, floor: float) -> tuple[float, float]:
@@ -183,7 +183,7 @@ def layers(settings: Sequence[Setting]) -> Draw:
         image = axes.imshow(grid, aspect="auto", cmap="viridis", vmin=0, vmax=100, interpolation="nearest")
         axes.set_yticks(range(len(names)), names)
         axes.set(xlabel="layer")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         figure.colorbar(image, label="FFN sparsity (%)", orientation="horizontal", fraction=0.35 / len(names))
 
     return draw

@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from lte_lightning.report.material import Missing
+from lte_lightning.report.missing import Missing, missing_point
 from lte_lightning.results import FILE
 from lte_lightning.sweep.folder import FRONT, SWEEP_FILE, SweepFolder, read_sweep_file
 from lte_lightning.sweep.points import Point
@@ -104,19 +104,3 @@ def _status(folder: SweepFolder, record: Record | None, name: str, running: bool
         return "not run, for a fit that it needs failed"
     lines = folder.last_lines(name, 1) if status == "failed" else []
     return ": ".join([status, *(line.strip()[:REASON] for line in lines)])
-
-
-def missing_point(name: str, point: Point | None, sweep: str, status: str) -> Missing:
-    """Says which point is missing: by its name, where nothing else was kept of it.
-
-    Args:
-        name: The point's.
-        point: The point, if it is known.
-        sweep: The sweep's name.
-        status: What became of the point.
-    """
-    if point is None:
-        return Missing(sweep, name, "", None, status)
-    values = [f"{key.split('.')[-1]} {value}" for key, value in point.parameters.items()]
-    method = point.variant or (point.role if point.role != "point" else "fit")
-    return Missing(sweep, method, ", ".join(values), point.seed, status)

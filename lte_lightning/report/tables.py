@@ -46,8 +46,9 @@ def _cell(material: Material, task: str, method: str, tolerance: float | None, d
     found = tolerated(material, task, method, tolerance)
     if not found.within:
         return "none within" if found.beyond else "no dense figure" if found.unread else "not run"
-    best = min(found.within, key=lambda setting: setting.mean("flops_per_token"))
-    cost, failing = best.mean("flops_per_token"), found.failing_below(best.sparsity)
+    costs = [statistics.fmean(setting.values("flops_per_token")) for setting in found.within]
+    cost, best = min(zip(costs, found.within, strict=True), key=lambda pair: pair[0])
+    failing = found.failing_below(best.sparsity)
     though = f", though not at {percent(failing)}" if failing else ""
     return f"{cost / GFLOP:.4g} ({dense / cost:.2f}x, {100 * best.sparsity:.0f} % off{though})"
 
@@ -60,12 +61,11 @@ def levels(material: Material, task: str) -> Table:
         cells = []
         for level in LEVELS:
             mine = [s for s in settings if s.method == method and round(100 * s.sparsity) >= level]
-            best = None
+            best, highest = None, None
             for setting in mine:
-                if not setting.undefined and (
-                    best is None or better(metric, setting.mean("value"), best.mean("value"))
-                ):
-                    best = setting
+                value = setting.mean("value")
+                if value is not None and (highest is None or better(metric, value, highest)):
+                    best, highest = setting, value
             undefined = "undefined" if mine else "–"
             cells.append(f"{figure_text(best)} at {100 * best.sparsity:.0f} %" if best else undefined)
         rows.append([next(s.called for s in settings if s.method == method), *cells])
@@ -239,9 +239,9 @@ def _missing(missing: Sequence[Missing]) -> list[str]:
         for parameters, seeds in settings.items():
             by_seeds.setdefault(tuple(sorted(set(seeds))), []).append(parameters)
         told = []
-        for seeds, parameters in by_seeds.items():
-            which = f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}" if seeds else ""
-            told.append(" of ".join(filter(None, (", ".join(filter(None, parameters)), which))))
+        for same, alike in by_seeds.items():
+            which = f"seed{'s' * (len(same) > 1)} {', '.join(map(str, same))}" if same else ""
+            told.append(" of ".join(filter(None, (", ".join(filter(None, alike)), which))))
         name = ": ".join(filter(None, (sweep if len(sweeps) > 1 else "", method, "; ".join(filter(None, told)))))
         lines.append(f"Not done: {name} ({status}).")
     return lines

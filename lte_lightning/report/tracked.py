@@ -13,7 +13,7 @@ from lte_lightning.errors import UserError
 from lte_lightning.report.collect import finish, read_run
 from lte_lightning.report.identity import OLDER
 from lte_lightning.report.material import Material
-from lte_lightning.report.sweeps import missing_point
+from lte_lightning.report.missing import missing_point
 from lte_lightning.report.tested import TESTS
 from lte_lightning.results import FILE as RESULTS
 from lte_lightning.store import RUN_LAYOUT, mlflow_store, reason, shown, write_json
@@ -116,7 +116,8 @@ def _run(client: Any, store: str, identity: str) -> list[Any]:
 
 
 def _search(client: Any, experiment: str, wanted: str = "") -> list[Any]:
-    found, token = [], None
+    found: list[Any] = []
+    token = None
     while True:
         page = client.search_runs([experiment], wanted, page_token=token)
         found, token = found + list(page), page.token

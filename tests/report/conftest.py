@@ -191,7 +191,12 @@ def make_comparison() -> Callable[..., Path]:
             name = f"{facts['variant'] or facts['role']}-{found['sparsity']}-{found['seed']}"
             planned.append(name)
             write_run(folder / f"{names.getrandbits(64):x}", name, found, selector, efficiency_weight=0.5)
-            facts |= {"name": name, "status": "done", "command": f"lightning fit --run.name '{name}'"}
+            facts |= {
+                "name": name,
+                "seed": found["seed"],
+                "status": "done",
+                "command": f"lightning fit --run.name '{name}'",
+            }
             (folder / "points" / f"{name}.json").write_text(json.dumps(facts))
 
         for seed in range(seeds):
