@@ -1,9 +1,8 @@
 """The configurations and sweeps that come with the package, by names such as ``lte:quickstart``."""
 
-import difflib
 from pathlib import Path
 
-from lte_lightning.errors import UserError
+from lte_lightning.errors import UserError, meant
 
 SCHEME = "lte:"
 _PACKAGE = Path(__file__).parent
@@ -38,12 +37,9 @@ def resolve(word: str, kind: str = CONFIGS) -> str:
     known = names(kind)
     if name not in known:
         # The last part of a name says most: lte:minilm-sst2 for lte:glue/minilm-sst2
-        near = [one for one in known if one.rsplit("/", 1)[-1] == name] or difflib.get_close_matches(name, known, n=1)
-        raise UserError(
-            f"there is no {SCHEME}{name} in {folder(kind)}"
-            + (f"; did you mean {SCHEME}{near[0]}?" if near else "")
-            + " (`lte configs` lists them)"
-        )
+        same = [each for each in known if each.rsplit("/", 1)[-1] == name]
+        near = meant(same[0] if same else name, known, f"; did you mean {SCHEME}{{}}?")
+        raise UserError(f"there is no {SCHEME}{name} in {folder(kind)}{near} (`lte configs` lists them)")
     return str(folder(kind) / f"{name}.yaml")
 
 

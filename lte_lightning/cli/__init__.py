@@ -22,6 +22,7 @@ COMMANDS = {
     "report": ("lte_lightning.cli.report", "draw a page of what sweeps and runs found"),
     "bench": ("lte_lightning.bench", "time FFNs and models with experts skipped, against dense"),
     "cost": ("lte_lightning.cli.cost", "FLOPs, bytes and speed-up bound of a model at a sparsity"),
+    "init": ("lte_lightning.cli.init", "write a configuration for your own data, after looking at them"),
     "configs": ("lte_lightning.cli.configs", "list the configurations and sweeps that come with the package"),
     "push": ("lte_lightning.cli.push", "upload a saved model and its card to the Hugging Face hub"),
     "harness": ("lte_lightning.cli.harness", "evaluate a saved model on tasks of the lm-evaluation-harness"),

@@ -1,27 +1,29 @@
 """``lte configs``: the configurations and sweeps that come with the package."""
 
-import argparse
 import textwrap
 from pathlib import Path
 
 import yaml
 
+from lte_lightning.options import call
 from lte_lightning.shipped import CONFIGS, SCHEME, SWEEPS, folder, names, resolve
 
 
 def main(args: list[str]) -> None:
-    """Lists the names with what their files say first, or prints one file.
+    """Runs the command; its only word may be a name.
 
     Raises:
         UserError: There is none of that name.
     """
-    parser = argparse.ArgumentParser(
-        prog="lte configs",
-        description="List the configurations (for --config) and sweeps (for lte sweep) that come with the package.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("name", nargs="?", help=f"print this configuration, {SCHEME}quickstart for example")
-    name = parser.parse_args(args).name
+    call(configs, "lte configs", ["--name", *args] if args and not args[0].startswith("-") else args)
+
+
+def configs(name: str | None = None) -> None:
+    """Lists the configurations (for --config) and sweeps (for lte sweep) that come with the package.
+
+    Args:
+        name: Print this configuration instead, lte:quickstart for example.
+    """
     if name:
         return print(Path(resolve(name if name.startswith(SCHEME) else SCHEME + name)).read_text(), end="")
     for kind, title in ((CONFIGS, "lightning fit --config NAME"), (SWEEPS, "lte sweep NAME")):

@@ -85,6 +85,9 @@ def test_an_installed_wheel_runs_its_configurations_in_an_empty_folder(installed
     # This one names files beside it, in folders of their own.
     fit, _ = installed("fit", "--config", "lte:glue/minilm-sst2", *own, "--model.lte.expert_size", "8", *once)
     assert fit.returncode == 0, fit.stderr
+    (reviews,) = tiny.task("sst2").glob("train.*")
+    begun, _ = installed("init", "new", "--data", str(reviews), "--model", str(tiny.model))
+    assert begun.returncode == 0, begun.stderr
     sweep, _ = installed("sweep", "lte:smoke", "--dry-run")
     assert sweep.returncode == 0, sweep.stderr
     assert f"{target}/lte_lightning/experiments/conf/quickstart.yaml" in sweep.stdout

@@ -1,0 +1,48 @@
+"""``lte init``: a configuration for one's own data, after looking at them."""
+
+from pathlib import Path
+from typing import Literal
+
+from lte_lightning.options import call
+
+
+def main(args: list[str]) -> None:
+    """Runs the command; its first word may be the folder.
+
+    Raises:
+        UserError: If the data or the model cannot be used.
+    """
+    call(init, "lte init", ["--folder", *args] if args and not args[0].startswith("-") else args)
+
+
+def init(
+    folder: str,
+    data: str,
+    model: str | None = None,
+    task: Literal["auto", "classification", "chat", "text"] = "auto",
+    text: str | None = None,
+    label: str | None = None,
+) -> None:
+    """Writes config.yaml for your data into a folder, commented and ready for `lightning fit`.
+
+    It looks at the data's columns, classes and lengths and at the model's sizes, and fails where a fit would.
+
+    Args:
+        folder: Where to; made if it is not there. A config.yaml is never overwritten.
+        data: File, folder or hub id. Files are csv, tsv, jsonl, json or parquet, and txt or md of running text.
+        model: Folder or hub id. By default MiniLM for classification, else SmolLM2-135M.
+        task: What to train: a classifier, answers to prompts, or a language model. By default by the columns.
+        text: Column of the text to classify, or of running text. By default the one with the longest texts.
+        label: Column of the classes. By default one with a name such as label or stars, or with few values.
+    """
+    from lte_lightning.cli.look import look
+    from lte_lightning.errors import UserError
+
+    file = Path(folder) / "config.yaml"
+    if file.exists():
+        raise UserError(f"{file} is there already; choose another folder, or remove it")
+    found = look(data, model, task, text, label)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(found)
+    print(found, end="")
+    print(f"\nlightning fit --config {file}")
