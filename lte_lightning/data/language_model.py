@@ -6,16 +6,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from datasets import Dataset, Value, concatenate_datasets
 from torch.utils.data import DataLoader
-from torch.utils.data import Dataset as TorchDataset
 
-from lte_lightning.core.model.head import IGNORED
+from lte_lightning.data.blocks import CollateBlocks, PackedBlocks
 from lte_lightning.data.checks import require_columns, require_text
 from lte_lightning.data.files import FORMATS, TABLES, find_files, find_split, read_split, suffix_of
 from lte_lightning.data.packaged import DataError
-from lte_lightning.data.padding import pad_prompts
 from lte_lightning.data.streaming import Mark, StreamingData
 from lte_lightning.data.text import BucketBatchSampler, fingerprint
 
@@ -206,7 +203,7 @@ class LanguageModelData(StreamingData):
             found["words"].append(np.concatenate([np.zeros(int(start), dtype=np.int8), words]))
         return found
 
-    def collate(self) -> "CollateBlocks":
+    def collate(self) -> CollateBlocks:
         """Pads the one block that is shorter."""
         return CollateBlocks(self.tokenizer.pad_token_id)
 
@@ -233,70 +230,3 @@ def count_words(text: str, offsets: list[tuple[int, int]]) -> np.ndarray:
     ends_T = np.array([end for _, end in offsets], dtype=np.int64).reshape(-1)
     begun_T = np.maximum.accumulate(np.searchsorted(starts, ends_T)) if len(ends_T) else ends_T
     return np.diff(begun_T, prepend=0).astype(np.int8)
-
-
-class PackedBlocks(TorchDataset):
-    """Blocks of a stream of tokens, each of which begins with the last token of the one before.
-
-    Args:
-        rows: With columns `ids` and `words`, lists of each row's tokens and of the words that begin in them.
-        size: Tokens per block.
-        end: The token behind the last row.
-    """
-
-    def __init__(self, rows: Dataset, size: int, end: int) -> None:
-        self.size = size
-        # Views of the file that `datasets` has mapped into memory: nothing is read before it is needed.
-        self._ids, self._words = (_flat(rows, name) for name in ("ids", "words"))
-        self._ids.append(np.array([end], dtype=np.int32))
-        self._words.append(np.array([0], dtype=np.int8))
-        self._starts = np.cumsum([0, *map(len, self._ids)])
-        self.tokens = int(self._starts[-1])
-
-    def __len__(self) -> int:
-        return -(-(self.tokens - 1) // (self.size - 1))
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Tokens of every block."""
-        lengths = np.full(len(self), self.size)
-        lengths[-1] = self.tokens - (len(self) - 1) * (self.size - 1)
-        return lengths
-
-    def __getitem__(self, block: int) -> dict[str, Any]:
-        """Returns a block's tokens, and the number of words that begin in all but the first of them."""
-        first = block * (self.size - 1)
-        last = min(first + self.size, self.tokens)
-        words = self._cut(self._words, first + 1, last).sum(dtype=np.int64)
-        return {"input_ids": self._cut(self._ids, first, last), "words": int(words)}
-
-    def _cut(self, parts: list[np.ndarray], first: int, last: int) -> np.ndarray:
-        index = int(np.searchsorted(self._starts, first, side="right")) - 1
-        found = []
-        while first < last:
-            part = parts[index][first - self._starts[index] : last - self._starts[index]]
-            found.append(part)
-            first, index = first + len(part), index + 1
-        return np.concatenate(found)
-
-
-def _flat(rows: Dataset, name: str) -> list[np.ndarray]:
-    # `flatten`, not `values`: a chunk may be a slice of a longer list
-    return [chunk.flatten().to_numpy(zero_copy_only=True) for chunk in rows.data.column(name).chunks]
-
-
-class CollateBlocks:
-    """Makes a batch of blocks: every token is predicted from those before it.
-
-    Args:
-        pad_id: The pad token.
-    """
-
-    def __init__(self, pad_id: int) -> None:
-        self.pad_id = pad_id
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Returns input_ids, attention_mask and labels [B, T], and words [B]."""
-        batch = pad_prompts([row["input_ids"].tolist() for row in rows], self.pad_id, "right")
-        labels_BT = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED)
-        return batch | {"labels": labels_BT, "words": torch.tensor([row["words"] for row in rows])}
