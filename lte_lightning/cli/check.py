@@ -28,6 +28,7 @@ class _Check(LteCLI):
         try:
             with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
                 super().parse_arguments(parser, words)
+                self.before_instantiate_classes()
                 parser.instantiate_classes(self.config)
         except SystemExit:
             lines = [line for line in said.getvalue().splitlines() if not line.startswith("see ")]

@@ -1,11 +1,15 @@
 """What is said of an option that is wrong: the cause and the nearest name, not the whole usage."""
 
+import contextlib
 import inspect
+import io
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import Any
 
+from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import LightningArgumentParser
 
@@ -20,7 +24,33 @@ load_all("lte_lightning.tasks", "lte_lightning.data")  # jsonargparse knows the 
 
 
 class LteParser(ShortErrors, LightningArgumentParser):
-    """Lightning's parser with shorter errors, which knows the configurations that come with the package."""
+    """Lightning's parser with shorter errors, which knows the configurations that come with the package.
+
+    It can tell what was given from what follows from it.
+
+    Attributes:
+        before_links: What was read last, with defaults, before links replaced anything.
+    """
+
+    before_links = Namespace()
+
+    def _parse_common(self, cfg: Namespace, **how: Any) -> Namespace:
+        # jsonargparse offers no other way to what links replace. Files, classes and commands are read by other calls
+        if "subcommand" not in cfg and not how.keys() & {"skip_required", "fail_no_subcommand"}:
+            LteParser.before_links = cfg.clone()
+        return super()._parse_common(cfg, **how)
+
+    def in_files(self, words: Sequence[str]) -> Namespace:
+        """Returns what the configurations of a command line say themselves, without defaults."""
+        files = [word for flag, word in pairwise(words) if flag in ("-c", "--config")]
+        files += [word.partition("=")[2] for word in words if word.startswith("--config=")]
+        command = [word for word in words[:1] if not word.startswith("-")]
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):
+                self.parse_args([*command, *(f"--config={file}" for file in files)], defaults=False)
+        except SystemExit:  # files that are whole only together with the rest
+            pass
+        return LteParser.before_links
 
     def parse_args(self, args: list[str] | None = None, *more: Any, **options: Any) -> Any:
         """Parses; ``--config lte:NAME`` is a file of the package."""

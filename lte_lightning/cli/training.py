@@ -24,6 +24,7 @@ from lte_lightning.callbacks import (
 )
 from lte_lightning.cli import refuse
 from lte_lightning.cli.parser import LteParser
+from lte_lightning.cli.unused import Given, check_given
 from lte_lightning.errors import UserError
 from lte_lightning.recording.loggers import mlflow_of
 from lte_lightning.recording.recorder import Recorder
@@ -66,6 +67,9 @@ class LteCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses, imports a selector named by its class path, and refuses a checkpoint that is missing or damaged."""
         super().parse_arguments(parser, args)
+        self._words = [*(sys.argv[1:] if args is None else args)]
+        self._given = LteParser.before_links
+        self._in_files = parser.in_files(self._words)
         config = self.config[self.config.subcommand] if "subcommand" in self.config else self.config
         if isinstance(name := config.get("model.init_args.lte.selector"), str):
             import_selector(name)
@@ -73,6 +77,11 @@ class LteCLI(LightningCLI):
         if path and not is_zipfile(path):
             what = "a folder" if Path(path).is_dir() else "damaged" if Path(path).exists() else "missing"
             raise UserError(f"{path} is {what}; --ckpt_path needs a checkpoint, such as RUN/checkpoints/last.ckpt")
+
+    def before_instantiate_classes(self) -> None:
+        """Names the options that have no effect, and refuses what a checkpoint or a link would replace."""
+        config = self.config[self.config.subcommand] if "subcommand" in self.config else self.config
+        check_given(Given(self._given, self._in_files, self._words), config, self.config.get("subcommand"))
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Finds the run's place, and makes its MLflow logger unless the configuration names a logger or none."""
