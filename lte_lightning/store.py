@@ -1,4 +1,4 @@
-"""What is stored whole or not at all: JSON files, and MLflow's embedded database.
+"""What is stored whole or not at all: files, and MLflow's embedded database.
 
 MLflow itself makes that as if nobody else did, and as if it were never interrupted.
 """
@@ -9,21 +9,70 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from lte_lightning.errors import UserError
 
 RUN_LAYOUT = 1  # of a run folder, in its run.json: what reads one refuses another
 
 
+@contextmanager
+def whole_file(path: Path, mode: str = "w", **how: Any) -> Iterator[IO[Any]]:
+    """Opens a file to be written, which takes its name only once all of it is on the disk.
+
+    It is written beside its target, since a rename is whole within one file system alone. Whatever happens, a file of
+    that name that was there before stays until then.
+
+    Args:
+        path: The file; what is left of it where the process is killed is ``<name>.tmp``.
+        mode: ``w`` or ``wb``.
+        **how: Passed to ``open``.
+
+    Raises:
+        UserError: If it cannot be written, on a full disk for one.
+    """
+    path = Path(os.path.realpath(path))  # what a link points to, not the link
+    if mode == "w":
+        how = {"encoding": "utf-8"} | how
+    if path.exists() and not path.is_file():  # /dev/stdout
+        with path.open(mode, **how) as file:
+            yield file
+        return
+    staging = path.with_name(f"{path.name}.tmp")
+    try:
+        with staging.open(mode, **how) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())  # or after a power cut the new name may be of an empty file
+        staging.replace(path)
+        _sync_folder(path.parent)
+    except BaseException as error:
+        staging.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            before = "; the file before it is kept" if path.exists() else ""
+            raise UserError(f"cannot write {path}: {error.strerror or error}{before}") from error
+        raise
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "nt":  # folders cannot be opened there
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)  # the new name, too
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file that is there whole or not at all."""
+    with whole_file(path) as file:
+        file.write(text)
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Writes a JSON file that is there whole or not at all."""
-    staging = path.with_name(f"{path.name}.tmp")
-    with staging.open("w") as file:
-        file.write(json.dumps(content, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())  # or after a power cut the new name may be of an empty file
-    staging.replace(path)
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def read_run_file(run: Path) -> dict[str, Any]:

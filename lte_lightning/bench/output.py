@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from lte_lightning.bench.measure import COLUMNS, Figure
+from lte_lightning.store import whole_file
 
 
 def say_where(device: torch.device, cores: Sequence[int]) -> None:
@@ -64,7 +65,7 @@ def quartiles(times: list[float]) -> tuple[float, float]:
 
 def write_table(figures: list[Figure], path: Path) -> None:
     """Writes one row per figure."""
-    with path.open("w", newline="") as file:
+    with whole_file(path, newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(map(as_row, figures))

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from lte_lightning.bench.measure import Figure
 from lte_lightning.bench.output import counted
+from lte_lightning.store import whole_file
 
 COLUMNS = 4  # panels side by side; more are not legible
 
@@ -35,4 +36,5 @@ def draw(figures: list[Figure], path: Path) -> None:
         axes.legend(fontsize="small")
     for axes in all_axes[::columns]:
         axes.set_ylabel("times as fast as dense")
-    picture.savefig(path, dpi=120)
+    with whole_file(path, "wb") as file:
+        picture.savefig(file, dpi=120, format=path.suffix.lstrip(".") or "png")

@@ -4,14 +4,54 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lte_lightning.results import better
+from lte_lightning.store import whole_file
+
+
+class WholeCheckpointIO(TorchCheckpointIO):
+    """Writes checkpoints beside their target, flushed and renamed: the one before survives a kill and a full disk.
+
+    Lightning's own are written in the system's temporary folder and copied from there. Addresses of object stores
+    (``s3://...``), which have no rename, are left to it.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Writes a checkpoint.
+
+        Raises:
+            UserError: If it cannot be written; the file of that name is as it was.
+        """
+        if "://" in str(path) or storage_options is not None:
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(path, "wb") as file:
+            try:
+                torch.save(checkpoint, file)
+            except RuntimeError as error:  # torch's writer cannot end its file where the disk is full
+                if isinstance(error.__context__, OSError):
+                    raise error.__context__ from error
+                raise
+
+
+def write_checkpoints_whole(trainer: Trainer) -> None:
+    """Lets a trainer write all checkpoints so, unless its user or strategy has another way."""
+    if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+        trainer.strategy.checkpoint_io = WholeCheckpointIO()
 
 
 class _Movable(ModelCheckpoint):
     """Knows its files again where a run folder was moved or copied to."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Sees to it that its files are written whole."""
+        write_checkpoints_whole(trainer)
+        super().setup(trainer, pl_module, stage)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes the paths of the folder that is resumed for those that the checkpoint was written with."""

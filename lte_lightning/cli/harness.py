@@ -5,6 +5,7 @@ from pathlib import Path
 
 from lte_lightning.errors import UserError
 from lte_lightning.options import call
+from lte_lightning.store import write_text
 
 
 def main(args: list[str]) -> None:
@@ -54,4 +55,4 @@ def harness(
     text = json.dumps(results, indent=2, default=str)
     print(text)
     if out:
-        out.write_text(text + "\n")
+        write_text(out, text + "\n")

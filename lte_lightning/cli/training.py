@@ -29,6 +29,7 @@ from lte_lightning.errors import UserError
 from lte_lightning.recording.loggers import mlflow_of
 from lte_lightning.recording.recorder import Recorder
 from lte_lightning.selection import import_selector
+from lte_lightning.store import write_text
 from lte_lightning.tasks.base import LteModule
 
 
@@ -46,7 +47,7 @@ class SaveConfig(SaveConfigCallback):
             return
         name = "config.yaml" if stage == "fit" else f"config-{TrainerFn(stage).value}.yaml"
         if stage != "fit" or not (recorder.folder / name).exists():
-            (recorder.folder / name).write_text(text)
+            write_text(recorder.folder / name, text)
         if logger := mlflow_of(trainer):
             logger.experiment.log_text(logger.run_id, text, name)
 

@@ -80,7 +80,9 @@ def check_given(given: Given, config: Namespace, command: str | None) -> None:
         UserError: If another value than the given one is used, and that makes a difference.
     """
     fits, options = command in (None, "fit"), given.options(config)
-    replaced = {key: value for key, value in options.items() if _differs(value, _used(config, key))}
+    # Links replace values, and checkpoints those of the model
+    own = [key for key in options if key in LINKED or (config.get("ckpt_path") and key.startswith("model."))]
+    replaced = {key: options[key] for key in own if _differs(options[key], _used(config, key))}
     for key, value in replaced.items():
         if fits or key not in TRAINING:
             _refuse(key, value, config)
@@ -163,6 +165,7 @@ def _used(config: Namespace, key: str) -> Any:
 
 def _differs(given: Any, used: Any) -> bool:
     # What an interpolation refers to is what is used; a path or an enumeration is written as a text
+    used = used.as_dict() if isinstance(used, Namespace) else used
     return not (isinstance(given, str) and "${" in given) and given != used and str(given) != str(used)
 
 

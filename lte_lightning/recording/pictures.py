@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
+from lte_lightning.store import whole_file
+
 
 def draw_sparsity(sparsity_per_layer: Sequence[float], path: Path) -> None:
     """Draws each layer's sparsity as a bar."""
@@ -17,7 +19,8 @@ def draw_sparsity(sparsity_per_layer: Sequence[float], path: Path) -> None:
         axes.bar_label(bars, fmt="%.0f", fontsize=8)
     axes.set(xlabel="layer", ylabel="FFN neurons not run (%)", ylim=(0, 105), title="Sparsity per layer")
     axes.set_xticks(layers, [str(i) for i in layers] if len(sparsity_per_layer) <= 32 else None)
-    figure.savefig(path, dpi=150)
+    with whole_file(path, "wb") as file:
+        figure.savefig(file, dpi=150, format="png")
 
 
 def draw_scores(histogram: Sequence[Sequence[int]], threshold: float, path: Path) -> None:
@@ -36,4 +39,5 @@ def draw_scores(histogram: Sequence[Sequence[int]], threshold: float, path: Path
     axes.axvline(threshold, color="white", linestyle="--", linewidth=1)
     axes.set(xlabel="router score (dashed: threshold)", ylabel="layer", title="Scores per layer")
     figure.colorbar(image, label="log10 share of scores")
-    figure.savefig(path, dpi=150)
+    with whole_file(path, "wb") as file:
+        figure.savefig(file, dpi=150, format="png")

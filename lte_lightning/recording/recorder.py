@@ -19,7 +19,7 @@ from lightning.pytorch.loggers import Logger, MLFlowLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from rich.table import Table
 
-from lte_lightning.callbacks.checkpoints import BestCheckpoint
+from lte_lightning.callbacks.checkpoints import BestCheckpoint, write_checkpoints_whole
 from lte_lightning.core.model.folder import CONFIG_FILE
 from lte_lightning.core.model.saving import save_pretrained
 from lte_lightning.errors import UserError
@@ -37,6 +37,7 @@ from lte_lightning.store import (
     shown,
     whole,
     write_json,
+    write_text,
 )
 
 RUN_FILE = "run.json"
@@ -152,6 +153,7 @@ class Recorder(Callback):
         if trainer.fast_dev_run:
             self.folder = None
             return
+        write_checkpoints_whole(trainer)
         if self.floor and (task := getattr(trainer.datamodule, "task", None)) != self.floor.task:
             raise UserError(f"run.floor_from is a floor of {self.floor.task!r}, this run is on {task!r}")
         logger = mlflow_of(trainer)
@@ -281,8 +283,9 @@ class Recorder(Callback):
     def _write_rows(self, trainer: Trainer, name: str, rows: list[dict[str, Any]], how: str = "w") -> None:
         if self.folder is None or not rows:
             return
-        with (self.folder / name).open(how) as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        before = (self.folder / name).read_text("utf-8") if how == "a" and (self.folder / name).exists() else ""
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        write_text(self.folder / name, before + "".join(lines))
         if logger := mlflow_of(trainer):
             logger.experiment.log_artifact(logger.run_id, str(self.folder / name))
 

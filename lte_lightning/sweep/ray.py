@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from lte_lightning.errors import UserError
+from lte_lightning.network import reach
 from lte_lightning.sweep.local import PROGRAM, environment
-from lte_lightning.sweep.network import reach
 
 # The variables that a fit gets from where the sweep was started
 SHIPPED = ("OMP_NUM_THREADS", "PYTHONUNBUFFERED", "PYTHONPATH", "HF_", "MLFLOW_", "TOKENIZERS_PARALLELISM")

@@ -11,7 +11,7 @@ from typing import Any
 
 from lte_lightning.errors import UserError
 from lte_lightning.results import Results
-from lte_lightning.store import reason, shown
+from lte_lightning.store import reason, shown, write_text
 from lte_lightning.sweep.folder import SweepFolder
 from lte_lightning.sweep.points import Point, Sweep
 
@@ -217,7 +217,7 @@ class Trials:
                 *(f"{value:.4f}" for value in trial.values),
             ]
             lines.append(f"| {' | '.join(cells)} |")
-        path.write_text("\n".join(lines) + "\n")
+        write_text(path, "\n".join(lines) + "\n")
         return path
 
 

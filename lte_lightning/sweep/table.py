@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lte_lightning.results import FILE, read_results
+from lte_lightning.store import whole_file, write_text
 from lte_lightning.sweep.folder import SweepFolder
 from lte_lightning.sweep.points import NEUTRAL, Point
 
@@ -59,11 +60,11 @@ def write_tables(folder: SweepFolder, points: Sequence[Point]) -> list[Path]:
         rows.append(row)
     names = ["name", "role", "variant", *keys, "seed", "status", "task", "metric", *VALUES, "seconds", "run"]
     files = [folder.path / "table.csv", folder.path / "table.md"]
-    with files[0].open("w", newline="") as file:
+    with whole_file(files[0], newline="") as file:
         writer = csv.DictWriter(file, names, restval="")
         writer.writeheader()
         writer.writerows(rows)
-    files[1].write_text(_markdown([row | {"label": labels[row["name"]]} for row in rows], keys))
+    write_text(files[1], _markdown([row | {"label": labels[row["name"]]} for row in rows], keys))
     return files
 
 

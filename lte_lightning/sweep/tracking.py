@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lte_lightning.errors import UserError
+from lte_lightning.network import ask
 from lte_lightning.results import FILE, Results, read_results
 from lte_lightning.store import (
     first_contact,
@@ -21,7 +22,6 @@ from lte_lightning.store import (
     write_json,
 )
 from lte_lightning.sweep.folder import SweepFolder
-from lte_lightning.sweep.network import ask
 from lte_lightning.sweep.points import Point
 
 PLAN = "plan.json"  # of the parent run: its points, whole, for who reads about those that were not finished

@@ -401,7 +401,7 @@ def test_an_mlflow_server_that_is_not_there(sweep_file, sweep, tmp_path, monkeyp
 @pytest.mark.parametrize("says", ["nothing", "nonsense"])
 def test_who_listens_but_is_no_mlflow_server(says, sweep_file, sweep, tmp_path, monkeypatch):
     """MLflow itself would try for many minutes."""
-    monkeypatch.setattr("lte_lightning.sweep.network.PATIENCE", 0.5)
+    monkeypatch.setattr("lte_lightning.network.PATIENCE", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as other:
         if says == "nonsense":
 
