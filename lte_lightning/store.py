@@ -6,10 +6,12 @@ MLflow itself makes that as if nobody else did, and as if it were never interrup
 import json
 import os
 import re
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+from urllib.parse import urlsplit
 
 from lte_lightning.errors import UserError
 
@@ -75,6 +77,26 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
+def find_run(origin: str) -> Path | None:
+    """Returns the run's folder that a file or folder lies in, if it lies in one."""
+    return next((parent for parent in Path(origin).absolute().parents if (parent / "run.json").exists()), None)
+
+
+def require_writable(folder: Path) -> None:
+    """Makes a folder of runs, and checks that it can be written to.
+
+    Raises:
+        UserError: If not.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe-{uuid.uuid4().hex}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"cannot write runs to {folder}: {error}; choose another folder with run.root") from error
+
+
 def read_run_file(run: Path) -> dict[str, Any]:
     """Returns a run's ``run.json``.
 
@@ -84,7 +106,10 @@ def read_run_file(run: Path) -> dict[str, Any]:
     try:
         about = json.loads((run / "run.json").read_text())
         layout = about.get("layout", RUN_LAYOUT)  # one that names none was written before there were any
-    except (ValueError, AttributeError) as error:
+        texts = [about.get(key) for key in ("experiment", "run_id", "tracking_uri", "name")]
+        if not all(text is None or isinstance(text, str) for text in texts):
+            raise ValueError("a name in it is no text")
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{run / 'run.json'} is damaged: {error!r}; leave this run out") from error
     if layout != RUN_LAYOUT:
         raise UserError(
@@ -121,6 +146,43 @@ def whole(address: str) -> str:
             "or record nothing with --trainer.logger false"
         )
     return address
+
+
+def named_by_file(uri: str | None, own: str, where: Path) -> str:
+    """Returns the address of the store that a file names, with what the user's own address says of the same one.
+
+    Files may come from anybody. A server that one names gets no credentials of the environment, unless it is the host
+    that the user names.
+
+    Args:
+        uri: What the file says.
+        own: The store that the user names.
+        where: The file.
+
+    Raises:
+        UserError: If it would get credentials, or was kept without its password.
+    """
+    if not uri or uri == shown(own):
+        return own
+    if not re.match(r"(sqlite|file):|[./]", uri) and _host(uri) != _host(own) and (found := _credentials()):
+        raise UserError(
+            f"{where} names MLflow's store {shown(uri)}, which would be sent {found}; if you trust it, name it "
+            "yourself by MLFLOW_TRACKING_URI, otherwise record nothing with --trainer.logger false"
+        )
+    return whole(uri)
+
+
+def _host(address: str) -> tuple[str, str | None, int | None]:
+    parts = urlsplit(address)
+    return parts.scheme, parts.hostname, parts.port
+
+
+def _credentials() -> str | None:
+    """Returns which credentials of the environment a store's client would use, whatever its address."""
+    names = ("USERNAME", "PASSWORD", "TOKEN", "AUTH", "AWS_SIGV4", "CLIENT_CERT_PATH")
+    found = [name for name in (*(f"MLFLOW_TRACKING_{name}" for name in names), "PGPASSWORD") if os.environ.get(name)]
+    file = Path.home() / ".mlflow" / "credentials"
+    return next(iter([*found, *([str(file)] if file.exists() else [])]), None)
 
 
 def reason(error: BaseException) -> str:

@@ -18,6 +18,7 @@ COMMANDS = {
     "validate": (TRAINING, "measure a model on the validation rows, as a fit does"),
     "test": (TRAINING, "measure a routed model: metric, sparsity, cost per token"),
     "predict": (TRAINING, "write a model's predictions, one row per example"),
+    "sync": ("lte_lightning.cli.sync", "send to MLflow what it did not take while fits ran"),
     "sweep": ("lte_lightning.cli.sweep", "run many fits: a grid, a list or a search, over several seeds"),
     "report": ("lte_lightning.cli.report", "draw a page of what sweeps and runs found"),
     "bench": ("lte_lightning.bench", "time FFNs and models with experts skipped, against dense"),

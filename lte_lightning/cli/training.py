@@ -26,7 +26,7 @@ from lte_lightning.cli import refuse
 from lte_lightning.cli.parser import LteParser
 from lte_lightning.cli.unused import Given, check_given
 from lte_lightning.errors import UserError
-from lte_lightning.recording.loggers import mlflow_of
+from lte_lightning.recording.loggers import send_files
 from lte_lightning.recording.recorder import Recorder
 from lte_lightning.selection import import_selector
 from lte_lightning.store import write_text
@@ -48,8 +48,7 @@ class SaveConfig(SaveConfigCallback):
         name = "config.yaml" if stage == "fit" else f"config-{TrainerFn(stage).value}.yaml"
         if stage != "fit" or not (recorder.folder / name).exists():
             write_text(recorder.folder / name, text)
-        if logger := mlflow_of(trainer):
-            logger.experiment.log_text(logger.run_id, text, name)
+        send_files(trainer, recorder.folder / name)
 
 
 class LteCLI(LightningCLI):

@@ -1,25 +1,162 @@
-"""A run's logger in MLflow."""
+"""A run's logger in MLflow, which a fit does not depend on."""
 
+import os
+import re
+import time
+from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from lightning.fabric.utilities.logger import _convert_params, _flatten_dict
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import MLFlowLogger
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.loggers import Logger, MLFlowLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
+
+from lte_lightning.errors import UserError
+from lte_lightning.network import AwayError
+from lte_lightning.recording.unsent import failures, keep, note_run, now, open_run, send, send_all
+from lte_lightning.store import reason, shown
+
+PAUSE = 60.0  # seconds before a store that failed is tried again, or ten times as long as it took to fail
+STATUS = {"success": "FINISHED", "finished": "FINISHED", "failed": "FAILED"}
 
 
-class RunLogger(MLFlowLogger):
-    """MLflow's logger, for which a run's parameters are those that it began with, as MLflow allows no others.
+class RunLogger(Logger):
+    """Sends what is recorded to MLflow; while its store cannot be used, keeps it in the run's folder.
 
-    An evaluation may well have other options than the fit whose run it continues: another batch, type or folder.
+    That store is tried again from time to time, and at the run's end. What still waits then is sent when the run is
+    resumed, or by ``lte sync RUN``. A run's parameters are those that it began with, as MLflow allows no others: an
+    evaluation may well have other options than the fit whose run it continues.
+
+    Args:
+        uri: MLflow's store.
+        run_id: The run to go on with.
+        **origin: ``experiment``, ``name``, ``location`` of artifacts, ``tags`` and ``root`` of a new run.
+
+    Raises:
+        UserError: If the address or the password is wrong.
     """
 
+    def __init__(self, uri: str, run_id: str | None = None, **origin: Any) -> None:
+        super().__init__()
+        self.uri, self.run_id, self.origin = uri, run_id, origin
+        self.folder: Path | None = None
+        self.client: Any = None
+        self._early: list[dict[str, Any]] = []  # until there is a folder
+        self._warned = self._behind = False
+        self._again = 0.0
+        if rank_zero_only.rank != 0:
+            return
+        if uri.startswith("http"):  # by default MLflow tries for minutes, whatever it is asked
+            os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+            os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+        began = time.monotonic()
+        try:
+            self.client, self.run_id = open_run(uri, run_id, origin)
+        except failures() as error:
+            if isinstance(error, UserError) and not isinstance(error, AwayError):
+                raise
+            self._lose(error, began)
+
+    def attach(self, folder: Path) -> None:
+        """Names the run's folder; what waits there is sent."""
+        self.folder, self._behind = folder, True
+        if rank_zero_only.rank == 0:
+            self.tell()
+
+    def tell(self, **entry: Any) -> None:
+        """Sends an entry (see `send`), or keeps it."""
+        if rank_zero_only.rank != 0:
+            return
+        began, entries = time.monotonic(), [{"time": now()} | entry] if entry else []
+        if self.client is None and began < self._again:
+            self._keep(entries)
+            return
+        try:
+            if self.client is None:
+                self.client, self.run_id = open_run(self.uri, self.run_id, self.origin)
+            if self._behind and self.folder is not None:
+                self._keep([])
+                note_run(self.folder, self.run_id, self.uri)
+                send_all(self.client, self.run_id, self.folder)
+                self._behind = False
+            for one in entries:
+                send(self.client, self.run_id, self.folder, one)
+        except failures() as error:
+            self._lose(error, began)
+            self._keep(entries)
+
+    def _keep(self, entries: list[dict[str, Any]]) -> None:
+        self._early += entries
+        if self.folder is not None and self._early:
+            begin = [] if self.run_id else [{"begin": {"tags": self.origin.get("tags")}}]
+            keep(self.folder, begin + self._early)
+            self._early = []
+
+    def _lose(self, error: Exception, began: float) -> None:
+        self.client, self._behind = None, True
+        lost = time.monotonic()
+        self._again = lost + max(PAUSE, 10 * (lost - began))
+        if not self._warned:
+            self._warned = True
+            rank_zero_warn(
+                f"MLflow's store {shown(self.uri)} cannot be used: {reason(error)}. The run goes on without it, and "
+                "keeps what it records in its folder; that is sent when the store is back, or by lte sync RUN"
+            )
+
+    def forget(self) -> None:
+        """Removes the run from MLflow."""
+        if self.client is not None:
+            self.client.delete_run(self.run_id)
+        self._early = []
+
+    # What Lightning asks of a logger
+
+    @property
+    def name(self) -> str:
+        """The experiment's name."""
+        return self.origin["experiment"]
+
+    @property
+    def version(self) -> str | None:
+        """The run's id."""
+        return self.run_id
+
+    @property
+    def experiment(self) -> Any:
+        """MLflow's client, None while the store cannot be used."""
+        return self.client
+
     @rank_zero_only
-    def log_hyperparams(self, params: Any) -> None:
-        """Logs the parameters of a run that has none yet."""
-        if not self.experiment.get_run(self.run_id).data.params:
-            super().log_hyperparams(params)
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Sends metrics, under names that MLflow takes."""
+        names = {re.sub("[^a-zA-Z0-9_/. -]+", "", key): float(value) for key, value in metrics.items()}
+        self.tell(metrics=names, step=step or 0)
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *_: Any, **__: Any) -> None:
+        """Sends the parameters of a run that has none yet."""
+        flat = _flatten_dict(_convert_params(params))
+        self.tell(params={key: str(value)[:250] for key, value in flat.items()})
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Ends the run; a store that could not be used is tried once more."""
+        self._again = 0.0
+        self.tell(status=STATUS.get(status, status))
 
 
-def mlflow_of(trainer: Trainer) -> MLFlowLogger | None:
-    """Returns the trainer's MLflow logger, if it has one."""
-    return next((logger for logger in trainer.loggers if isinstance(logger, MLFlowLogger)), None)
+def mlflow_of(trainer: Trainer) -> RunLogger | MLFlowLogger | None:
+    """Returns the trainer's MLflow logger, if it has one: ours, or one that its user named."""
+    return next((logger for logger in trainer.loggers if isinstance(logger, RunLogger | MLFlowLogger)), None)
+
+
+def send_files(trainer: Trainer, *files: Path, to: str | None = None) -> None:
+    """Adds files of the run's folder to its run in MLflow, if it has one."""
+    logger = mlflow_of(trainer)
+    for file in files:
+        if isinstance(logger, RunLogger):
+            logger.tell(file=str(file.relative_to(logger.folder)), to=to)
+        elif logger is not None:
+            logger.experiment.log_artifact(logger.run_id, str(file), to)

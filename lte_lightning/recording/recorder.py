@@ -24,16 +24,18 @@ from lte_lightning.core.model.folder import CONFIG_FILE
 from lte_lightning.core.model.saving import save_pretrained
 from lte_lightning.errors import UserError
 from lte_lightning.recording.latency import measure_latency
-from lte_lightning.recording.loggers import RunLogger, mlflow_of
+from lte_lightning.recording.loggers import RunLogger, mlflow_of, send_files
 from lte_lightning.recording.memory import expected_memory
 from lte_lightning.recording.pictures import draw_scores, draw_sparsity
 from lte_lightning.recording.tables import facts_for_card, make_results, read_floor, results_table, show, test_table
 from lte_lightning.results import FILE, PROGRESS, Evaluation, Place, read_results
 from lte_lightning.store import (
     RUN_LAYOUT,
-    first_contact,
+    find_run,
     mlflow_store,
+    named_by_file,
     read_run_file,
+    require_writable,
     shown,
     whole,
     write_json,
@@ -87,6 +89,7 @@ class Recorder(Callback):
         self.parent = parent
         self.folder: Path | None = None
         self.run_id: str | None = None
+        self._named_by: Path | None = None  # the file that names the store
         self._fresh = False
         self.table: Table | None = None
         self.written: Path | None = None
@@ -99,54 +102,42 @@ class Recorder(Callback):
         Raises:
             UserError: If that run is of another version, or its ``run.json`` damaged.
         """
-        folder = _find_run(origin)
+        folder = find_run(origin)
         if folder is not None:
             stored = read_run_file(folder)
             self.folder, self.root = folder, folder.parent.parent
             self.experiment = stored["experiment"]
             uri = stored["tracking_uri"]
-            if uri == shown(self.tracking_uri):  # its password is kept nowhere
-                uri = self.tracking_uri
             # a copied run's embedded store may have stayed elsewhere: then MLflow gets a new run
             if uri and (not uri.startswith("sqlite:///") or Path(uri.removeprefix("sqlite:///")).exists()):
+                self._own, self._named_by = self.tracking_uri, folder / RUN_FILE
                 self.tracking_uri, self.run_id = uri, stored["run_id"]
 
-    def make_logger(self) -> Logger:
-        """Returns the MLflow logger of this run."""
-        self._check_root()
-        embedded = self.tracking_uri.startswith("sqlite:")  # a server decides where its artifacts are
-        location = (self.root / self.experiment).as_uri() if embedded else None
-        with first_contact(whole(self.tracking_uri)):
-            logger = RunLogger(
-                experiment_name=self.experiment,
-                # of MLflow's own making it would be the same for all: it is drawn after the seed was set
-                run_name=self.name or time.strftime("%Y-%m-%d %H:%M:%S"),
-                tracking_uri=self.tracking_uri,
-                artifact_location=location,
-                run_id=self.run_id,
-                tags={"mlflow.parentRunId": self.parent} if self.parent else None,
-            )
-            first = embedded and rank_zero_only.rank == 0
-            known = logger.experiment.get_experiment(logger.experiment_id).artifact_location if first else location
-        if known != location and self.run_id is None:
-            logger.experiment.delete_run(logger.run_id)
-            raise UserError(
-                f"experiment {self.experiment!r} in {shown(self.tracking_uri)} keeps its runs in {known}, not in "
-                f"{location}; choose another run.experiment, run.root or run.tracking_uri"
-            )
-        return logger
+    @property
+    def place(self) -> Path:
+        """The folder of the experiment's runs."""
+        return self.folder.parent if self.folder else self.root / self.experiment
 
-    def _check_root(self) -> None:
-        try:
-            target = self.root / self.experiment
-            target.mkdir(parents=True, exist_ok=True)
-            probe = target / f".probe-{uuid.uuid4().hex}"
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
-            raise UserError(
-                f"cannot write runs to {self.root}: {error}; choose another folder with run.root"
-            ) from error
+    def make_logger(self) -> Logger:
+        """Returns the MLflow logger of this run.
+
+        Raises:
+            UserError: If its store's address or password is wrong, or a file names one that is not to be trusted.
+        """
+        require_writable(self.place)
+        if self._named_by:
+            self.tracking_uri = named_by_file(self.tracking_uri, self._own, self._named_by)
+        embedded = self.tracking_uri.startswith("sqlite:")  # a server decides where its artifacts are
+        return RunLogger(
+            whole(self.tracking_uri),
+            self.run_id,
+            experiment=self.experiment,
+            # of MLflow's own making it would be the same for all: it is drawn after the seed was set
+            name=self.name or time.strftime("%Y-%m-%d %H:%M:%S"),
+            location=self.place.as_uri() if embedded else None,
+            tags={"mlflow.parentRunId": self.parent} if self.parent else None,
+            root=self.place.parent.as_uri() if self._named_by else None,
+        )
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Makes the run folder and sends the checkpoints there."""
@@ -158,17 +149,19 @@ class Recorder(Callback):
             raise UserError(f"run.floor_from is a floor of {self.floor.task!r}, this run is on {task!r}")
         logger = mlflow_of(trainer)
         if logger is None:
-            self._check_root()
+            require_writable(self.place)
         if self.folder is None:
-            run_id = logger.run_id if logger else time.strftime("%Y-%m-%d_%H-%M-%S-") + uuid.uuid4().hex[:4]
+            run_id = (logger and logger.run_id) or time.strftime("%Y-%m-%d_%H-%M-%S-") + uuid.uuid4().hex[:4]
             run_id = trainer.strategy.broadcast(run_id)  # only the first process has a logger that knows it
-            self.folder = self.root / self.experiment / run_id
+            self.folder = self.place / run_id
             self._fresh = True
         self.folder.mkdir(parents=True, exist_ok=True)
         if trainer.is_global_zero and not (self.folder / RUN_FILE).exists():
             about = {"run_id": logger.run_id, "tracking_uri": shown(self.tracking_uri)} if logger else {}
             about = {"run_id": None, "tracking_uri": None, "experiment": self.experiment} | about
             write_json(self.folder / RUN_FILE, {"layout": RUN_LAYOUT, "name": self.name, **about})
+        if isinstance(logger, RunLogger):
+            logger.attach(self.folder)
         # Lightning would say so at every resumed fit
         warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
         for callback in trainer.checkpoint_callbacks:
@@ -194,11 +187,13 @@ class Recorder(Callback):
         elif trainer.state.fn == "fit":
             print("\nStopped before the first epoch was finished: there is nothing to resume.", file=sys.stderr)
 
-    def forget(self, logger: MLFlowLogger | None) -> None:
+    def forget(self, logger: RunLogger | MLFlowLogger | None) -> None:
         """Removes what a run left that was refused; nothing of a run that it continues."""
         if self._fresh:
             shutil.rmtree(self.folder, ignore_errors=True)
-        if logger is not None and self.run_id is None:
+        if isinstance(logger, RunLogger) and self.run_id is None:
+            logger.forget()
+        elif logger is not None and self.run_id is None:
             logger.experiment.delete_run(logger.run_id)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -247,10 +242,9 @@ class Recorder(Callback):
             files += [self.folder / "sparsity_per_layer.png", self.folder / "scores.png"]
             draw_sparsity(views["sparsity_per_layer"], files[1])
             draw_scores(views["score_histogram"], module.net.lte_config.threshold, files[2])
+        send_files(trainer, self.folder / "model" / CONFIG_FILE, to="model")
+        send_files(trainer, *files)
         if logger := mlflow_of(trainer):
-            logger.experiment.log_artifact(logger.run_id, str(self.folder / "model" / CONFIG_FILE), "model")
-            for path in files:
-                logger.experiment.log_artifact(logger.run_id, str(path))
             logger.log_metrics(results.metrics())
 
     @rank_zero_only
@@ -264,8 +258,7 @@ class Recorder(Callback):
             suffix = self._task_suffix(trainer)
             self.written = self.folder / f"test{suffix}.json"
             found.write(self.written)
-            if logger := mlflow_of(trainer):
-                logger.experiment.log_artifact(logger.run_id, str(self.written))
+            send_files(trainer, self.written)
             self._write_rows(trainer, f"predictions{suffix}.jsonl", pl_module.predictions)
         self.table = test_table(getattr(trainer.datamodule, "task", ""), found)
 
@@ -286,8 +279,7 @@ class Recorder(Callback):
         before = (self.folder / name).read_text("utf-8") if how == "a" and (self.folder / name).exists() else ""
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         write_text(self.folder / name, before + "".join(lines))
-        if logger := mlflow_of(trainer):
-            logger.experiment.log_artifact(logger.run_id, str(self.folder / name))
+        send_files(trainer, self.folder / name)
 
     @rank_zero_only
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -297,7 +289,11 @@ class Recorder(Callback):
         name, found = f"predictions{self._task_suffix(trainer)}", trainer.predict_loop.predictions
         batches_of = found if trainer.predict_loop.num_dataloaders > 1 else [found]
         for suffix, batches in zip(pl_module.loader_names, batches_of, strict=False):
-            rows = [row for batch in batches for row in (batch if isinstance(batch, list) else _as_rows(batch))]
+            rows = [
+                row
+                for batch in batches
+                for row in (batch if isinstance(batch, list) else [{"prediction": one} for one in batch.tolist()])
+            ]
             rows.sort(key=lambda row: row.get("row", 0))  # stable: only what names its row moves
             rows = [{"row": i} | row for i, row in enumerate(rows)]
             self._write_rows(trainer, f"{name}{suffix}.jsonl", rows)
@@ -310,14 +306,3 @@ class Recorder(Callback):
             show(self.table)
         if self.written is not None:
             print(self.written, flush=True)
-
-
-def _as_rows(predictions_B: torch.Tensor) -> list[dict[str, Any]]:
-    return [{"prediction": prediction} for prediction in predictions_B.tolist()]
-
-
-def _find_run(origin: str) -> Path | None:
-    for parent in Path(origin).absolute().parents:
-        if (parent / RUN_FILE).exists():
-            return parent
-    return None

@@ -15,6 +15,7 @@ from lte_lightning.results import FILE, Results, read_results
 from lte_lightning.store import (
     first_contact,
     mlflow_store,
+    named_by_file,
     read_run_file,
     reason,
     shown,
@@ -42,7 +43,8 @@ class Tracker:
 
     def __init__(self, folder: SweepFolder, uri: str | None = None) -> None:
         known = folder.about.get("mlflow", {})
-        uri = mlflow_store(os.environ.get("MLFLOW_TRACKING_URI"), uri, known.get("uri"))
+        typed = os.environ.get("MLFLOW_TRACKING_URI") or uri
+        uri = mlflow_store(typed) if typed else named_by_file(known.get("uri"), mlflow_store(), folder.path)
         # A sweep that changed its store and comes back finds its parent there
         parents = known.get("parents", {}) | ({known["uri"]: known["parent"]} if known else {})
         self.folder, self.uri, self.name = folder, whole(uri), shown(uri)  # files and messages have the second

@@ -1,0 +1,24 @@
+"""``lte sync``: sends to MLflow what it did not take while fits ran."""
+
+import argparse
+from pathlib import Path
+
+from lte_lightning.recording.unsent import sync
+
+
+def main(args: list[str]) -> int:
+    """Sends what waits in the folders of runs."""
+    for run in _parser().parse_args(args).runs:
+        count = sync(Path(run).absolute())
+        print(f"{run}: {count} entries sent" if count else f"{run}: nothing waits")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lte sync",
+        description="Sends to MLflow what its store did not take while a run went on: metrics, parameters, files.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
+    return parser

@@ -1,0 +1,196 @@
+"""What MLflow did not take: it waits in the run's folder, and is sent later."""
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lte_lightning.errors import UserError
+from lte_lightning.network import try_store
+from lte_lightning.store import first_contact, mlflow_store, named_by_file, read_run_file, reason, shown, write_json
+
+UNSENT = "unsent.jsonl"
+CHUNK = 100  # parameters that MLflow takes at a time
+
+
+def failures() -> tuple[type[Exception], ...]:
+    """Returns what is raised where MLflow's store cannot be used."""
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    return MlflowException, SQLAlchemyError, OSError, UserError
+
+
+def keep(folder: Path, entries: list[dict[str, Any]]) -> None:
+    """Adds entries to those that wait in a run's folder.
+
+    Raises:
+        UserError: If it cannot be written to.
+    """
+    try:
+        with (folder / UNSENT).open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(entry) + "\n" for entry in entries)
+    except OSError as error:
+        raise UserError(f"cannot write {folder / UNSENT}: {error.strerror}") from error
+
+
+def read(folder: Path) -> Iterator[dict[str, Any]]:
+    """Yields the entries that wait in a run's folder; a last line that was cut short is left out.
+
+    Raises:
+        UserError: If the file is damaged.
+    """
+    if not (folder / UNSENT).exists():
+        return
+    lines = (folder / UNSENT).read_text("utf-8", errors="replace").splitlines(keepends=True)
+    for number, line in enumerate(lines, 1):
+        try:
+            entry = json.loads(line)
+            if not isinstance(entry, dict):
+                raise ValueError("no mapping")
+        except (ValueError, RecursionError) as error:
+            if number == len(lines) and not line.endswith("\n"):
+                return
+            raise UserError(f"{folder / UNSENT}, line {number}, is damaged: {error}; remove the line") from error
+        yield entry
+
+
+def open_run(uri: str, run_id: str | None, origin: dict[str, Any]) -> tuple[Any, str]:
+    """Returns a client of a store and the id of a run in it: the one that is named and there, or a new one.
+
+    Args:
+        uri: MLflow's store.
+        run_id: The run to go on with.
+        origin: ``experiment``, ``name``, ``location`` of artifacts and ``tags`` of a new run.
+
+    Raises:
+        UserError: If the address or the password is wrong, or the experiment keeps its runs elsewhere.
+    """
+    from mlflow.exceptions import MlflowException
+    from mlflow.tracking import MlflowClient
+    from mlflow.tracking.context.registry import resolve_tags
+
+    try_store(uri)
+    with first_contact(uri):
+        try:
+            client = MlflowClient(uri)
+            if run_id is not None and _has(client, run_id, origin):
+                return client, run_id
+            experiment, location = client.get_experiment_by_name(origin["experiment"]), origin.get("location")
+            if experiment is None:
+                identity = client.create_experiment(origin["experiment"], artifact_location=location)
+            elif location and experiment.artifact_location != location:
+                raise UserError(
+                    f"experiment {origin['experiment']!r} in {shown(uri)} keeps its runs in "
+                    f"{experiment.artifact_location}, not in {location}; choose another run.experiment, run.root or "
+                    "run.tracking_uri"
+                )
+            else:
+                identity = experiment.experiment_id
+            run = client.create_run(identity, tags=resolve_tags(origin.get("tags") or {}), run_name=origin.get("name"))
+        except (MlflowException, ImportError) as error:
+            if _is_mistake(error):
+                raise UserError(
+                    f"MLflow's store {shown(uri)} refuses: {reason(error)}; correct MLFLOW_TRACKING_URI, "
+                    "MLFLOW_TRACKING_USERNAME and _PASSWORD, or record nothing with --trainer.logger false"
+                ) from None  # a client's own error may show an address with its password
+            raise
+    return client, run.info.run_id
+
+
+def _has(client: Any, run_id: str, origin: dict[str, Any]) -> bool:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        place = client.get_run(run_id).info.artifact_uri
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return False
+    # A database that came with the run must not choose which of our files are written over
+    root = origin.get("root")
+    return root is None or not place.startswith(("file:", "/")) or f"{place}/".startswith(f"{root}/")
+
+
+def _is_mistake(error: Exception) -> bool:
+    kind, text = type(error).__name__, str(error)
+    codes = ("UNAUTHENTICATED", "PERMISSION_DENIED", "ENDPOINT_NOT_FOUND")
+    wrong = any(f"error code {status}" in text for status in (401, 403, 404))
+    return isinstance(error, ImportError) or "URI" in kind or getattr(error, "error_code", "") in codes or wrong
+
+
+def send(client: Any, run_id: str, folder: Path | None, entry: dict[str, Any]) -> None:
+    """Sends an entry: metrics of a step, parameters of a run that has none yet, a file of the run, or its end.
+
+    Sending one again changes nothing.
+
+    Raises:
+        UserError: If a file does not lie in the run's folder.
+    """
+    from mlflow.entities import Metric, Param
+
+    if metrics := entry.get("metrics"):
+        when, step = int(entry["time"]), int(entry.get("step") or 0)
+        client.log_batch(run_id, [Metric(key, float(value), when, step) for key, value in metrics.items()])
+    if (params := entry.get("params")) and not client.get_run(run_id).data.params:
+        pairs = [Param(key, str(value)[:250]) for key, value in params.items()]
+        for first in range(0, len(pairs), CHUNK):
+            client.log_batch(run_id, params=pairs[first : first + CHUNK])
+    if (name := entry.get("file")) and folder is not None:
+        file = folder / name
+        if not file.resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"{folder / UNSENT} names {name!r}, which is not in the run's folder; remove that line")
+        if file.exists():
+            client.log_artifact(run_id, str(file), entry.get("to"))
+    if status := entry.get("status"):
+        client.set_terminated(run_id, status)
+
+
+def sync(folder: Path) -> int:
+    """Sends what waits in a run's folder, and returns how many entries that were.
+
+    Raises:
+        UserError: If it is no run's folder, its store cannot be used, or does not take it; then all of it stays.
+    """
+    if not (folder / "run.json").exists():
+        raise UserError(f"{folder} is no run's folder: it has no run.json")
+    about, entries = read_run_file(folder), list(read(folder))
+    if not entries:
+        return 0
+    uri = named_by_file(about["tracking_uri"], mlflow_store(os.environ.get("MLFLOW_TRACKING_URI")), folder / "run.json")
+    origin = next((entry["begin"] for entry in entries if "begin" in entry), {}) | {
+        "experiment": about["experiment"],
+        "name": about.get("name"),
+        "location": folder.parent.as_uri() if uri.startswith("sqlite:") else None,
+        "root": folder.parent.parent.as_uri(),
+    }
+    try:
+        client, run_id = open_run(uri, about["run_id"], origin)
+        note_run(folder, run_id, uri)
+        send_all(client, run_id, folder)
+    except UserError:
+        raise
+    except failures() as error:
+        raise UserError(f"MLflow's store {shown(uri)} did not take it: {reason(error)}; try again later") from None
+    return len(entries)
+
+
+def send_all(client: Any, run_id: str, folder: Path) -> None:
+    """Sends what waits in a run's folder; it is removed once all of it was taken."""
+    for entry in read(folder):
+        send(client, run_id, folder, entry)
+    (folder / UNSENT).unlink(missing_ok=True)
+
+
+def note_run(folder: Path, run_id: str, uri: str) -> None:
+    """Notes in ``run.json`` which run of MLflow's it is."""
+    about = read_run_file(folder)
+    if about.get("run_id") != run_id:
+        write_json(folder / "run.json", about | {"run_id": run_id, "tracking_uri": shown(uri)})
+
+
+def now() -> int:
+    """Returns the time in milliseconds, as MLflow counts it."""
+    return int(time.time() * 1000)
