@@ -19,7 +19,7 @@ ORDER = (
     ("core.routing",),
     ("core.accounting",),
     ("",),  # the API in lte_lightning/__init__.py
-    ("network", "options", "shipped", "store"),
+    ("documents", "network", "options", "shipped", "store"),
     ("results",),
     ("data",),
     ("tasks",),

@@ -13,6 +13,7 @@ from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import LightningArgumentParser
 
+from lte_lightning.cli.guard import references
 from lte_lightning.core.model.config import LteConfig
 from lte_lightning.errors import meant
 from lte_lightning.lazy import load_all
@@ -38,7 +39,8 @@ class LteParser(ShortErrors, LightningArgumentParser):
         # jsonargparse offers no other way to what links replace. Files, classes and commands are read by other calls
         if "subcommand" not in cfg and not how.keys() & {"skip_required", "fail_no_subcommand"}:
             LteParser.before_links = cfg.clone()
-        return super()._parse_common(cfg, **how)
+        with references():
+            return super()._parse_common(cfg, **how)
 
     def in_files(self, words: Sequence[str]) -> Namespace:
         """Returns what the configurations of a command line say themselves, without defaults."""

@@ -23,6 +23,7 @@ from lte_lightning.callbacks import (
     StageSchedule,
 )
 from lte_lightning.cli import refuse
+from lte_lightning.cli.guard import MODE, guard_configurations
 from lte_lightning.cli.parser import LteParser
 from lte_lightning.cli.unused import Given, check_given
 from lte_lightning.errors import UserError
@@ -157,6 +158,7 @@ def user_error(error: BaseException) -> BaseException | None:
 def make_cli(args: list[str] | None = None, run: bool = True, cli_class: type[LteCLI] = LteCLI) -> LteCLI:
     """Parses a command line and, if asked, runs its subcommand (without ``run`` there is none, and no trainer.fit)."""
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+    guard_configurations()
     # What Lightning says at every start of a fit, and no user can mend: it asks torch 2.13 for the type of a LeafSpec,
     # and its summary of the model counts megabytes in 32 bits
     warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
@@ -178,7 +180,7 @@ def make_cli(args: list[str] | None = None, run: bool = True, cli_class: type[Lt
             "callbacks": [LastCheckpoint(), BestCheckpoint()],
         },
         parser_class=LteParser,
-        parser_kwargs={"parser_mode": "omegaconf+", "allow_abbrev": False},  # a typo is not taken for an option
+        parser_kwargs={"parser_mode": MODE, "allow_abbrev": False},  # a typo is not taken for an option
         args=args,
         run=run,
     )

@@ -114,7 +114,7 @@ class Dying(BaseHTTPRequestHandler):
 
     status: int | None = None
 
-    def do_GET(self):  # noqa: N802
+    def do_GET(self):
         if self.path.endswith("/health"):
             self.send_response(200)
         elif self.status is None:
@@ -125,7 +125,7 @@ class Dying(BaseHTTPRequestHandler):
         self.send_header("Content-Length", "0")
         self.end_headers()
 
-    do_POST = do_GET  # noqa: N815
+    do_POST = do_GET
 
     def log_message(self, *_):
         pass

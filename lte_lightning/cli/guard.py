@@ -1,0 +1,61 @@
+"""Configurations from anybody: they are checked before they are read, and see nothing of the environment."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentParser, get_loader, set_loader
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from lte_lightning.documents import check_yaml
+from lte_lightning.errors import UserError
+
+MODE = "omegaconf+"  # of the parser: options may refer to each other, across files
+
+
+def guard_configurations() -> None:
+    """Lets every configuration be checked before it is read, and keeps the environment from what it says.
+
+    A configuration may refer to other options (``${data.task}``). What it would take from the environment could be a
+    password, and would be kept in the run's files: LTE_CONFIG_ENV=1 allows it.
+    """
+    ArgumentParser(parser_mode=MODE).parse_string("{}")  # it makes its loader when it is first used
+    load = get_loader(MODE)
+
+    def checked(text: str) -> Any:
+        check_yaml(text)
+        return load(text)
+
+    if not hasattr(load, "checks"):
+        checked.checks = True
+        set_loader(MODE, checked, (yaml.YAMLError,))
+    # omegaconf 2.4 has a new name for it
+    register = getattr(OmegaConf, "register_resolver", None) or OmegaConf.register_new_resolver
+    register("oc.env", _environment, replace=True)
+
+
+def _environment(name: str, *default: Any) -> Any:
+    if os.environ.get("LTE_CONFIG_ENV") != "1":
+        raise UserError(
+            f"a configuration asks for {name} of the environment (${{oc.env:{name}}}); if the file is yours, set "
+            "LTE_CONFIG_ENV=1, or give the value on the command line"
+        )
+    if name not in os.environ and not default:
+        raise UserError(f"a configuration asks for {name} of the environment, which is not set")
+    return os.environ.get(name, *default)
+
+
+@contextmanager
+def references() -> Iterator[None]:
+    """Says in one line what is wrong with options that refer to others."""
+    try:
+        yield
+    except (OmegaConfBaseException, RecursionError) as error:
+        if isinstance(error.__cause__ or error.__context__, UserError):
+            raise
+        what = str(error).splitlines()[0] if str(error) else "they are nested too deep"
+        where = getattr(error, "full_key", None)
+        raise UserError(f"the option {where} refers to others: {what}" if where else f"references: {what}") from error

@@ -1,0 +1,59 @@
+"""What a configuration of somebody else may do: no more than set options."""
+
+import pytest
+import yaml
+
+BOMB = "\n".join(
+    [
+        "a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]",
+        *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 12)),
+    ]
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            "seed_everything: 1\nrun:\n  name: a\nseed_everything: 2\n",
+            "line 4: the key 'seed_everything' is there twice",
+        ),
+        ("run: {name: a, name: b}\n", "line 1: the key 'name' is there twice"),
+        ("run: &a\n  name: *a\n", "line 2: *a stands within what it stands for"),
+        ("run: " + "[" * 100_000 + "]" * 100_000, "line 1: it lies 60 levels deep"),
+        (BOMB, "with its aliases followed it has more than 100000 parts"),
+        ("run: [\n", "did not find expected node content"),
+        ("run: {name: '${run.experiment}', experiment: '${run.name}'}\n", "Recursive interpolation"),
+        ("run: {name: '${run.nowhere}'}\n", "nowhere"),
+        ("run: {name: '${oc.env:SECRET_OF_MINE}'}\n", "asks for SECRET_OF_MINE of the environment"),
+        ("run: {name: '${${run.experiment}:SECRET_OF_MINE}', experiment: oc.env}\n", "asks for SECRET_OF_MINE of the"),
+        ("run: {name: '${oc.env:NOT_SET_HERE,x}'}\n", "asks for NOT_SET_HERE of the environment"),
+    ],
+)
+def test_one_clear_line(text, said, tiny, lightning, tmp_path, monkeypatch):
+    monkeypatch.setenv("SECRET_OF_MINE", "XYZZY")
+    (tmp_path / "theirs.yaml").write_text(text)
+    fit = lightning(tmp_path, tiny.config(), "fit", "--config", "theirs.yaml")
+    assert fit.code in (1, 2)
+    assert said in fit.err, fit.err
+    assert fit.err.count("error: ") == 1
+    assert "Traceback" not in fit.err
+    assert "XYZZY" not in fit.err + fit.out
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_environment_of_one_s_own_file(tiny, parse, tmp_path, monkeypatch):
+    monkeypatch.setenv("LTE_CONFIG_ENV", "1")
+    monkeypatch.setenv("NAME_OF_MINE", "mine")
+    options = {"run.name": "${oc.env:NAME_OF_MINE}", "run.experiment": "${oc.env:NOT_SET_HERE,other}"}
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(tiny.config(**options)))
+    run = parse("--config", "base.yaml").config_init.run
+    assert (run.name, run.experiment) == ("mine", "other")
+
+
+def test_aliases_and_merge_keys_within_limits(tiny, parse, tmp_path):
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(tiny.config()))
+    text = "stages:\n  router: &plan\n    epochs: 2\n    warmup: 0.5\n  expert:\n    <<: *plan\n    epochs: 4\n"
+    (tmp_path / "aliases.yaml").write_text(text)
+    plans = parse("--config", "base.yaml", "--config", "aliases.yaml").config_init.stages.plans
+    assert [(plan.epochs, plan.warmup) for plan in plans.values()] == [(1, 0.06), (2, 0.5), (4, 0.5)]
