@@ -11,7 +11,11 @@ DEEPEST = 60
 
 
 class DocumentError(yaml.YAMLError):
-    """A text that is no YAML of ours."""
+    """A text that is no YAML, or has a key twice."""
+
+
+class LimitError(DocumentError):
+    """A text that contains itself, is too deep, or too large once its aliases are followed."""
 
 
 @dataclass
@@ -29,21 +33,27 @@ def check_yaml(text: str) -> None:
     """Reads through a text without making anything of it.
 
     Raises:
-        DocumentError: If it is no YAML, has a key twice (of which YAML takes the last), contains itself, or is too deep
-            or too large; with the line.
+        DocumentError: If it is no YAML, or has a key twice, of which YAML takes the last.
+        LimitError: If it contains itself, is too deep or too large.
     """
     if len(text) > MOST_CHARACTERS:
-        raise DocumentError(f"it has {len(text)} characters, more than {MOST_CHARACTERS}")
-    loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    open_: list[_Open] = [_Open(None, False)]
-    sizes: dict[str, int] = {}
+        raise LimitError(f"it has {len(text)} characters, more than {MOST_CHARACTERS}")
     try:
-        for event in yaml.parse(text, loader):
-            _step(event, open_, sizes)
+        _walk(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except DocumentError:
         raise
-    except (yaml.YAMLError, RecursionError) as error:
-        raise DocumentError(" ".join(str(error).split())) from error
+    except yaml.YAMLError:
+        try:
+            _walk(text, yaml.SafeLoader)  # slower, and tells better what is wrong
+        except yaml.YAMLError as error:
+            raise DocumentError(" ".join(str(error).split())) from error
+
+
+def _walk(text: str, loader: Any) -> None:
+    open_: list[_Open] = [_Open(None, False)]
+    sizes: dict[str, int] = {}
+    for event in yaml.parse(text, loader):
+        _step(event, open_, sizes)
 
 
 def _step(event: yaml.Event, open_: list[_Open], sizes: dict[str, int]) -> None:
@@ -60,12 +70,12 @@ def _step(event: yaml.Event, open_: list[_Open], sizes: dict[str, int]) -> None:
     is_key, inner.children = inner.is_mapping and inner.children % 2 == 0, inner.children + 1
     if isinstance(event, yaml.AliasEvent):
         if event.anchor in [one.anchor for one in open_]:
-            raise DocumentError(f"line {line}: *{event.anchor} stands within what it stands for")
+            raise LimitError(f"*{event.anchor} stands within what it stands for (line {line})")
         _add(inner, sizes.get(event.anchor, 1), line)
     elif isinstance(event, yaml.ScalarEvent):
         if is_key and event.value != "<<":
             if event.value in inner.keys:
-                raise DocumentError(f"line {line}: the key {event.value!r} is there twice")
+                raise DocumentError(f"the key {event.value!r} is there twice (line {line})")
             inner.keys.add(event.value)
         if event.anchor:
             sizes[event.anchor] = 1
@@ -73,10 +83,10 @@ def _step(event: yaml.Event, open_: list[_Open], sizes: dict[str, int]) -> None:
     else:
         open_.append(_Open(event.anchor, isinstance(event, yaml.MappingStartEvent)))
         if len(open_) > DEEPEST:
-            raise DocumentError(f"line {line}: it lies {DEEPEST} levels deep; nest less")
+            raise LimitError(f"it lies {DEEPEST} levels deep (line {line}); nest less")
 
 
 def _add(inner: _Open, nodes: int, line: int) -> None:
     inner.nodes += nodes
     if inner.nodes > MOST_NODES:
-        raise DocumentError(f"line {line}: with its aliases followed it has more than {MOST_NODES} parts")
+        raise LimitError(f"with its aliases followed it has more than {MOST_NODES} parts (line {line})")

@@ -10,7 +10,7 @@ from jsonargparse import ArgumentParser, get_loader, set_loader
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lte_lightning.documents import check_yaml
+from lte_lightning.documents import DocumentError, check_yaml
 from lte_lightning.errors import UserError
 
 MODE = "omegaconf+"  # of the parser: options may refer to each other, across files
@@ -27,7 +27,10 @@ def guard_configurations() -> None:
 
     def checked(text: str) -> Any:
         check_yaml(text)
-        return load(text)
+        try:
+            return load(text)
+        except (ValueError, RecursionError) as error:  # a number of 5,000 digits
+            raise DocumentError(str(error)) from error
 
     if not hasattr(load, "checks"):
         checked.checks = True

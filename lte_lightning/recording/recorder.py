@@ -108,6 +108,8 @@ class Recorder(Callback):
             self.folder, self.root = folder, folder.parent.parent
             self.experiment = stored["experiment"]
             uri = stored["tracking_uri"]
+            if uri == shown(self.tracking_uri):  # its password is kept nowhere
+                uri = self.tracking_uri
             # a copied run's embedded store may have stayed elsewhere: then MLflow gets a new run
             if uri and (not uri.startswith("sqlite:///") or Path(uri.removeprefix("sqlite:///")).exists()):
                 self._own, self._named_by = self.tracking_uri, folder / RUN_FILE

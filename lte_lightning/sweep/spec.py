@@ -5,15 +5,14 @@ that is laid over it. Every variant is crossed with every combination of the gri
 """
 
 import itertools
-import json
 import math
 import os
-from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from lte_lightning.documents import LimitError, check_yaml
 from lte_lightning.errors import UserError, meant
 from lte_lightning.results import MEASURED, OBJECTIVES
 from lte_lightning.sweep.points import Block, Search, Sweep
@@ -23,21 +22,6 @@ SWEEP = BLOCK | {"about", "seeds", "variants", "search"}
 SEARCH = {"trials", "parameters", "objectives", "storage", "study", "seed"}
 OWN = ("run.", "config", "seed_everything", "ckpt_path")  # what the sweep decides itself
 LATENCY = "run.latency_rows"  # but for this
-
-
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that is there twice, of which YAML takes the last in silence."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen = set()
-        for key, _ in node.value:
-            if key.tag != "tag:yaml.org,2002:merge" and isinstance(key, yaml.ScalarNode):
-                if key.value in seen:
-                    raise yaml.constructor.ConstructorError(
-                        problem=f"the key {key.value!r} is there twice", problem_mark=key.start_mark
-                    )
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
 
 
 def read_sweep(path: str | Path, extra: dict[str, Any] | None = None, seeds: list[int] | None = None) -> Sweep:
@@ -53,14 +37,17 @@ def read_sweep(path: str | Path, extra: dict[str, Any] | None = None, seeds: lis
     """
     path = Path(path)
     try:
-        content = yaml.load(path.read_text(), _Loader)
-        json.dumps(content, skipkeys=True, default=str)  # an alias may stand within what it stands for
+        text = path.read_text()
+        check_yaml(text)
+        content = yaml.safe_load(text)
     except OSError as error:
         raise UserError(f"cannot read the sweep file {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except LimitError as error:
+        raise UserError(
+            f"{path} cannot be read: something in it contains itself, or is too deep or too large: {error}"
+        ) from error
+    except (yaml.YAMLError, ValueError) as error:  # a text in Latin-1, a month 13
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read: something in it contains itself, or lies too deep") from error
     _check_keys(content, SWEEP, path, "the sweep")
     _check_options(extra or {}, path, "the command line")
     base = _block(content, Block(), path, "the sweep")

@@ -16,13 +16,13 @@ BOMB = "\n".join(
     [
         (
             "seed_everything: 1\nrun:\n  name: a\nseed_everything: 2\n",
-            "line 4: the key 'seed_everything' is there twice",
+            "the key 'seed_everything' is there twice (line 4)",
         ),
-        ("run: {name: a, name: b}\n", "line 1: the key 'name' is there twice"),
-        ("run: &a\n  name: *a\n", "line 2: *a stands within what it stands for"),
-        ("run: " + "[" * 100_000 + "]" * 100_000, "line 1: it lies 60 levels deep"),
+        ("run: {name: a, name: b}\n", "the key 'name' is there twice (line 1)"),
+        ("run: &a\n  name: *a\n", "*a stands within what it stands for (line 2)"),
+        ("run: " + "[" * 100_000 + "]" * 100_000, "it lies 60 levels deep (line 1)"),
         (BOMB, "with its aliases followed it has more than 100000 parts"),
-        ("run: [\n", "did not find expected node content"),
+        ("run: [\n", "expected the node content"),
         ("run: {name: '${run.experiment}', experiment: '${run.name}'}\n", "Recursive interpolation"),
         ("run: {name: '${run.nowhere}'}\n", "nowhere"),
         ("run: {name: '${oc.env:SECRET_OF_MINE}'}\n", "asks for SECRET_OF_MINE of the environment"),

@@ -1,0 +1,161 @@
+"""A run's folder from somebody else: it names no server that gets our password, and no file that is not its own."""
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from mlflow.tracking import MlflowClient
+
+from lte_lightning.errors import UserError
+from lte_lightning.recording.recorder import Recorder
+from lte_lightning.recording.unsent import UNSENT, sync
+from lte_lightning.store import named_by_file
+
+
+@pytest.fixture
+def server():
+    """A server that notes what it is sent: its address, and the list of requests."""
+    asked = []
+
+    class Notes(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append((self.path, self.headers.get("Authorization")))
+            self.send_response(200 if self.path == "/health" else 403)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_POST = do_GET
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Notes)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", asked
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def run(tmp_path):
+    """`run(**about)`: the folder of a run of somebody else."""
+
+    def make(**about):
+        folder = tmp_path / "runs" / "lte" / "ab"
+        folder.mkdir(parents=True)
+        about = {"layout": 1, "name": None, "experiment": "lte", "run_id": "ab", "tracking_uri": None} | about
+        (folder / "run.json").write_text(json.dumps(about))
+        return folder
+
+    return make
+
+
+def resume(folder):
+    recorder = Recorder()
+    recorder.resume(str(folder / "checkpoints" / "last.ckpt"))
+    return recorder
+
+
+@pytest.mark.parametrize("own", [None, "http://mine.invalid:5000", "http://127.0.0.1:1", "https://127.0.0.1:{port}"])
+@pytest.mark.parametrize("name", ["PASSWORD", "TOKEN", "AUTH"])
+def test_credentials_stay_where_they_belong(own, name, run, server, monkeypatch):
+    address, asked = server
+    monkeypatch.setenv(f"MLFLOW_TRACKING_{name}", "SECRET")
+    if own:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", own.format(port=address.rpartition(":")[2]))
+    folder = run(tracking_uri=address)
+    (folder / UNSENT).write_text('{"time": 1, "metrics": {"loss": 1.0}}\n')
+    for contact in (lambda: resume(folder).make_logger(), lambda: sync(folder)):
+        with pytest.raises(UserError, match=rf"run\.json names MLflow's store {address}, .* MLFLOW_TRACKING_{name}; if"):
+            contact()
+    assert asked == []
+
+
+def test_the_host_that_the_user_names_gets_them(run, server, monkeypatch):
+    address, asked = server
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "me")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "SECRET")
+    with pytest.raises(UserError, match="refuses") as refused:
+        resume(run(tracking_uri=address)).make_logger()
+    assert "SECRET" not in str(refused.value)
+    assert {given for path, given in asked if path != "/health"} == {"Basic bWU6U0VDUkVU"}
+    assert [given for path, given in asked if path == "/health"] == [None]
+
+
+def test_without_credentials_a_run_goes_on_where_it_was(run, server):
+    address, asked = server
+    with pytest.raises(UserError, match="refuses"):
+        resume(run(tracking_uri=address)).make_logger()
+    assert {given for _, given in asked} == {None}
+
+
+@pytest.mark.parametrize(
+    ("uri", "own", "used"),
+    [
+        (None, "http://mine:5000", "http://mine:5000"),
+        ("https://***@host/mlflow", "https://me:SECRET@host/mlflow", "https://me:SECRET@host/mlflow"),
+        ("sqlite:////there.db", "http://mine:5000", "sqlite:////there.db"),
+        ("http://mine:5000/other", "http://mine:5000", "http://mine:5000/other"),
+    ],
+)
+def test_which_store_is_used(uri, own, used, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "SECRET")
+    assert named_by_file(uri, own, tmp_path / "run.json") == used
+
+
+@pytest.mark.parametrize("experiment", ["../../outside", "/{folder}/outside", "a/../../../outside"])
+def test_an_experiment_s_name_leads_nowhere(experiment, run, tmp_path):
+    folder = run(experiment=experiment.format(folder=tmp_path))
+    before = sorted(tmp_path.rglob("*"))
+    recorder = resume(folder)
+    assert recorder.place == folder.parent
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "about", [{"experiment": 3}, {"run_id": ["ab"]}, {"tracking_uri": {"a": 1}}, {"name": 1.5}, {"layout": {}}]
+)
+def test_names_that_are_none(about, run):
+    with pytest.raises(UserError, match=r"run\.json is damaged|has layout"):
+        resume(run(**about))
+
+
+@pytest.mark.timeout(300)  # MLflow makes its tables in dozens of steps
+def test_files_that_wait_are_those_of_the_run(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "private.txt").write_text("mine")
+    folder = run(run_id=None)
+    (folder / "link.txt").symlink_to(tmp_path / "private.txt")
+    for name in ("../../../private.txt", str(tmp_path / "private.txt"), "link.txt"):
+        (folder / UNSENT).write_text(json.dumps({"time": 1, "file": name}) + "\n")
+        with pytest.raises(UserError, match=r"names .*, which is not in the run's folder; remove that line"):
+            sync(folder)
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    (identity,) = [json.loads((folder / "run.json").read_text())["run_id"]]
+    assert client.list_artifacts(identity) == []
+
+    # A database that came along points to a folder of ours
+    experiment = client.create_experiment("theirs", artifact_location=(tmp_path / "home").as_uri())
+    theirs = client.create_run(experiment).info.run_id
+    about = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(about | {"run_id": theirs, "experiment": "other"}))
+    (folder / "results.json").write_text("{}")
+    (folder / UNSENT).write_text(json.dumps({"time": 1, "file": "results.json"}) + "\n")
+    assert sync(folder) == 1
+    assert not (tmp_path / "home").exists()
+    assert json.loads((folder / "run.json").read_text())["run_id"] != theirs
+
+
+@pytest.mark.parametrize("line", ["no json", "[1]", '{"time": 1,', "[" * 100_000, "\x00"])
+def test_a_damaged_line_is_named(line, run):
+    folder = run()
+    (folder / UNSENT).write_text(f"{line}\n")
+    with pytest.raises(UserError, match=rf"{UNSENT}, line 1, is damaged"):
+        sync(folder)
+
+
+def test_a_folder_that_is_no_run(tmp_path):
+    with pytest.raises(UserError, match=r"is no run's folder: it has no run\.json"):
+        sync(tmp_path)
