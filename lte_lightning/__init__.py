@@ -12,9 +12,9 @@ from lte_lightning.lazy import on_first_use
 if TYPE_CHECKING:
     from lte_lightning.core.model.checkpoint import from_pretrained, register
     from lte_lightning.core.model.config import LteConfig
-    from lte_lightning.core.model.convert import convert, restore, set_mode
+    from lte_lightning.core.model.convert import convert, restore
+    from lte_lightning.core.model.experts import set_backend, set_mode
     from lte_lightning.core.model.saving import save_pretrained
-    from lte_lightning.core.model.storage import set_backend
     from lte_lightning.core.routing.trace import RouterTrace
 else:
     __getattr__, __dir__ = on_first_use(
@@ -22,9 +22,9 @@ else:
         {
             "core.model.checkpoint": ["from_pretrained", "register"],
             "core.model.config": ["LteConfig"],
-            "core.model.convert": ["convert", "restore", "set_mode"],
+            "core.model.convert": ["convert", "restore"],
+            "core.model.experts": ["set_backend", "set_mode"],
             "core.model.saving": ["save_pretrained"],
-            "core.model.storage": ["set_backend"],
             "core.routing.trace": ["RouterTrace"],
         },
     )

@@ -12,7 +12,7 @@ from timing import capture, elapsed_ms
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 import lte_lightning
-from lte_lightning.core.model.convert import expert_ffns
+from lte_lightning.core.model.experts import expert_ffns
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # a CPU only to rehearse
 SPARSITIES = (0.5, 0.8, 0.9)

@@ -16,8 +16,8 @@ from transformers import DynamicCache
 from lte_lightning.bench.machine import Clock, clock_on
 from lte_lightning.bench.rivals import GATHERING, Rival, with_dense_down
 from lte_lightning.bench.subject import Subject, dense_blocks
+from lte_lightning.core.model.experts import set_backend
 from lte_lightning.core.model.parts import Projection, find_layers
-from lte_lightning.core.model.storage import choose_for, set_backend
 from lte_lightning.errors import UserError
 from lte_lightning.kernels.cpu.ffn import library
 from lte_lightning.kernels.dispatch import autocast_dtype
@@ -197,7 +197,7 @@ def backend_name(subject: Subject, batch: int, length: int) -> str:
     """Returns what will compute the sparse twin's FFNs; a declared fallback is part of the name."""
     ffn = subject.ffns[0]
     x_BTD = torch.empty(batch, length, ffn.width, dtype=subject.dense.dtype, device=subject.device)
-    name = choose_for(ffn, x_BTD)[0].backend
+    name = ffn.prepare(x_BTD).choice.backend
     return "cpu-views" if name == "cpu" and library() is None else name
 
 
@@ -239,10 +239,10 @@ def _by_expert(subject: Subject, x_BTD: torch.Tensor) -> list[ExpertWeights]:
     for ffn in subject.ffns:
         taken = copy.deepcopy(ffn) if ffn.backend == "dense-mask" else copy.copy(ffn)
         set_backend(taken, "reference")
-        choice, found = choose_for(taken, x_BTD)
-        if found is None:
-            raise UserError(f"--rivals compute by expert, and here {choice.fallback}; leave them out")
-        weights.append(found)
+        prepared = taken.prepare(x_BTD)
+        if prepared.weights is None:
+            raise UserError(f"--rivals compute by expert, and here {prepared.choice.fallback}; leave them out")
+        weights.append(prepared.weights)
     return weights
 
 

@@ -14,12 +14,13 @@ from transformers import AutoModel, LlamaConfig, PreTrainedConfig, PreTrainedMod
 from lte_lightning.bench.machine import cache_bytes
 from lte_lightning.core.model.checkpoint import from_pretrained, is_lte, read_lte_config
 from lte_lightning.core.model.config import LteConfig
-from lte_lightning.core.model.convert import convert, expert_ffns, restore, set_mode
-from lte_lightning.core.model.experts import ExpertFfn
+from lte_lightning.core.model.convert import convert, restore
+from lte_lightning.core.model.experts import ExpertFfn, expert_ffns, set_backend, set_mode
 from lte_lightning.core.model.families import FAMILIES, find_row
 from lte_lightning.core.model.parts import find_layers, find_parts
-from lte_lightning.core.model.storage import route, set_backend
+from lte_lightning.core.model.prepared import prepare, route
 from lte_lightning.errors import UserError
+from lte_lightning.kernels import hidden_activations
 from lte_lightning.kernels.dispatch import Backend
 from lte_lightning.selection import Selector, selector_class, selector_names
 
@@ -49,11 +50,18 @@ class ForcedSelector(Selector):
         self.router = ffn.selector.to(dtype)
         self.ffn = (ffn,)  # in a tuple: its weights are not registered twice
         self.pool: list[torch.Tensor] = []
+        self.routes: dict[Backend, bool] = {}  # whether the backend makes the router's mask
         self.calls = 0
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
         """Returns scores [B, T, E] of 0 and 1, or [B * T, E] where the model gives its tokens in one row (OPT)."""
-        if route(self.ffn[0], self.router, x_BTD) is None:
+        (ffn,) = self.ffn
+        if ffn.backend not in self.routes:
+            prepared = prepare(ffn.parts, self.router, ffn.expert_size, ffn.backend, x_BTD)
+            self.routes[ffn.backend] = prepared.routes
+        if self.routes[ffn.backend]:
+            route(self.router, ffn.threshold, x_BTD)
+        else:
             self.router(x_BTD)
         self.calls += 1
         return self.pool[self.calls % len(self.pool)].view(*x_BTD.shape[:-1], -1)
@@ -201,9 +209,7 @@ class DenseFfn(nn.Module):
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
         """Returns the FFN's output [B, T, D]."""
-        if self.gate is None:
-            hidden_BTF = self.activation(self.up(x_BTD))
-        else:
-            hidden_BTF = self.activation(self.gate(x_BTD)) * self.up(x_BTD)
+        gate_BTF = None if self.gate is None else self.gate(x_BTD)
+        _, hidden_BTF = hidden_activations(self.activation, self.up(x_BTD), gate_BTF)
         # T5 keeps its down projections in float32; all else is of one type, or autocast's
         return self.down(hidden_BTF.float() if self.casts else hidden_BTF)

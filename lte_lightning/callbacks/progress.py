@@ -8,7 +8,8 @@ from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lte_lightning.callbacks.stages import StageSchedule
-from lte_lightning.core.model.convert import expert_ffns, selector_parameters
+from lte_lightning.core.model.convert import selector_parameters
+from lte_lightning.core.model.experts import expert_ffns
 from lte_lightning.tasks.evaluation import VIEWS
 
 

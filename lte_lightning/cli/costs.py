@@ -11,7 +11,8 @@ from transformers.utils import logging as hf_logging
 from lte_lightning.core.accounting.cost import GFLOP, TokenCost, check_context, speedup_bound, token_cost
 from lte_lightning.core.accounting.memory import GIB, training_memory
 from lte_lightning.core.accounting.skeleton import skeleton
-from lte_lightning.core.model.convert import lte_config, require_expert_ffns
+from lte_lightning.core.model.convert import lte_config
+from lte_lightning.core.model.experts import require_expert_ffns
 from lte_lightning.core.model.folder import CONFIG_FILE, is_lte, read_description
 from lte_lightning.errors import UserError
 

@@ -3,7 +3,7 @@
 import torch
 from torch.nn import functional
 
-from lte_lightning.kernels.layout import ACTIVATIONS, ExpertWeights
+from lte_lightning.kernels.layout import ACTIVATIONS, ExpertWeights, hidden_activations
 from lte_lightning.kernels.views import run_views
 
 
@@ -26,10 +26,9 @@ def scale_experts(hidden_BTF: torch.Tensor, factor_BTE: torch.Tensor) -> torch.T
 
 def dense_hidden(x_ND: torch.Tensor, weights: ExpertWeights) -> torch.Tensor:
     """Returns the hidden activations of every expert, [N, F], in the type of ``x_ND``."""
-    hidden_NF = _project(x_ND, weights.up_ESD, weights.up_bias_ES)
-    if weights.gate_ESD is None:
-        return ACTIVATIONS[weights.activation](hidden_NF)
-    return ACTIVATIONS[weights.activation](_project(x_ND, weights.gate_ESD, weights.gate_bias_ES)) * hidden_NF
+    up_NF = _project(x_ND, weights.up_ESD, weights.up_bias_ES)
+    gate_NF = None if weights.gate_ESD is None else _project(x_ND, weights.gate_ESD, weights.gate_bias_ES)
+    return hidden_activations(ACTIVATIONS[weights.activation], up_NF, gate_NF)[1]
 
 
 def run_dense_mask(x_ND: torch.Tensor, mask_NE: torch.Tensor, weights: ExpertWeights) -> torch.Tensor:

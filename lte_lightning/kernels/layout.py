@@ -15,6 +15,26 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
+def hidden_activations(
+    activation: Callable[[torch.Tensor], torch.Tensor], up: torch.Tensor, gate: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns what the down projection is given, and the activated half of it: the one place of gate times up.
+
+    Args:
+        activation: The FFN's.
+        up: The up projection's output.
+        gate: The gate projection's output, of a gated FFN.
+
+    Returns:
+        ``activation(gate)`` and ``activation(gate) * up``; of a plain FFN ``activation(up)``, twice.
+    """
+    if gate is None:
+        hidden = activation(up)
+        return hidden, hidden
+    activated = activation(gate)
+    return activated, activated * up
+
+
 @dataclass(frozen=True)
 class ExpertWeights:
     """The weights of one FFN by expert, views of the model's own parameters wherever these are stored like this.

@@ -3,7 +3,7 @@
 import torch
 from torch.nn import functional
 
-from lte_lightning.kernels.layout import ACTIVATIONS, ExpertWeights
+from lte_lightning.kernels.layout import ACTIVATIONS, ExpertWeights, hidden_activations
 
 
 def run_reference(x_ND: torch.Tensor, mask_NE: torch.Tensor, weights: ExpertWeights) -> torch.Tensor:
@@ -21,12 +21,11 @@ def run_reference(x_ND: torch.Tensor, mask_NE: torch.Tensor, weights: ExpertWeig
     out_ND = torch.zeros_like(x)
     for e in mask_NE.any(dim=0).nonzero().flatten().tolist():
         rows = mask_NE[:, e].nonzero().flatten()
-        hidden = functional.linear(x[rows], weights.up_ESD[e].float(), _bias(weights.up_bias_ES, e))
-        if weights.gate_ESD is None:
-            hidden = ACTIVATIONS[weights.activation](hidden)
-        else:
+        up = functional.linear(x[rows], weights.up_ESD[e].float(), _bias(weights.up_bias_ES, e))
+        gate = None
+        if weights.gate_ESD is not None:
             gate = functional.linear(x[rows], weights.gate_ESD[e].float(), _bias(weights.gate_bias_ES, e))
-            hidden = ACTIVATIONS[weights.activation](gate) * hidden
+        _, hidden = hidden_activations(ACTIVATIONS[weights.activation], up, gate)
         out_ND[rows] += hidden @ weights.down_ESD[e].float()
     if weights.down_bias_D is not None:
         out_ND += weights.down_bias_D.float()

@@ -5,7 +5,7 @@ from itertools import pairwise
 import torch
 from torch.nn import functional
 
-from lte_lightning.kernels.layout import ACTIVATIONS, ExpertWeights
+from lte_lightning.kernels.layout import ACTIVATIONS, ExpertWeights, hidden_activations
 
 
 def run_views(x_ND: torch.Tensor, mask_NE: torch.Tensor, weights: ExpertWeights) -> torch.Tensor:
@@ -32,11 +32,9 @@ def run_views(x_ND: torch.Tensor, mask_NE: torch.Tensor, weights: ExpertWeights)
             bias = None if bias_ES is None else bias_ES[begin:end].flatten()  # noqa: B023 - called in this round only
             return functional.linear(x, weight_ESD[begin:end].flatten(0, 1), bias)  # noqa: B023
 
-        hidden = project(weights.up_ESD, weights.up_bias_ES)
-        if weights.gate_ESD is None:
-            hidden = ACTIVATIONS[weights.activation](hidden)
-        else:
-            hidden = ACTIVATIONS[weights.activation](project(weights.gate_ESD, weights.gate_bias_ES)) * hidden
+        up = project(weights.up_ESD, weights.up_bias_ES)
+        gate = None if weights.gate_ESD is None else project(weights.gate_ESD, weights.gate_bias_ES)
+        _, hidden = hidden_activations(ACTIVATIONS[weights.activation], up, gate)
         added = (hidden @ weights.down_ESD[begin:end].flatten(0, 1)).float()
         if len(rows) == len(x_ND):
             out_ND += added

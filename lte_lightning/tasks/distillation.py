@@ -7,7 +7,8 @@ import torch
 from torch.nn import functional
 
 from lte_lightning.core.model.convert import restore
-from lte_lightning.core.model.swap import expert_ffns, plain
+from lte_lightning.core.model.experts import expert_ffns
+from lte_lightning.core.model.swap import plain
 from lte_lightning.data.packaged import resolve
 from lte_lightning.errors import UserError
 from lte_lightning.tasks.loading import load

@@ -10,8 +10,8 @@ from torchmetrics import Metric
 from transformers import PreTrainedModel
 
 from lte_lightning.core.accounting.cost import GFLOP, speedup_bound, token_cost
-from lte_lightning.core.model.convert import expert_ffns, selector_parameters, set_mode
-from lte_lightning.core.model.storage import set_backend
+from lte_lightning.core.model.convert import selector_parameters
+from lte_lightning.core.model.experts import expert_ffns, set_backend, set_mode
 from lte_lightning.core.routing.trace import RouterTrace
 from lte_lightning.errors import UserError
 from lte_lightning.kernels.dispatch import Backend

@@ -8,7 +8,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig
 
-from lte_lightning.core.model.convert import set_mode
+from lte_lightning.core.model.experts import set_mode
 from lte_lightning.core.model.head import IGNORED
 from lte_lightning.data.text import is_encoder_decoder
 from lte_lightning.errors import UserError

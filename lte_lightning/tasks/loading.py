@@ -14,7 +14,8 @@ from transformers.utils import logging as hf_logging
 from lte_lightning.core.model.checkpoint import from_pretrained
 from lte_lightning.core.model.checks import listed, require_complete, require_finite, require_sound_routers
 from lte_lightning.core.model.config import LteConfig
-from lte_lightning.core.model.convert import convert, expert_ffns, restore
+from lte_lightning.core.model.convert import convert, restore
+from lte_lightning.core.model.experts import expert_ffns
 from lte_lightning.core.model.folder import is_lte, read_description
 from lte_lightning.core.model.names import plain_names
 from lte_lightning.errors import UserError

@@ -6,7 +6,8 @@ from importlib.util import find_spec
 from torch import nn
 from transformers import PreTrainedModel
 
-from lte_lightning.core.model.convert import expert_ffns, lte_config
+from lte_lightning.core.model.convert import lte_config
+from lte_lightning.core.model.experts import expert_ffns
 from lte_lightning.core.model.parts import Projection, find_layers
 from lte_lightning.errors import UserError
 

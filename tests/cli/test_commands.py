@@ -8,7 +8,7 @@ import torch
 from transformers import AutoTokenizer
 
 import lte_lightning
-from lte_lightning.core.model import storage as sparse
+from lte_lightning.core.model import prepared as sparse
 
 
 def weights_of(fitted, tmp_path, source):

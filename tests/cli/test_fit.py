@@ -85,11 +85,11 @@ def test_the_model_folder_is_read_by_us_and_by_transformers(fitted):
     sentences = ["a good film", "a dull plot , not good at all"]
     batch = AutoTokenizer.from_pretrained(folder)(sentences, padding=True, return_tensors="pt")
     model = lte_lightning.from_pretrained(folder).eval()
-    assert {ffn.mode for ffn in lte_lightning.core.model.convert.expert_ffns(model).values()} == {"hard"}
+    assert {ffn.mode for ffn in lte_lightning.core.model.experts.expert_ffns(model).values()} == {"hard"}
     plain = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     with torch.no_grad():
         hard = model(**batch).logits
-        lte_lightning.core.model.convert.set_mode(model, "dense")
+        lte_lightning.core.model.experts.set_mode(model, "dense")
         assert torch.allclose(model(**batch).logits, plain(**batch).logits, atol=1e-6)
         assert not torch.allclose(hard, plain(**batch).logits, atol=1e-4)
 

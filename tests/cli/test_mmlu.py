@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lte_lightning
-from lte_lightning.core.model.convert import set_mode
+from lte_lightning.core.model.experts import set_mode
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from lte_lightning.callbacks import StageSchedule
-from lte_lightning.core.model.convert import expert_ffns, selector_parameters, set_mode
+from lte_lightning.core.model.convert import selector_parameters
+from lte_lightning.core.model.experts import expert_ffns, set_mode
 from lte_lightning.core.routing.trace import RouterTrace
 from lte_lightning.tasks import Classification
 

@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lte_lightning import LteConfig, convert, save_pretrained, set_mode
-from lte_lightning.core.model import storage as sparse
+from lte_lightning.core.model import prepared as sparse
 from lte_lightning.core.model.convert import selector_parameters
 from lte_lightning.recording import latency
 from lte_lightning.recording.latency import measure_latency

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lte_lightning import LteConfig, RouterTrace, convert, from_pretrained, save_pretrained, set_mode
-from lte_lightning.core.model.convert import expert_ffns
+from lte_lightning.core.model.experts import expert_ffns
 
 
 @pytest.mark.parametrize("name", ["d2dmoe", "dejavu"])

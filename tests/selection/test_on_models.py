@@ -11,7 +11,8 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 
 from lte_lightning import LteConfig, RouterTrace, convert, set_mode
 from lte_lightning.core.accounting.cost import flops_per_token
-from lte_lightning.core.model.convert import expert_ffns, selector_parameters
+from lte_lightning.core.model.convert import selector_parameters
+from lte_lightning.core.model.experts import expert_ffns
 from lte_lightning.core.routing.calibrate import calibrate
 
 D, F = 32, 64

@@ -7,7 +7,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lte_lightning
-from lte_lightning.core.model.convert import expert_ffns, selector_parameters
+from lte_lightning.core.model.convert import selector_parameters
+from lte_lightning.core.model.experts import expert_ffns
 from lte_lightning.errors import UserError
 from lte_lightning.tasks.harness import evaluate
 

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 import lte_lightning
-from lte_lightning.core.model.convert import expert_ffns
+from lte_lightning.core.model.experts import expert_ffns
 from lte_lightning.errors import UserError
 from lte_lightning.tasks.lora import Lora, add_lora, merge_lora
 

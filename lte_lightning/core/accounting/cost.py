@@ -13,8 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from lte_lightning.core.model.convert import require_expert_ffns
-from lte_lightning.core.model.experts import ExpertFfn
+from lte_lightning.core.model.experts import ExpertFfn, require_expert_ffns
 from lte_lightning.core.model.parts import Projection, find_layers
 from lte_lightning.core.routing.prune import weights_left
 from lte_lightning.errors import UserError

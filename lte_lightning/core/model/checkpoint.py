@@ -11,7 +11,8 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from lte_lightning.core.model.checks import require_complete, require_finite, require_sound_routers
-from lte_lightning.core.model.convert import convert, expert_ffns, set_mode
+from lte_lightning.core.model.convert import convert
+from lte_lightning.core.model.experts import expert_ffns, set_backend, set_mode
 from lte_lightning.core.model.folder import (
     HUB_OPTIONS,
     ROUTERS_FILE,
@@ -25,7 +26,6 @@ from lte_lightning.core.model.folder import (
     stored_weights,
 )
 from lte_lightning.core.model.routers import load_routers
-from lte_lightning.core.model.storage import set_backend
 from lte_lightning.errors import UserError
 from lte_lightning.kernels.dispatch import BACKENDS, Backend
 

@@ -8,7 +8,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from lte_lightning.core.model.config import LteConfig
-from lte_lightning.core.model.experts import MODES, ExpertFfn, Mode
+from lte_lightning.core.model.experts import ExpertFfn, expert_ffns, require_expert_ffns
 from lte_lightning.core.model.families import find_row
 from lte_lightning.core.model.grouping import Grouping, expert_count, group_neurons
 from lte_lightning.core.model.instance import adopt, release
@@ -22,7 +22,7 @@ from lte_lightning.core.model.parts import (
     weight_rows,
 )
 from lte_lightning.core.model.storage import activation_name, lay_out
-from lte_lightning.core.model.swap import expert_ffns, insert, lte_config, remove, require_expert_ffns, set_lte_config
+from lte_lightning.core.model.swap import insert, lte_config, remove, set_lte_config
 from lte_lightning.errors import UserError
 from lte_lightning.selection import FfnShape, ModelShape, Selector, selector_class
 
@@ -130,21 +130,13 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
         UserError: If the model has no expert FFNs.
     """
     for ffn in require_expert_ffns(model).values():
-        lay_out(ffn, by_neuron=False)
+        lay_out(ffn.parts, by_neuron=False)
     for layer in find_layers(model):
         remove(layer)
     del model.lte_config
     model.__dict__.pop("lte_base", None)
     release(model)
     return model
-
-
-def set_mode(model: nn.Module, mode: Mode) -> None:
-    """Switches every expert FFN of ``model`` to ``dense``, ``soft`` or ``hard``."""
-    if mode not in MODES:
-        raise UserError(f"unknown mode {mode!r}; there are {', '.join(MODES)}")
-    for ffn in require_expert_ffns(model).values():
-        ffn.mode = mode
 
 
 def selector_parameters(model: nn.Module) -> Iterator[nn.Parameter]:

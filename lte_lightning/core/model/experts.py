@@ -1,20 +1,28 @@
 """An FFN whose neurons are grouped into experts."""
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from lte_lightning.core.model.nonfinite import without_unselected_experts
+from lte_lightning.core.model.nonfinite import down_selected, guard, is_bare, project_running, running_neurons
 from lte_lightning.core.model.parts import FfnParts, Projection, weight_rows
-from lte_lightning.core.model.storage import route, run_sparse
-from lte_lightning.kernels import scale_experts
-from lte_lightning.kernels.dispatch import Backend
+from lte_lightning.core.model.prepared import DENSE_MASK, Prepared, marks_of, prepare, report, route
+from lte_lightning.core.model.storage import lay_out
+from lte_lightning.errors import UserError
+from lte_lightning.kernels import hidden_activations, scale_experts
+from lte_lightning.kernels.dispatch import BACKENDS, Backend
 from lte_lightning.selection import Selector
 
 Mode = Literal["dense", "soft", "hard"]
 MODES: tuple[Mode, ...] = ("dense", "soft", "hard")
+Project = Callable[[Projection, torch.Tensor], torch.Tensor]
+_MODULES = ("up", "gate", "down", "selector", "dropout")  # the activation may be a function
+
+
+def _call(projection: Projection, x_BTD: torch.Tensor) -> torch.Tensor:
+    return projection(x_BTD)
 
 
 class ExpertFfn(nn.Module):
@@ -42,6 +50,7 @@ class ExpertFfn(nn.Module):
         self.up, self.gate, self.down = parts.up, parts.gate, parts.down
         self.activation, self.dropout, self.row = parts.activation, parts.dropout, parts.row
         self.selector = selector
+        self.neurons, self.width = weight_rows(parts.up).shape  # F and D
         self.expert_size = expert_size
         self.threshold = threshold
         self.mode: Mode = "dense"
@@ -51,16 +60,12 @@ class ExpertFfn(nn.Module):
         self.observer: Callable[[ExpertFfn, torch.Tensor, torch.Tensor, torch.Tensor], None] | None = None
         self.shell: tuple[nn.Module, ...] = ()
         self.stack = 0  # 1 in the decoder of a model that has an encoder too
+        self._prepared: Prepared | None = None
 
     @property
-    def width(self) -> int:
-        """D, the width of input and output."""
-        return weight_rows(self.up).shape[1]
-
-    @property
-    def neurons(self) -> int:
-        """F, the number of neurons."""
-        return weight_rows(self.up).shape[0]
+    def parts(self) -> FfnParts:
+        """The modules as they are now; an adapter or a quantiser may have put others in the place of the original."""
+        return FfnParts(self.up, self.gate, self.down, self.activation, self.dropout, self.row)
 
     @property
     def experts(self) -> int:
@@ -70,35 +75,67 @@ class ExpertFfn(nn.Module):
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
         """Returns the FFN's output, [B, T, D]; in soft and hard mode the scores go to the recorder, if there is one."""
         if self.mode == "dense":
-            gate_BTF, hidden_BTF = self._activations(x_BTD, x_BTD)
-            if self.observer is not None:
-                self.observer(self, x_BTD, gate_BTF, hidden_BTF)
-            return self.down(self.finished(hidden_BTF))
-        given_BTD = (x_BTD, x_BTD)
-        # scores that nobody asks for are not made where the device can go straight to the mask
-        skips = self.mode == "hard" and self.backend != "dense-mask"
-        factor_BTE = route(self, self.selector, x_BTD) if skips and self.recorder is None else None
-        if factor_BTE is None:
-            if self.selector.reads != "input":  # the selection needs what it is to save
-                given_BTD = self.selector.thin(x_BTD) if self.mode == "hard" else given_BTD
-                gate_BTF, hidden_BTF = self._activations(*given_BTD)
-                scores_BTE = self.selector(gate_BTF if self.selector.reads == "gate" else hidden_BTF)
-            else:
-                scores_BTE = self.selector(x_BTD)
-            if self.recorder is not None:
-                self.recorder(self, scores_BTE, x_BTD)
-            factor_BTE = self._factor(scores_BTE)
-        if self.selector.reads == "input":
-            if skips:
-                out_BTD = run_sparse(self, x_BTD, factor_BTE)
-                if out_BTD is not None:
-                    return out_BTD
+            return self._dense(x_BTD)
+        prepared = self.prepare(x_BTD)
+        thins = self.mode == "hard" and self.selector.reads != "input"
+        given_BTD = self.selector.thin(x_BTD) if thins else (x_BTD, x_BTD)
+        factor_BTE, hidden_BTF = self._select(x_BTD, given_BTD, prepared.routes)
+        if prepared.weights is not None:
+            return prepared.run(x_BTD, factor_BTE)
+        if hidden_BTF is None:
             _, hidden_BTF = self._activations(*given_BTD)
-        out_BTD = self.down(scale_experts(self.finished(hidden_BTF), factor_BTE))
+        hidden_BTF = self.finished(hidden_BTF)
+        if hidden_BTF.shape[-1] != self.neurons:
+            raise UserError(
+                f"the up projection gave {hidden_BTF.shape[-1]} of {self.neurons} neurons, and experts are selected "
+                "among all of them. Tensor parallelism of FFNs is not supported: shard with FSDP, or leave them whole"
+            )
+        out_BTD = self.down(scale_experts(hidden_BTF, factor_BTE))
         # where weights are trained they are finite, and the host waits for no device
         if self.mode == "hard" and not (self.training and torch.is_grad_enabled()):
-            return without_unselected_experts(self, given_BTD, factor_BTE, out_BTD)
+            return self._guard(out_BTD, given_BTD, hidden_BTF, factor_BTE)
         return out_BTD
+
+    def _dense(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        gate_BTF, hidden_BTF = self._activations(x_BTD, x_BTD)
+        if self.observer is not None:
+            self.observer(self, x_BTD, gate_BTF, hidden_BTF)
+        return self.down(self.finished(hidden_BTF))
+
+    def prepare(self, x_BTD: torch.Tensor) -> Prepared:
+        """Returns what computes hard mode on such an input: chosen once, and again when what it rests on changes."""
+        if self.mode != "hard" or self.backend == "dense-mask":
+            return DENSE_MASK
+        gradient = torch.is_grad_enabled() and (x_BTD.requires_grad or any(p.requires_grad for p in self.parameters()))
+        if gradient or torch.compiler.is_compiling():
+            prepared = prepare(self.parts, self.selector, self.expert_size, self.backend, x_BTD, gradient)
+        else:
+            modules = map(self._modules.get, _MODULES)
+            marks = marks_of(x_BTD, self.backend, self.expert_size, self.activation, *modules)
+            if self._prepared is None or self._prepared.marks != marks:
+                self._prepared = prepare(
+                    self.parts, self.selector, self.expert_size, self.backend, x_BTD, gradient, marks
+                )
+            prepared = self._prepared
+        if prepared.choice.fallback and not self.training:
+            report(prepared, self.backend)
+        return prepared
+
+    def _select(
+        self, x_BTD: torch.Tensor, given_BTD: tuple[torch.Tensor, torch.Tensor], routes: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Returns what scales each expert, [B, T, E], and the hidden activations if the selector needs them anyway."""
+        if routes and self.recorder is None:
+            return route(self.selector, self.threshold, x_BTD), None
+        hidden_BTF = None
+        if self.selector.reads == "input":
+            scores_BTE = self.selector(x_BTD)
+        else:
+            gate_BTF, hidden_BTF = self._activations(*given_BTD)
+            scores_BTE = self.selector(gate_BTF if self.selector.reads == "gate" else hidden_BTF)
+        if self.recorder is not None:
+            self.recorder(self, scores_BTE, x_BTD)
+        return self._factor(scores_BTE), hidden_BTF
 
     def _factor(self, scores_BTE: torch.Tensor) -> torch.Tensor:
         if self.mode == "soft" or self.selector.scales:
@@ -108,21 +145,54 @@ class ExpertFfn(nn.Module):
             return mask_BTE + (scores_BTE - scores_BTE.detach())
         return mask_BTE
 
-    def _activations(self, to_gate_BTD: torch.Tensor, to_up_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _activations(
+        self, to_gate_BTD: torch.Tensor, to_up_BTD: torch.Tensor, project: Project = _call
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the activated gate (of a plain FFN: the hidden activations) and the hidden activations, [B, T, F]."""
-        if self.gate is None:
-            hidden_BTF = self.activation(self.up(to_up_BTD))
-            return hidden_BTF, hidden_BTF
-        gate_BTF = self.activation(self.gate(to_gate_BTD))
-        return gate_BTF, gate_BTF * self.up(to_up_BTD)
+        gate_BTF = None if self.gate is None else project(self.gate, to_gate_BTD)
+        return hidden_activations(self.activation, project(self.up, to_up_BTD), gate_BTF)
 
     def finished(self, hidden_BTF: torch.Tensor) -> torch.Tensor:
         """Returns the hidden activations as the down projection takes them: after dropout, and in its type."""
         if self.dropout is not None:
             hidden_BTF = self.dropout(hidden_BTF)
-        if hidden_BTF.dtype != self.down.weight.dtype and not torch.is_autocast_enabled(hidden_BTF.device.type):
-            return hidden_BTF.to(self.down.weight.dtype)  # T5 keeps its down projections in float32
+        weight: object = self.down.weight
+        if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():  # it is quantised
+            return hidden_BTF
+        if hidden_BTF.dtype != weight.dtype and not torch.is_autocast_enabled(hidden_BTF.device.type):
+            return hidden_BTF.to(weight.dtype)  # T5 keeps its down projections in float32
         return hidden_BTF
+
+    def _guard(
+        self,
+        out_BTD: torch.Tensor,
+        given_BTD: tuple[torch.Tensor, torch.Tensor],
+        hidden_BTF: torch.Tensor,
+        factor_BTE: torch.Tensor,
+    ) -> torch.Tensor:
+        """Returns the output without what is not finite in experts that a token did not select (see `guard`)."""
+        compiling = torch.compiler.is_compiling()
+        if compiling and not all(p is None or is_bare(p) for p in (self.up, self.gate, self.down)):
+            return out_BTD  # a branch of a graph may not call modules that have hooks
+        # NaN reaches gradients through up and gate. A branch of a graph may not read both halves of a fused projection.
+        zeroes = torch.is_grad_enabled() and not (compiling and self.row.fused)
+
+        def again() -> torch.Tensor:
+            hidden = hidden_BTF
+            if zeroes:
+                runs_F = running_neurons(factor_BTE != 0, self.expert_size)
+                _, hidden = self._activations(*given_BTD, lambda projection, x: project_running(projection, x, runs_F))
+                hidden = self.finished(hidden)
+            return down_selected(self.down, hidden, factor_BTE)
+
+        return guard(out_BTD, again)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "ExpertFfn":
+        self._prepared = None  # or its views would keep the memory that the weights leave
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_prepared": None}
 
     @torch.no_grad()
     def permute(self, permutation_F: torch.Tensor) -> None:
@@ -152,4 +222,57 @@ class ExpertFfn(nn.Module):
 
     def flops_dense(self) -> int:
         """Multiply-adds of the whole FFN per token, times two."""
-        return 2 * sum(p.weight.numel() for p in (self.up, self.gate, self.down) if p is not None)
+        return 2 * self.neurons * self.width * (2 if self.gate is None else 3)
+
+
+def expert_ffns(model: nn.Module) -> dict[str, ExpertFfn]:
+    """Returns the expert FFNs of a model by name, in order; empty if it was not converted."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, ExpertFfn)}
+
+
+def require_expert_ffns(model: nn.Module) -> dict[str, ExpertFfn]:
+    """Returns the expert FFNs.
+
+    Raises:
+        UserError: If there are none.
+    """
+    ffns = expert_ffns(model)
+    if not ffns:
+        raise UserError(f"this {type(model).__name__} has no expert FFNs; convert() it first")
+    return ffns
+
+
+def set_mode(model: nn.Module, mode: Mode) -> None:
+    """Switches every expert FFN of ``model`` to ``dense``, ``soft`` or ``hard``."""
+    if mode not in MODES:
+        raise UserError(f"unknown mode {mode!r}; there are {', '.join(MODES)}")
+    for ffn in require_expert_ffns(model).values():
+        ffn.mode = mode
+
+
+def set_backend(model: nn.Module, backend: Backend = "auto") -> None:
+    """Chooses what computes the selected experts in hard mode when no gradient is wanted.
+
+    For every backend but ``dense-mask`` the weights are laid out once, in place, a row per neuron: the down
+    projection's parameter becomes a transposed view of that. Names, shapes and values stay, and with them state_dict,
+    dense mode, training and saving; nothing is stored twice. ``dense-mask`` undoes it, as `restore` does: torch
+    multiplies few tokens by transposed bfloat16 weights at two thirds of the speed.
+
+    The kernels read weights and biases, and nothing else. An FFN whose projections are anything else than ``Linear`` or
+    ``Conv1D`` with ordinary parameters (an adapter, a quantised weight, a shard), or have hooks, is computed by its
+    modules, as with ``dense-mask``. Each forward pass looks for such changes, so none needs another call of this.
+
+    Args:
+        model: A converted model.
+        backend: ``auto`` (by device and type), ``dense-mask`` (every expert is computed, then masked), ``reference``
+            (slow and plain), ``cpu`` or ``triton``. What a backend cannot serve, the dense-mask path does, and the log
+            says so once.
+
+    Raises:
+        UserError: If there is no such backend, or the model was not converted.
+    """
+    if backend not in BACKENDS:
+        raise UserError(f"unknown backend {backend!r}; there are {', '.join(BACKENDS)}")
+    for ffn in require_expert_ffns(model).values():
+        ffn.backend = backend
+        lay_out(ffn.parts, by_neuron=backend != "dense-mask")

@@ -10,10 +10,10 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from lte_lightning.core.model.experts import expert_ffns
 from lte_lightning.core.model.hub import push_folder
 from lte_lightning.core.model.routers import with_routers
 from lte_lightning.core.model.saving import save_into
-from lte_lightning.core.model.swap import expert_ffns
 
 _PUSH = ("repo_id", "commit_message", "private", "token", "revision", "create_pr")
 

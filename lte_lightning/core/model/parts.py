@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from lte_lightning.core.model.exact import why_not_linear
 from lte_lightning.core.model.families import FAMILIES, FfnRow, UnsupportedModelError, find_row
 from lte_lightning.core.model.fused import halves
 
@@ -97,11 +98,10 @@ def find_parts(layer: nn.Module, row: FfnRow) -> FfnParts:
 
     def projection(path: str) -> Projection:
         module: Projection = get_child(layer, path)
-        # Falcon's own Linear differs in rounding alone: it adds the bias after the product is rounded
-        if type(module) not in (nn.Linear, Conv1D) and type(module).__name__ != "FalconLinear":
+        if why := why_not_linear(module):
             raise UnsupportedModelError(
-                f"{type(layer).__name__}.{path} is a {type(module).__name__}; only torch.nn.Linear and transformers' "
-                "Conv1D can be cut into experts. Convert the model before quantising it or adding adapters."
+                f"{type(layer).__name__}.{path} {why}; only torch.nn.Linear and transformers' Conv1D with weights of "
+                "their own can be cut into experts. Convert the model before quantising it or adding adapters."
             )
         return module
 

@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from lte_lightning.core.model.checks import require_sound_routers
+from lte_lightning.core.model.experts import expert_ffns, require_expert_ffns
 from lte_lightning.core.model.folder import (
     CONFIG_FILE,
     ROUTERS_FILE,
@@ -19,7 +20,7 @@ from lte_lightning.core.model.folder import (
     require_own,
 )
 from lte_lightning.core.model.names import is_held, plain_names, weight_names
-from lte_lightning.core.model.swap import expert_ffns, lte_config, require_expert_ffns
+from lte_lightning.core.model.swap import lte_config
 from lte_lightning.errors import UserError
 
 

@@ -22,9 +22,10 @@ from transformers import PreTrainedModel
 from lte_lightning.core.model.card import README, is_ours, licence, public_name, write_card
 from lte_lightning.core.model.checks import listed
 from lte_lightning.core.model.digest import FORMAT, digest
+from lte_lightning.core.model.experts import expert_ffns, require_expert_ffns
 from lte_lightning.core.model.folder import CONFIG_FILE, LAYOUT_VERSION, ROUTERS_FILE, find, stored_weights
 from lte_lightning.core.model.names import plain_names
-from lte_lightning.core.model.swap import expert_ffns, lte_config, plain, require_expert_ffns
+from lte_lightning.core.model.swap import lte_config, plain
 from lte_lightning.errors import UserError
 from lte_lightning.selection import selector_class
 

@@ -1,35 +1,18 @@
-"""Expert FFNs in their layers: which there are, and how they are put in and taken out."""
+"""Expert FFNs in their layers: how they are put in and taken out."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import cast
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from lte_lightning.core.model.config import LteConfig
-from lte_lightning.core.model.experts import ExpertFfn
+from lte_lightning.core.model.experts import ExpertFfn, expert_ffns, require_expert_ffns
 from lte_lightning.core.model.fused import put_together, take_apart
 from lte_lightning.core.model.names import name_as_is, name_as_plain
 from lte_lightning.core.model.parts import find_layers, get_child, set_child
-from lte_lightning.errors import UserError
-
-
-def expert_ffns(model: nn.Module) -> dict[str, ExpertFfn]:
-    """Returns the expert FFNs of a model by name, in order; empty if it was not converted."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, ExpertFfn)}
-
-
-def require_expert_ffns(model: nn.Module) -> dict[str, ExpertFfn]:
-    """Returns the expert FFNs.
-
-    Raises:
-        UserError: If there are none.
-    """
-    ffns = expert_ffns(model)
-    if not ffns:
-        raise UserError(f"this {type(model).__name__} has no expert FFNs; convert() it first")
-    return ffns
 
 
 def lte_config(model: nn.Module) -> LteConfig:
@@ -68,9 +51,27 @@ def insert(layer: nn.Module, ffn: ExpertFfn) -> None:
         return
     set_child(layer, row.up, ffn)
     set_child(layer, row.activation, nn.Identity())
-    set_child(layer, row.down, nn.Identity())
+    set_child(layer, row.down, _Moved(ffn))
     if row.dropout:
         set_child(layer, row.dropout, 0.0)
+
+
+class _Moved(nn.Identity):
+    """Stands where the down projection was. Code that looks for that projection's weight finds it: ``init_weights``."""
+
+    def __init__(self, ffn: ExpertFfn) -> None:
+        super().__init__()
+        self.ffn = (ffn,)  # in a tuple: its weights are not registered twice
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The down projection's."""
+        return self.ffn[0].down.weight
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """The down projection's."""
+        return self.ffn[0].down.bias
 
 
 def remove(layer: nn.Module) -> ExpertFfn:

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from lte_lightning.core.model.convert import lte_config, require_expert_ffns, set_mode
-from lte_lightning.core.model.experts import ExpertFfn, Mode
+from lte_lightning.core.model.convert import lte_config
+from lte_lightning.core.model.experts import ExpertFfn, Mode, require_expert_ffns, set_mode
 from lte_lightning.core.routing.observe import enough, selectors, watch
 from lte_lightning.core.routing.prune import Batch, prune
 from lte_lightning.core.routing.trace import RouterTrace

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import nn
 
-from lte_lightning.core.model.convert import expert_ffns
+from lte_lightning.core.model.experts import expert_ffns
 from lte_lightning.core.routing.observe import selectors
 from lte_lightning.core.routing.trace import RouterTrace
 

@@ -7,8 +7,7 @@ from itertools import zip_longest
 import torch
 from torch import nn
 
-from lte_lightning.core.model.convert import require_expert_ffns, set_mode
-from lte_lightning.core.model.experts import ExpertFfn
+from lte_lightning.core.model.experts import ExpertFfn, require_expert_ffns, set_mode
 from lte_lightning.core.model.parts import weight_rows
 from lte_lightning.core.routing.prune import Batch
 from lte_lightning.errors import UserError

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from lte_lightning.core.model.convert import expert_ffns, lte_config, set_mode
-from lte_lightning.core.model.experts import ExpertFfn
+from lte_lightning.core.model.convert import lte_config
+from lte_lightning.core.model.experts import ExpertFfn, expert_ffns, set_mode
 from lte_lightning.core.model.parts import Projection, find_layers, weight_rows
 from lte_lightning.errors import UserError
 from lte_lightning.selection import selector_class

@@ -6,8 +6,7 @@ from typing import Self
 import torch
 from torch import nn
 
-from lte_lightning.core.model.convert import require_expert_ffns
-from lte_lightning.core.model.experts import ExpertFfn
+from lte_lightning.core.model.experts import ExpertFfn, require_expert_ffns
 from lte_lightning.core.routing.losses import SEPARABILITY_EPSILON, efficiency_loss, separability_loss
 from lte_lightning.core.routing.sparsity import Counts
 from lte_lightning.errors import UserError

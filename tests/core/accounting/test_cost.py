@@ -18,7 +18,7 @@ from transformers import (
 
 from lte_lightning import LteConfig, convert
 from lte_lightning.core.accounting.cost import GFLOP, _attention, flops_per_token, speedup_bound, token_cost
-from lte_lightning.core.model.convert import expert_ffns
+from lte_lightning.core.model.experts import expert_ffns
 from lte_lightning.core.model.families import FAMILIES
 from lte_lightning.errors import UserError
 

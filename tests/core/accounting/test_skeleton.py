@@ -6,7 +6,8 @@ from transformers import AlbertConfig, PreTrainedModel
 from lte_lightning import LteConfig, convert, save_pretrained
 from lte_lightning.core.accounting.cost import token_cost
 from lte_lightning.core.accounting.skeleton import skeleton
-from lte_lightning.core.model.convert import expert_ffns, lte_config
+from lte_lightning.core.model.convert import lte_config
+from lte_lightning.core.model.experts import expert_ffns
 from lte_lightning.errors import UserError
 
 

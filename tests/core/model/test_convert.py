@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from lte_lightning import LteConfig, convert, restore, set_mode
-from lte_lightning.core.model.convert import expert_ffns, group_experts, selector_parameters
-from lte_lightning.core.model.experts import ExpertFfn
+from lte_lightning.core.model.convert import group_experts, selector_parameters
+from lte_lightning.core.model.experts import ExpertFfn, expert_ffns
 from lte_lightning.core.model.families import FAMILIES, UnsupportedModelError, find_row
 from lte_lightning.core.model.parts import find_layers, find_parts, set_child
 from lte_lightning.core.model.swap import plain
@@ -413,3 +413,18 @@ def test_an_expert_ffn_describes_itself(build):
     assert isinstance(ffn, ExpertFfn)
     assert (ffn.width, ffn.neurons, ffn.experts) == (32, 96, 6)
     assert "6 experts x 16 neurons, mode=dense, threshold=0.5" in repr(ffn)
+
+
+def test_weights_can_be_drawn_anew(build, row_family):
+    """GPT-2 looks for its down projection by the name that it had, and scales it by its depth."""
+    model = converted(build(row_family))
+    before = {name: p.clone() for name, p in model.named_parameters() if ".down." in name}
+    for each in (*model.modules(), *model.parameters()):
+        if hasattr(each, "_is_hf_initialized"):
+            del each._is_hf_initialized
+    model.init_weights()
+    assert not any(p.equal(before[name]) for name, p in model.named_parameters() if name in before)
+    if row_family == "gpt2":
+        for ffn in expert_ffns(model).values():
+            assert ffn.down.weight.std().item() == pytest.approx(model.config.initializer_range / 2, rel=0.1)
+            assert ffn.up.weight.std().item() == pytest.approx(model.config.initializer_range, rel=0.1)

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForSequenceClassification
 
 from lte_lightning import LteConfig, convert, from_pretrained, save_pretrained, set_mode
-from lte_lightning.core.model.convert import expert_ffns
 from lte_lightning.core.model.digest import differing, digest
+from lte_lightning.core.model.experts import expert_ffns
 from lte_lightning.core.model.folder import LayoutError, read_description
 from lte_lightning.errors import UserError
 

@@ -19,7 +19,7 @@ from transformers import (
 from lte_lightning import LteConfig, convert, from_pretrained, save_pretrained, set_mode
 from lte_lightning.core.accounting.skeleton import skeleton
 from lte_lightning.core.model import families
-from lte_lightning.core.model.convert import expert_ffns
+from lte_lightning.core.model.experts import expert_ffns
 from lte_lightning.core.model.families import FAMILIES, UnsupportedModelError, find_row
 from lte_lightning.core.model.parts import find_layers, find_parts
 

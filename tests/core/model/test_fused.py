@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lte_lightning import LteConfig, convert, restore
-from lte_lightning.core.model.convert import expert_ffns
+from lte_lightning.core.model.experts import expert_ffns
 from lte_lightning.core.model.fused import halves, put_together, take_apart
 from lte_lightning.core.model.parts import find_layers, get_child
 from lte_lightning.core.model.swap import plain

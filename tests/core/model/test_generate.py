@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from lte_lightning import LteConfig, convert, set_mode
-from lte_lightning.core.model.convert import expert_ffns
-from lte_lightning.core.model.experts import MODES
+from lte_lightning.core.model.experts import MODES, expert_ffns
 
 LENGTHS, NEW = (7, 5, 2), 5
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelF
 from transformers.trainer_utils import load_sharded_checkpoint
 
 from lte_lightning import LteConfig, convert, from_pretrained, restore, save_pretrained, set_mode
-from lte_lightning.core.model.convert import expert_ffns
+from lte_lightning.core.model.experts import expert_ffns
 from lte_lightning.core.model.names import own_names
 from lte_lightning.errors import UserError
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lte_lightning import LteConfig, convert, set_backend, set_mode
-from lte_lightning.core.model.convert import expert_ffns
+from lte_lightning.core.model.experts import expert_ffns
 from lte_lightning.core.model.parts import weight_rows
 from lte_lightning.selection import SELECTORS, FfnShape, Selector
 from lte_lightning.selection.sigmamoe import SigmaMoe
@@ -118,6 +118,23 @@ def test_torch_compile_traces_it_whole(hard, batch):
         expected = model(**batch).logits
         close(compiled(**batch).logits, expected)
         close(poison(compiled)(**batch).logits, expected)
+
+
+# torch.export 2.13 reads .grad of what it traces.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize(("family", "head"), [("phi3", "lm"), ("modernbert", "classification")])
+def test_torch_compile_and_export_take_fused_projections_with_gradients(family, head, hard, batch):
+    """Gate and up share memory, which the branches of a graph may not both read where gradients are enabled."""
+    model = hard(family, head)
+    expected = model(**batch).logits
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    close(compiled(**batch).logits, expected)
+    compiled(**batch).logits.square().sum().backward()
+    assert all(ffn.up.weight.grad.isfinite().all() for ffn in expert_ffns(model).values())
+    exported = torch.export.export(model, (), dict(batch)).module()
+    close(exported(**batch).logits, expected)
+    poison(model)
+    close(compiled(**batch).logits, expected)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])

@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from lte_lightning import LteConfig, convert, from_pretrained, register, save_pretrained, set_mode
-from lte_lightning.core.model.convert import expert_ffns
+from lte_lightning.core.model.experts import expert_ffns
 
 TEXTS = ["Input: the cat", "a fish. Answer"]
 SIZES = {"hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.activations import ACT2FN
 
 from lte_lightning import LteConfig, convert, from_pretrained, restore, save_pretrained, set_backend, set_mode
-from lte_lightning.core.model import storage as sparse
-from lte_lightning.core.model.convert import expert_ffns
+from lte_lightning.core.model import prepared as sparse
+from lte_lightning.core.model.experts import expert_ffns
 from lte_lightning.core.model.storage import activation_name, expert_weights
 from lte_lightning.errors import UserError
 from lte_lightning.kernels import dispatch
@@ -87,7 +87,7 @@ def test_the_kernels_see_the_parameters_themselves(family, hard):
     set_backend(model)
     held = storages(model)
     for ffn in expert_ffns(model).values():
-        weights = expert_weights(ffn)
+        weights = expert_weights(ffn.parts, ffn.expert_size)
         for tensor in (weights.up_ESD, weights.down_ESD, weights.gate_ESD, weights.up_bias_ES, weights.down_bias_D):
             assert tensor is None or tensor.untyped_storage().data_ptr() in held
         assert weights.down_ESD.is_contiguous()

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from lte_lightning.core.model.config import LteConfig
-from lte_lightning.core.model.convert import convert, expert_ffns, set_mode
+from lte_lightning.core.model.convert import convert
+from lte_lightning.core.model.experts import expert_ffns, set_mode
 from lte_lightning.core.routing.calibrate import calibrate
 from lte_lightning.core.routing.trace import RouterTrace
 

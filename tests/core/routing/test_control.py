@@ -3,7 +3,7 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification
 
 from lte_lightning import LteConfig, RouterTrace, convert, set_mode
-from lte_lightning.core.model.convert import expert_ffns
+from lte_lightning.core.model.experts import expert_ffns
 from lte_lightning.core.routing.control import LIMIT, controlled, distances, follow, wanted_sparsity
 
 

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from lte_lightning.core.model.config import LteConfig
-from lte_lightning.core.model.convert import convert, expert_ffns, group_experts
+from lte_lightning.core.model.convert import convert, group_experts
+from lte_lightning.core.model.experts import expert_ffns
 from lte_lightning.core.model.grouping import group_neurons
 from lte_lightning.core.routing.calibrate import calibrate
 from lte_lightning.core.routing.observe import imitation_loss, neuron_activations, observe

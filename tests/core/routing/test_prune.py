@@ -5,7 +5,7 @@ import torch
 
 from lte_lightning import LteConfig, RouterTrace, convert, restore, set_mode
 from lte_lightning.core.accounting.cost import flops_per_token, token_cost
-from lte_lightning.core.model.convert import expert_ffns
+from lte_lightning.core.model.experts import expert_ffns
 from lte_lightning.core.model.parts import Projection, find_layers, weight_rows
 from lte_lightning.core.routing.calibrate import calibrate
 from lte_lightning.core.routing.prune import hold_zeros

@@ -5,7 +5,7 @@ import torch
 
 from lte_lightning import LteConfig, RouterTrace, convert, set_mode
 from lte_lightning.core.accounting.cost import flops_per_token
-from lte_lightning.core.model.convert import expert_ffns
+from lte_lightning.core.model.experts import expert_ffns
 from lte_lightning.core.model.parts import weight_rows
 from lte_lightning.core.routing.calibrate import calibrate
 from lte_lightning.selection.teal import STEP

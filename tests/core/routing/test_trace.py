@@ -6,7 +6,7 @@ import torch
 from transformers import BartForCausalLM, T5EncoderModel
 
 from lte_lightning import LteConfig, RouterTrace, convert, set_mode
-from lte_lightning.core.model.convert import expert_ffns
+from lte_lightning.core.model.experts import expert_ffns
 from lte_lightning.errors import UserError
 
 SIZE, TAU, EPSILON = 16, 0.5, 0.01

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lte_lightning import LteConfig, RouterTrace, convert, set_mode
-from lte_lightning.core.model.convert import expert_ffns
+from lte_lightning.core.model.experts import expert_ffns
 from lte_lightning.errors import UserError
 
 SIZES = 4

@@ -13,7 +13,8 @@ import lte_lightning.kernels.triton.ffn
 import lte_lightning.kernels.triton.router  # noqa: F401 - they register the operators
 from lte_lightning import LteConfig, RouterTrace, convert, set_backend, set_mode
 from lte_lightning.bench.subject import ForcedSelector
-from lte_lightning.core.model.convert import expert_ffns, selector_parameters
+from lte_lightning.core.model.convert import selector_parameters
+from lte_lightning.core.model.experts import expert_ffns
 from lte_lightning.kernels.triton.common import INTERPRETED
 from lte_lightning.selection import SELECTORS, FfnShape
 

@@ -1,0 +1,84 @@
+"""Whether a module computes exactly what the kernels compute from its weight and bias."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.nn.modules import module as torch_module
+from transformers.pytorch_utils import Conv1D
+
+# Tensors whose values are their storage, and those that stand for them while torch traces. Any other class may hold a
+# shard, quantised numbers, or a function of its own: DTensor, torchao's.
+TENSORS = (torch.Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
+_GLOBAL_HOOKS = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
+
+
+def why_not_linear(module: Any) -> str:
+    """Says why a module is not its weight and bias alone, as a clause that has the module as its subject.
+
+    Hooks do not count here: they change what a call computes, not what the weights are (see `what_surrounds`).
+
+    Returns:
+        "" for a ``Linear`` or ``Conv1D`` whose weight and bias are ordinary parameters.
+    """
+    kind = type(module)
+    # Falcon's own Linear differs in rounding alone: it adds the bias after the product is rounded
+    if kind not in (nn.Linear, Conv1D) and kind.__name__ != "FalconLinear":
+        return f"is a {kind.__name__}" + (f" of {kind.__module__}" if kind.__name__ in ("Linear", "Conv1D") else "")
+    for name in ("weight", "bias"):
+        if name not in module._parameters or name in module.__dict__:
+            return f"computes its {name} (pruned, or reparametrised)"
+        tensor = module._parameters[name]
+        if tensor is None:
+            continue
+        if type(tensor) not in TENSORS:
+            return f"has a {type(tensor).__name__} as its {name}"
+        if tensor.layout is not torch.strided:
+            return f"has a {name} of layout {tensor.layout}"
+    return ""
+
+
+def what_surrounds(module: nn.Module) -> str:
+    """Says what runs besides a module's own ``forward`` when it is called, as a clause; "" if nothing does."""
+    if module._forward_hooks or module._forward_pre_hooks:
+        return "has forward hooks"
+    if "forward" in module.__dict__:  # accelerate moves offloaded weights in such a one
+        return "has a forward of its own instead of its class's"
+    return ""
+
+
+def has_global_hooks() -> bool:
+    """Says whether hooks run around every module's forward (``register_module_forward_hook`` and its kin)."""
+    return any(map(len, _GLOBAL_HOOKS))
+
+
+def mark(module: Any) -> tuple[Any, ...]:
+    """Returns what tells a module from what it was: cheap, and equal as long as nothing that the kernels see changed.
+
+    Values written in place leave it as it is; another module, class, hook, parameter, memory or type changes it.
+    """
+    if not isinstance(module, nn.Module):
+        return (id(module),)
+    weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+    return (
+        id(module),
+        type(module),
+        bool(module._forward_hooks or module._forward_pre_hooks),
+        "forward" in module.__dict__,
+        module.training,
+        id(weight),
+        _address(weight),
+        id(bias),
+        _address(bias),
+    )
+
+
+def _address(tensor: torch.Tensor | None) -> int:
+    if tensor is None or type(tensor) not in TENSORS:
+        return 0
+    try:
+        return tensor.data_ptr()
+    except RuntimeError:  # a sparse layout has no address
+        return 0

@@ -1,0 +1,149 @@
+"""What computes an expert FFN's hard mode: chosen once, and kept until something that the choice rests on changes."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd import forward_ad
+
+from lte_lightning.core.model.exact import TENSORS, has_global_hooks, mark, what_surrounds, why_not_linear
+from lte_lightning.core.model.parts import FfnParts
+from lte_lightning.core.model.storage import expert_weights
+from lte_lightning.errors import UserError
+from lte_lightning.kernels.dispatch import Backend, Choice, autocast_dtype, choose, run_experts, run_router, say_once
+from lte_lightning.kernels.layout import ExpertWeights
+from lte_lightning.selection import Selector
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What computes an FFN's hard mode, and on which weights.
+
+    Args:
+        choice: The backend, with what kept a faster one from it.
+        weights: What the backend reads; None where the modules themselves compute (dense-mask).
+        routes: Whether the backend makes the selector's mask too, without scores.
+        marks: What the choice rests on, as `marks_of` found it.
+    """
+
+    choice: Choice
+    weights: ExpertWeights | None = None
+    routes: bool = False
+    marks: tuple[Any, ...] = ()
+
+    def run(self, x_BTD: torch.Tensor, mask_BTE: torch.Tensor) -> torch.Tensor:
+        """Returns the output [B, T, D] of the experts that each token selected."""
+        assert self.weights is not None
+        flat_ND = run_experts(self.choice.backend, x_BTD.flatten(0, -2), mask_BTE.flatten(0, -2), self.weights)
+        return flat_ND.view(x_BTD.shape)
+
+
+DENSE_MASK = Prepared(Choice("dense-mask"))
+
+
+def marks_of(x: torch.Tensor, backend: Backend, expert_size: int, *modules: Any) -> tuple[Any, ...]:
+    """Returns all that a choice rests on: what was asked for, the input's kind, the call's surroundings, modules."""
+    return (
+        backend,
+        expert_size,
+        type(x),
+        x.dtype,
+        x.device,
+        autocast_dtype(x),
+        has_global_hooks(),
+        _transforms(),
+        *map(mark, modules),
+    )
+
+
+def prepare(
+    parts: FfnParts,
+    selector: Selector,
+    expert_size: int,
+    backend: Backend,
+    x: torch.Tensor,
+    gradient: bool = False,
+    marks: tuple[Any, ...] = (),
+) -> Prepared:
+    """Chooses what computes an FFN's hard mode on such an input.
+
+    Args:
+        parts: The FFN's modules as they are now.
+        selector: What selects its experts.
+        expert_size: S.
+        backend: What was asked for.
+        x: The input; its values do not matter.
+        gradient: Whether the result must be differentiable.
+        marks: What `marks_of` returns of all this.
+    """
+    if backend == "dense-mask":
+        return DENSE_MASK
+    if gradient:
+        return Prepared(choose(backend, x, x, gradient=True))
+    fallback = _why_not(parts, selector, x)
+    if not fallback:
+        choice = choose(backend, x, parts.up.weight)
+        if choice.backend == "dense-mask":
+            return Prepared(choice, marks=marks)
+        try:
+            weights = expert_weights(parts, expert_size)
+            return Prepared(choice, weights, choice.backend == "triton" and _routes(selector), marks)
+        except UserError as error:
+            fallback = str(error)
+    return Prepared(Choice("dense-mask", fallback), marks=marks)
+
+
+def _why_not(parts: FfnParts, selector: Selector, x: torch.Tensor) -> str:
+    """Says why the kernels would not compute what the modules do on this input, "" if they would."""
+    if type(x) not in TENSORS:
+        return f"the input is a {type(x).__name__}"
+    if has_global_hooks():
+        return "hooks are registered for every module's forward"
+    if _transforms():
+        return "torch.func or forward-mode differentiation transforms the call"
+    for name in ("up", "gate", "down"):
+        projection = getattr(parts, name)
+        if projection is not None and (why := why_not_linear(projection) or what_surrounds(projection)):
+            return f"its {name} projection {why}"
+    if isinstance(parts.activation, nn.Module) and (why := what_surrounds(parts.activation)):
+        return f"its activation {why}"
+    if parts.dropout is not None:
+        if parts.dropout.training:
+            return "there is dropout between its projections, and the model is in train mode"
+        if why := what_surrounds(parts.dropout):
+            return f"its dropout {why}"
+    if selector.reads != "input":
+        return f"{type(selector).__name__} reads activations of every neuron before it chooses"
+    if selector.scales:
+        return f"{type(selector).__name__} scales experts, which no sparse backend does"
+    return ""
+
+
+def _routes(selector: Selector) -> bool:
+    """Says whether the backend may make the mask from the selector's linear layer, passing the module by."""
+    # a wrapper, as peft puts around what it trains in full, hands the attribute on and its class lacks it
+    wrapped = not hasattr(selector.__class__, "linear") or what_surrounds(selector)
+    linear = None if wrapped else selector.linear()
+    return linear is not None and all(t is None or (type(t) in TENSORS and t.is_contiguous()) for t in linear)
+
+
+def route(selector: Selector, threshold: float, x_BTD: torch.Tensor) -> torch.Tensor:
+    """Returns the mask [B, T, E] in one launch, without scores; for a backend that ``routes`` this selector."""
+    linear = selector.linear()
+    assert linear is not None
+    mask_NE = run_router(x_BTD.flatten(0, -2), *linear, threshold)
+    return mask_NE.view(*x_BTD.shape[:-1], -1)
+
+
+def report(prepared: Prepared, backend: Backend) -> None:
+    """Says in the log, once, why every expert is computed although a sparse backend was asked for."""
+    if prepared.choice.fallback and not torch.compiler.is_compiling():
+        say_once(f"backend {backend!r} computes every expert and masks (dense-mask): {prepared.choice.fallback}")
+
+
+def _transforms() -> bool:
+    """Says whether torch.func or forward-mode differentiation is at work; torch.compile decides this for itself."""
+    if torch.compiler.is_compiling():
+        return False
+    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
