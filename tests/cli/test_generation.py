@@ -13,6 +13,7 @@ from transformers import (
     BertForMaskedLM,
     CTRLConfig,
     CTRLLMHeadModel,
+    GenerationConfig,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -232,3 +233,18 @@ def test_lora(tiny_lm, lightning, tmp_path):
     original = AutoModelForCausalLM.from_pretrained(tiny_lm.model).state_dict()
     assert trained.keys() == original.keys()
     assert not torch.equal(*(m["model.layers.0.self_attn.q_proj.weight"] for m in (trained, original)))
+
+
+def test_what_belongs_to_a_model_travels_with_it(tiny_lm, lightning, tmp_path):
+    start = shutil.copytree(tiny_lm.model, tmp_path / "start")
+    tokenizer = AutoTokenizer.from_pretrained(start)
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    tokenizer.save_pretrained(start)
+    GenerationConfig(max_new_tokens=7, do_sample=True, top_k=3).save_pretrained(start)
+    config = tiny_lm.config(epochs=(1, 0, 0), **{"model.init_args.pretrained": str(start)})
+    outcome = lightning(tmp_path, config, "fit")
+    assert outcome.code == 0, outcome.err
+    model = outcome.run / "model"
+    assert AutoTokenizer.from_pretrained(model).chat_template == tokenizer.chat_template
+    generation = lte_lightning.from_pretrained(model).generation_config
+    assert (generation.max_new_tokens, generation.do_sample, generation.top_k) == (7, True, 3)

@@ -30,10 +30,10 @@ def require_complete(model: PreTrainedModel, info: dict[str, Any], source: objec
     same_class = name in (model.config.architectures or ())
     missing = [key for key in sorted(info["missing_keys"]) if same_class or not _is_new(model, key)]
     if missing:
-        raise UserError(
-            f"{source} lacks weights of a {name}: {listed(missing)}; they would be random. Save the model again, or "
-            "get the folder again"
-        )
+        way_out = "Save the model again, or get the folder again"
+        if all(key.startswith("pooler.") for key in missing):
+            way_out = "If the model has no pooler, load it with add_pooling_layer=False"
+        raise UserError(f"{source} lacks weights of a {name}: {listed(missing)}; they would be random. {way_out}")
     paths = "|".join(map(re.escape, find_row(model.config.model_type).layers))
     inside = re.compile(rf"(^|\.)({paths})\.\d+\.")
     others = [key for key in sorted(info["unexpected_keys"]) if inside.search(key) and not _OLD_BUFFERS.search(key)]

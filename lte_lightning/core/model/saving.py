@@ -110,6 +110,8 @@ def _write(
     **kwargs: Any,
 ) -> None:
     ffns = require_expert_ffns(model)
+    if kwargs.get("distributed_checkpoint"):
+        raise UserError("distributed_checkpoint writes no folder that others can load; leave it out")
     state = plain_names(ffns, model.state_dict() if state_dict is None else state_dict)
     if any(hasattr(value, "placements") for value in state.values()):
         raise UserError(
@@ -190,7 +192,9 @@ def _require_loadable(model: PreTrainedModel, state: dict[str, torch.Tensor]) ->
         if any("lora_" in key or "base_layer" in key for key in unknown):
             hint = "; merge the adapters first (merge_and_unload(), or merge_lora)"
         raise UserError(f"a {name} of this configuration has no weights {listed(unknown)}{hint}")
-    if missing := [key for key in wanted if key not in present]:
+    # of a base model by itself, transformers makes the pooler or not as the code that loads it says
+    bare = model.base_model is model
+    if missing := [key for key in wanted if key not in present and not (bare and key.startswith("pooler."))]:
         raise UserError(f"weights are missing that a {name} of this configuration has: {listed(missing)}")
     for key, value in state.items():
         if key in wanted and value.shape != wanted[key].shape:

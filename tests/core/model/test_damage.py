@@ -217,3 +217,13 @@ def test_a_digest_of_another_type_is_compared_by_values():
         assert differing(entries, {"w": (values * 1.05).to(dtype)}) == ["w"]
     assert differing(entries, {"w": values.to(torch.int8)}) == ["w"]
     assert differing(digest({"w": values.bfloat16()}), {"w": values.half()}) == []
+
+
+def test_a_base_model_without_a_pooler(build, batch, tmp_path):
+    model = convert(type(build().bert)(build().config, add_pooling_layer=False), LteConfig(16), progress=False).eval()
+    folder = save_pretrained(model, tmp_path / "saved")
+    with pytest.raises(UserError, match=r"lacks weights .*pooler.* load it with add_pooling_layer=False"):
+        from_pretrained(folder)
+    loaded = from_pretrained(folder, add_pooling_layer=False, backend="dense-mask")
+    with torch.no_grad():
+        assert loaded(**batch).last_hidden_state.equal(model(**batch).last_hidden_state)

@@ -135,6 +135,18 @@ def test_a_state_that_could_not_be_loaded_again_is_not_saved(routed, tmp_path, s
     assert all(value.equal(before[key]) for key, value in model.state_dict().items())
 
 
+def test_a_format_that_others_cannot_load_is_not_saved(routed, tmp_path):
+    with pytest.raises(UserError, match="distributed_checkpoint writes no folder that others can load"):
+        routed().save_pretrained(tmp_path / "saved", distributed_checkpoint=True)
+
+
+def test_a_part_that_was_converted(build, batch, tmp_path):
+    model = build("llama", "lm")
+    convert(model.model, CONFIG, progress=False)
+    model.save_pretrained(tmp_path)
+    assert logits(AutoModelForCausalLM.from_pretrained(tmp_path), batch).equal(logits(model, batch))
+
+
 def test_adapters_and_other_heads_are_not_saved(routed, tmp_path):
     model = routed()
     model.classifier = nn.Sequential(nn.Linear(32, 8), nn.Linear(8, 3))
@@ -275,6 +287,10 @@ def test_accelerate(routed, build, batch, tmp_path):
     load_checkpoint_in_model(other, tmp_path / "weights", strict=True)
     set_mode(other, "hard")
     assert logits(other, batch).equal(sparse)
+    again = convert(build(), LteConfig(16, "kmeans", threshold=0.55, seed=8), progress=False)
+    load_checkpoint_in_model(again, tmp_path / "saved")  # the routers lie beside
+    set_mode(again, "hard")
+    assert logits(again, batch).equal(sparse)
     set_mode(model, "dense")
     plain = build()
     load_checkpoint_in_model(plain, tmp_path / "weights")
