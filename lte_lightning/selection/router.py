@@ -121,7 +121,9 @@ class Router(Selector):
 
     def linear(self) -> tuple[torch.Tensor, torch.Tensor | None] | None:
         """Returns its weights, unless a subclass scores in another way."""
-        return (self.weight, self.bias) if type(self).forward is Router.forward else None
+        kind = type(self)
+        plain = kind.forward is Router.forward and kind.logits is Router.logits
+        return (self.weight, self.bias) if plain else None
 
     def flops_per_token(self) -> int:
         """Returns 2 D E."""

@@ -148,7 +148,7 @@ def test_losses_with_relu_are_the_authors():
 
 @pytest.mark.parametrize("name", ["d2dmoe", "dejavu"])
 def test_a_model_saved_with_a_bias_keeps_it(name):
-    """As version 0.1.0 wrote them."""
+    """As they were written until 26 November 2026."""
     old, x_ND = made(name), given(name)
     stored = old.state_dict() | {"bias": torch.randn(E)}
     loaded = made(name)

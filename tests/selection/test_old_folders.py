@@ -1,4 +1,4 @@
-"""Models that version 0.1.0 saved: two methods had a bias at the output, and nothing was said of the selector."""
+"""Models saved before 26 November 2026: two methods had a bias at the output, and no file described the selector."""
 
 import json
 

@@ -180,7 +180,12 @@ def test_a_kernel_may_compute_the_router_alone():
         def forward(self, x_BTD):
             return super().forward(2 * x_BTD)
 
-    assert Doubled.make(FfnShape(4, 3), LteConfig(), None).linear() is None
+    class Cooled(SELECTORS["router"]):
+        def logits(self, x_BTD):
+            return super().logits(x_BTD) / 2
+
+    for kind in (Doubled, Cooled):
+        assert kind.make(FfnShape(4, 3), LteConfig(), None).linear() is None
     assert (
         SELECTORS["kla"].make(FfnShape(4, 3), LteConfig(1, selector="kla", target_sparsity=0.5), None).linear() is None
     )
