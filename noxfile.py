@@ -34,7 +34,7 @@ def env(session: nox.Session) -> None:
     ).hexdigest()
     stamp = Path(session.virtualenv.location, "installed.sha256")
     if not stamp.exists() or stamp.read_text() != wanted:
-        session.install("-c", "constraints.txt", "-e", ".[quickstart,dev,sweep,peft,harness]")
+        session.install("-c", "constraints.txt", "-e", ".[quickstart,dev,sweep,peft,harness,docs]")
         stamp.write_text(wanted)
     # The sessions that require this one inherit the environment of this process.
     os.environ["PATH"] = os.pathsep.join([session.bin, os.environ["PATH"]])
@@ -82,6 +82,12 @@ def gpu(session: nox.Session) -> None:
 def browser(session: nox.Session) -> None:
     """Look at a report in headless Chromium; without one it fails."""
     session.run("pytest", "-m", "browser", *session.posargs, env=OFFLINE | {"LTE_BROWSER": "required"})
+
+
+@nox.session(python=False, requires=["env"], default=False)
+def docs(session: nox.Session) -> None:
+    """Build the documentation site in site/: warnings are errors, links are checked."""
+    session.run("mkdocs", "build", "--strict", *session.posargs, env=OFFLINE | {"NO_MKDOCS_2_WARNING": "1"})
 
 
 def real_models() -> dict[str, str]:
