@@ -40,7 +40,8 @@ def command(args: argparse.Namespace, name: str, seed: int, options: dict[str, o
     """The command line of one fit."""
     shared = {
         "data.source": args.data, "data.batch_size": args.batch_size, "model.pretrained": args.model,
-        "model.layers": args.layers, "seed_everything": seed, "trainer.limit_val_batches": args.validate, "trainer.logger": "false",
+        "model.layers": args.layers, "seed_everything": seed, "trainer.limit_val_batches": args.validate,
+        "trainer.logger": "false",
         "trainer.enable_progress_bar": "false", "run.root": args.out, "run.name": f"{name}, seed {seed}",
         "run.latency_rows": 1,
     }  # fmt: skip

@@ -67,7 +67,9 @@ def test_credentials_stay_where_they_belong(own, name, run, server, monkeypatch)
     folder = run(tracking_uri=address)
     (folder / UNSENT).write_text('{"time": 1, "metrics": {"loss": 1.0}}\n')
     for contact in (lambda: resume(folder).make_logger(), lambda: sync(folder)):
-        with pytest.raises(UserError, match=rf"run\.json names MLflow's store {address}, .* MLFLOW_TRACKING_{name}; if"):
+        with pytest.raises(
+            UserError, match=rf"run\.json names MLflow's store {address}, .* MLFLOW_TRACKING_{name}; if"
+        ):
             contact()
     assert asked == []
 

@@ -117,7 +117,8 @@ def group_experts(
         rows = [weight_rows(ffn.up if ffn.gate is None else ffn.gate) for ffn in ffns.values()]
     groupings = []
     for i, rows_FX in enumerate(tqdm(rows, desc=f"grouping ({config.grouping})", disable=not progress)):
-        groupings.append(group_neurons(rows_FX, config.expert_size, config.grouping, (config.seed or 0) + i))
+        with torch.device("cpu"):  # as for selectors
+            groupings.append(group_neurons(rows_FX, config.expert_size, config.grouping, (config.seed or 0) + i))
     for ffn, grouping in zip(ffns.values(), groupings, strict=True):
         ffn.permute(grouping.permutation_F.to(ffn.up.weight.device))
     return groupings
@@ -166,4 +167,6 @@ def _make_selector(config: LteConfig, parts: FfnParts, generator: torch.Generato
     neurons, width = weight_rows(parts.up).shape
     activation = activation_name(parts.activation)
     shape = FfnShape(width, neurons // config.expert_size, parts.gate is not None, activation)
-    return selector_class(config.selector).make(shape, config, generator)
+    # Not on torch's default device, which Lightning sets to a GPU: the generator is the CPU's.
+    with torch.device("meta" if parts.up.weight.is_meta else "cpu"):
+        return selector_class(config.selector).make(shape, config, generator)

@@ -11,6 +11,7 @@ from lte_lightning.core.model.families import FAMILIES, UnsupportedModelError, f
 from lte_lightning.core.model.parts import find_layers, find_parts, set_child
 from lte_lightning.core.model.swap import plain
 from lte_lightning.errors import UserError
+from lte_lightning.selection import SELECTORS
 
 SIZE = 16
 CONTIGUOUS = LteConfig(SIZE, "contiguous")
@@ -428,3 +429,18 @@ def test_weights_can_be_drawn_anew(build, row_family):
         for ffn in expert_ffns(model).values():
             assert ffn.down.weight.std().item() == pytest.approx(model.config.initializer_range / 2, rel=0.1)
             assert ffn.up.weight.std().item() == pytest.approx(model.config.initializer_range, rel=0.1)
+
+
+@pytest.mark.parametrize("selector", [name for name in SELECTORS if name not in ("none",)])
+def test_another_default_device_changes_nothing(build, selector):
+    """Lightning loads models while torch's default device is a GPU; meta stands in for it."""
+    single = SELECTORS[selector].needs_expert_size
+    target = None if SELECTORS[selector].no_target or SELECTORS[selector].optional_target else 0.5
+    config = LteConfig(expert_size=single or SIZE, selector=selector, target_sparsity=target, grouping="kmeans")
+    expected = convert(build("llama"), config, progress=False)
+    model = build("llama")
+    with torch.device("meta"):
+        convert(model, config, progress=False)
+    state, wanted = model.state_dict(), expected.state_dict()
+    assert state.keys() == wanted.keys()
+    assert [name for name in wanted if not state[name].equal(wanted[name])] == []
