@@ -18,7 +18,8 @@ import torch
 from torch.nn import functional
 
 from lte_lightning import LteConfig, from_pretrained, restore
-from lte_lightning.core.model.convert import convert, expert_ffns
+from lte_lightning.core.model.convert import convert
+from lte_lightning.core.model.experts import expert_ffns
 from lte_lightning.core.model.storage import activation_name
 from lte_lightning.core.routing.observe import observe
 from lte_lightning.data import MovieReviews

@@ -49,6 +49,11 @@ def what_surrounds(module: nn.Module) -> str:
     return ""
 
 
+def is_sharded(module: nn.Module) -> bool:
+    """Says whether FSDP, of either version, manages a module's parameters; by name, for torch may lack both."""
+    return any(kind.__name__ in ("FSDPModule", "FullyShardedDataParallel") for kind in type(module).__mro__)
+
+
 def has_global_hooks() -> bool:
     """Says whether hooks run around every module's forward (``register_module_forward_hook`` and its kin)."""
     return any(map(len, _GLOBAL_HOOKS))

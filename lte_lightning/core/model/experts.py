@@ -6,6 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from lte_lightning.core.model.exact import is_sharded
 from lte_lightning.core.model.nonfinite import down_selected, guard, is_bare, project_running, running_neurons
 from lte_lightning.core.model.parts import FfnParts, Projection, weight_rows
 from lte_lightning.core.model.prepared import DENSE_MASK, Prepared, marks_of, prepare, report, route
@@ -260,7 +261,8 @@ def set_backend(model: nn.Module, backend: Backend = "auto") -> None:
 
     The kernels read weights and biases, and nothing else. An FFN whose projections are anything else than ``Linear`` or
     ``Conv1D`` with ordinary parameters (an adapter, a quantised weight, a shard), or have hooks, is computed by its
-    modules, as with ``dense-mask``. Each forward pass looks for such changes, so none needs another call of this.
+    modules, as with ``dense-mask``. Weights that FSDP manages are not touched. Each forward pass looks for such
+    changes, so none needs another call of this.
 
     Args:
         model: A converted model.
@@ -273,6 +275,10 @@ def set_backend(model: nn.Module, backend: Backend = "auto") -> None:
     """
     if backend not in BACKENDS:
         raise UserError(f"unknown backend {backend!r}; there are {', '.join(BACKENDS)}")
-    for ffn in require_expert_ffns(model).values():
+    ffns = require_expert_ffns(model).values()
+    # FSDP gathers weights into memory of its own, in the order that it found
+    sharded = {inner for module in model.modules() if is_sharded(module) for inner in module.modules()}
+    for ffn in ffns:
         ffn.backend = backend
-        lay_out(ffn.parts, by_neuron=backend != "dense-mask")
+        if ffn not in sharded:
+            lay_out(ffn.parts, by_neuron=backend != "dense-mask")
