@@ -52,7 +52,7 @@ CIRCLES = {
         "swap",
     )
 }
-LONG = {"data/prompts.py", "kernels/triton/prefill.py", "recording/recorder.py"}
+LONG = {"kernels/triton/prefill.py", "recording/recorder.py"}
 
 
 def part(dotted: str) -> str:

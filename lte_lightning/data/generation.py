@@ -6,8 +6,9 @@ from typing import Any
 from datasets import Dataset
 
 from lte_lightning.data.checks import require_text
+from lte_lightning.data.example import Example
 from lte_lightning.data.packaged import DataError
-from lte_lightning.data.prompts import Example, PromptData
+from lte_lightning.data.prompts import PromptData
 from lte_lightning.errors import meant
 
 

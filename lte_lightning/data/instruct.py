@@ -7,8 +7,9 @@ from jinja2 import TemplateError
 
 from lte_lightning.data.chats import ALPACA, Form, Messages, answered, conversation, find_form
 from lte_lightning.data.checks import require_text
+from lte_lightning.data.example import Example
 from lte_lightning.data.packaged import DataError
-from lte_lightning.data.prompts import Example, PromptData
+from lte_lightning.data.prompts import PromptData
 
 _TASK = "Below is an instruction that describes a task"
 _WANTED = "Write a response that appropriately completes the request."

@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,41 +12,13 @@ from torch.utils.data import DataLoader
 
 from lte_lightning.core.model.head import IGNORED
 from lte_lightning.data.checks import require_at_least
+from lte_lightning.data.example import Example
 from lte_lightning.data.packaged import DataError
 from lte_lightning.data.padding import CollateAnswers, CollatePrompts
 from lte_lightning.data.streaming import Mark, StreamingData
 from lte_lightning.data.text import fingerprint, is_encoder_decoder
 
 _ENCODING = 2  # part of the cache's key: to be raised when the same rows are to give other tokens
-
-
-@dataclass(frozen=True)
-class Example:
-    """A row as text.
-
-    Args:
-        segments: The text in pieces, each with whether it is an answer, which carries the loss.
-        verbatim: The text has its special tokens already (a chat template wrote it).
-        shortened: The input was cut to fit.
-    """
-
-    segments: list[tuple[str, bool]]
-    verbatim: bool = False
-    shortened: bool = False
-
-    @property
-    def prompt(self) -> str:
-        """Everything before the last answer."""
-        return "".join(text for text, _ in self.segments[: self._last])
-
-    @property
-    def answer(self) -> str:
-        """The last answer; empty if there is none."""
-        return self.segments[self._last][0] if self.segments else ""
-
-    @property
-    def _last(self) -> int:
-        return max((i for i, (_, is_answer) in enumerate(self.segments) if is_answer), default=0)
 
 
 class PromptData(StreamingData):
