@@ -200,8 +200,12 @@ class Selector(nn.Module):
         return max(sum(parameter.numel() for parameter in self.parameters()), self.flops_per_token() // 2)
 
     def whole_projections(self) -> int:
-        """Returns how many of the FFN's projections are computed whole, for every neuron, before the choice."""
-        return 0
+        """Returns how many of the FFN's projections are computed whole, for every neuron, before the choice.
+
+        One whose ``reads`` is ``gate`` needs that, or of a plain FFN the up projection. One that reads ``hidden`` is
+        charged nothing: it must be an oracle, or say here what it computes.
+        """
+        return int(self.reads == "gate")
 
     # How it learns
 

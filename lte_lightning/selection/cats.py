@@ -21,7 +21,3 @@ class Cats(Magnitude):
     caveat = "pays for the whole gate"
     rule = "level"
     reads = "gate"
-
-    def whole_projections(self) -> int:
-        """Returns 1: the gate, or up, projection."""
-        return 1

@@ -99,6 +99,11 @@ def test_the_rule_says_how_a_ranking_is_calibrated():
         type("Mine", (First,), {"rule": "most"})
 
 
+def test_what_is_read_of_the_gate_is_charged():
+    for reads, whole in (("input", 0), ("gate", 1), ("hidden", 0)):
+        assert type("Mine", (First,), {"reads": reads})(FfnShape(4, 3), 0.5).whole_projections() == whole
+
+
 def test_class_paths_are_imported_on_demand(tmp_path, monkeypatch):
     (tmp_path / "my_baselines.py").write_text(
         "import torch\n"
