@@ -46,7 +46,7 @@ def convert(
     Raises:
         UnsupportedModelError: If the family, or the type of a projection, is unknown.
         UserError: If the expert size does not divide the FFN width, too few experts are left for the sparsity asked
-            for, or the model has been converted before.
+            for, a module that it replaces has hooks, or the model has been converted before.
     """
     config = config or LteConfig()
     if expert_ffns(model):
@@ -54,6 +54,8 @@ def convert(
     sites = [(layer, stack) for stack, layers in enumerate(find_stacks(model)) for layer in layers]
     row = find_row(model.config.model_type)
     all_parts = [find_parts(layer, row) for layer, _ in sites]
+    for (layer, _), parts in zip(sites, all_parts, strict=True):
+        _check_hooks(layer, parts)
     for parts in all_parts:
         expert_count(weight_rows(parts.up).shape[0], config.expert_size)
     selector_class(config.selector).check_model(config, _model_shape(model, all_parts))
@@ -81,6 +83,18 @@ def convert(
         restore(model)
         raise
     return model
+
+
+def _check_hooks(layer: nn.Module, parts: FfnParts) -> None:
+    """Refuses hooks on modules that the expert FFN replaces; those of its own parts go on with them."""
+    row = parts.row
+    for path in filter(None, (row.module, row.up if row.fused else None)):
+        module = get_child(layer, path)
+        if module._forward_hooks or module._forward_pre_hooks:
+            raise UserError(
+                f"{type(layer).__name__}.{path} has forward hooks, which would be lost: an expert FFN takes its place. "
+                "Remove them, and register them on the converted model"
+            )
 
 
 def groups_by_activation(config: LteConfig) -> bool:

@@ -11,6 +11,7 @@ from torch.nn.utils import parametrizations, prune
 from lte_lightning import LteConfig, convert, restore, set_backend, set_mode
 from lte_lightning.core.model.experts import expert_ffns
 from lte_lightning.core.model.parts import UnsupportedModelError
+from lte_lightning.errors import UserError
 from lte_lightning.kernels import dispatch
 
 PROJECTIONS = ("up", "gate", "down")
@@ -394,3 +395,16 @@ def test_convert_refuses_what_is_not_plain_before_it_changes_anything(change, pa
     with pytest.raises(UnsupportedModelError, match=r"Convert the model before quantising it or adding adapters"):
         convert(model, LteConfig(16), progress=False)
     assert [name for name, _ in model.named_modules()] == names
+
+
+@pytest.mark.parametrize(("family", "part"), [("llama", "mlp"), ("phi3", "mlp"), ("phi3", "mlp.gate_up_proj")])
+@pytest.mark.parametrize("kind", ["register_forward_hook", "register_forward_pre_hook"])
+def test_convert_loses_no_hook(family, part, kind, build):
+    model = build(family, "lm")
+    handle = getattr(model.model.layers[1].get_submodule(part), kind)(lambda *given: None)
+    names = [name for name, _ in model.named_modules()]
+    with pytest.raises(UserError, match=f"{part} has forward hooks, which would be lost"):
+        convert(model, LteConfig(16, "contiguous"), progress=False)
+    assert [name for name, _ in model.named_modules()] == names
+    handle.remove()
+    convert(model, LteConfig(16, "contiguous"), progress=False)
