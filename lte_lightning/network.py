@@ -77,6 +77,14 @@ def ask(uri: str, what: str, instead: str = "give another address", patience: fl
             ) from error
 
 
+def failures() -> tuple[type[Exception], ...]:
+    """Returns what is raised where MLflow's store cannot be used."""
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    return MlflowException, SQLAlchemyError, OSError, UserError
+
+
 def try_store(uri: str) -> None:
     """Looks whether MLflow's store can be used, within ten seconds: MLflow itself would try for minutes.
 

@@ -132,13 +132,15 @@ def _check_files(csv: Path | None, picture: Path | None) -> None:
 def _begin_mlflow(experiment: str) -> None:
     import mlflow
 
+    from lte_lightning.network import try_store
     from lte_lightning.store import mlflow_store, reason, shown
 
     uri = mlflow_store(os.environ.get("MLFLOW_TRACKING_URI"))
     try:
+        try_store(uri)
         mlflow.set_tracking_uri(uri)
         mlflow.set_experiment(experiment)
-    except mlflow.MlflowException as error:
+    except (mlflow.MlflowException, UserError) as error:
         raise UserError(f"MLflow at {shown(uri)} cannot be used: {reason(error)}") from error
 
 
@@ -171,6 +173,8 @@ def _write(figures: "list[Figure]", csv: Path | None, picture: Path | None, opti
     """Writes the CSV file and the picture, and logs them in MLflow's experiment if there is one."""
     from lte_lightning.bench.output import write_table
     from lte_lightning.bench.picture import draw
+    from lte_lightning.network import failures
+    from lte_lightning.store import reason
 
     with tempfile.TemporaryDirectory() as passing:  # for what only MLflow keeps
         table = csv or (Path(passing) / "bench.csv" if options["mlflow"] else None)
@@ -183,10 +187,13 @@ def _write(figures: "list[Figure]", csv: Path | None, picture: Path | None, opti
         if options["mlflow"]:
             import mlflow
 
-            with mlflow.start_run(run_name=f"bench {options['shape']}"):
-                mlflow.log_params({key: str(value) for key, value in options.items()})
-                for path in written:
-                    mlflow.log_artifact(str(path))
+            try:
+                with mlflow.start_run(run_name=f"bench {options['shape']}"):
+                    mlflow.log_params({key: str(value) for key, value in options.items()})
+                    for path in written:
+                        mlflow.log_artifact(str(path))
+            except failures() as error:
+                raise UserError(f"MLflow did not take the results: {reason(error)}") from None
         named = [str(path) for path in written if path.parent != Path(passing)]
     if named:
         print(f"\nwritten: {', '.join(named)}")

@@ -1,6 +1,7 @@
 """Configurations from anybody: they are checked before they are read, and see nothing of the environment."""
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from lte_lightning.documents import DocumentError, check_yaml
 from lte_lightning.errors import UserError
 
+MOST_CHARACTERS = 1_000_000  # of an option whose references are followed
 MODE = "omegaconf+"  # of the parser: options may refer to each other, across files
 
 
@@ -49,6 +51,48 @@ def _environment(name: str, *default: Any) -> Any:
     if name not in os.environ and not default:
         raise UserError(f"a configuration asks for {name} of the environment, which is not set")
     return os.environ.get(name, *default)
+
+
+def check_references(options: dict[str, Any]) -> None:
+    """Refuses options whose references to each other would become an enormous text; what is wrong else is said later.
+
+    Raises:
+        UserError: If one would have more than a million characters.
+    """
+    sizes: dict[tuple[str, ...], int] = {}
+
+    def size(path: tuple[str, ...], value: Any) -> int:
+        if path not in sizes:
+            sizes[path] = 0  # one that contains itself is no affair of this check
+            if isinstance(value, dict):
+                sizes[path] = sum(size((*path, str(key)), inner) for key, inner in value.items())
+            elif isinstance(value, list):
+                sizes[path] = sum(size((*path, str(i)), inner) for i, inner in enumerate(value))
+            else:
+                text = str(value)
+                found = [_target(path, dots, name) for dots, name in re.findall(r"\$\{(\.*)([\w.\[\]]+)\}", text)]
+                sizes[path] = len(text) + sum(size(target, _find(options, target)) for target in found)
+            if sizes[path] > MOST_CHARACTERS:
+                raise UserError(
+                    f"with its references followed {'.'.join(path)} has more than {MOST_CHARACTERS} characters"
+                )
+        return sizes[path]
+
+    for key, value in options.items():
+        size((str(key),), value)
+
+
+def _target(path: tuple[str, ...], dots: str, name: str) -> tuple[str, ...]:
+    return (*(path[: -len(dots)] if dots else ()), *name.replace("[", ".").replace("]", "").split("."))
+
+
+def _find(options: Any, path: tuple[str, ...]) -> Any:
+    for name in path:
+        if isinstance(options, list):
+            options = options[int(name)] if name.isdecimal() and int(name) < len(options) else None
+        else:
+            options = options.get(name) if isinstance(options, dict) else None
+    return options
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import LightningArgumentParser
 
-from lte_lightning.cli.guard import references
+from lte_lightning.cli.guard import check_references, references
 from lte_lightning.core.model.config import LteConfig
 from lte_lightning.errors import meant
 from lte_lightning.lazy import load_all
@@ -40,6 +40,8 @@ class LteParser(ShortErrors, LightningArgumentParser):
         if "subcommand" not in cfg and not how.keys() & {"skip_required", "fail_no_subcommand"}:
             LteParser.before_links = cfg.clone()
         with references():
+            if "${" in str(cfg):
+                check_references(cfg.as_dict())
             return super()._parse_common(cfg, **how)
 
     def in_files(self, words: Sequence[str]) -> Namespace:

@@ -14,8 +14,8 @@ from lightning.pytorch.loggers import Logger, MLFlowLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
 from lte_lightning.errors import UserError
-from lte_lightning.network import AwayError
-from lte_lightning.recording.unsent import failures, keep, note_run, now, open_run, send, send_all
+from lte_lightning.network import AwayError, failures
+from lte_lightning.recording.unsent import keep, note_run, now, open_run, send, send_all
 from lte_lightning.store import reason, shown
 
 PAUSE = 60.0  # seconds before a store that failed is tried again, or ten times as long as it took to fail

@@ -8,19 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from lte_lightning.errors import UserError
-from lte_lightning.network import try_store
+from lte_lightning.network import failures, try_store
 from lte_lightning.store import first_contact, mlflow_store, named_by_file, read_run_file, reason, shown, write_json
 
 UNSENT = "unsent.jsonl"
 CHUNK = 100  # parameters that MLflow takes at a time
-
-
-def failures() -> tuple[type[Exception], ...]:
-    """Returns what is raised where MLflow's store cannot be used."""
-    from mlflow.exceptions import MlflowException
-    from sqlalchemy.exc import SQLAlchemyError
-
-    return MlflowException, SQLAlchemyError, OSError, UserError
 
 
 def keep(folder: Path, entries: list[dict[str, Any]]) -> None:

@@ -1,5 +1,7 @@
 """What a configuration of somebody else may do: no more than set options."""
 
+from itertools import pairwise
+
 import pytest
 import yaml
 
@@ -8,6 +10,12 @@ BOMB = "\n".join(
         "a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]",
         *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 12)),
     ]
+)
+
+
+CHAIN = ["parent", "name", "experiment", "root", "floor_from"]  # each is a hundred times the one before
+REFERENCES = "run:\n  parent: x\n" + "".join(
+    f"  {longer}: '{('${run.' + shorter + '}') * 100}'\n" for shorter, longer in pairwise(CHAIN)
 )
 
 
@@ -22,6 +30,7 @@ BOMB = "\n".join(
         ("run: &a\n  name: *a\n", "*a stands within what it stands for (line 2)"),
         ("run: " + "[" * 100_000 + "]" * 100_000, "it lies 60 levels deep (line 1)"),
         (BOMB, "with its aliases followed it has more than 100000 parts"),
+        (REFERENCES, "with its references followed run.root has more than 1000000 characters"),
         ("run: [\n", "expected the node content"),
         ("run: {name: '${run.experiment}', experiment: '${run.name}'}\n", "Recursive interpolation"),
         ("run: {name: '${run.nowhere}'}\n", "nowhere"),
