@@ -147,7 +147,10 @@ def _base(model: PreTrainedModel) -> dict[str, str | None]:
     if (kept := model.__dict__.get("lte_base")) is not None:
         return dict(kept)
     source = getattr(model.config, "_name_or_path", None)
-    own_card = find(source, README, local_files_only=True) if source else None
+    try:
+        own_card = find(source, README, local_files_only=True) if source else None
+    except OSError:  # a folder that is gone by now, whose name is none that the hub could have
+        own_card = None
     return {"model": public_name(source), "license": licence(own_card) if own_card else None}
 
 

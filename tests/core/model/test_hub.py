@@ -82,6 +82,14 @@ def test_the_base_model_and_its_licence_travel(build, tmp_path):
     assert (second / "README.md").read_bytes() == (first / "README.md").read_bytes()
 
 
+@pytest.mark.parametrize("name", ["/gone/since/then", "someone/not-in-the-cache", "a b?", "."])
+def test_a_base_model_that_is_not_there(model, tmp_path, name):
+    model.config._name_or_path = name
+    folder = save_pretrained(model, tmp_path / "saved")
+    assert "/gone" not in (folder / "README.md").read_text()
+    assert from_pretrained(folder).lte_base["license"] is None
+
+
 def test_a_card_of_your_own_is_kept(model, tmp_path):
     model.save_pretrained(tmp_path)
     written = (tmp_path / "README.md").read_text()
