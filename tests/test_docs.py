@@ -1,6 +1,7 @@
 """The README and the documentation site: links lead somewhere, no page is lost, examples run."""
 
 import contextlib
+import importlib
 import importlib.util
 import re
 from pathlib import Path
@@ -36,6 +37,12 @@ def test_links_lead_to_files(path):
 def test_every_page_is_in_the_navigation_once():
     found = re.findall(r"[\w-]+\.md", str(SITE["nav"]))
     assert sorted(found) == sorted(path.name for path in (ROOT / "docs").glob("*.md"))
+
+
+def test_what_the_api_page_documents_is_there():
+    named = re.findall(r"^::: ([\w.]+)\.(\w+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
+    assert len(named) > 10
+    assert [name for module, name in named if not hasattr(importlib.import_module(module), name)] == []
 
 
 def test_the_readme_is_short():
