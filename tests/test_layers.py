@@ -35,8 +35,6 @@ RANKS = {name: rank for rank, names in enumerate(ORDER) for name in names}
 # Those that may import these alone, besides Python's own library.
 LOW = ("cache", "errors", "lazy", "kernels", "selection", "core", "core.model", "core.routing", "core.accounting", "")
 ALLOWED = {"huggingface_hub", "lte_lightning", "numpy", "safetensors", "torch", "tqdm", "transformers", "triton"}
-# Longer than 300 lines, until it is cut.
-LONG = {"recording/recorder.py"}
 
 
 def part(dotted: str) -> str:
@@ -128,8 +126,7 @@ def test_files_that_import_each_other_are_found():
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_no_file_is_long(path):
-    if str(path.relative_to(PACKAGE)) not in LONG:
-        assert len(path.read_text().splitlines()) <= 300
+    assert len(path.read_text().splitlines()) <= 300
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))

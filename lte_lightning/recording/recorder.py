@@ -1,6 +1,5 @@
 """What a run leaves behind: its folder, its MLflow run, the results and the model."""
 
-import json
 import os
 import shlex
 import shutil
@@ -27,6 +26,7 @@ from lte_lightning.recording.latency import measure_latency
 from lte_lightning.recording.loggers import RunLogger, mlflow_of, send_files
 from lte_lightning.recording.memory import expected_memory
 from lte_lightning.recording.pictures import draw_scores, draw_sparsity
+from lte_lightning.recording.rows import prediction_rows, write_rows
 from lte_lightning.recording.tables import facts_for_card, make_results, read_floor, results_table, show, test_table
 from lte_lightning.results import FILE, PROGRESS, Evaluation, Place, read_results
 from lte_lightning.store import (
@@ -39,7 +39,6 @@ from lte_lightning.store import (
     shown,
     whole,
     write_json,
-    write_text,
 )
 
 RUN_FILE = "run.json"
@@ -272,16 +271,13 @@ class Recorder(Callback):
     @rank_zero_only
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Adds to ``samples.jsonl`` the answers that a model wrote for reading."""
-        self._write_rows(trainer, "samples.jsonl", pl_module.samples, "a")
+        self._write_rows(trainer, "samples.jsonl", pl_module.samples, append=True)
         pl_module.samples = []
 
-    def _write_rows(self, trainer: Trainer, name: str, rows: list[dict[str, Any]], how: str = "w") -> None:
-        if self.folder is None or not rows:
-            return
-        before = (self.folder / name).read_text("utf-8") if how == "a" and (self.folder / name).exists() else ""
-        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        write_text(self.folder / name, before + "".join(lines))
-        send_files(trainer, self.folder / name)
+    def _write_rows(self, trainer: Trainer, name: str, rows: list[dict[str, Any]], append: bool = False) -> None:
+        if self.folder is not None and rows:
+            write_rows(self.folder / name, rows, append)
+            send_files(trainer, self.folder / name)
 
     @rank_zero_only
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -291,14 +287,7 @@ class Recorder(Callback):
         name, found = f"predictions{self._task_suffix(trainer)}", trainer.predict_loop.predictions
         batches_of = found if trainer.predict_loop.num_dataloaders > 1 else [found]
         for suffix, batches in zip(pl_module.loader_names, batches_of, strict=False):
-            rows = [
-                row
-                for batch in batches
-                for row in (batch if isinstance(batch, list) else [{"prediction": one} for one in batch.tolist()])
-            ]
-            rows.sort(key=lambda row: row.get("row", 0))  # stable: only what names its row moves
-            rows = [{"row": i} | row for i, row in enumerate(rows)]
-            self._write_rows(trainer, f"{name}{suffix}.jsonl", rows)
+            self._write_rows(trainer, f"{name}{suffix}.jsonl", prediction_rows(batches))
         self.written = self.folder / f"{name}.jsonl"
 
     @rank_zero_only

@@ -126,8 +126,8 @@ def test_the_beginning_of_an_option_is_not_the_option(tiny, lightning, tmp_path)
     assert "unknown option --stages.dense.epoch; did you mean --stages.dense.epochs?" in fit.err
 
 
-def test_the_floor_of_another_task_is_refused(tiny, lightning, tmp_path):
-    (tmp_path / "results.json").write_text(json.dumps({"floor": 0.7, "task": "cola"}))
+def test_the_floor_of_another_task_is_refused(fitted, tiny, lightning, tmp_path):
+    (tmp_path / "results.json").write_text(json.dumps(fitted.results | {"floor": 0.7, "task": "cola"}))
     fit = lightning(tmp_path, tiny.config(), "fit", "--run.floor_from", "results.json")
     assert fit.code == 1
     assert "a floor of 'cola', this run is on 'sst2'" in fit.err
