@@ -65,11 +65,13 @@ def call(function: Callable[..., Any], program: str, args: Sequence[str], positi
 def _plain(function: Callable[..., Any], args: Sequence[str], positional: str | None) -> Iterator[str]:
     """Yields the command line as jsonargparse takes it: every option with one value."""
     types = {f"--{name}": parameter.annotation for name, parameter in inspect.signature(function).parameters.items()}
+    takes_words, takes_several = positional is not None, types.get(f"--{positional}") == list[str]
     rest = list(args)
     while rest:
         word = rest.pop(0)
-        if positional and not word.startswith("--"):
-            yield f"--{positional}{'+' * (types[f'--{positional}'] == list[str])}={word}"
+        if takes_words and not word.startswith("--") and word != "-h":
+            yield f"--{positional}{'+' * takes_several}={word}"
+            takes_words = takes_several  # a second word is one too many, and refused as such
             continue
         option, equals, value = word.partition("=")
         if option.startswith("--"):

@@ -37,6 +37,18 @@ OPTIONS = {
         "precision": "bf16-mixed",
         "json": False,
     },
+    "generate": {
+        "folder": "FOLDER",
+        "prompt": "-",
+        "max_new_tokens": 128,
+        "temperature": 0.0,
+        "backend": "auto",
+        "dtype": "auto",
+        "device": "auto",
+        "chat": False,
+        "dense": False,
+        "threads": None,
+    },
     "harness": {
         "model": "FOLDER",
         "tasks": ["piqa"],
@@ -47,7 +59,12 @@ OPTIONS = {
         "out": None,
     },
 }
-REQUIRED = {"bench": [], "cost": ["--model", "FOLDER"], "harness": ["--model", "FOLDER", "--tasks", "piqa"]}
+REQUIRED = {
+    "bench": [],
+    "cost": ["--model", "FOLDER"],
+    "generate": ["FOLDER"],
+    "harness": ["--model", "FOLDER", "--tasks", "piqa"],
+}
 
 
 @pytest.mark.parametrize("command", OPTIONS)
@@ -70,6 +87,9 @@ def test_options_are_these(command, capsys):
         (["cost"], "the following arguments are required: model"),
         (["cost", "--model", "x", "--batchsize", "2"], "unknown option --batchsize; did you mean --batch_size?"),
         (["cost", "--model", "x", "--json", "maybe"], "error: "),
+        (["generate"], "the following arguments are required: folder"),
+        (["generate", "x", "--prompt", "two", "words"], "unknown option words"),
+        (["generate", "x", "--temperature", "hot"], "Got value: hot"),
         (["harness", "--model", "x"], "the following arguments are required: tasks"),
         (["harness", "--model", "x", "--tasks"], "error: "),
     ],
@@ -86,6 +106,11 @@ def test_a_wrong_option(words, message, capsys):
 def takes(batch_size: int = 1, quick: bool = False, names: list[str] | None = None, out: Path | None = None) -> tuple:
     """Takes options."""
     return batch_size, quick, names, out
+
+
+def places(folder: str, text: str = "-") -> tuple:
+    """Places options."""
+    return folder, text
 
 
 def wants(names: list[str], quick: bool = False) -> tuple:
@@ -105,6 +130,20 @@ def wants(names: list[str], quick: bool = False) -> tuple:
 )
 def test_words(words, expected):
     assert call(takes, "lte takes", words.split()) == expected
+
+
+@pytest.mark.parametrize("text", ["null", "-", "", "1", "{a: [b]}", "-x", "a=b", "two\nlines"])
+def test_a_word_without_an_option_and_text_as_it_is(text):
+    for words in (["f", "--text", text], ["--text", text, "f"], ["--folder", "f", f"--text={text}"]):
+        assert call(places, "lte places", words, positional="folder") == ("f", text)
+
+
+@pytest.mark.parametrize("word", ["-h", "--help"])
+def test_help_of_a_command_with_such_a_word(word, capsys):
+    with pytest.raises(SystemExit) as stop:
+        call(places, "lte places", [word], positional="folder")
+    assert stop.value.code == 0
+    assert "Places options." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

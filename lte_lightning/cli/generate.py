@@ -1,0 +1,104 @@
+"""``lte generate``: text of a language model in the shell, as it is made, with its speed and its sparsity."""
+
+import math
+import sys
+
+from lte_lightning.errors import UserError
+from lte_lightning.options import call
+
+
+def main(args: list[str]) -> None:
+    """Runs the command; the text goes to standard output, all that is said about it to standard error.
+
+    Raises:
+        UserError: If an argument is wrong; no weights are loaded then.
+    """
+    call(generate, "lte generate", args, positional="folder")
+
+
+def generate(
+    folder: str,
+    prompt: str = "-",
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    backend: str = "auto",
+    dtype: str = "auto",
+    device: str = "auto",
+    chat: bool = False,
+    dense: bool = False,
+    threads: int | None = None,
+) -> None:
+    """Lets a language model go on from a prompt, in the mode that it was saved in: text, tokens per second, sparsity.
+
+    lte generate RUN --prompt "Once upon a time"
+
+    Args:
+        folder: A saved LTE model, a run's folder, or a plain model's folder or hub id, named without the option's name.
+        prompt: The text to go on from; - is standard input.
+        max_new_tokens: It may end earlier.
+        temperature: Of sampling. 0 is greedy: always the most probable token.
+        backend: auto, dense-mask, reference, cpu or triton.
+        dtype: Of the weights: bf16, fp16, fp32; auto is the type that they were saved in.
+        device: cpu, cuda or cuda:1; auto takes a CUDA device where there is one.
+        chat: Give the prompt as a user's message, in the tokenizer's chat template.
+        dense: Let the same model write a second time with every neuron, to compare.
+        threads: torch's threads. By default torch's own choice.
+
+    Raises:
+        UserError: If an option's value is not one, or the folder holds no model that writes text.
+    """
+    if max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens is {max_new_tokens}; it must be at least 1")
+    if threads is not None and threads < 1:
+        raise UserError(f"--threads is {threads}; it must be at least 1")
+    if not 0.0 <= temperature < math.inf:  # nor NaN
+        raise UserError(f"--temperature is {temperature}; it must be 0 (greedy) or a positive number, like 0.7")
+    import torch
+
+    from lte_lightning.bench.machine import find_device
+    from lte_lightning.cli.costs import DTYPES
+    from lte_lightning.cli.writing import choose_tokens, encode, find_source, used_sparsity, write
+    from lte_lightning.core.model.convert import restore
+    from lte_lightning.data.text import load_tokenizer
+    from lte_lightning.kernels.dispatch import BACKENDS
+
+    for name, value, known in (("backend", backend, BACKENDS), ("dtype", dtype, ("auto", *DTYPES))):
+        if value not in known:
+            raise UserError(f"unknown {name} {value!r}; there are {', '.join(known)}")
+    where = find_device(device)
+    source = find_source(folder)
+    skips = source.mode not in (None, "dense")
+    for option, is_given in (("--backend", backend != "auto"), ("--dense", dense)):
+        if is_given and not skips:
+            kind = "a plain model" if source.mode is None else "saved in mode dense"
+            raise UserError(f"{option} is for models that select experts, and {folder} is {kind}; leave it out")
+    tokenizer = load_tokenizer(source.name, generates=True)
+    inputs = encode(source, tokenizer, _read(prompt), chat, max_new_tokens).to(where)
+    if threads:
+        torch.set_num_threads(threads)
+    model = source.load(backend, DTYPES.get(dtype, "auto"), where)
+    choose_tokens(model, tokenizer, temperature)
+    if source.mode != "hard":
+        kind = "is a plain model" if source.mode is None else f"was saved in mode {source.mode}"
+        print(f"{source.name} {kind}: every neuron of its FFNs runs", file=sys.stderr)
+    ids_BT, text = write(model, tokenizer, inputs, max_new_tokens)
+    share = source.mode or "dense"
+    if share == "hard":
+        share = f"FFN sparsity {100 * used_sparsity(model, inputs, ids_BT):.1f} %"
+    print(f"{text}, {share}", file=sys.stderr)
+    if dense:
+        _, plain = write(restore(model), tokenizer, inputs, max_new_tokens)
+        ratio = f"; sparse is {text.rate / plain.rate:.2f}x as fast" if text.rate and plain.rate else ""
+        print(f"{plain}, dense{ratio}", file=sys.stderr)
+
+
+def _read(prompt: str) -> str:
+    try:
+        if prompt == "-":
+            if sys.stdin.isatty():
+                print("the prompt, ended by Ctrl-D:", file=sys.stderr)
+            prompt = sys.stdin.read().removesuffix("\n")  # echo's: a text goes on otherwise after it
+        prompt.encode()
+    except UnicodeError as error:
+        raise UserError(f"the prompt is not UTF-8 text: {error}") from error
+    return prompt
