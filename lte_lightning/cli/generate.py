@@ -1,6 +1,7 @@
 """``lte generate``: text of a language model in the shell, as it is made, with its speed and its sparsity."""
 
 import math
+import os
 import sys
 
 from lte_lightning.errors import UserError
@@ -13,7 +14,11 @@ def main(args: list[str]) -> None:
     Raises:
         UserError: If an argument is wrong; no weights are loaded then.
     """
-    call(generate, "lte generate", args, positional="folder")
+    try:
+        call(generate, "lte generate", args, positional="folder")
+    except BrokenPipeError:  # the reader has seen enough, `head` for one; Python would complain again as it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)  # as a shell names an end by SIGPIPE
 
 
 def generate(

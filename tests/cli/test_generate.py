@@ -1,6 +1,8 @@
 """`lte generate`: the text is transformers' own, the sparsity that of the tokens it was made from."""
 
+import contextlib
 import io
+import os
 import re
 import shutil
 
@@ -16,6 +18,7 @@ from transformers import (
 )
 
 import lte_lightning
+from lte_lightning.cli import main
 
 PROMPT = "the cat eats"
 LINE = re.compile(r"(\d+) new tokens, [\d.]+ tokens/s, the first after [\d.]+ s, FFN sparsity ([\d.]+) %")
@@ -183,6 +186,15 @@ def test_bad_input(words, message, folders, lightning):
     assert message in outcome.err
     assert outcome.err.startswith("error: ")
     assert len(outcome.err.splitlines()) == 1
+
+
+def test_a_reader_that_has_seen_enough(folders, capfd):
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w") as pipe, contextlib.redirect_stdout(pipe), pytest.raises(SystemExit) as stop:
+        main(["generate", str(folders / "plain"), "--prompt", PROMPT, "--max-new-tokens", "4"])
+    assert stop.value.code == 141
+    assert "Error" not in capfd.readouterr().err
 
 
 def test_damaged_weights(folders, lightning, tmp_path):
