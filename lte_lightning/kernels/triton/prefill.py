@@ -200,7 +200,8 @@ def run_prefill(x_ND: torch.Tensor, mask_NE: torch.Tensor, weights: ExpertWeight
     Returns:
         The output [N, D]; the hidden activations between are of the input's type.
     """
-    wide = WIDE_UNION if is_hopper() else UNION
+    # Rows of an odd width are loaded in small pieces, whose addresses fill the registers.
+    wide = WIDE_UNION if is_hopper() and x_ND.shape[1] % 8 == 0 else UNION
     tile = wide if len(x_ND) > FEW["BLOCK_M"] else FEW
     active_ME, count_M = list_active(mask_NE, tile["BLOCK_M"])
     if x_ND.dtype == torch.float32:

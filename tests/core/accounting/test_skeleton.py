@@ -20,8 +20,8 @@ def test_a_saved_model_is_built_alike_without_its_weights(build, family_and_head
     model.save_pretrained(tmp_path)
     built = skeleton(tmp_path, 16)
     assert {parameter.device.type for parameter in built.parameters()} == {"meta"}
-    assert type(built) is type(model)
     convert(model, LteConfig(16, "contiguous"), progress=False)
+    assert type(built) is type(model)  # conversion gives both the class that saves their routers
     assert shapes(built) == shapes(model)
     assert token_cost(built, [0.5, 0.25]) == token_cost(model, [0.5, 0.25])
 
