@@ -44,7 +44,7 @@ class RunLogger(Logger):
         self.folder: Path | None = None
         self.client: Any = None
         self._early: list[dict[str, Any]] = []  # until there is a folder
-        self._warned = self._behind = False
+        self._warned = self._behind = self._forgotten = False
         self._again = 0.0
         if rank_zero_only.rank != 0:
             return
@@ -67,7 +67,7 @@ class RunLogger(Logger):
 
     def tell(self, **entry: Any) -> None:
         """Sends an entry (see `send`), or keeps it."""
-        if rank_zero_only.rank != 0:
+        if rank_zero_only.rank != 0 or self._forgotten:
             return
         began, entries = time.monotonic(), [{"time": now()} | entry] if entry else []
         if self.client is None and began < self._again:
@@ -106,10 +106,10 @@ class RunLogger(Logger):
             )
 
     def forget(self) -> None:
-        """Removes the run from MLflow."""
+        """Removes the run from MLflow; nothing is sent or kept of it from then on."""
         if self.client is not None:
             self.client.delete_run(self.run_id)
-        self._early = []
+        self._forgotten = True
 
     # What Lightning asks of a logger
 

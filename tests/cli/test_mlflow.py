@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 
 import pytest
 from mlflow.tracking import MlflowClient
@@ -91,3 +92,16 @@ def test_the_environment_names_the_store(migrated, tiny, lightning, monkeypatch)
     assert client.get_run(about["run_id"]).info.status == "FINISHED"
     assert fit.results["hard"] is None
     assert fit.results["sparsity"] is None
+
+
+def test_a_refused_run_shows_its_reason_alone(tiny, lightning, tmp_path):
+    (tmp_path / "empty").mkdir()
+    options = {"trainer.logger": True, "model.init_args.init_from": str(tmp_path / "empty")}
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        fit = lightning(tmp_path, tiny.config(**options), "fit")
+    assert fit.code == 1
+    assert "cannot load the model" in fit.err
+    assert "unsent" not in fit.err
+    assert not [warning for warning in seen if "MLflow's store" in str(warning.message)]
+    assert not list(tmp_path.glob("runs/*/*/*"))
