@@ -14,6 +14,7 @@ from lte_lightning.core.accounting.skeleton import skeleton
 from lte_lightning.core.model.convert import lte_config
 from lte_lightning.core.model.experts import require_expert_ffns
 from lte_lightning.core.model.folder import CONFIG_FILE, is_lte, read_description
+from lte_lightning.data.packaged import resolve
 from lte_lightning.errors import UserError
 
 DTYPES = {
@@ -45,10 +46,11 @@ def work_out(
         raise UserError(f"unknown dtype {dtype!r}; there are {', '.join(DTYPES)}")
     if batch_size < 1:
         raise UserError(f"batch-size is {batch_size}; it must be at least 1")
-    model = skeleton(source, expert_size)
+    place = resolve(source)
+    model = skeleton(place, expert_size)
     context = check_context(model, context)
     layers = len(require_expert_ffns(model))
-    per_layer = measured_sparsity(source, model) if sparsity is None else [sparsity] * layers
+    per_layer = measured_sparsity(place, model) if sparsity is None else [sparsity] * layers
     dense = token_cost(model, None, DTYPES[dtype], context)
     sparse = token_cost(model, per_layer, DTYPES[dtype], context)
     memory = training_memory(model, batch_size * context, precision)

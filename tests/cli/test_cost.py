@@ -11,6 +11,7 @@ import yaml
 from transformers import AlbertConfig, LlamaConfig
 
 from lte_lightning.cli import COMMANDS
+from lte_lightning.data.packaged import MODEL
 
 LLAMA = LlamaConfig(
     architectures=["LlamaForCausalLM"],
@@ -211,3 +212,9 @@ def test_cost_starts_nothing_heavy(llama):
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
     assert (result.stdout.splitlines()[-1], result.returncode) == ("[]", 0), result.stderr
+
+
+def test_a_packaged_model_has_the_name_that_fits_use(cost):
+    found = figures(cost("--model", MODEL, "--sparsity", 0.8, "--json"))
+    assert found["model"] == MODEL
+    assert len(found["sparsity_per_layer"]) == 6
