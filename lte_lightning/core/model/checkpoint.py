@@ -73,13 +73,16 @@ def from_pretrained(
     finally:
         _LOADS_PLAIN.reset(token)
     require_complete(model, info, source)
-    require_finite(dict(model.named_parameters()), source)
+    # Files are mapped for each check alone: pages of the model's own mapping, once read, would stay beside them.
+    variant = kwargs.get("variant")
+    require_finite(stored_weights(source, variant, **hub), source)
+    if "dtype" in kwargs or "torch_dtype" in kwargs:  # a copy in another type, which may overflow
+        require_finite(dict(model.named_parameters()), source)
     convert(model, config, group=False)
     path = require_file(source, ROUTERS_FILE, **hub)
     load_routers(model, routers, path)
     require_sound_routers(routers, path)
-    weights = stored_weights(source, kwargs.get("variant"), **hub)
-    require_own(description, weights, routers, source, model.base_model_prefix)
+    require_own(description, stored_weights(source, variant, **hub), routers, source, model.base_model_prefix)
     for ffn in expert_ffns(model).values():
         for parameter in ffn.selector.parameters():  # not buffers: a calibrated level is not to be rounded
             parameter.data = parameter.data.to(ffn.up.weight.dtype)
