@@ -64,8 +64,7 @@ class Distillation:
         if self._source is not None:
             self._teacher = _ready(_load(module, self._source))
         elif module.stage == "dense":
-            with plain(module.net):
-                self._teacher = _ready(copy.deepcopy(module.net))
+            self._teacher = _copy(module.net)
         else:
             raise UserError(
                 f"distillation is {self.share}, and the model begins in stage {module.stage!r}, so that it cannot "
@@ -80,8 +79,7 @@ class Distillation:
     def resume(self, module: Any, saved: dict[str, Any]) -> None:
         """Restores the teacher from what `saved` returned."""
         if "teacher" in saved:
-            with plain(module.net):
-                self._teacher = _ready(copy.deepcopy(module.net))
+            self._teacher = _copy(module.net)
             self._teacher.load_state_dict(saved["teacher"])
         elif self._source is not None:
             self.enter(module, saved["stage"])
@@ -90,13 +88,20 @@ class Distillation:
         """Returns how far a batch's outputs are from the teacher's; None without one, and in the dense stage."""
         if self._teacher is None or module.stage == "dense":
             return None
+        if self._teacher.device != module.device:  # a checkpoint is read before the model is moved
+            self._teacher.to(module.device)
         with torch.no_grad():
-            answer = module.run_model(batch, self._teacher.to(module.device))
+            answer = module.run_model(batch, self._teacher)
         return divergence(module.kept_logits(outputs, batch), module.kept_logits(answer, batch))
 
 
 def _ready(net: Any) -> Any:
     return net.eval().requires_grad_(False)
+
+
+def _copy(net: Any) -> Any:
+    with plain(net):
+        return _ready(copy.deepcopy(net))
 
 
 def _load(module: Any, source: str) -> Any:
