@@ -12,7 +12,8 @@ from transformers import AutoModel, LlamaConfig
 
 import lte_lightning
 from lte_lightning.core.model.experts import expert_ffns
-from lte_lightning.kernels.cpu.ffn import library, run_compiled
+from lte_lightning.kernels.cpu.build import library
+from lte_lightning.kernels.cpu.ffn import run_compiled
 
 
 def microseconds(call: Callable[[], object], rounds: int) -> float:

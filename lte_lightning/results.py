@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
 from lte_lightning.errors import UserError
-from lte_lightning.store import write_json
+from lte_lightning.files import write_json
 
 LOWER_IS_BETTER = ("perplexity", "loss", "mae", "mse")
 FILE = "results.json"  # of a fit, in its run folder

@@ -1,6 +1,6 @@
-"""What is stored whole or not at all: files, and MLflow's embedded database.
+"""Runs' folders and MLflow's stores: what a file says of them, addresses without secrets, and the embedded database.
 
-MLflow itself makes that as if nobody else did, and as if it were never interrupted.
+MLflow itself makes that database as if nobody else did, and as if it were never interrupted.
 """
 
 import json
@@ -10,71 +10,13 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 from urllib.parse import urlsplit
 
 from lte_lightning.errors import UserError
+from lte_lightning.files import hold_folder
 
 RUN_LAYOUT = 1  # of a run folder, in its run.json: what reads one refuses another
-
-
-@contextmanager
-def whole_file(path: Path, mode: str = "w", **how: Any) -> Iterator[IO[Any]]:
-    """Opens a file to be written, which takes its name only once all of it is on the disk.
-
-    It is written beside its target, since a rename is whole within one file system alone. Whatever happens, a file of
-    that name that was there before stays until then.
-
-    Args:
-        path: The file; what is left of it where the process is killed is ``<name>.tmp``.
-        mode: ``w`` or ``wb``.
-        **how: Passed to ``open``.
-
-    Raises:
-        UserError: If it cannot be written, on a full disk for one.
-    """
-    path = Path(os.path.realpath(path))  # what a link points to, not the link
-    if mode == "w":
-        how = {"encoding": "utf-8"} | how
-    if path.exists() and not path.is_file():  # /dev/stdout
-        with path.open(mode, **how) as file:
-            yield file
-        return
-    staging = path.with_name(f"{path.name}.tmp")
-    try:
-        with staging.open(mode, **how) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())  # or after a power cut the new name may be of an empty file
-        staging.replace(path)
-        _sync_folder(path.parent)
-    except BaseException as error:
-        staging.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            before = "; the file before it is kept" if path.exists() else ""
-            raise UserError(f"cannot write {path}: {error.strerror or error}{before}") from error
-        raise
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "nt":  # folders cannot be opened there
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)  # the new name, too
-    finally:
-        os.close(descriptor)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a text file that is there whole or not at all."""
-    with whole_file(path) as file:
-        file.write(text)
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes a JSON file that is there whole or not at all."""
-    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def find_run(origin: str) -> Path | None:
@@ -181,8 +123,8 @@ def _credentials() -> str | None:
     """Returns which credentials of the environment a store's client would use, whatever its address."""
     names = ("USERNAME", "PASSWORD", "TOKEN", "AUTH", "AWS_SIGV4", "CLIENT_CERT_PATH")
     found = [name for name in (*(f"MLFLOW_TRACKING_{name}" for name in names), "PGPASSWORD") if os.environ.get(name)]
-    file = Path.home() / ".mlflow" / "credentials"
-    return next(iter([*found, *([str(file)] if file.exists() else [])]), None)
+    file = os.path.expanduser("~/.mlflow/credentials")  # Path.home() raises for a user without a home
+    return next(iter([*found, *([file] if os.path.exists(file) else [])]), None)
 
 
 def reason(error: BaseException) -> str:
@@ -222,24 +164,3 @@ def _make(file: Path) -> None:
         left.unlink(missing_ok=True)
     MlflowClient(f"sqlite:///{staging}")
     staging.rename(file)
-
-
-@contextmanager
-def hold_folder(folder: Path) -> Iterator[None]:
-    """Waits until no other process of this machine is in such a block of the same folder; nothing is left behind.
-
-    A folder that is not there, or a system without such locks (Windows), is let pass: what is done in the block says
-    what is wrong.
-    """
-    try:
-        import fcntl
-
-        descriptor = os.open(folder, os.O_RDONLY)
-    except (ImportError, OSError):
-        yield
-        return
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)

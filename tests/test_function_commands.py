@@ -27,6 +27,7 @@ OPTIONS = {
         "picture": None,
         "mlflow": None,
     },
+    "build-kernels": {"out": None, "instructions": "auto"},
     "cost": {
         "model": "FOLDER",
         "sparsity": None,
@@ -61,6 +62,7 @@ OPTIONS = {
 }
 REQUIRED = {
     "bench": [],
+    "build-kernels": [],
     "cost": ["--model", "FOLDER"],
     "generate": ["FOLDER"],
     "harness": ["--model", "FOLDER", "--tasks", "piqa"],

@@ -12,7 +12,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # The layers from the ground up. A file imports from its own layer and from those before it.
 ORDER = (
-    ("cache", "errors", "lazy"),
+    ("errors", "lazy"),
+    ("cache", "files"),
     ("kernels",),
     ("selection",),
     ("core", "core.model"),
@@ -33,7 +34,19 @@ ORDER = (
 )
 RANKS = {name: rank for rank, names in enumerate(ORDER) for name in names}
 # Those that may import these alone, besides Python's own library.
-LOW = ("cache", "errors", "lazy", "kernels", "selection", "core", "core.model", "core.routing", "core.accounting", "")
+LOW = (
+    "cache",
+    "errors",
+    "files",
+    "lazy",
+    "kernels",
+    "selection",
+    "core",
+    "core.model",
+    "core.routing",
+    "core.accounting",
+    "",
+)
 ALLOWED = {"huggingface_hub", "lte_lightning", "numpy", "safetensors", "torch", "tqdm", "transformers", "triton"}
 
 

@@ -3,7 +3,8 @@ import time
 
 import pytest
 
-from lte_lightning.store import hold_folder, mlflow_store, reason, shown
+from lte_lightning.files import hold_folder
+from lte_lightning.store import mlflow_store, reason, shown
 
 
 def test_one_at_a_time(tmp_path):

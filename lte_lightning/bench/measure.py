@@ -19,7 +19,7 @@ from lte_lightning.bench.subject import Subject, dense_blocks
 from lte_lightning.core.model.experts import set_backend
 from lte_lightning.core.model.parts import Projection, find_layers
 from lte_lightning.errors import UserError
-from lte_lightning.kernels.cpu.ffn import library
+from lte_lightning.kernels.cpu.build import library
 from lte_lightning.kernels.dispatch import autocast_dtype
 from lte_lightning.kernels.layout import ExpertWeights
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from lte_lightning.bench.measure import COLUMNS, Figure
-from lte_lightning.store import whole_file
+from lte_lightning.files import whole_file
 
 
 def say_where(device: torch.device, cores: Sequence[int]) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from lte_lightning.bench.measure import Figure
 from lte_lightning.bench.output import counted
-from lte_lightning.store import whole_file
+from lte_lightning.files import whole_file
 
 COLUMNS = 4  # panels side by side; more are not legible
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch.nn import functional
 
-from lte_lightning.kernels.cpu.ffn import library
+from lte_lightning.kernels.cpu.build import library
 from lte_lightning.kernels.dense_mask import dense_hidden, run_dense_mask, scale_experts
 from lte_lightning.kernels.layout import ExpertWeights
 from lte_lightning.kernels.views import run_views

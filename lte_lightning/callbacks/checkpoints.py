@@ -8,8 +8,8 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from lte_lightning.files import whole_file
 from lte_lightning.results import better
-from lte_lightning.store import whole_file
 
 
 class WholeCheckpointIO(TorchCheckpointIO):

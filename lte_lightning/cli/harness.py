@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 from lte_lightning.errors import UserError
+from lte_lightning.files import write_text
 from lte_lightning.options import call
-from lte_lightning.store import write_text
 
 
 def main(args: list[str]) -> None:

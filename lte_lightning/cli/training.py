@@ -27,10 +27,10 @@ from lte_lightning.cli.guard import MODE, guard_configurations
 from lte_lightning.cli.parser import LteParser
 from lte_lightning.cli.unused import Given, check_given
 from lte_lightning.errors import UserError
+from lte_lightning.files import write_text
 from lte_lightning.recording.loggers import send_files
 from lte_lightning.recording.recorder import Recorder
 from lte_lightning.selection import import_selector
-from lte_lightning.store import write_text
 from lte_lightning.tasks.base import LteModule
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from lte_lightning.store import whole_file
+from lte_lightning.files import whole_file
 
 
 def draw_sparsity(sparsity_per_layer: Sequence[float], path: Path) -> None:

@@ -22,6 +22,7 @@ from lte_lightning.callbacks.checkpoints import BestCheckpoint, write_checkpoint
 from lte_lightning.core.model.folder import CONFIG_FILE
 from lte_lightning.core.model.saving import save_pretrained
 from lte_lightning.errors import UserError
+from lte_lightning.files import write_json
 from lte_lightning.recording.latency import measure_latency
 from lte_lightning.recording.loggers import RunLogger, mlflow_of, send_files
 from lte_lightning.recording.memory import expected_memory
@@ -38,7 +39,6 @@ from lte_lightning.store import (
     require_writable,
     shown,
     whole,
-    write_json,
 )
 
 RUN_FILE = "run.json"

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lte_lightning.store import write_text
+from lte_lightning.files import write_text
 
 
 def write_rows(file: Path, rows: Iterable[dict[str, Any]], append: bool = False) -> None:

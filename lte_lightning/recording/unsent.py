@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from lte_lightning.errors import UserError
+from lte_lightning.files import write_json
 from lte_lightning.network import failures, try_store
-from lte_lightning.store import first_contact, mlflow_store, named_by_file, read_run_file, reason, shown, write_json
+from lte_lightning.store import first_contact, mlflow_store, named_by_file, read_run_file, reason, shown
 
 UNSENT = "unsent.jsonl"
 CHUNK = 100  # parameters that MLflow takes at a time

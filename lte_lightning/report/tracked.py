@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lte_lightning.errors import UserError
+from lte_lightning.files import write_json
 from lte_lightning.network import ask
 from lte_lightning.report.collect import finish, read_run
 from lte_lightning.report.identity import OLDER
@@ -17,7 +18,7 @@ from lte_lightning.report.material import Material
 from lte_lightning.report.missing import missing_point
 from lte_lightning.report.tested import TESTS
 from lte_lightning.results import FILE as RESULTS
-from lte_lightning.store import RUN_LAYOUT, mlflow_store, reason, shown, write_json
+from lte_lightning.store import RUN_LAYOUT, mlflow_store, reason, shown
 from lte_lightning.sweep.points import Point, restore
 from lte_lightning.sweep.table import newest
 from lte_lightning.sweep.tracking import PLAN

@@ -22,8 +22,8 @@ from typing import Any
 import yaml
 
 from lte_lightning.errors import UserError
+from lte_lightning.files import write_json
 from lte_lightning.results import FILE
-from lte_lightning.store import write_json
 from lte_lightning.sweep.points import Point, Sweep, restore
 from lte_lightning.sweep.record import Record
 

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from lte_lightning.errors import UserError
+from lte_lightning.files import write_text
 from lte_lightning.results import Results
-from lte_lightning.store import reason, shown, write_text
+from lte_lightning.store import reason, shown
 from lte_lightning.sweep.folder import SweepFolder
 from lte_lightning.sweep.points import Point, Sweep
 

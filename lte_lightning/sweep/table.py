@@ -9,8 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from lte_lightning.files import whole_file, write_text
 from lte_lightning.results import FILE, read_results
-from lte_lightning.store import whole_file, write_text
 from lte_lightning.sweep.folder import SweepFolder
 from lte_lightning.sweep.points import NEUTRAL, Point
 

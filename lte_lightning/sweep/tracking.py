@@ -10,18 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from lte_lightning.errors import UserError
+from lte_lightning.files import write_json
 from lte_lightning.network import ask
 from lte_lightning.results import FILE, Results, read_results
-from lte_lightning.store import (
-    first_contact,
-    mlflow_store,
-    named_by_file,
-    read_run_file,
-    reason,
-    shown,
-    whole,
-    write_json,
-)
+from lte_lightning.store import first_contact, mlflow_store, named_by_file, read_run_file, reason, shown, whole
 from lte_lightning.sweep.folder import SweepFolder
 from lte_lightning.sweep.points import Point
 

@@ -1,21 +1,11 @@
-"""The ``cpu`` backend: ffn.cpp, compiled on first use, as the torch operator ``lte_lightning::cpu_ffn``."""
+"""The ``cpu`` backend: ffn.cpp, which build.py compiles, as the torch operator ``lte_lightning::cpu_ffn``."""
 
 import ctypes
-import hashlib
-import os
-import platform
-import shlex
-import shutil
-import subprocess
-import tempfile
-import warnings
-from functools import cache
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from lte_lightning.cache import cache_folder
+from lte_lightning.kernels.cpu.build import cpu_flags, instruction_set, library
 from lte_lightning.kernels.dense_mask import run_dense_mask
 from lte_lightning.kernels.layout import ACTIVATIONS, ExpertWeights
 from lte_lightning.kernels.views import run_views
@@ -39,11 +29,6 @@ COSTS = {
     (torch.bfloat16, "avx512_bf16"): Costs(few=(0.050, 0.030), many=(0.22, 0.0066), dense=(0.20, 0.0051)),
     (torch.bfloat16, "amx"): Costs(few=(0.050, 0.030), many=(0.22, 0.0066), dense=(0.20, 0.0009)),
 }
-SOURCES = ("ffn.cpp", "few.h", "many.h", "pairs.h", "vector.h")
-FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fPIC", "-shared")
-AVX2 = ("-mavx2", "-mfma", "-mf16c")
-AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
-INSTRUCTION_SETS = {"portable": (), "avx2": AVX2, "avx512": AVX512, "avx512_bf16": (*AVX512, "-mavx512bf16")}
 
 
 def run_cpu(x_ND: torch.Tensor, mask_NE: torch.Tensor, weights: ExpertWeights) -> torch.Tensor:
@@ -145,80 +130,6 @@ def run_compiled(
     return out_ND
 
 
-@cache
-def library() -> ctypes.CDLL | None:
-    """Returns the compiled kernels, after compiling them if no process of this user has yet; None without a compiler.
-
-    They are kept in ``$XDG_CACHE_HOME/lte-lightning`` (by default ``~/.cache``), one file per source, compiler and
-    instruction set.
-    """
-    try:
-        return build(instruction_set())
-    except (OSError, subprocess.SubprocessError) as error:
-        why = str(error)
-        if isinstance(error, subprocess.CalledProcessError):
-            why = f"{error.cmd[0]} failed:\n{error.stderr.strip()[:2000]}"
-        warnings.warn(
-            f"the cpu backend runs without its compiled kernels ({why}), as torch operations over views of the "
-            "experts: a small part of the speed-up remains, and none for many tokens. Install a C++ compiler (g++ or "
-            "clang++), or name one in CXX",
-            stacklevel=2,
-        )
-        return None
-
-
-@cache
-def _cpu_flags() -> frozenset[str]:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    return frozenset(next((line for line in lines if line.startswith("flags")), "").split())
-
-
 def has_amx() -> bool:
     """Says whether torch multiplies bfloat16 in tiles here."""
-    return "amx_bf16" in _cpu_flags() and torch.backends.cpu.get_cpu_capability() == "AVX512"
-
-
-def instruction_set() -> str:
-    """Returns the best of `INSTRUCTION_SETS` that this machine has (torch's ATEN_CPU_CAPABILITY can lower it)."""
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return "portable"
-    level = torch.backends.cpu.get_cpu_capability()
-    if level == "AVX512":
-        return "avx512_bf16" if "avx512_bf16" in _cpu_flags() else "avx512"
-    return "avx2" if level == "AVX2" else "portable"
-
-
-def build(instructions: str) -> ctypes.CDLL:
-    """Compiles the kernels for one of `INSTRUCTION_SETS`, or finds them compiled, and loads them.
-
-    Raises:
-        FileNotFoundError: If there is no compiler.
-        subprocess.CalledProcessError: If it fails.
-    """
-    wanted = shlex.split(os.environ.get("CXX", ""))  # it may be "ccache g++"
-    found = [shutil.which(name) for name in (wanted[:1] or ("c++", "g++", "clang++"))]
-    if not any(found):
-        raise FileNotFoundError(f"no C++ compiler {wanted[0]}, which CXX names" if wanted else "no C++ compiler found")
-    compiler = [next(filter(None, found)), *wanted[1:]]
-    flags = (*FLAGS, *INSTRUCTION_SETS[instructions])
-    folder = Path(__file__).parent
-    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    digest = hashlib.sha256(repr((compiler, version, flags, platform.machine())).encode())
-    for source in SOURCES:
-        digest.update((folder / source).read_bytes())
-    kept = cache_folder() or Path(tempfile.mkdtemp(prefix="lte-lightning-"))  # the latter for this process only
-    path = kept / f"cpu_ffn-{instructions}-{digest.hexdigest()[:16]}.so"
-    if not path.exists():
-        handle, fresh = tempfile.mkstemp(suffix=".so", dir=path.parent)
-        os.close(handle)
-        try:
-            # -ldl behind the source: older C libraries keep dlsym there
-            command = [*compiler, *flags, str(folder / SOURCES[0]), "-o", fresh, "-pthread", "-ldl"]
-            subprocess.run(command, capture_output=True, text=True, check=True)
-            os.replace(fresh, path)  # whole or not at all: another process may be compiling the same
-        finally:
-            Path(fresh).unlink(missing_ok=True)
-    lib = ctypes.CDLL(str(path))
-    lib.lte_ffn.restype = ctypes.c_int
-    return lib
+    return "amx_bf16" in cpu_flags() and torch.backends.cpu.get_cpu_capability() == "AVX512"

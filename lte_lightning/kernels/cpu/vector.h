@@ -31,7 +31,8 @@ constexpr int W = 4;
 typedef float vec __attribute__((vector_size(4 * W)));
 typedef int32_t ivec __attribute__((vector_size(4 * W)));
 typedef int32_t int32_in_memory __attribute__((aligned(2), may_alias));
-typedef float vec_in_memory __attribute__((vector_size(4 * W), aligned(4), may_alias));
+// Rows of bfloat16 may begin at any multiple of two bytes, and those of an odd length do
+typedef float vec_in_memory __attribute__((vector_size(4 * W), aligned(2), may_alias));
 
 inline vec load(const float* p) { return *reinterpret_cast<const vec_in_memory*>(p); }
 inline void store(float* p, vec v) { *reinterpret_cast<vec_in_memory*>(p) = v; }

@@ -1,0 +1,48 @@
+"""``lte build-kernels``: the CPU kernels, compiled ahead of their first use."""
+
+from pathlib import Path
+
+from lte_lightning.options import call
+
+
+def main(args: list[str]) -> None:
+    """Runs the command.
+
+    Raises:
+        UserError: The kernels cannot be compiled, or the folder cannot be written to.
+    """
+    call(build_kernels, "lte build-kernels", args)
+
+
+def build_kernels(out: str | None = None, instructions: str = "auto") -> None:
+    """Compiles the CPU kernels, which are otherwise compiled when they are first used.
+
+    Args:
+        out: Folder for the libraries, for images that have no compiler: LTE_KERNELS=FOLDER finds them there. By default
+            the user's cache.
+        instructions: Instruction sets to compile for, with commas between: portable, avx2, avx512, avx512_bf16, or all
+            of them. By default the best that this machine has.
+    """
+    from lte_lightning.cache import cache_folder
+    from lte_lightning.errors import UserError, meant
+    from lte_lightning.kernels.cpu.build import INSTRUCTION_SETS, PLACE, build_into, instruction_set
+
+    names = {"auto": [instruction_set()], "all": list(INSTRUCTION_SETS)}.get(instructions) or instructions.split(",")
+    for name in names:
+        if name not in INSTRUCTION_SETS:
+            raise UserError(
+                f"there is no instruction set {name!r}{meant(name, INSTRUCTION_SETS)}; there are "
+                f"{', '.join(INSTRUCTION_SETS)}, or all"
+            )
+    folder = Path(out) if out else cache_folder()
+    if folder is None:
+        raise UserError("the user's cache cannot be written to; name another folder with --out")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make {folder}: {error.strerror}; name another folder with --out") from error
+    for name in names:
+        path = build_into(folder, name)
+        print(f"{path}  {path.stat().st_size // 1024} KiB")
+    if out:
+        print(f"{PLACE}={folder.absolute()} finds them")

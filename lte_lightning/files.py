@@ -1,0 +1,115 @@
+"""Files that are written whole or not at all, and locks on folders."""
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from lte_lightning.errors import UserError
+
+
+@contextmanager
+def whole_file(path: Path, mode: str = "w", **how: Any) -> Iterator[IO[Any]]:
+    """Opens a file to be written, which takes its name only once all of it is on the disk.
+
+    It is written beside its target, since a rename is whole within one file system alone. Whatever happens, a file of
+    that name that was there before stays until then.
+
+    Args:
+        path: The file; what is left of it where the process is killed is ``<name>.tmp``.
+        mode: ``w`` or ``wb``.
+        **how: Passed to ``open``.
+
+    Raises:
+        UserError: If it cannot be written, on a full disk for one.
+    """
+    path = Path(os.path.realpath(path))  # what a link points to, not the link
+    if mode == "w":
+        how = {"encoding": "utf-8"} | how
+    if path.exists() and not path.is_file():  # /dev/stdout
+        with path.open(mode, **how) as file:
+            yield file
+        return
+    staging = path.with_name(f"{path.name}.tmp")
+    try:
+        with staging.open(mode, **how) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())  # or after a power cut the new name may be of an empty file
+        staging.replace(path)
+        sync(path.parent)
+    except BaseException as error:
+        staging.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            before = "; the file before it is kept" if path.exists() else ""
+            raise UserError(f"cannot write {path}: {error.strerror or error}{before}") from error
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file that is there whole or not at all."""
+    with whole_file(path) as file:
+        file.write(text)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes a JSON file that is there whole or not at all."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def sync(path: Path) -> None:
+    """Waits until a file's content, or a folder's names, are on the disk."""
+    if os.name == "nt":  # folders cannot be opened there
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def hold_folder(folder: Path, seconds: float | None = None) -> Iterator[bool]:
+    """Waits until no other process of this machine is in such a block of the same folder; nothing is left behind.
+
+    A folder that is not there, or a system without such locks (Windows), is let pass: what is done in the block says
+    what is wrong.
+
+    Args:
+        folder: The folder.
+        seconds: The longest that it waits; without a limit by default.
+
+    Yields:
+        Whether the folder is held.
+    """
+    try:
+        import fcntl
+
+        descriptor = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):
+        yield False
+        return
+    try:
+        deadline = None if seconds is None else time.monotonic() + seconds
+        yield _lock(descriptor, fcntl, deadline)
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, fcntl: Any, deadline: float | None) -> bool:
+    if deadline is None:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        return True
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.05)
+        except OSError:  # a network's file system that has no locks
+            return False
