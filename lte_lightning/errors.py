@@ -1,7 +1,9 @@
 """The one kind of error that is meant for the user, and the hint that a misspelt name deserves."""
 
 import difflib
+import os
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class UserError(ValueError):
@@ -22,3 +24,12 @@ def meant(name: object, known: Iterable[str], form: str = " (do you mean {!r}?)"
     folded = {word.casefold(): word for word in known}
     nearest = difflib.get_close_matches(str(name).casefold(), folded, n=1)
     return form.format(folded[nearest[0]]) if nearest else ""
+
+
+def meant_path(path: str | os.PathLike[str]) -> str:
+    """Returns a remark that names the file or folder nearest to one that is not there, or nothing if none is near."""
+    parent = Path(path).absolute().parent
+    try:
+        return meant(Path(path).name, sorted(os.listdir(parent)))
+    except OSError:
+        return ""

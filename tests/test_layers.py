@@ -25,6 +25,7 @@ ORDER = (
     ("data",),
     ("tasks",),
     ("callbacks",),
+    ("export",),
     ("bench",),
     ("recording",),
     ("sweep",),

@@ -23,10 +23,10 @@ from lte_lightning.core.model.checkpoint import from_pretrained
 from lte_lightning.core.model.checks import listed, require_finite
 from lte_lightning.core.model.experts import expert_ffns
 from lte_lightning.core.model.families import FAMILIES
-from lte_lightning.core.model.folder import is_lte, read_description, read_lte_config
+from lte_lightning.core.model.folder import find_model, is_lte, read_description, read_lte_config
 from lte_lightning.core.routing.sparsity import Counts
 from lte_lightning.core.routing.trace import RouterTrace
-from lte_lightning.errors import UserError
+from lte_lightning.errors import UserError, meant_path
 from lte_lightning.kernels.dispatch import Backend
 
 
@@ -75,34 +75,21 @@ def find_source(folder: str) -> Source:
     """
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
-    name = _find_folder(folder)
+    name = find_model(folder)
     try:
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         if Path(name).exists():
             raise UserError(f"cannot read the model configuration in {name}: {_first_line(error)}") from error
+        near = meant_path(name)
         raise UserError(
-            f"no folder {name}, and no model of that name in the cache or on the hub ({_first_line(error)})"
+            f"no folder {name}{near}, and no model of that name in the cache or on the hub ({_first_line(error)})"
         ) from error
     mode = None
     if is_lte(name):
         read_lte_config(name)  # which refuses a damaged description
         mode = read_description(name)["mode"]
     return Source(name, config, _architecture(name, config), mode)
-
-
-def _find_folder(folder: str) -> str:
-    path = Path(folder)
-    if path.is_dir():
-        for inner in (path, path / "model"):
-            if (inner / "config.json").is_file():
-                return str(inner)
-        raise UserError(f"{folder} holds no model: it has no config.json, and no model/config.json as a run has")
-    if path.exists():
-        raise UserError(f"{folder} is a file; name the folder of a model")
-    if folder.startswith((".", "/", "~")) or folder.count("/") > 1:  # or else a hub id
-        raise UserError(f"no folder {folder}")
-    return folder
 
 
 def _architecture(folder: str, config: PreTrainedConfig) -> type[PreTrainedModel]:

@@ -81,6 +81,29 @@ def card(description: dict[str, Any], config: PreTrainedConfig, name: str) -> Mo
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n")
 
 
+def dense_card(description: dict[str, Any], config: PreTrainedConfig) -> ModelCard:
+    """Returns the card of the dense function of a saved model, exported as a plain model.
+
+    Args:
+        description: The contents of the saved model's ``lte_config.json``.
+        config: Its ``config.json``.
+    """
+    base = description.get("base") or {}
+    architecture = (config.architectures or ["model"])[0]
+    kind = next((kind for ending, kind in _KINDS.items() if architecture.endswith(ending)), (None, "AutoModel"))
+    data = ModelCardData(
+        license=base.get("license"),
+        base_model=base.get("model") if _is_repository(base.get("model")) else None,
+        library_name="transformers",
+        pipeline_tag=kind[0],
+    )
+    text = (
+        f"# {architecture}, dense\n\nThe dense function of a model that lte-lightning trained to run a part of its "
+        "feed-forward networks: here all of them run, so neither its sparsity nor its results hold.\n\n"
+    )
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}{_recipe(description, base)}\n")
+
+
 def _results(results: dict[str, Any]) -> str:
     if not results:
         return "## Results\n\nNothing was measured when this model was saved."

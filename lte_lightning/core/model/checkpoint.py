@@ -17,6 +17,7 @@ from lte_lightning.core.model.folder import (
     HUB_OPTIONS,
     ROUTERS_FILE,
     LayoutError,
+    find_model,
     is_lte,
     read_description,
     read_lte_config,
@@ -43,19 +44,21 @@ def from_pretrained(
     The routers take the type of the weights they decide on.
 
     Args:
-        source: A folder, or a hub id.
+        source: A folder, a run's folder, or a hub id.
         auto_class: How to build the plain model, e.g. ``AutoModelForCausalLM``; the saved architecture if not given.
         backend: What computes the selected experts in hard mode without gradients; see `set_backend`.
         **kwargs: Passed to the plain model's ``from_pretrained`` (``dtype``, ``device_map``, ``revision``, ...).
 
     Raises:
         UserError: If there is no such backend, or weights are missing, not finite, or of no use to the model.
-        LayoutError: If the source is not an LTE model, is of another layout version, or its routers are not those
-            that were saved with its weights.
+        LayoutError: If there is no such folder, the source is not an LTE model, is of another layout version, or its
+            routers are not those that were saved with its weights.
     """
     if backend not in BACKENDS:
         raise UserError(f"unknown backend {backend!r}; there are {', '.join(BACKENDS)}")
     hub = {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
+    if not hub.get("subfolder"):
+        source = find_model(source)
     wants_info = kwargs.pop("output_loading_info", False)
     config = read_lte_config(source, **hub)
     description = read_description(source, **hub)

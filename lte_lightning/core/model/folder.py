@@ -15,7 +15,7 @@ from lte_lightning.core.model.checks import listed
 from lte_lightning.core.model.config import LteConfig
 from lte_lightning.core.model.digest import FORMAT, differing
 from lte_lightning.core.model.experts import MODES
-from lte_lightning.errors import UserError
+from lte_lightning.errors import UserError, meant_path
 from lte_lightning.selection import selector_class
 
 LAYOUT_VERSION = 1
@@ -35,6 +35,25 @@ HUB_OPTIONS = (
 
 class LayoutError(UserError):
     """A folder is not a saved LTE model that this version can read."""
+
+
+def find_model(source: str | os.PathLike[str]) -> str:
+    """Returns where a model lies: a folder as it is named, a run's folder's ``model/``, or a hub id as it is named.
+
+    Raises:
+        LayoutError: If it is a path and there is no such folder, or the folder holds no model.
+    """
+    path, name = Path(source), str(source)
+    if path.is_dir():
+        for inner in (path, path / "model"):
+            if any((inner / file).is_file() for file in ("config.json", CONFIG_FILE)):
+                return str(inner)
+        raise LayoutError(f"{name} holds no model: it has no config.json, and no model/config.json as a run has")
+    if path.exists():
+        raise LayoutError(f"{name} is a file; name the folder of a model")
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:  # or else a hub id
+        raise LayoutError(f"no folder {name}{meant_path(path)}")
+    return name
 
 
 def is_lte(source: str | os.PathLike[str], **hub: Any) -> bool:
@@ -199,6 +218,10 @@ def require_file(source: str | os.PathLike[str], name: str, **hub: Any) -> Path:
         LayoutError: If there is no such file.
     """
     found = find(source, name, **hub)
+    if found is None and not Path(source).is_dir() and find(source, "config.json", **hub) is None:
+        raise LayoutError(
+            f"no folder {source}{meant_path(source)}, and no model of that name in the cache or on the hub"
+        )
     if found is None:
         raise LayoutError(
             f"{source} has no {name}, so it is not a saved LTE model; load a plain model with transformers and "

@@ -1,0 +1,62 @@
+"""``lte export``: a saved model in the format of another program."""
+
+import sys
+from pathlib import Path
+from typing import Literal
+
+from lte_lightning.options import call
+
+
+def main(args: list[str]) -> None:
+    """Runs the command; the path of what was written is printed.
+
+    Raises:
+        UserError: If an argument is wrong, a package is missing, or the format has no place for the model.
+    """
+    call(export, "lte export", args, positional="folder")
+
+
+def export(folder: str, to: Literal["dense", "gguf"], out: Path | None = None, dtype: str = "auto") -> None:
+    """Writes a saved LTE model for other programs.
+
+    lte export RUN --to gguf
+
+    dense is an ordinary Hugging Face folder of the dense function: every neuron runs. gguf is the dense function of a
+    decoder for llama.cpp.
+
+    Args:
+        folder: A saved LTE model, a run's folder, or a hub id, named without the option's name.
+        to: The format.
+        out: Where to; nothing may be there. By default beside the model, as model.gguf or model-dense.
+        dtype: Of a GGUF file's matrices: fp32, fp16, bf16, q8_0 or q4_0; auto is the type that they were saved in.
+
+    Raises:
+        UserError: If an option's value is not one, a package is missing, or the format has no place for the model.
+    """
+    from transformers.utils import logging as hf_logging
+
+    from lte_lightning.core.model.checkpoint import from_pretrained
+    from lte_lightning.core.model.convert import restore
+    from lte_lightning.core.model.folder import find_model, read_description
+    from lte_lightning.data.text import load_tokenizer
+    from lte_lightning.errors import UserError
+    from lte_lightning.export.dense import write_dense
+    from lte_lightning.export.gguf import write_gguf
+    from lte_lightning.export.staging import require_free
+
+    hf_logging.disable_progress_bar()
+    source = find_model(folder)
+    description = read_description(source)
+    if to != "gguf" and dtype != "auto":
+        raise UserError(f"--dtype is for GGUF files; {to} keeps the type of the weights")
+    base = Path(source) if Path(source).is_dir() else Path(Path(source).name)
+    file = out or base.with_name(f"{base.resolve().name}{'.gguf' if to == 'gguf' else f'-{to}'}")
+    require_free(file)
+    model = from_pretrained(source, backend="dense-mask").eval()
+    print(f"{to}: the dense function, every neuron of the FFNs runs", file=sys.stderr)
+    if to == "gguf":
+        context = write_gguf(restore(model), load_tokenizer(source, generates=True), file, dtype)
+        print(f"texts of up to {context} tokens", file=sys.stderr)
+    else:
+        write_dense(restore(model), description, source, file)
+    print(file)

@@ -1,0 +1,1 @@
+"""Exits: a saved model in the formats that other programs read."""
