@@ -2,7 +2,7 @@
 
 The public API: `convert` a model, train it (see the ``lightning`` command), `save_pretrained`, `from_pretrained`,
 `restore`; `register` has transformers' Auto classes load saved models sparse; `set_backend` chooses what computes the
-selected experts; `RouterTrace` reads what the routers decide.
+selected experts; `set_sparsity` turns the knob of a calibrated model; `RouterTrace` reads what the routers decide.
 """
 
 from typing import TYPE_CHECKING
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lte_lightning.core.model.convert import convert, restore
     from lte_lightning.core.model.experts import set_backend, set_mode
     from lte_lightning.core.model.saving import save_pretrained
+    from lte_lightning.core.model.thresholds import set_sparsity
     from lte_lightning.core.routing.trace import RouterTrace
 else:
     __getattr__, __dir__ = on_first_use(
@@ -25,6 +26,7 @@ else:
             "core.model.convert": ["convert", "restore"],
             "core.model.experts": ["set_backend", "set_mode"],
             "core.model.saving": ["save_pretrained"],
+            "core.model.thresholds": ["set_sparsity"],
             "core.routing.trace": ["RouterTrace"],
         },
     )
@@ -41,4 +43,5 @@ __all__ = [
     "save_pretrained",
     "set_backend",
     "set_mode",
+    "set_sparsity",
 ]

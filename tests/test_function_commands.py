@@ -28,6 +28,14 @@ OPTIONS = {
         "mlflow": None,
     },
     "build-kernels": {"out": None, "instructions": "auto"},
+    "calibrate": {
+        "folder": "FOLDER",
+        "sparsity": "0.3,0.4,0.5,0.6,0.7,0.8,0.9",
+        "layers": "free",
+        "data": None,
+        "tokens": 8192,
+        "device": "auto",
+    },
     "cost": {
         "model": "FOLDER",
         "sparsity": None,
@@ -48,6 +56,7 @@ OPTIONS = {
         "device": "auto",
         "chat": False,
         "dense": False,
+        "sparsity": None,
         "threads": None,
     },
     "harness": {
@@ -63,6 +72,7 @@ OPTIONS = {
 REQUIRED = {
     "bench": [],
     "build-kernels": [],
+    "calibrate": ["FOLDER"],
     "cost": ["--model", "FOLDER"],
     "generate": ["FOLDER"],
     "harness": ["--model", "FOLDER", "--tasks", "piqa"],

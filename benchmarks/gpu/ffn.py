@@ -29,6 +29,7 @@ class Layer:
         self.weights = ExpertWeights(blocks[0], blocks[1], "silu" if gated else "gelu", *blocks[2:])
         # As a Linear of the dense model has it.
         self.dense_down_DF = blocks[1].flatten(0, 1).t().contiguous()
+        self.threshold = torch.tensor(0.5, device="cuda")
         self.router_ED = torch.randn(experts, width, dtype=dtype, device="cuda") / 64
         self.mask_NE = torch.ones(tokens, experts, dtype=torch.bool, device="cuda")
 
@@ -44,7 +45,7 @@ class Layer:
     def router(self, x_ND: torch.Tensor) -> torch.Tensor:
         from lte_lightning.kernels.triton.router import route_triton
 
-        return route_triton(x_ND, self.router_ED, None, 0.5)
+        return route_triton(x_ND, self.router_ED, None, self.threshold)
 
     def experts(self, x_ND: torch.Tensor) -> torch.Tensor:
         from lte_lightning.kernels.triton.ffn import run_triton

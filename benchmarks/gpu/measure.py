@@ -91,7 +91,8 @@ w = ExpertWeights(*(torch.randn(E, S, D, device="cuda", dtype=torch.bfloat16) fo
                   torch.randn(E, S, D, device="cuda", dtype=torch.bfloat16))
 for N in (1, 7, 200):
     x = torch.randn(N, D, device="cuda", dtype=torch.bfloat16)
-    mask = route_triton(x, torch.randn(E, D, device="cuda", dtype=torch.bfloat16), None, 0.5)
+    router, threshold = torch.randn(E, D, device="cuda", dtype=torch.bfloat16), torch.tensor(0.5, device="cuda")
+    mask = route_triton(x, router, None, threshold)
     assert run_triton(x, mask, w).isfinite().all()
 torch.cuda.synchronize()
 """

@@ -60,7 +60,7 @@ class ForcedSelector(Selector):
             prepared = prepare(ffn.parts, self.router, ffn.expert_size, ffn.backend, x_BTD)
             self.routes[ffn.backend] = prepared.routes
         if self.routes[ffn.backend]:
-            route(self.router, ffn.threshold, x_BTD)
+            route(self.router, ffn.tau, x_BTD)
         else:
             self.router(x_BTD)
         self.calls += 1

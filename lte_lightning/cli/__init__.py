@@ -22,6 +22,7 @@ COMMANDS = {
     "sweep": ("lte_lightning.cli.sweep", "run many fits: a grid, a list or a search, over several seeds"),
     "report": ("lte_lightning.cli.report", "draw a page of what sweeps and runs found"),
     "generate": ("lte_lightning.cli.generate", "let a language model write, and see its speed and sparsity"),
+    "calibrate": ("lte_lightning.cli.calibrate", "give a saved model a sparsity knob: thresholds by sparsity"),
     "bench": ("lte_lightning.bench", "time FFNs and models with experts skipped, against dense"),
     "cost": ("lte_lightning.cli.cost", "FLOPs, bytes and speed-up bound of a model at a sparsity"),
     "init": ("lte_lightning.cli.init", "write a configuration for your own data, after looking at them"),

@@ -31,6 +31,7 @@ def generate(
     device: str = "auto",
     chat: bool = False,
     dense: bool = False,
+    sparsity: float | None = None,
     threads: int | None = None,
 ) -> None:
     """Lets a language model go on from a prompt, in the mode that it was saved in: text, tokens per second, sparsity.
@@ -47,6 +48,7 @@ def generate(
         device: cpu, cuda or cuda:1; auto takes a CUDA device where there is one.
         chat: Give the prompt as a user's message, in the tokenizer's chat template.
         dense: Let the same model write a second time with every neuron, to compare.
+        sparsity: Where to set the knob of a model that lte calibrate has given one. By default it stays where it is.
         threads: torch's threads. By default torch's own choice.
 
     Raises:
@@ -64,6 +66,7 @@ def generate(
     from lte_lightning.cli.costs import DTYPES
     from lte_lightning.cli.writing import choose_tokens, encode, find_source, used_sparsity, write
     from lte_lightning.core.model.convert import restore
+    from lte_lightning.core.model.thresholds import set_sparsity
     from lte_lightning.data.text import load_tokenizer
     from lte_lightning.kernels.dispatch import BACKENDS
 
@@ -73,7 +76,8 @@ def generate(
     where = find_device(device)
     source = find_source(folder)
     skips = source.mode not in (None, "dense")
-    for option, is_given in (("--backend", backend != "auto"), ("--dense", dense)):
+    given = {"--backend": backend != "auto", "--dense": dense, "--sparsity": sparsity is not None}
+    for option, is_given in given.items():
         if is_given and not skips:
             kind = "a plain model" if source.mode is None else "saved in mode dense"
             raise UserError(f"{option} is for models that select experts, and {folder} is {kind}; leave it out")
@@ -82,6 +86,8 @@ def generate(
     if threads:
         torch.set_num_threads(threads)
     model = source.load(backend, DTYPES.get(dtype, "auto"), where)
+    if sparsity is not None:
+        set_sparsity(model, sparsity)
     choose_tokens(model, tokenizer, temperature)
     if source.mode != "hard":
         kind = "is a plain model" if source.mode is None else f"was saved in mode {source.mode}"

@@ -92,7 +92,7 @@ def is_interpreted() -> bool:
 
 
 def run_router(
-    x_ND: torch.Tensor, weight_ED: torch.Tensor, bias_E: torch.Tensor | None, threshold: float
+    x_ND: torch.Tensor, weight_ED: torch.Tensor, bias_E: torch.Tensor | None, threshold: torch.Tensor
 ) -> torch.Tensor:
     """Computes LTE's router and its threshold where the triton backend computes the experts.
 
@@ -100,7 +100,7 @@ def run_router(
         x_ND: The FFN's input; under autocast of any type.
         weight_ED: The router's weights.
         bias_E: Its bias.
-        threshold: tau.
+        threshold: tau, one float32 number on the device.
 
     Returns:
         The mask [N, E]: True where the score exceeds the threshold.

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from lte_lightning.core.accounting.cost import GFLOP, speedup_bound, token_cost
 from lte_lightning.core.model.convert import selector_parameters
 from lte_lightning.core.model.experts import expert_ffns, set_backend, set_mode
+from lte_lightning.core.model.thresholds import set_sparsity
 from lte_lightning.core.routing.trace import RouterTrace
 from lte_lightning.errors import UserError
 from lte_lightning.kernels.dispatch import Backend
@@ -36,6 +37,7 @@ class MeasuredModule(LightningModule):
         stage: Where its training stands.
         measured: What was found so far, by view.
         freeze_routers: Whether the expert stage leaves the routers as they are.
+        set_to: The sparsity that a calibrated model is measured at; None for its own.
     """
 
     metric_name: str
@@ -46,6 +48,7 @@ class MeasuredModule(LightningModule):
     measured: dict[str, dict[str, Any]]
     backend: Backend
     freeze_routers: bool = True
+    set_to: float | None = None
 
     # The task, by the subclass
 
@@ -105,6 +108,28 @@ class MeasuredModule(LightningModule):
         self.meters = nn.ModuleDict({name: self.make_metric() for name in names})
         self.sparsity = SparsityMeter([ffn.experts for ffn in expert_ffns(self.net).values()])
 
+    def on_fit_start(self) -> None:
+        """Trains at the threshold that the routers are trained at, wherever the knob of a saved model stood.
+
+        Raises:
+            UserError: If a sparsity to measure at is given.
+        """
+        if self.set_to is not None:
+            raise UserError(
+                f"model.sparsity {self.set_to} is where a calibrated model is tested; a fit aims at a sparsity by "
+                "model.lte.target_sparsity"
+            )
+        set_sparsity(self.net, None)
+
+    def on_validation_start(self) -> None:
+        """Turns the knob of a calibrated model, where it is validated by itself."""
+        if self.trainer.state.fn == "validate":
+            self._turn_knob()
+
+    def _turn_knob(self) -> None:
+        if self.set_to is not None:
+            set_sparsity(self.net, self.set_to)
+
     def validation_step(self, batch: dict[str, torch.Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Measures every view of the current stage."""
         for view in VIEWS[self.stage]:
@@ -162,6 +187,7 @@ class MeasuredModule(LightningModule):
                 "this model was never routed, so there is no sparsity to test: train the router and expert stages "
                 "first, or give a routed model by --ckpt_path or --model.init_from"
             )
+        self._turn_knob()
         set_backend(self.net, self.backend)
 
     def on_test_end(self) -> None:
@@ -209,6 +235,7 @@ class MeasuredModule(LightningModule):
         if self.trainer.world_size > 1:
             raise UserError("predictions are written in the order of the data by one process: set trainer.devices to 1")
         set_mode(self.net, self.test_view)
+        self._turn_knob()
         set_backend(self.net, self.backend)
 
     def on_predict_end(self) -> None:

@@ -90,6 +90,7 @@ class Generation(LanguageModel):
 
     def on_fit_start(self) -> None:
         """Refuses samples that there is no room for."""
+        super().on_fit_start()
         if self.hparams["samples"]:
             _ = self.trainer.datamodule.prompt_limit
 

@@ -27,6 +27,7 @@ from lte_lightning.core.model.folder import (
     stored_weights,
 )
 from lte_lightning.core.model.routers import load_routers
+from lte_lightning.core.model.thresholds import keep_table, owner_of, read_table, set_sparsity
 from lte_lightning.errors import UserError
 from lte_lightning.kernels.dispatch import BACKENDS, Backend
 
@@ -69,6 +70,7 @@ def from_pretrained(
         if auto_class is None:
             raise LayoutError(f"{source} was saved as {architecture!r}, which transformers lacks; pass auto_class")
     routers = read_routers(source, **hub)
+    table = read_table(source, description, **hub)
     model: PreTrainedModel
     token = _LOADS_PLAIN.set(True)
     try:
@@ -91,6 +93,9 @@ def from_pretrained(
             parameter.data = parameter.data.to(ffn.up.weight.dtype)
     model.__dict__["lte_base"] = description.get("base")  # saved again, its card will say so
     set_mode(model, description["mode"])
+    keep_table(model, table, owner_of(description))
+    if table is not None and table.chosen is not None:
+        set_sparsity(model, table.chosen)
     set_backend(model, backend)
     return (model, info) if wants_info else model  # type: ignore[return-value]
 

@@ -149,7 +149,8 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
     for layer in find_layers(model):
         remove(layer)
     del model.lte_config
-    model.__dict__.pop("lte_base", None)
+    for name in ("lte_base", "lte_thresholds"):
+        model.__dict__.pop(name, None)
     release(model)
     return model
 

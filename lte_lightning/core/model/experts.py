@@ -45,6 +45,7 @@ class ExpertFfn(nn.Module):
     gate: Projection | None
     down: Projection
     selector: Selector
+    tau: torch.Tensor
 
     def __init__(self, parts: FfnParts, expert_size: int, selector: Selector, threshold: float) -> None:
         super().__init__()
@@ -53,7 +54,8 @@ class ExpertFfn(nn.Module):
         self.selector = selector
         self.neurons, self.width = weight_rows(parts.up).shape  # F and D
         self.expert_size = expert_size
-        self.threshold = threshold
+        self.register_buffer("tau", torch.tensor(threshold, device=parts.up.weight.device).float(), persistent=False)
+        self._threshold = self.trained_threshold = threshold
         self.mode: Mode = "dense"
         self.backend: Backend = "dense-mask"
         self.straight_through = False
@@ -67,6 +69,17 @@ class ExpertFfn(nn.Module):
     def parts(self) -> FfnParts:
         """The modules as they are now; an adapter or a quantiser may have put others in the place of the original."""
         return FfnParts(self.up, self.gate, self.down, self.activation, self.dropout, self.row)
+
+    @property
+    def threshold(self) -> float:
+        """What scores are compared with; a new one is written in place, so that compiled and captured code follows."""
+        return self._threshold
+
+    @threshold.setter
+    def threshold(self, threshold: float) -> None:
+        self._threshold = threshold
+        if not self.tau.is_meta:
+            self.tau.fill_(threshold)
 
     @property
     def experts(self) -> int:
@@ -127,7 +140,7 @@ class ExpertFfn(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Returns what scales each expert, [B, T, E], and the hidden activations if the selector needs them anyway."""
         if routes and self.recorder is None:
-            return route(self.selector, self.threshold, x_BTD), None
+            return route(self.selector, self.tau, x_BTD), None
         hidden_BTF = None
         if self.selector.reads == "input":
             scores_BTE = self.selector(x_BTD)
@@ -141,7 +154,7 @@ class ExpertFfn(nn.Module):
     def _factor(self, scores_BTE: torch.Tensor) -> torch.Tensor:
         if self.mode == "soft" or self.selector.scales:
             return scores_BTE
-        mask_BTE = scores_BTE > self.threshold
+        mask_BTE = scores_BTE > self.tau
         if self.straight_through and scores_BTE.requires_grad:  # else a mask, as the sparse backends want it
             return mask_BTE + (scores_BTE - scores_BTE.detach())
         return mask_BTE
@@ -190,7 +203,10 @@ class ExpertFfn(nn.Module):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "ExpertFfn":
         self._prepared = None  # or its views would keep the memory that the weights leave
-        return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)
+        self.tau = self.tau.float()  # a threshold is not to be rounded
+        self.threshold = self._threshold  # nor to be left as to_empty leaves it
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_prepared": None}

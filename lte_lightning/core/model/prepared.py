@@ -128,7 +128,7 @@ def _routes(selector: Selector) -> bool:
     return linear is not None and all(t is None or (type(t) in TENSORS and t.is_contiguous()) for t in linear)
 
 
-def route(selector: Selector, threshold: float, x_BTD: torch.Tensor) -> torch.Tensor:
+def route(selector: Selector, threshold: torch.Tensor, x_BTD: torch.Tensor) -> torch.Tensor:
     """Returns the mask [B, T, E] in one launch, without scores; for a backend that ``routes`` this selector."""
     linear = selector.linear()
     assert linear is not None

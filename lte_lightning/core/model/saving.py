@@ -26,6 +26,7 @@ from lte_lightning.core.model.experts import expert_ffns, require_expert_ffns
 from lte_lightning.core.model.folder import CONFIG_FILE, LAYOUT_VERSION, ROUTERS_FILE, find, stored_weights
 from lte_lightning.core.model.names import plain_names
 from lte_lightning.core.model.swap import lte_config, plain
+from lte_lightning.core.model.thresholds import THRESHOLDS_FILE, save_kept_table
 from lte_lightning.errors import UserError
 from lte_lightning.selection import selector_class
 
@@ -90,6 +91,7 @@ def save_into(model: PreTrainedModel, folder: Path, **kwargs: Any) -> Path:
         written = sorted(path.name for path in staging.iterdir())
         # The description goes first and comes last, so that a folder that was left half way is not taken for a model.
         (folder / CONFIG_FILE).unlink(missing_ok=True)
+        (folder / THRESHOLDS_FILE).unlink(missing_ok=True)
         for path in folder.iterdir():
             if re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?", path.name):
                 path.unlink()
@@ -139,6 +141,7 @@ def _write(
         },
     }
     (folder / CONFIG_FILE).write_text(json.dumps(description, indent=2) + "\n")
+    save_kept_table(model, folder, description)
     write_card(folder, description, model.config)
 
 

@@ -19,7 +19,7 @@ from lte_lightning.core.routing.trace import RouterTrace
 LIMIT = 2.0
 """The largest distance, in logits, that one step answers to."""
 SAMPLE = 1 << 20
-"""Scores of a layer that a quantile is taken of; of more, evenly spaced ones."""
+"""Scores of a layer that a quantile is taken of; of more, those of evenly spaced tokens."""
 
 
 def controlled(model: nn.Module) -> bool:
@@ -48,8 +48,7 @@ def distances(model: nn.Module, trace: RouterTrace, sparsity: float) -> torch.Te
     """
     found = []
     for ffn, scores_NE in zip(expert_ffns(model).values(), trace.scores().values(), strict=True):
-        scores = scores_NE.flatten()
-        scores = scores[:: math.ceil(len(scores) / SAMPLE)]
+        scores = scores_NE[:: math.ceil(scores_NE.numel() / SAMPLE)].flatten()
         quantile = scores.kthvalue(max(round(sparsity * len(scores)), 1)).values
         found.append(math.log(ffn.threshold / (1.0 - ffn.threshold)) - torch.logit(quantile, eps=1e-6))
     return torch.stack(found).clamp(-LIMIT, LIMIT)

@@ -22,7 +22,7 @@ def router_kernel(
     weight_ptr,
     bias_ptr,
     mask_ptr,
-    threshold,
+    threshold_ptr,
     N,
     E: tl.constexpr,
     D: tl.constexpr,
@@ -39,6 +39,7 @@ def router_kernel(
     )  # weights are nobody's output: they are on their way before the launch ahead has ended
     wait_for_last(PDL)
     signal_next(PDL)
+    threshold = tl.load(threshold_ptr)
     rows = rows.to(x_ptr.dtype.element_ty).to(tl.float32)
     for n0 in range(0, N, TOKENS):
         n = n0 + tl.arange(0, TOKENS)
@@ -51,15 +52,16 @@ def router_kernel(
 
 
 @triton.jit(do_not_specialize=["count"])
-def threshold_kernel(logits_ptr, mask_ptr, count, threshold, BLOCK: tl.constexpr):
+def threshold_kernel(logits_ptr, mask_ptr, count, threshold_ptr, BLOCK: tl.constexpr):
     """Writes 1 where the sigmoid of a logit exceeds the threshold, else 0."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     logits = tl.load(logits_ptr + i, mask=i < count, other=0.0)
-    tl.store(mask_ptr + i, (tl.sigmoid(logits.to(tl.float32)) > threshold).to(tl.uint8), mask=i < count)
+    chosen = tl.sigmoid(logits.to(tl.float32)) > tl.load(threshold_ptr)
+    tl.store(mask_ptr + i, chosen.to(tl.uint8), mask=i < count)
 
 
 def route_triton(
-    x_ND: torch.Tensor, weight_ED: torch.Tensor, bias_E: torch.Tensor | None, threshold: float
+    x_ND: torch.Tensor, weight_ED: torch.Tensor, bias_E: torch.Tensor | None, threshold: torch.Tensor
 ) -> torch.Tensor:
     """Computes the mask that `selection.Router` and a threshold give; no gradient.
 
@@ -67,7 +69,8 @@ def route_triton(
         x_ND: The FFN's input, float32, bfloat16 or float16.
         weight_ED: The router's weights, contiguous, of any of these types.
         bias_E: Its bias.
-        threshold: tau; an expert runs where its score exceeds it.
+        threshold: tau, one float32 number on the device, read anew at each launch: a captured graph follows it. An
+            expert runs where its score exceeds it.
 
     Returns:
         The mask [N, E], to be handed to `run_triton`.
@@ -75,13 +78,13 @@ def route_triton(
     Raises:
         ValueError: For tensors on the wrong device, or weights that are not contiguous.
     """
-    check_device(x_ND, {"weight_ED": weight_ED, "bias_E": bias_E})
+    check_device(x_ND, {"weight_ED": weight_ED, "bias_E": bias_E, "threshold": threshold})
     return _triton_router(x_ND, weight_ED, bias_E, threshold)
 
 
 @torch.library.custom_op("lte_lightning::triton_router", mutates_args=())
 def _triton_router(
-    x_ND: torch.Tensor, weight_ED: torch.Tensor, bias_E: torch.Tensor | None, threshold: float
+    x_ND: torch.Tensor, weight_ED: torch.Tensor, bias_E: torch.Tensor | None, threshold: torch.Tensor
 ) -> torch.Tensor:
     N, D = x_ND.shape
     E = len(weight_ED)
@@ -107,5 +110,7 @@ def _triton_router(
 
 
 @_triton_router.register_fake
-def _(x_ND: torch.Tensor, weight_ED: torch.Tensor, bias_E: torch.Tensor | None, threshold: float) -> torch.Tensor:
+def _(
+    x_ND: torch.Tensor, weight_ED: torch.Tensor, bias_E: torch.Tensor | None, threshold: torch.Tensor
+) -> torch.Tensor:
     return x_ND.new_empty((len(x_ND), len(weight_ED)), dtype=torch.bool)

@@ -111,7 +111,8 @@ def run_ffn(N, weights, mask_NE=None):
 
 def run_router(N, dtype):
     # The operator behind `route_triton`, which refuses a CPU.
-    torch.ops.lte_lightning.triton_router(torch.empty(N, D, dtype=dtype), torch.empty(E, D, dtype=dtype), None, 0.5)
+    weight_ED, threshold = torch.empty(E, D, dtype=dtype), torch.empty(())
+    torch.ops.lte_lightning.triton_router(torch.empty(N, D, dtype=dtype), weight_ED, None, threshold)
 
 
 def spills(kernel):

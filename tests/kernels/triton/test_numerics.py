@@ -217,7 +217,7 @@ def test_router_agrees_with_the_selector(N, bias, dtype):
     router = Router(20, 11, threshold=0.4, bias=bias, margin=0.0, scale=2.0).to(DEVICE)
     x_ND = torch.randn(N, 20).to(dtype).to(DEVICE)
     scores_NE = router(x_ND)
-    mask_NE = route_triton(x_ND, router.weight, router.bias, 0.4)
+    mask_NE = route_triton(x_ND, router.weight, router.bias, torch.tensor(0.4, device=DEVICE))
     clear_NE = (scores_NE - 0.4).abs() > 2 * torch.finfo(dtype).eps
     assert mask_NE.dtype == torch.bool
     assert (mask_NE == (scores_NE > 0.4))[clear_NE].all()
@@ -254,21 +254,22 @@ def test_refuses_what_it_cannot_compute():
         with pytest.raises(ValueError, match=message):
             run_triton(*args)
     with pytest.raises(ValueError, match=r"weight_ED has strides \(1, 20\): lay it out"):
-        route_triton(x_ND, torch.randn(20, 20, device=DEVICE).t(), None, 0.5)
+        route_triton(x_ND, torch.randn(20, 20, device=DEVICE).t(), None, torch.tensor(0.5, device=DEVICE))
 
 
 def test_compiled_as_one_graph():
     weights = make_weights(torch.float32, (5, 6, 20))
-    router = Router(20, 5).to(DEVICE)
+    router, threshold = Router(20, 5, margin=0.0).to(DEVICE), torch.tensor(0.5, device=DEVICE)
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def ffn(x_ND):
-        mask_NE = route_triton(x_ND * 2, router.weight.detach(), router.bias.detach(), 0.5)
+        mask_NE = route_triton(x_ND * 2, router.weight.detach(), router.bias.detach(), threshold)
         return run_triton(x_ND * 2, mask_NE, weights) + 1
 
-    for N in (1, 3, 70):
+    for N, level in ((1, 0.5), (3, 0.6), (70, 0.4)):
+        threshold.fill_(level)
         x_ND = torch.randn(N, 20, device=DEVICE)
-        mask_NE = router(2 * x_ND) > 0.5
+        mask_NE = router(2 * x_ND) > level
         assert_equal_to_rounding(ffn(x_ND), run_reference(2 * x_ND, mask_NE, weights) + 1)
 
 
@@ -279,7 +280,7 @@ def test_operators_are_registered_as_torch_wants_it(N):
     args = (x_ND, mask_NE, weights.up_ESD, weights.down_ESD, weights.gate_ESD, None, None, None, "silu")
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(torch.ops.lte_lightning.triton_ffn, args, test_utils=tests)
-    args = (x_ND, torch.randn(5, 20, device=DEVICE), None, 0.5)
+    args = (x_ND, torch.randn(5, 20, device=DEVICE), None, torch.tensor(0.5, device=DEVICE))
     torch.library.opcheck(torch.ops.lte_lightning.triton_router, args, test_utils=tests)
 
 
