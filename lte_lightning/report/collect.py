@@ -11,8 +11,9 @@ import yaml
 from lte_lightning.errors import UserError
 from lte_lightning.report.bench import read_bench
 from lte_lightning.report.identity import OLDER, settle
-from lte_lightning.report.material import Material, Run, Setting
+from lte_lightning.report.material import Material
 from lte_lightning.report.methods import method_name
+from lte_lightning.report.run import Run, Setting
 from lte_lightning.report.sweeps import SweptFolder, read_swept
 from lte_lightning.report.tested import tested
 from lte_lightning.results import FILE, read_results
@@ -77,25 +78,24 @@ def finish(material: Material, bench: Iterable[str | Path]) -> Material:
 
 def _read(folders: list[Path], sweeps: dict[Path, SweptFolder], material: Material) -> list[Run]:
     """Reads run folders; of those of a sweep, the newest of each of its points."""
-    found: list[Run] = []
+    alone = [folder for folder in folders if folder.parent not in sweeps]
     points: dict[tuple[Path, Any], list[Path]] = {}
     for folder in folders:
-        swept, name = sweeps.get(folder.parent), read_run_file(folder).get("name")
-        if swept is None:
-            found.append(read_run(folder))
-        elif reason := swept.left_out(name):
-            material.left_out.append((name or folder.name, reason))
-        else:
-            points.setdefault((swept.path, name), []).append(folder)
+        if swept := sweeps.get(folder.parent):
+            name = read_run_file(folder).get("name")
+            if reason := swept.left_out(name):
+                material.left_out.append((name or folder.name, reason))
+            else:
+                points.setdefault((swept.path, name), []).append(folder)
+    found = [read_run(folder) for folder in alone]
     # in the order of the sweep's file, for run folders are named at random
-    order = {(path, name): i for path, swept in sweeps.items() for i, name in enumerate(swept.points)}
-    for (path, name), same in sorted(points.items(), key=lambda item: order[item[0]]):
-        kept = max(same, key=newest)
-        swept = sweeps[path]
-        point = swept.points[name]
+    order = [(path, name) for path, swept in sweeps.items() for name in swept.points]
+    for path, name in sorted(points, key=order.index):
+        *older, kept = sorted(points[path, name], key=newest)
+        material.left_out += [(folder.name, OLDER) for folder in older]
+        point = sweeps[path].points[name]
         role, variant, parameters = (point.role, point.variant, point.parameters) if point else (None, None, None)
-        found.append(read_run(kept, role, variant, parameters, swept.commands.get(name)))
-        material.left_out += [(folder.name, OLDER) for folder in same if folder != kept]
+        found.append(read_run(kept, role, variant, parameters, sweeps[path].commands.get(name)))
     return found
 
 

@@ -5,7 +5,8 @@ from dataclasses import replace
 from pathlib import PurePosixPath
 from typing import Any
 
-from lte_lightning.report.material import GFLOP, Material, Run, setting_key
+from lte_lightning.report.material import Material
+from lte_lightning.report.run import GFLOP, Run, setting_key
 from lte_lightning.sweep.table import newest
 
 OLDER = "for a newer run of the same setting and seed is there"
@@ -20,6 +21,9 @@ def settle(material: Material) -> None:
         dense, floor = material.dense(task), material.floor(task)
         for run in material.of(task):
             run.span_kept = replace(run.results, dense=dense.get(run.seed), floor=floor.get(run.seed)).span_kept
+            if run.seed in dense and run.results.value is not None:
+                sign = 1 if run.better(1, 0) else -1
+                run.lost = sign * (dense[run.seed] - run.results.value)
 
 
 # Experiments
@@ -88,30 +92,24 @@ def _tell_apart(runs: list[Run]) -> None:
     for run in runs:
         groups.setdefault((run.task, run.method), []).append(run)
     for same in groups.values():
+        values: dict[str, set[str]] = {}
         known = [run.options for run in same if run.options]
-        names = list(dict.fromkeys(key for run in same for key in run.parameters))
-        rest = {key for options in known for key in options} - set(names)
-        names += sorted(key for key in rest if len(_values(key, known)) > 1)
+        for options in known:
+            for key in {key for other in known for key in other}:
+                if key in options or not key.startswith("start."):  # of some runs the start is not there to be asked
+                    values.setdefault(key, set()).add(repr(options.get(key)))
+        names = dict.fromkeys(key for run in same for key in run.parameters)
+        names |= dict.fromkeys(sorted(key for key, different in values.items() if len(different) > 1))
         for run in same:
-            given = run.options | run.parameters
-            run.parameters = {key: given.get(key) for key in names if run.options or key in run.parameters}
-
-
-def _values(key: str, known: list[dict[str, Any]]) -> set[str]:
-    # of some runs the start is not there to be asked
-    return {repr(options.get(key)) for options in known if key in options or not key.startswith("start.")}
+            options = run.options | run.parameters
+            run.parameters = {key: options.get(key) for key in names if run.options or key in run.parameters}
 
 
 def _drop_doubles(material: Material) -> None:
-    groups: dict[Hashable, list[Run]] = {}
-    for run in material.runs:
-        key = (setting_key(run), run.seed) if run.role == "point" else id(run)
-        groups.setdefault(key, []).append(run)
-    doubles = set()
-    for same in groups.values():
-        kept = max(same, key=lambda run: newest(run.folder))
-        for run in same:
-            if run is not kept:
-                doubles.add(id(run))
-                material.left_out += [(run.folder.name, OLDER)] if run.test is None else []
-    material.runs = [run for run in material.runs if id(run) not in doubles]
+    def key(run: Run) -> Hashable:
+        return (setting_key(run), run.seed) if run.role == "point" else id(run)
+
+    kept = {key(run): run for run in sorted(material.runs, key=lambda run: newest(run.folder))}
+    doubles = [run for run in material.runs if kept[key(run)] is not run]
+    material.left_out += [(run.folder.name, OLDER) for run in doubles if run.test is None]
+    material.runs = [run for run in material.runs if kept[key(run)] is run]

@@ -7,13 +7,10 @@ import tempfile
 import time
 from collections.abc import Iterable
 from importlib.metadata import version
-from importlib.resources import files
 from pathlib import Path
 
-from jinja2 import Environment, StrictUndefined
-
 from lte_lightning.errors import UserError
-from lte_lightning.report import tables
+from lte_lightning.report import tables, words
 from lte_lightning.report.material import Material
 from lte_lightning.report.pictures import MADE_BY
 from lte_lightning.report.sections import detail_sections, main_sections, names_of_runs
@@ -40,19 +37,22 @@ def write_report(material: Material, out: str | Path, title: str, tolerance: flo
         UserError: If the folder cannot be written.
     """
     sections, details = main_sections(material, tolerance), detail_sections(material)
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    page = environment.from_string(files(__package__).joinpath("page.html").read_text()).render(
-        title=title,
-        about=material.about,
-        summary=tables.summary(material, tolerance),
-        not_run=tables.not_run(material),
-        sections=sections,
-        details=details,
-        commands=list(zip(names_of_runs(material.fits), [run.command for run in material.fits], strict=True)),
-        typed=material.typed,
-        versions=tables.versions(material),
-        here=_here(),
-        written=time.strftime("%Y-%m-%d"),
+    page = (
+        words.environment(markup=True)
+        .get_template("page.html")
+        .render(
+            title=title,
+            about=material.about,
+            summary=tables.summary(material, tolerance),
+            not_run=tables.not_run(material),
+            sections=sections,
+            details=details,
+            commands=list(zip(names_of_runs(material.fits), [run.command for run in material.fits], strict=True)),
+            typed=material.typed,
+            versions=tables.versions(material),
+            here=_here(),
+            written=time.strftime("%Y-%m-%d"),
+        )
     )
     pictures = {f"{one.name}.png": one.light for section in sections + details for one in section.pictures}
     out = Path(out)

@@ -15,8 +15,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from lte_lightning.report.bench import title
-from lte_lightning.report.material import Material, Run, Setting
+from lte_lightning.report.material import Material
 from lte_lightning.report.methods import describe
+from lte_lightning.report.run import Run, Setting
 from lte_lightning.report.style import DARK, KNOWN, LIGHT, Style
 from lte_lightning.results import better
 
@@ -53,12 +54,6 @@ def render(draw: Draw) -> tuple[bytes, bytes]:
     return found[0], found[1]
 
 
-def flops_share(run: Run) -> float | None:
-    """Returns the FLOPs of a token as a share of the dense model's."""
-    dense = run.results.dense_flops_per_token
-    return run.results.flops_per_token / dense if dense else None
-
-
 def quality(
     material: Material, task: str, looks: Mapping[str, Style], key: str = "value", by_flops: bool = False
 ) -> Draw:
@@ -72,7 +67,7 @@ def quality(
         by_flops: Whether the horizontal axis is the share of the dense model's FLOPs per token.
     """
     scale = 100 if key == "span_kept" else 1
-    across: Callable[[Run], float | None] = flops_share if by_flops else lambda run: run.sparsity
+    across = "flops_share" if by_flops else "sparsity"
     drawn: dict[str, list[Setting]] = {}
     for setting in material.settings(task):
         if setting.values(key) and setting.values(across) and not setting.undefined:

@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lte_lightning.report import bench, pictures, tables
-from lte_lightning.report.material import Material, Run, Setting
+from lte_lightning.report.material import Material
 from lte_lightning.report.methods import describe
+from lte_lightning.report.run import Run, Setting
 from lte_lightning.report.style import Style, ours, selectors, styles
 from lte_lightning.report.tables import Table, pick
 

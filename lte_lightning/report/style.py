@@ -6,7 +6,8 @@ from typing import Any
 
 import matplotlib
 
-from lte_lightning.report.material import Material, Setting
+from lte_lightning.report.material import Material
+from lte_lightning.report.run import Setting
 
 LIGHT = {"ink": "#1a1a1a", "paper": "#ffffff", "grid": "#d8d8d8"}
 DARK = {"ink": "#e6e6e6", "paper": "#1b1d21", "grid": "#3c4048"}

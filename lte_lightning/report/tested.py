@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from lte_lightning.report.material import Run
+from lte_lightning.report.run import Run
 from lte_lightning.results import Results, read_evaluation
 
 TESTS = "test*.json"  # in a run folder
