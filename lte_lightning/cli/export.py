@@ -16,18 +16,21 @@ def main(args: list[str]) -> None:
     call(export, "lte export", args, positional="folder")
 
 
-def export(folder: str, to: Literal["dense", "gguf"], out: Path | None = None, dtype: str = "auto") -> None:
+def export(
+    folder: str, to: Literal["dense", "gguf", "onnx", "openvino"], out: Path | None = None, dtype: str = "auto"
+) -> None:
     """Writes a saved LTE model for other programs.
 
     lte export RUN --to gguf
 
     dense is an ordinary Hugging Face folder of the dense function: every neuron runs. gguf is the dense function of a
-    decoder for llama.cpp.
+    decoder for llama.cpp. onnx and openvino are folders with the sparse function: the values of the selected experts,
+    computed by masks and so without their speed.
 
     Args:
         folder: A saved LTE model, a run's folder, or a hub id, named without the option's name.
         to: The format.
-        out: Where to; nothing may be there. By default beside the model, as model.gguf or model-dense.
+        out: Where to; nothing may be there. By default beside the model, as model.gguf, model-onnx, ...
         dtype: Of a GGUF file's matrices: fp32, fp16, bf16, q8_0 or q4_0; auto is the type that they were saved in.
 
     Raises:
@@ -48,15 +51,23 @@ def export(folder: str, to: Literal["dense", "gguf"], out: Path | None = None, d
     source = find_model(folder)
     description = read_description(source)
     if to != "gguf" and dtype != "auto":
-        raise UserError(f"--dtype is for GGUF files; {to} keeps the type of the weights")
+        raise UserError(f"--dtype is for GGUF files, and not for {to}")
     base = Path(source) if Path(source).is_dir() else Path(Path(source).name)
     file = out or base.with_name(f"{base.resolve().name}{'.gguf' if to == 'gguf' else f'-{to}'}")
     require_free(file)
-    model = from_pretrained(source, backend="dense-mask").eval()
-    print(f"{to}: the dense function, every neuron of the FFNs runs", file=sys.stderr)
-    if to == "gguf":
-        context = write_gguf(restore(model), load_tokenizer(source, generates=True), file, dtype)
-        print(f"texts of up to {context} tokens", file=sys.stderr)
+    if to in ("onnx", "openvino"):
+        from lte_lightning.export.graph import write_onnx, write_openvino
+
+        model = from_pretrained(source, backend="dense-mask", dtype="float32")
+        (write_onnx if to == "onnx" else write_openvino)(model, source, file)
+        print(f"{to}: the function of mode {description['mode']}, by masks; float32", file=sys.stderr)
     else:
-        write_dense(restore(model), description, source, file)
+        model = restore(from_pretrained(source, backend="dense-mask").eval())
+        note = "dense: every neuron of the FFNs runs"
+        if to == "gguf":
+            context = write_gguf(model, load_tokenizer(source, generates=True), file, dtype)
+            note = f"gguf: every neuron of the FFNs runs, on texts of up to {context} tokens"
+        else:
+            write_dense(model, description, source, file)
+        print(note, file=sys.stderr)
     print(file)

@@ -92,7 +92,7 @@ def test_what_cannot_be_written_is_refused(run, tiny_lm, export, tmp_path, monke
 
     refused("is there already", "--to", "gguf", "--out", "there")
     refused("there is no folder", "--to", "gguf", "--out", "nowhere/model.gguf")
-    refused("--dtype is for GGUF files; dense keeps", "--to", "dense", "--dtype", "fp16")
+    refused("--dtype is for GGUF files, and not for dense", "--to", "dense", "--dtype", "fp16")
     refused("has no lte_config.json, so it is not a saved LTE model", "--to", "dense", folder=tiny_lm.model)
     refused(f"(do you mean {run.name!r}?)", "--to", "dense", folder=f"{run}x")
     assert not list((tmp_path / "there").iterdir())

@@ -49,6 +49,7 @@ def test_without_the_harness(sparse, lightning, tmp_path, monkeypatch):
     ("options", "message"),
     [
         (["--model", "nowhere", "--tasks", "arc_easy"], "nowhere is no saved LTE model"),
+        (["./nowhere", "--tasks", "arc_easy"], "no folder ./nowhere"),
         (["--model", "MODEL", "--tasks", "arc_easy", "--out", "nowhere/x.json"], "no folder"),
     ],
 )

@@ -54,14 +54,14 @@ class ExpertFfn(nn.Module):
     down: Projection
     selector: Selector
     tau: torch.Tensor
+    guards = True  # whether the dense-mask path looks for NaN, see `guard`
 
     def __init__(self, parts: FfnParts, expert_size: int, selector: Selector, threshold: float) -> None:
         super().__init__()
         self.up, self.gate, self.down = parts.up, parts.gate, parts.down
         self.activation, self.dropout, self.row = parts.activation, parts.dropout, parts.row
-        self.selector = selector
         self.neurons, self.width = weight_rows(parts.up).shape  # F and D
-        self.expert_size = expert_size
+        self.selector, self.expert_size = selector, expert_size
         self.register_buffer("tau", torch.tensor(threshold, device=parts.up.weight.device).float(), persistent=False)
         self._threshold = self.trained_threshold = threshold
         self.mode: Mode = "dense"
@@ -115,7 +115,7 @@ class ExpertFfn(nn.Module):
             )
         out_BTD = self.down(scale_experts(hidden_BTF, factor_BTE))
         # where weights are trained they are finite, and the host waits for no device
-        if self.mode == "hard" and not (self.training and torch.is_grad_enabled()):
+        if self.mode == "hard" and self.guards and not (self.training and torch.is_grad_enabled()):
             return self._guard(out_BTD, given_BTD, hidden_BTF, factor_BTE)
         return out_BTD
 
