@@ -2,7 +2,8 @@
 
 The public API: `convert` a model, train it (see the ``lightning`` command), `save_pretrained`, `from_pretrained`,
 `restore`; `register` has transformers' Auto classes load saved models sparse; `set_backend` chooses what computes the
-selected experts; `set_sparsity` turns the knob of a calibrated model; `RouterTrace` reads what the routers decide.
+selected experts; `set_sparsity` turns the knob of a calibrated model; `quantize` rounds weights to 8 or 4 bits, to
+decode faster on a CPU; `RouterTrace` reads what the routers decide.
 """
 
 from typing import TYPE_CHECKING
@@ -10,11 +11,11 @@ from typing import TYPE_CHECKING
 from lte_lightning.lazy import on_first_use
 
 if TYPE_CHECKING:
-    from lte_lightning.core.model.backend import set_backend
     from lte_lightning.core.model.checkpoint import from_pretrained, register
     from lte_lightning.core.model.config import LteConfig
     from lte_lightning.core.model.convert import convert, restore
-    from lte_lightning.core.model.experts import set_mode
+    from lte_lightning.core.model.experts import set_backend, set_mode
+    from lte_lightning.core.model.quantize import quantize
     from lte_lightning.core.model.saving import save_pretrained
     from lte_lightning.core.model.thresholds import set_sparsity
     from lte_lightning.core.routing.trace import RouterTrace
@@ -25,8 +26,8 @@ else:
             "core.model.checkpoint": ["from_pretrained", "register"],
             "core.model.config": ["LteConfig"],
             "core.model.convert": ["convert", "restore"],
-            "core.model.backend": ["set_backend"],
-            "core.model.experts": ["set_mode"],
+            "core.model.experts": ["set_backend", "set_mode"],
+            "core.model.quantize": ["quantize"],
             "core.model.saving": ["save_pretrained"],
             "core.model.thresholds": ["set_sparsity"],
             "core.routing.trace": ["RouterTrace"],
@@ -40,6 +41,7 @@ __all__ = [
     "RouterTrace",
     "convert",
     "from_pretrained",
+    "quantize",
     "register",
     "restore",
     "save_pretrained",

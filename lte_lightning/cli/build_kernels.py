@@ -20,8 +20,8 @@ def build_kernels(out: str | None = None, instructions: str = "auto") -> None:
     Args:
         out: Folder for the libraries, for images that have no compiler: LTE_KERNELS=FOLDER finds them there. By default
             the user's cache.
-        instructions: Instruction sets to compile for, with commas between: portable, avx2, avx512, avx512_bf16, or all
-            of them. By default the best that this machine has.
+        instructions: Instruction sets to compile for, with commas between: portable, avx2, avx512,
+            avx512_vnni, avx512_bf16, or all of them. By default the best that this machine has.
     """
     from lte_lightning.cache import cache_folder
     from lte_lightning.errors import UserError, meant

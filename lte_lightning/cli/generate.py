@@ -28,6 +28,7 @@ def generate(
     temperature: float = 0.0,
     backend: str = "auto",
     dtype: str = "auto",
+    quantize: str | None = None,
     device: str = "auto",
     chat: bool = False,
     dense: bool = False,
@@ -45,7 +46,8 @@ def generate(
         temperature: Of sampling. 0 is greedy: always the most probable token.
         backend: auto, dense-mask, reference, cpu or triton.
         dtype: Of the weights: bf16, fp16, fp32; auto is the type that they were saved in.
-        device: cpu, cuda or cuda:1; auto takes a CUDA device where there is one.
+        quantize: int8 or int4: round the weights of an LTE model, to decode faster on a CPU.
+        device: cpu, cuda or cuda:1; auto takes a CUDA device where there is one, and no quantised weights.
         chat: Give the prompt as a user's message, in the tokenizer's chat template.
         dense: Let the same model write a second time with every neuron, to compare.
         sparsity: Where to set the knob of a model that lte calibrate has given one. By default it stays where it is.
@@ -66,39 +68,55 @@ def generate(
     from lte_lightning.cli.costs import DTYPES
     from lte_lightning.cli.writing import choose_tokens, encode, find_source, used_sparsity, write
     from lte_lightning.core.model.convert import restore
+    from lte_lightning.core.model.experts import set_mode
+    from lte_lightning.core.model.quantize import QUANTIZATIONS
     from lte_lightning.core.model.thresholds import set_sparsity
     from lte_lightning.data.text import load_tokenizer
     from lte_lightning.kernels.dispatch import BACKENDS
 
-    for name, value, known in (("backend", backend, BACKENDS), ("dtype", dtype, ("auto", *DTYPES))):
+    for name, value, known in (
+        ("backend", backend, BACKENDS),
+        ("dtype", dtype, ("auto", *DTYPES)),
+        ("quantisation", quantize or "int8", QUANTIZATIONS),
+    ):
         if value not in known:
             raise UserError(f"unknown {name} {value!r}; there are {', '.join(known)}")
-    where = find_device(device)
     source = find_source(folder)
+    kind = quantize or source.quantized
+    where = find_device("cpu" if kind and device == "auto" else device)
+    if quantize and source.mode is None:
+        raise UserError(f"--quantize is for LTE models, and {folder} is a plain model; convert it first (lte init)")
+    if kind and where.type != "cpu":
+        raise UserError(f"--device is {device}, and {kind} weights are computed on a CPU only; leave one of them out")
     skips = source.mode not in (None, "dense")
     given = {"--backend": backend != "auto", "--dense": dense, "--sparsity": sparsity is not None}
     for option, is_given in given.items():
         if is_given and not skips:
-            kind = "a plain model" if source.mode is None else "saved in mode dense"
-            raise UserError(f"{option} is for models that select experts, and {folder} is {kind}; leave it out")
+            what = "a plain model" if source.mode is None else "saved in mode dense"
+            raise UserError(f"{option} is for models that select experts, and {folder} is {what}; leave it out")
     tokenizer = load_tokenizer(source.name, generates=True)
     inputs = encode(source, tokenizer, _read(prompt), chat, max_new_tokens).to(where)
     if threads:
         torch.set_num_threads(threads)
-    model = source.load(backend, DTYPES.get(dtype, "auto"), where)
+    model = source.load(backend, DTYPES.get(dtype, "auto"), where, quantize)
     if sparsity is not None:
         set_sparsity(model, sparsity)
     choose_tokens(model, tokenizer, temperature)
     if source.mode != "hard":
-        kind = "is a plain model" if source.mode is None else f"was saved in mode {source.mode}"
-        print(f"{source.name} {kind}: every neuron of its FFNs runs", file=sys.stderr)
+        what = "is a plain model" if source.mode is None else f"was saved in mode {source.mode}"
+        print(f"{source.name} {what}: every neuron of its FFNs runs", file=sys.stderr)
     ids_BT, text = write(model, tokenizer, inputs, max_new_tokens)
     share = source.mode or "dense"
     if share == "hard":
         share = f"FFN sparsity {100 * used_sparsity(model, inputs, ids_BT):.1f} %"
+    share += f", {kind}" if kind else ""
     print(f"{text}, {share}", file=sys.stderr)
     if dense:
-        _, plain = write(restore(model), tokenizer, inputs, max_new_tokens)
+        if kind:  # it cannot be made plain
+            set_mode(model, "dense")
+        else:
+            restore(model)
+        _, plain = write(model, tokenizer, inputs, max_new_tokens)
         ratio = f"; sparse is {text.rate / plain.rate:.2f}x as fast" if text.rate and plain.rate else ""
         print(f"{plain}, dense{ratio}", file=sys.stderr)
 

@@ -24,6 +24,7 @@ from lte_lightning.core.model.checks import listed, require_finite
 from lte_lightning.core.model.experts import expert_ffns
 from lte_lightning.core.model.families import FAMILIES
 from lte_lightning.core.model.folder import find_model, is_lte, read_description, read_lte_config
+from lte_lightning.core.model.quantize import Quantization
 from lte_lightning.core.routing.sparsity import Counts
 from lte_lightning.core.routing.trace import RouterTrace
 from lte_lightning.errors import UserError, meant_path
@@ -39,22 +40,27 @@ class Source:
         config: The plain model's.
         architecture: The plain model's class.
         mode: The one that an LTE model was saved in, None for a plain model.
+        quantized: int8 or int4, of a folder whose weights are.
     """
 
     name: str
     config: PreTrainedConfig
     architecture: type[PreTrainedModel]
     mode: str | None
+    quantized: str | None = None
 
-    def load(self, backend: Backend, dtype: torch.dtype | str, device: torch.device) -> PreTrainedModel:
-        """Returns the model in evaluation mode.
+    def load(
+        self, backend: Backend, dtype: torch.dtype | str, device: torch.device, quantize: Quantization | None = None
+    ) -> PreTrainedModel:
+        """Returns the model in evaluation mode, an LTE model's weights rounded if that is asked for.
 
         Raises:
             UserError: If its files are damaged, or the device has no room for it.
         """
         try:
             if self.mode is not None:
-                return from_pretrained(self.name, backend=backend, dtype=dtype).to(device).eval()
+                model = from_pretrained(self.name, backend=backend, quantize=quantize, dtype=dtype)
+                return model.to(device).eval()
             model, info = self.architecture.from_pretrained(self.name, output_loading_info=True, dtype=dtype)
             if missing := sorted(info["missing_keys"]):
                 raise UserError(f"{self.name} lacks weights: {listed(missing)}; they would be random")
@@ -85,11 +91,12 @@ def find_source(folder: str) -> Source:
         raise UserError(
             f"no folder {name}{near}, and no model of that name in the cache or on the hub ({_first_line(error)})"
         ) from error
-    mode = None
+    mode = quantized = None
     if is_lte(name):
         read_lte_config(name)  # which refuses a damaged description
-        mode = read_description(name)["mode"]
-    return Source(name, config, _architecture(name, config), mode)
+        description = read_description(name)
+        mode, quantized = description["mode"], description.get("quantized", {}).get("kind")
+    return Source(name, config, _architecture(name, config), mode, quantized)
 
 
 def _architecture(folder: str, config: PreTrainedConfig) -> type[PreTrainedModel]:

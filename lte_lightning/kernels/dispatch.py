@@ -8,10 +8,11 @@ from typing import Literal, get_args
 import torch
 
 from lte_lightning.kernels.cpu.ffn import DTYPES, run_cpu
+from lte_lightning.kernels.cpu.quantized import run_quantized
 from lte_lightning.kernels.dense_mask import run_dense_mask
 from lte_lightning.kernels.layout import ExpertWeights
+from lte_lightning.kernels.quantized import QuantizedExperts
 from lte_lightning.kernels.reference import run_reference
-from lte_lightning.kernels.skipping import run_skipping
 
 Backend = Literal["auto", "dense-mask", "reference", "cpu", "triton"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
@@ -112,7 +113,7 @@ def run_router(
 
 
 def run_experts(
-    backend: Backend | Literal["skipping"], x_ND: torch.Tensor, mask_NE: torch.Tensor, weights: ExpertWeights
+    backend: Backend, x_ND: torch.Tensor, mask_NE: torch.Tensor, weights: ExpertWeights | QuantizedExperts
 ) -> torch.Tensor:
     """Computes the selected experts' output by the backend that was chosen.
 
@@ -120,7 +121,7 @@ def run_experts(
     place, which is faster than any conversion; for many the weights are converted at each call, as autocast does.
 
     Args:
-        backend: Any but ``auto``; ``skipping`` is differentiable.
+        backend: Any but ``auto``.
         x_ND: Input of N tokens, of the weights' type; under autocast of any.
         mask_NE: True where a token runs an expert.
         weights: The FFN.
@@ -132,11 +133,27 @@ def run_experts(
         ValueError: If the mask or the input does not fit the weights.
     """
     mixed = autocast_dtype(x_ND)
+    if isinstance(weights, QuantizedExperts):
+        x_ND = x_ND if mixed is None else x_ND.to(mixed)
+        _check(x_ND, mask_NE, weights.up.shape.row_parts, weights.up.shape.inputs)
+        if backend == "reference":
+            return run_reference(x_ND, mask_NE, weights.dequantized(torch.float32))
+        return run_quantized(x_ND, mask_NE, weights)
     if mixed is not None:
         dtype = weights.up_ESD.dtype if len(x_ND) <= MIXED_IN_PLACE else mixed
         with torch.autocast(x_ND.device.type, enabled=False):
             return run_experts(backend, x_ND.to(dtype), mask_NE, weights.to(dtype)).to(mixed)
     E, _, D = weights.up_ESD.shape
+    _check(x_ND, mask_NE, E, D)
+    if backend == "triton":
+        from lte_lightning.kernels.triton.ffn import run_triton  # torch.compile traces this, and no import_module
+
+        return run_triton(x_ND, mask_NE, weights)
+    run = {"cpu": run_cpu, "reference": run_reference, "dense-mask": run_dense_mask}[backend]
+    return run(x_ND, mask_NE, weights)
+
+
+def _check(x_ND: torch.Tensor, mask_NE: torch.Tensor, E: int, D: int) -> None:
     if x_ND.ndim != 2 or x_ND.shape[1] != D:
         raise ValueError(f"the input has shape {tuple(x_ND.shape)}, and the weights want [N, {D}]")
     if mask_NE.dtype != torch.bool or mask_NE.shape != (x_ND.shape[0], E):
@@ -144,12 +161,6 @@ def run_experts(
             f"the mask is {mask_NE.dtype} of shape {tuple(mask_NE.shape)}; {x_ND.shape[0]} tokens and {E} experts want "
             f"torch.bool [{x_ND.shape[0]}, {E}]"
         )
-    if backend == "triton":
-        from lte_lightning.kernels.triton.ffn import run_triton  # torch.compile traces this, and no import_module
-
-        return run_triton(x_ND, mask_NE, weights)
-    run = {"cpu": run_cpu, "reference": run_reference, "dense-mask": run_dense_mask, "skipping": run_skipping}[backend]
-    return run(x_ND, mask_NE, weights)
 
 
 def say_once(message: str) -> None:

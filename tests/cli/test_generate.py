@@ -154,6 +154,28 @@ def test_a_temperature(folders, lightning):
     assert text(0) == text(0) != text(1)
 
 
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_quantised(kind, folders, lightning, tmp_path):
+    folder = folders / "run" / "model"
+    model = lte_lightning.from_pretrained(folder, quantize=kind)
+    text, _ = expected(model, folder, PROMPT, 12)
+    lte_lightning.save_pretrained(model, tmp_path / "saved")
+    AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "saved")
+    words = ("--prompt", PROMPT, "--max-new-tokens", "12")
+    for place, more in (("run", ("--quantize", kind, "--dense")), (str(tmp_path / "saved"), ())):
+        outcome = lightning(folders, None, "generate", place, *words, *more)
+        assert outcome.code == 0, outcome.err
+        assert outcome.out.startswith(text)
+        first, *rest = outcome.err.splitlines()
+        assert LINE.match(first)
+        assert first.endswith(f" %, {kind}")
+        assert len(rest) == len(more) // 2
+    outcome = lightning(
+        folders, None, "generate", str(tmp_path / "saved"), *words, "--quantize", kind, "--dtype", "bf16"
+    )
+    assert outcome.code == 0, outcome.err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -176,6 +198,8 @@ def test_a_temperature(folders, lightning):
         (["run", "--temperature", "-1"], "--temperature is -1.0; it must be 0 (greedy) or a positive number"),
         (["run", "--temperature", ".nan"], "--temperature is nan"),
         (["run", "--max-new-tokens", "0"], "--max-new-tokens is 0; it must be at least 1"),
+        (["run", "--quantize", "int2"], "unknown quantisation 'int2'; there are int8, int4"),
+        (["plain", "--quantize", "int8"], "--quantize is for LTE models, and plain is a plain model"),
         (["run", "--threads", "0"], "--threads is 0; it must be at least 1"),
     ],
 )

@@ -15,6 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 
 from lte_lightning.core.model.experts import ExpertFfn, require_expert_ffns
 from lte_lightning.core.model.parts import Projection, find_layers
+from lte_lightning.core.model.quantized import is_quantized
 from lte_lightning.core.routing.prune import weights_left
 from lte_lightning.errors import UserError
 
@@ -147,6 +148,10 @@ def check_context(model: PreTrainedModel, context: int | None) -> int:
 
 def _check_sparsity(model: PreTrainedModel, sparsity_per_layer: Sequence[float] | None) -> list[ExpertFfn]:
     ffns = list(require_expert_ffns(model).values())
+    if is_quantized(model):
+        raise UserError(
+            "costs are counted of a model's own weights, and this one is quantised; count before quantize()"
+        )
     if sparsity_per_layer is None:
         return ffns
     if len(sparsity_per_layer) != len(ffns):

@@ -6,16 +6,19 @@ from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
+import torch
 import transformers
 from transformers import AutoConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
-from lte_lightning.core.model.backend import set_backend
 from lte_lightning.core.model.checks import require_complete, require_finite, require_sound_routers
+from lte_lightning.core.model.config import LteConfig
 from lte_lightning.core.model.convert import convert
-from lte_lightning.core.model.experts import expert_ffns, set_mode
+from lte_lightning.core.model.experts import expert_ffns, set_backend, set_mode
 from lte_lightning.core.model.folder import (
     HUB_OPTIONS,
+    QUANTIZED_VERSION,
     ROUTERS_FILE,
     LayoutError,
     find_model,
@@ -27,6 +30,8 @@ from lte_lightning.core.model.folder import (
     require_own,
     stored_weights,
 )
+from lte_lightning.core.model.quantize import Quantization, load_quantized, require_kind, require_quantization
+from lte_lightning.core.model.quantize import quantize as quantize_model
 from lte_lightning.core.model.routers import load_routers
 from lte_lightning.core.model.thresholds import keep_table, owner_of, read_table, set_sparsity
 from lte_lightning.errors import UserError
@@ -39,7 +44,12 @@ _TRANSFORMERS_OWN: dict[Any, Any] = {}
 
 
 def from_pretrained(
-    source: str | os.PathLike[str], auto_class: Any = None, backend: Backend = "auto", **kwargs: Any
+    source: str | os.PathLike[str],
+    auto_class: Any = None,
+    backend: Backend = "auto",
+    *,
+    quantize: Quantization | None = None,
+    **kwargs: Any,
 ) -> PreTrainedModel:
     """Loads a model written by `save_pretrained`, experts and routers in place, in the mode it was saved in.
 
@@ -49,15 +59,21 @@ def from_pretrained(
         source: A folder, a run's folder, or a hub id.
         auto_class: How to build the plain model, e.g. ``AutoModelForCausalLM``; the saved architecture if not given.
         backend: What computes the selected experts in hard mode without gradients; see `set_backend`.
-        **kwargs: Passed to the plain model's ``from_pretrained`` (``dtype``, ``device_map``, ``revision``, ...).
+        quantize: ``int8`` or ``int4``: round the weights as `quantize` does. A folder that was saved quantised is
+            loaded so without it.
+        **kwargs: Passed to the plain model's ``from_pretrained`` (``dtype``, ``device_map``, ``revision``, ...). Of
+            these a folder that was saved quantised takes ``dtype`` and where it lies.
 
     Raises:
-        UserError: If there is no such backend, or weights are missing, not finite, or of no use to the model.
+        UserError: If there is no such backend or quantisation, or weights are missing, not finite, or of no use to the
+            model.
         LayoutError: If there is no such folder, the source is not an LTE model, is of another layout version, or its
             routers are not those that were saved with its weights.
     """
     if backend not in BACKENDS:
         raise UserError(f"unknown backend {backend!r}; there are {', '.join(BACKENDS)}")
+    if quantize is not None:
+        require_quantization(quantize)
     hub = {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
     if not hub.get("subfolder"):
         source = find_model(source)
@@ -73,32 +89,68 @@ def from_pretrained(
     routers = read_routers(source, **hub)
     table = read_table(source, description, **hub)
     model: PreTrainedModel
-    token = _LOADS_PLAIN.set(True)
-    try:
-        model, info = auto_class.from_pretrained(source, output_loading_info=True, **kwargs)
-    finally:
-        _LOADS_PLAIN.reset(token)
-    require_complete(model, info, source)
-    # Files are mapped for each check alone: pages of the model's own mapping, once read, would stay beside them.
     variant = kwargs.get("variant")
-    require_finite(stored_weights(source, variant, **hub), source)
-    if "dtype" in kwargs or "torch_dtype" in kwargs:  # a copy in another type, which may overflow
-        require_finite(dict(model.named_parameters()), source)
-    convert(model, config, group=False)
+    is_quantized = description["layout_version"] == QUANTIZED_VERSION
+    if is_quantized:
+        require_kind(description, quantize, source)
+        model, info = _read_quantized(source, auto_class, hf_config, config, description, kwargs), {}
+    else:
+        token = _LOADS_PLAIN.set(True)
+        try:
+            model, info = auto_class.from_pretrained(source, output_loading_info=True, **kwargs)
+        finally:
+            _LOADS_PLAIN.reset(token)
+        require_complete(model, info, source)
+        # Files are mapped for each check alone: pages of the model's own mapping, once read, would stay beside them.
+        require_finite(stored_weights(source, variant, **hub), source)
+        if "dtype" in kwargs or "torch_dtype" in kwargs:  # a copy in another type, which may overflow
+            require_finite(dict(model.named_parameters()), source)
+        convert(model, config, group=False)
     path = require_file(source, ROUTERS_FILE, **hub)
     load_routers(model, routers, path)
     require_sound_routers(routers, path)
     require_own(description, stored_weights(source, variant, **hub), routers, source, model.base_model_prefix)
     for ffn in expert_ffns(model).values():
         for parameter in ffn.selector.parameters():  # not buffers: a calibrated level is not to be rounded
-            parameter.data = parameter.data.to(ffn.up.weight.dtype)
+            parameter.data = parameter.data.to(model.config.dtype if is_quantized else ffn.up.weight.dtype)
     model.__dict__["lte_base"] = description.get("base")  # saved again, its card will say so
     set_mode(model, description["mode"])
     keep_table(model, table, owner_of(description))
     if table is not None and table.chosen is not None:
         set_sparsity(model, table.chosen)
     set_backend(model, backend)
+    if quantize and not is_quantized:
+        quantize_model(model.eval(), quantize)
     return (model, info) if wants_info else model  # type: ignore[return-value]
+
+
+def _read_quantized(
+    source: Any, auto_class: Any, hf_config: Any, config: LteConfig, description: dict[str, Any], kwargs: dict[str, Any]
+) -> PreTrainedModel:
+    """Builds a model of its configuration, and puts the folder's quantised weights into it."""
+    hub = {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
+    own = {"dtype", "torch_dtype", "attn_implementation"}
+    if unknown := sorted(set(kwargs) - set(hub) - own):
+        raise UserError(
+            f"{source} is quantised, and is loaded with dtype, attn_implementation and where it lies alone: leave out "
+            f"{', '.join(unknown)}"
+        )
+    dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
+    options = {"dtype": (hf_config.dtype or torch.float32) if dtype in ("auto", None) else dtype}
+    if "attn_implementation" in kwargs:
+        options["attn_implementation"] = kwargs["attn_implementation"]
+    del hf_config.quantization_config
+    with no_init_weights():  # memory that nothing writes to is not used
+        build = auto_class.from_config if hasattr(auto_class, "from_config") else auto_class._from_config
+        model: PreTrainedModel = build(hf_config, **options)
+    model.tie_weights()
+    convert(model.eval(), config, group=False)
+    try:
+        load_quantized(model, stored_weights(source, **hub), description["quantized"]["tied_embedding"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise LayoutError(f"the quantised weights of {source} are damaged: {error}") from error
+    require_finite(dict(model.named_parameters()), source)
+    return model
 
 
 def register(active: bool = True) -> None:

@@ -21,6 +21,7 @@ from lte_lightning.core.model.parts import (
     get_child,
     weight_rows,
 )
+from lte_lightning.core.model.quantized import is_quantized
 from lte_lightning.core.model.storage import activation_name, lay_out
 from lte_lightning.core.model.swap import insert, lte_config, remove, set_lte_config
 from lte_lightning.errors import UserError
@@ -142,8 +143,13 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
     """Gives back the plain Hugging Face model, in place: its FFNs run densely, in the order of the experts.
 
     Raises:
-        UserError: If the model has no expert FFNs.
+        UserError: If the model has no expert FFNs, or they are quantised.
     """
+    if is_quantized(model):
+        raise UserError(
+            "a quantised model cannot be made plain again: load the model that it was made from. To run every expert, "
+            "set_mode(model, 'dense')"
+        )
     for ffn in require_expert_ffns(model).values():
         lay_out(ffn.parts, by_neuron=False)
     for layer in find_layers(model):

@@ -19,8 +19,10 @@ from lte_lightning.errors import UserError, meant_path
 from lte_lightning.selection import selector_class
 
 LAYOUT_VERSION = 1
+QUANTIZED_VERSION = "quantized-1"  # of a folder whose weights are; only this package reads them
 CONFIG_FILE = "lte_config.json"
 ROUTERS_FILE = "lte_routers.safetensors"
+QUANTIZED_FILE = "lte_quantized.safetensors"
 # How from_pretrained is told where on the hub something lies: every file of a model is to come from there.
 HUB_OPTIONS = (
     "cache_dir",
@@ -98,7 +100,7 @@ def read_description(source: str | os.PathLike[str], **hub: Any) -> dict[str, An
         version = description["layout_version"]
     except (ValueError, KeyError, TypeError) as error:
         raise LayoutError(f"{path} is damaged: {error!r}") from error
-    if version != LAYOUT_VERSION:
+    if version not in (LAYOUT_VERSION, QUANTIZED_VERSION):
         raise LayoutError(
             f"{source} has layout version {version!r}, this lte-lightning reads {LAYOUT_VERSION}; "
             "install the version that wrote it, or export the model again"
@@ -127,7 +129,7 @@ def stored_weights(source: str | os.PathLike[str], variant: str | None = None, *
         variant: As ``from_pretrained`` takes it.
         **hub: `HUB_OPTIONS`.
     """
-    for kind in ("model.safetensors", "pytorch_model.bin"):
+    for kind in ("model.safetensors", "pytorch_model.bin", QUANTIZED_FILE):
         for name in (kind, f"{kind}.index.json"):
             stem, _, ending = name.rpartition(".")
             path = find(source, f"{stem}.{variant}.{ending}" if variant else name, **hub)

@@ -9,11 +9,12 @@ from torch.autograd import forward_ad
 
 from lte_lightning.core.model.exact import TENSORS, has_global_hooks, mark, what_surrounds, why_not_linear
 from lte_lightning.core.model.parts import FfnParts
+from lte_lightning.core.model.quantized import QuantizedLinear
 from lte_lightning.core.model.storage import expert_weights
 from lte_lightning.errors import UserError
 from lte_lightning.kernels.dispatch import Backend, Choice, autocast_dtype, choose, run_experts, run_router, say_once
 from lte_lightning.kernels.layout import ExpertWeights
-from lte_lightning.kernels.skipping import skips
+from lte_lightning.kernels.quantized import QuantizedExperts
 from lte_lightning.selection import Selector
 
 
@@ -26,27 +27,17 @@ class Prepared:
         weights: What the backend reads; None where the modules themselves compute (dense-mask).
         routes: Whether the backend makes the selector's mask too, without scores.
         marks: What the choice rests on, as `marks_of` found it.
-        skipping: Whether `run_skipping` computes, which is differentiable, wherever it is faster.
     """
 
     choice: Choice
-    weights: ExpertWeights | None = None
+    weights: ExpertWeights | QuantizedExperts | None = None
     routes: bool = False
     marks: tuple[Any, ...] = ()
-    skipping: bool = False
-
-    def takes(self, factor_BTE: torch.Tensor) -> bool:
-        """Says whether `run` computes this; else the modules do, with what scales each expert."""
-        if self.weights is None or not self.skipping:
-            return self.weights is not None
-        kind = autocast_dtype(factor_BTE) or self.weights.up_ESD.dtype
-        return factor_BTE.dtype == torch.bool and skips(factor_BTE.flatten(0, -2), kind)
 
     def run(self, x_BTD: torch.Tensor, mask_BTE: torch.Tensor) -> torch.Tensor:
         """Returns the output [B, T, D] of the experts that each token selected."""
         assert self.weights is not None
-        backend = "skipping" if self.skipping else self.choice.backend
-        flat_ND = run_experts(backend, x_BTD.flatten(0, -2), mask_BTE.flatten(0, -2), self.weights)
+        flat_ND = run_experts(self.choice.backend, x_BTD.flatten(0, -2), mask_BTE.flatten(0, -2), self.weights)
         return flat_ND.view(x_BTD.shape)
 
 
@@ -94,7 +85,8 @@ def prepare(
         return Prepared(choose(backend, x, x, gradient=True))
     fallback = _why_not(parts, selector, x)
     if not fallback:
-        choice = choose(backend, x, parts.up.weight)
+        quantised = isinstance(parts.up, QuantizedLinear)  # which goes with inputs of any type
+        choice = choose(backend, x, x if quantised else parts.up.weight)
         if choice.backend == "dense-mask":
             return Prepared(choice, marks=marks)
         try:
@@ -103,17 +95,6 @@ def prepare(
         except UserError as error:
             fallback = str(error)
     return Prepared(Choice("dense-mask", fallback), marks=marks)
-
-
-def prepare_skipping(parts: FfnParts, selector: Selector, expert_size: int, x: torch.Tensor) -> Prepared:
-    """Chooses what computes hard mode in training: `run_skipping` on a CPU, if it computes what the modules do."""
-    weight, mixed = parts.up.weight, autocast_dtype(x)
-    if x.device.type != "cpu" or _why_not(parts, selector, x) or (mixed is None and x.dtype != weight.dtype):
-        return DENSE_MASK
-    try:
-        return Prepared(DENSE_MASK.choice, expert_weights(parts, expert_size, in_place=False), skipping=True)
-    except UserError:
-        return DENSE_MASK
 
 
 def _why_not(parts: FfnParts, selector: Selector, x: torch.Tensor) -> str:
@@ -126,7 +107,10 @@ def _why_not(parts: FfnParts, selector: Selector, x: torch.Tensor) -> str:
         return "torch.func or forward-mode differentiation transforms the call"
     for name in ("up", "gate", "down"):
         projection = getattr(parts, name)
-        if projection is not None and (why := why_not_linear(projection) or what_surrounds(projection)):
+        if projection is None:
+            continue
+        kind = "" if isinstance(projection, QuantizedLinear) else why_not_linear(projection)
+        if why := kind or what_surrounds(projection):
             return f"its {name} projection {why}"
     if isinstance(parts.activation, nn.Module) and (why := what_surrounds(parts.activation)):
         return f"its activation {why}"

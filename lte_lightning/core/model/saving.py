@@ -23,8 +23,18 @@ from lte_lightning.core.model.card import README, is_ours, licence, public_name,
 from lte_lightning.core.model.checks import listed
 from lte_lightning.core.model.digest import FORMAT, digest
 from lte_lightning.core.model.experts import expert_ffns, require_expert_ffns
-from lte_lightning.core.model.folder import CONFIG_FILE, LAYOUT_VERSION, ROUTERS_FILE, find, stored_weights
+from lte_lightning.core.model.folder import (
+    CONFIG_FILE,
+    LAYOUT_VERSION,
+    QUANTIZED_FILE,
+    QUANTIZED_VERSION,
+    ROUTERS_FILE,
+    find,
+    stored_weights,
+)
 from lte_lightning.core.model.names import plain_names
+from lte_lightning.core.model.quantize import write_quantized
+from lte_lightning.core.model.quantized import is_quantized
 from lte_lightning.core.model.swap import lte_config, plain
 from lte_lightning.core.model.thresholds import THRESHOLDS_FILE, save_kept_table
 from lte_lightning.errors import UserError
@@ -93,7 +103,7 @@ def save_into(model: PreTrainedModel, folder: Path, **kwargs: Any) -> Path:
         (folder / CONFIG_FILE).unlink(missing_ok=True)
         (folder / THRESHOLDS_FILE).unlink(missing_ok=True)
         for path in folder.iterdir():
-            if re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?", path.name):
+            if re.fullmatch(rf"model(-\d{{5}}-of-\d{{5}})?\.safetensors(\.index\.json)?|{QUANTIZED_FILE}", path.name):
                 path.unlink()
         if not is_ours(folder / README):
             written.remove(README)
@@ -114,6 +124,14 @@ def _write(
     ffns = require_expert_ffns(model)
     if kwargs.get("distributed_checkpoint"):
         raise UserError("distributed_checkpoint writes no folder that others can load; leave it out")
+    if is_quantized(model):
+        if state_dict is not None or kwargs:
+            raise UserError(
+                f"the weights of a quantised model are saved as they are, in one file; leave out "
+                f"{', '.join(['state_dict'] * (state_dict is not None) + list(kwargs))}"
+            )
+        _write_quantized(model, folder, about)
+        return
     state = plain_names(ffns, model.state_dict() if state_dict is None else state_dict)
     if any(hasattr(value, "placements") for value in state.values()):
         raise UserError(
@@ -124,19 +142,49 @@ def _write(
     _require_loadable(model, state)
     with plain(model):
         model.save_pretrained(folder, state_dict=state, **kwargs)
+    _describe(model, folder, routers, about, kwargs.get("variant"))
+
+
+def _write_quantized(model: PreTrainedModel, folder: Path, about: dict[str, Any] | None) -> None:
+    quantized = write_quantized(model, folder / QUANTIZED_FILE)
+    model.config.architectures = [type(model).__name__]  # as transformers itself does
+    config = copy.deepcopy(model.config)
+    # Loaders that do not know this method refuse the folder by its name.
+    config.quantization_config = {"quant_method": "lte_lightning", "kind": quantized["kind"]}
+    config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+    routers = {
+        f"{name}.{key}": value.detach().contiguous()
+        for name, ffn in expert_ffns(model).items()
+        for key, value in ffn.selector.state_dict().items()
+    }
+    _describe(model, folder, routers, about, quantized=quantized)
+
+
+def _describe(
+    model: PreTrainedModel,
+    folder: Path,
+    routers: dict[str, torch.Tensor],
+    about: dict[str, Any] | None,
+    variant: str | None = None,
+    quantized: dict[str, Any] | None = None,
+) -> None:
+    """Writes the routers and what is to be known of the folder, its weights being there."""
     save_file(routers, folder / ROUTERS_FILE)
     config = lte_config(model)
     description = {
-        "layout_version": LAYOUT_VERSION,
+        "layout_version": QUANTIZED_VERSION if quantized else LAYOUT_VERSION,
+        **({"quantized": quantized} if quantized else {}),
         "model_type": model.config.model_type,
-        "mode": next(iter(ffns.values())).mode,
+        "mode": next(iter(expert_ffns(model).values())).mode,
         "lte": asdict(config),
         "selector": asdict(selector_class(config.selector).describe(config.expert_size, config.target_sparsity)),
         "about": about or {},
         "base": _base(model),
         "digest": {
             "format": FORMAT,
-            "weights": digest(stored_weights(folder, kwargs.get("variant"))),
+            "weights": digest(stored_weights(folder, variant)),
             "routers": digest(routers),
         },
     }

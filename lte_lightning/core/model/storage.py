@@ -1,6 +1,6 @@
 """The weights of expert FFNs by expert: how they are stored in place, and views of them for the kernels."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -11,8 +11,10 @@ from transformers.pytorch_utils import Conv1D
 
 from lte_lightning.core.model.exact import why_not_linear
 from lte_lightning.core.model.parts import FfnParts, Projection
+from lte_lightning.core.model.quantized import QuantizedLinear
 from lte_lightning.errors import UserError
 from lte_lightning.kernels.layout import ExpertWeights
+from lte_lightning.kernels.quantized import QuantizedExperts
 
 _FUNCTIONS = {
     functional.relu: "relu",
@@ -76,13 +78,12 @@ def _is_transposed(projection: nn.Module, rows_are_neurons: bool) -> bool:
     return isinstance(projection, Conv1D) == rows_are_neurons
 
 
-def expert_weights(parts: FfnParts, expert_size: int, in_place: bool = True) -> ExpertWeights:
+def expert_weights(parts: FfnParts, expert_size: int) -> ExpertWeights | QuantizedExperts:
     """Returns an FFN's weights by expert, views of its parameters.
 
     Args:
-        parts: The FFN, its projections exactly ``Linear`` or ``Conv1D``.
+        parts: The FFN, its projections exactly ``Linear`` or ``Conv1D``, or all of them quantised.
         expert_size: S.
-        in_place: Whether they must be laid out as `set_backend` does; else a row may have strides.
 
     Raises:
         UserError: If the kernels do not have its activation, its weights and biases are of several types, or are not
@@ -92,6 +93,11 @@ def expert_weights(parts: FfnParts, expert_size: int, in_place: bool = True) -> 
     if name is None:
         raise UserError(f"no sparse backend has the activation {_describe(parts.activation)}")
     projections = [p for p in (parts.up, parts.gate, parts.down) if p is not None]
+    up, gate, down = cast(tuple[Any, Any, Any], (parts.up, parts.gate, parts.down))
+    if isinstance(up, QuantizedLinear) and isinstance(down, QuantizedLinear):
+        up.require_evaluation(up.blocks)
+        matrix, bias = (None, None) if gate is None else (gate.matrix, gate.bias)
+        return QuantizedExperts(up.matrix, down.matrix, name, matrix, up.bias, bias, down.bias)
     types = {t.dtype for p in projections for t in (p.weight, p.bias) if t is not None}
     if len(types) > 1:  # T5 in float16
         listed = ", ".join(sorted(map(str, types)))
@@ -100,7 +106,7 @@ def expert_weights(parts: FfnParts, expert_size: int, in_place: bool = True) -> 
     def by_expert(projection: Projection, rows_are_neurons: bool = True) -> torch.Tensor:
         weight = projection.weight
         rows_FD = weight.T if _is_transposed(projection, rows_are_neurons) else weight
-        if in_place and not rows_FD.is_contiguous():
+        if not rows_FD.is_contiguous():
             raise UserError(
                 "its weights are not stored a row per neuron: they are sharded, or were replaced after set_backend(); "
                 "call it again"

@@ -34,8 +34,15 @@ SHIPPED = SOURCES / "built"  # the same within a wheel
 FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fPIC", "-shared")
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
+VNNI = (*AVX512, "-mavx512vnni")
 # Each runs where a later one does
-INSTRUCTION_SETS = {"portable": (), "avx2": AVX2, "avx512": AVX512, "avx512_bf16": (*AVX512, "-mavx512bf16")}
+INSTRUCTION_SETS = {
+    "portable": (),
+    "avx2": AVX2,
+    "avx512": AVX512,
+    "avx512_vnni": VNNI,
+    "avx512_bf16": (*VNNI, "-mavx512bf16"),
+}
 COMPILER_SECONDS = 300  # the longest that a compiler may take; about 10 on an idle core
 KEPT = 8  # libraries in the user's cache: of several instruction sets, and of other versions of this package
 
@@ -282,5 +289,5 @@ def instruction_set() -> str:
         return "portable"
     level = torch.backends.cpu.get_cpu_capability()
     if level == "AVX512":
-        return "avx512_bf16" if "avx512_bf16" in cpu_flags() else "avx512"
+        return next((name for name in ("avx512_bf16", "avx512_vnni") if name in cpu_flags()), "avx512")
     return "avx2" if level == "AVX2" else "portable"

@@ -10,6 +10,7 @@
 // others beside it.
 #include "few.h"
 #include "many.h"
+#include "quantized.h"
 
 namespace {
 
@@ -33,6 +34,31 @@ void run(const int64_t* shape, int activation, int threads, int way, const uint8
     }
 }
 
+template <int BITS, class T> void run_linear(const int64_t* shape, int threads, void* const* p) {
+    const Matrix m{shape[1], shape[2], shape[3], shape[4], static_cast<const uint8_t*>(p[1]),
+                   static_cast<const bf16*>(p[2])};
+    linear<BITS>(m, shape[0], static_cast<const T*>(p[0]), static_cast<const T*>(p[3]), static_cast<T*>(p[4]), threads);
+}
+
+template <int BITS, class T>
+void run_experts(const int64_t* shape, int activation, int threads, const uint8_t* mask, void* const* p) {
+    const int64_t N = shape[0], D = shape[1], E = shape[2], S = shape[3];
+    auto at = [&](int i) { return static_cast<const T*>(p[i]); };
+    auto matrix = [&](int i, bool down) {
+        const auto blocks = static_cast<const uint8_t*>(p[i]);
+        const auto scale = static_cast<const bf16*>(p[i + 1]);
+        return down ? Matrix{1, D, E, S, blocks, scale} : Matrix{E, S, 1, D, blocks, scale};
+    };
+    const Matrix up = matrix(1, false), gate = matrix(3, false), down = matrix(5, true);
+    const int64_t chunk = std::max<int64_t>(TOKENS, CHUNK_BYTES / (2 * E * S) / TOKENS * TOKENS);
+    for (int64_t n = 0; n < N; n += chunk) {
+        Ffn<T> f{std::min(chunk, N - n), D, E, S, activation, threads, at(0) + n * D, nullptr, nullptr, nullptr,
+                 at(7), at(8), at(9), static_cast<T*>(p[10]) + n * D};
+        f.list(mask + n * E);
+        experts<BITS>(f, up, gate.blocks ? &gate : nullptr, down);
+    }
+}
+
 }  // namespace
 
 // shape: N, D, E, S. pointers: x, up, gate, down, up_bias, gate_bias, down_bias, y; gate and biases may be null.
@@ -41,6 +67,31 @@ extern "C" int lte_ffn(int dtype, const int64_t* shape, int activation, int thre
                        void* const* pointers) try {
     const auto run_it = dtype == 0 ? run<float> : dtype == 1 ? run<bf16> : run<f16>;
     run_it(shape, activation, threads, way, mask, pointers);
+    return 0;
+} catch (const std::bad_alloc&) {
+    return 1;
+}
+
+// y = x times a matrix of 8 or 4 bits. shape: N, parts of rows, rows, parts of columns, columns (see blocks.h).
+// pointers: x, blocks, scale, bias, y; bias may be null.
+extern "C" int lte_quantized_linear(int dtype, int bits, const int64_t* shape, int threads,
+                                    void* const* pointers) try {
+    const auto run_it =
+        bits == 8 ? (dtype == 0 ? run_linear<8, float> : dtype == 1 ? run_linear<8, bf16> : run_linear<8, f16>)
+                  : (dtype == 0 ? run_linear<4, float> : dtype == 1 ? run_linear<4, bf16> : run_linear<4, f16>);
+    run_it(shape, threads, pointers);
+    return 0;
+} catch (const std::bad_alloc&) {
+    return 1;
+}
+
+// As lte_ffn. pointers: x, then blocks and scale of up, gate and down, then up_bias, gate_bias, down_bias, y.
+extern "C" int lte_quantized_ffn(int dtype, int bits, const int64_t* shape, int activation, int threads,
+                                 const uint8_t* mask, void* const* pointers) try {
+    const auto run_it =
+        bits == 8 ? (dtype == 0 ? run_experts<8, float> : dtype == 1 ? run_experts<8, bf16> : run_experts<8, f16>)
+                  : (dtype == 0 ? run_experts<4, float> : dtype == 1 ? run_experts<4, bf16> : run_experts<4, f16>);
+    run_it(shape, activation, threads, mask, pointers);
     return 0;
 } catch (const std::bad_alloc&) {
     return 1;

@@ -1,0 +1,132 @@
+"""The modules of a quantised model: they hold blocks of 8 or 4 bits where a Linear holds its weight."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from lte_lightning.errors import UserError
+from lte_lightning.kernels.cpu.quantized import run_quantized_linear
+from lte_lightning.kernels.quantized import Quantized, Shape, dequantize
+
+
+class QuantizedLinear(nn.Module):
+    """A linear layer in evaluation, its weight of 8 or 4 bits; the input is rounded to 8 bits in groups of 32.
+
+    It has no ``weight``: what reads one would have to read ``dequantized()``.
+
+    Args:
+        matrix: The weight.
+        bias_R: The bias.
+    """
+
+    blocks: torch.Tensor
+    scale: torch.Tensor
+    bias: torch.Tensor | None
+
+    def __init__(self, matrix: Quantized, bias_R: torch.Tensor | None = None) -> None:
+        super().__init__()
+        self.shape = matrix.shape
+        self.in_features, self.out_features = matrix.shape.inputs, matrix.shape.outputs
+        self.register_buffer("blocks", matrix.blocks)
+        self.register_buffer("scale", matrix.scale)
+        self.register_buffer("bias", None if bias_R is None else bias_R.detach())
+
+    @property
+    def matrix(self) -> Quantized:
+        """The weight."""
+        return Quantized(self.blocks, self.scale, self.shape)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns the output, in the type of the input."""
+        self.require_evaluation(x)
+        return run_quantized_linear(x, self.matrix, self.bias)
+
+    def require_evaluation(self, x: torch.Tensor) -> None:
+        """Refuses to train, and devices that the kernels do not run on.
+
+        Raises:
+            UserError: If the module is in train mode, a gradient is wanted, or the input is on another device.
+        """
+        if self.training or (x.requires_grad and torch.is_grad_enabled()):
+            raise UserError(
+                "a quantised model cannot be trained: its weights have no gradients. Train the model as it was, and "
+                "quantize() what came of it; for evaluation call model.eval(), and no input may require a gradient"
+            )
+        if x.device.type not in ("cpu", "meta"):
+            raise UserError(f"quantised weights are computed on a CPU only, and the input is on {x.device}")
+
+    def dequantized(self) -> torch.Tensor:
+        """Returns the weight that the blocks stand for, [out, in] in float32."""
+        return dequantize(self.matrix)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "QuantizedLinear":
+        dtype = self.scale.dtype  # the kernels'; another type of the model is that of inputs and biases
+        super()._apply(fn, recurse)
+        self.scale = self.scale.to(dtype)
+        return self
+
+    def extra_repr(self) -> str:
+        """Describes the weight in ``print(model)``."""
+        return f"{self.in_features}, {self.out_features}, bits={self.matrix.bits}, bias={self.bias is not None}"
+
+
+class QuantizedEmbedding(nn.Module):
+    """An embedding whose rows are those of a quantised head, which it is tied to.
+
+    Args:
+        head: The head; it holds the weight.
+        embedding: What this takes the place of.
+    """
+
+    def __init__(self, head: QuantizedLinear, embedding: nn.Embedding) -> None:
+        super().__init__()
+        self.head = (head,)  # in a tuple: its weights are not registered twice
+        self.num_embeddings, self.embedding_dim = head.out_features, head.in_features
+        self.padding_idx = embedding.padding_idx
+        # moved and cast with the model, and tells the type of the rows
+        self.register_buffer("like", torch.empty(0, dtype=embedding.weight.dtype), persistent=False)
+
+    def forward(self, ids_BT: torch.Tensor) -> torch.Tensor:
+        """Returns the rows, [B, T, D]."""
+        (head,) = self.head
+        like: Any = self.like
+        rows_ND = dequantize(head.matrix, ids_BT.flatten())
+        return rows_ND.to(like.dtype).view(*ids_BT.shape, -1)
+
+    def extra_repr(self) -> str:
+        """Describes the embedding in ``print(model)``."""
+        return f"{self.num_embeddings}, {self.embedding_dim}, bits={self.head[0].matrix.bits}, tied"
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Says whether `quantize` made a model what it is."""
+    return any(isinstance(module, QuantizedLinear) for module in model.modules())
+
+
+def stored_linear(name: str, shape: Shape, tensors: dict[str, torch.Tensor]) -> QuantizedLinear:
+    """Returns a linear layer of stored tensors.
+
+    Args:
+        name: Of the layer, for messages.
+        shape: Of the weight.
+        tensors: ``blocks``, ``scale``, and ``bias`` if it has one.
+
+    Raises:
+        ValueError: If they are not those of such a weight.
+    """
+    if lacking := [key for key in ("blocks", "scale") if key not in tensors]:
+        raise ValueError(f"{name} lacks its {' and '.join(lacking)}")
+    steps = 4 if tensors["blocks"].shape[3:4] == (4,) else 8
+    expected = {
+        "blocks": ((*shape.blocks, steps, 16, 4), torch.uint8),
+        "scale": ((*shape.blocks, 16), torch.bfloat16),
+    }
+    if "bias" in tensors:
+        expected["bias"] = ((shape.outputs,), tensors["bias"].dtype)
+    for key, (wanted, kind) in expected.items():
+        tensor = tensors[key]
+        if tuple(tensor.shape) != wanted or tensor.dtype != kind:
+            raise ValueError(f"{name}.{key} is {tensor.dtype} {list(tensor.shape)} instead of {kind} {list(wanted)}")
+    return QuantizedLinear(Quantized(tensors["blocks"], tensors["scale"], shape), tensors.get("bias"))

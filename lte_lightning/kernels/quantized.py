@@ -1,0 +1,211 @@
+"""Matrices of 8 or 4 bits in blocks, as the cpu kernels read them, and the weights of an FFN of such matrices."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch.nn import functional
+
+from lte_lightning.kernels.layout import ExpertWeights
+
+Bits = Literal[8, 4]
+LANES, GROUP = 16, 32  # outputs of a block; inputs of a block, whose rounded values share a scale
+ZERO = {8: 128, 4: 8}  # weights are stored unsigned
+TRIES = 16  # scales that are tried for a group of 4 bits
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A matrix in parts: of its outputs or of its inputs each expert has one. Every part is filled up to whole blocks.
+
+    Args:
+        row_parts: Parts of the outputs.
+        rows: Outputs of a part.
+        column_parts: Parts of the inputs.
+        columns: Inputs of a part.
+    """
+
+    row_parts: int
+    rows: int
+    column_parts: int = 1
+    columns: int = 1
+
+    @property
+    def outputs(self) -> int:
+        """R."""
+        return self.row_parts * self.rows
+
+    @property
+    def inputs(self) -> int:
+        """K."""
+        return self.column_parts * self.columns
+
+    @property
+    def blocks(self) -> tuple[int, int, int]:
+        """Parts of the inputs, blocks of outputs, groups of a part of the inputs."""
+        return self.column_parts, self.row_parts * math.ceil(self.rows / LANES), math.ceil(self.columns / GROUP)
+
+    def ints(self) -> list[int]:
+        """Returns all of it as a custom operator takes it."""
+        return [self.row_parts, self.rows, self.column_parts, self.columns]
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A matrix [R, K] of 8 or 4 bits.
+
+    Args:
+        blocks: uint8 [column parts, blocks of outputs, groups, steps, 16, 4]; a step is 4 inputs, with 4 bits 8: the
+            low halves of the bytes are the first four of them.
+        scale: bfloat16 [column parts, blocks of outputs, groups, 16].
+        shape: Of the matrix.
+    """
+
+    blocks: torch.Tensor
+    scale: torch.Tensor
+    shape: Shape
+
+    @property
+    def bits(self) -> Bits:
+        """8 or 4."""
+        return 8 if self.blocks.shape[3] == 8 else 4
+
+
+@dataclass(frozen=True)
+class QuantizedExperts:
+    """The weights of one FFN whose matrices are quantised, by expert.
+
+    Args:
+        up: Up projection [F, D], a part of its rows per expert.
+        down: Down projection [D, F], a part of its columns per expert.
+        activation: A name in `layout.ACTIVATIONS`.
+        gate: Gate projection, of a gated FFN.
+        up_bias_F: Bias of the up projection.
+        gate_bias_F: Bias of the gate projection.
+        down_bias_D: Bias of the output, added whatever runs.
+    """
+
+    up: Quantized
+    down: Quantized
+    activation: str
+    gate: Quantized | None = None
+    up_bias_F: torch.Tensor | None = None
+    gate_bias_F: torch.Tensor | None = None
+    down_bias_D: torch.Tensor | None = None
+
+    def dequantized(self, dtype: torch.dtype) -> ExpertWeights:
+        """Returns the weights in a floating-point type."""
+        E, S = self.up.shape.row_parts, self.up.shape.rows
+
+        def rows(matrix: Quantized, transposed: bool = False) -> torch.Tensor:
+            weight_RK = dequantize(matrix).to(dtype)
+            return (weight_RK.T if transposed else weight_RK).unflatten(0, (E, S)).contiguous()
+
+        def bias(tensor: torch.Tensor | None, by_expert: bool = True) -> torch.Tensor | None:
+            return None if tensor is None else (tensor.unflatten(0, (E, S)) if by_expert else tensor).to(dtype)
+
+        return ExpertWeights(
+            rows(self.up),
+            rows(self.down, transposed=True),
+            self.activation,
+            None if self.gate is None else rows(self.gate),
+            bias(self.up_bias_F),
+            bias(self.gate_bias_F),
+            bias(self.down_bias_D, by_expert=False),
+        )
+
+
+@torch.no_grad()
+def quantize_matrix(weight_RK: torch.Tensor, bits: Bits, shape: Shape) -> Quantized:
+    """Rounds a matrix to 8 or 4 bits; 32 neighbouring inputs of an output share a scale.
+
+    Of 4 bits several scales are tried, and that with the least squared error is taken.
+
+    Args:
+        weight_RK: Finite values, of any floating-point type.
+        bits: 8 or 4.
+        shape: How it is cut.
+
+    Raises:
+        ValueError: If the weight has another shape, or is not finite.
+    """
+    if tuple(weight_RK.shape) != (shape.outputs, shape.inputs):
+        raise ValueError(f"the weight is {list(weight_RK.shape)}, and {shape} is another matrix")
+    weight_RK = weight_RK.detach().float()
+    if not weight_RK.isfinite().all():
+        raise ValueError("the weight holds NaN or infinite values")
+    rounded = _round_to_8 if bits == 8 else _round_to_4
+    parts = [rounded(rows) for rows in _grouped(weight_RK, shape).split(256)]  # a few at a time, in the cache
+    q, scale_RPG = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    return Quantized(_to_blocks(q, shape, bits), _lanes(scale_RPG.unsqueeze(-1), shape).squeeze(-1), shape)
+
+
+def _round_to_8(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns -127 .. 127 for groups [..., 32], and their scales."""
+    scale = (w.abs().amax(dim=-1, keepdim=True) / 127).bfloat16()
+    q = (w / torch.where(scale == 0, 1.0, scale.float())).round().clamp(-127, 127)
+    return q.to(torch.int8), scale.squeeze(-1)
+
+
+def _round_to_4(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns -8 .. 7 for groups [..., 32], and their scales."""
+    largest = w.gather(-1, w.abs().argmax(dim=-1, keepdim=True))
+    best_q, best_scale = torch.zeros_like(w), torch.zeros_like(largest)
+    least = torch.full_like(largest, torch.inf)
+    for i in range(TRIES):
+        scale = (largest / (-8.5 + 2.0 * i / (TRIES - 1))).bfloat16().float()  # its sign lets -8 be used
+        q = (w / torch.where(scale == 0, 1.0, scale)).round().clamp(-8, 7)
+        # the best scale for these integers, and the best integers for that
+        scale = ((w * q).sum(-1, keepdim=True) / (q * q).sum(-1, keepdim=True).clamp_min(1.0)).bfloat16().float()
+        q = (w / torch.where(scale == 0, 1.0, scale)).round().clamp(-8, 7)
+        error = (q * scale - w).square().sum(-1, keepdim=True)
+        better = error < least
+        best_q, best_scale = torch.where(better, q, best_q), torch.where(better, scale, best_scale)
+        least = torch.minimum(error, least)
+    return best_q.to(torch.int8), best_scale.squeeze(-1).bfloat16()
+
+
+def _grouped(x_RK: torch.Tensor, shape: Shape) -> torch.Tensor:
+    """Returns [R, column parts, groups, 32], filled up with zeros."""
+    x = x_RK.unflatten(1, (shape.column_parts, shape.columns))
+    return functional.pad(x, (0, -shape.columns % GROUP)).unflatten(-1, (-1, GROUP))
+
+
+def _lanes(x: torch.Tensor, shape: Shape) -> torch.Tensor:
+    """Returns [column parts, blocks of outputs, groups, 16, ...] of [R, column parts, groups, ...]."""
+    x = x.unflatten(0, (shape.row_parts, shape.rows))
+    x = functional.pad(x, (0, 0) * (x.ndim - 2) + (0, -shape.rows % LANES))
+    x = x.unflatten(1, (-1, LANES)).flatten(0, 1)  # [blocks of outputs, 16, column parts, groups, ...]
+    return x.permute(2, 0, 3, 1, *range(4, x.ndim)).contiguous()
+
+
+def _to_blocks(q: torch.Tensor, shape: Shape, bits: Bits) -> torch.Tensor:
+    steps = _lanes(q, shape).unflatten(-1, (8, 4)).transpose(3, 4).contiguous()  # [..., 8, 16, 4]
+    unsigned = (steps.to(torch.int16) + ZERO[bits]).to(torch.uint8)
+    if bits == 8:
+        return unsigned
+    return unsigned[..., 0::2, :, :] | (unsigned[..., 1::2, :, :] << 4)
+
+
+@torch.no_grad()
+def dequantize(matrix: Quantized, rows: torch.Tensor | None = None) -> torch.Tensor:
+    """Returns the float32 matrix [R, K] that a quantised one stands for.
+
+    Args:
+        matrix: The quantised one.
+        rows: Which outputs alone, of a matrix without parts.
+    """
+    shape, blocks, scale = matrix.shape, matrix.blocks, matrix.scale
+    if rows is not None:
+        blocks = blocks[0, rows // LANES, :, :, rows % LANES].unsqueeze(-2)  # [N, groups, steps, 1, 4]
+        scale = scale[0, rows // LANES, :, rows % LANES].unsqueeze(-1)
+    if matrix.bits == 4:
+        blocks = torch.stack((blocks & 15, blocks >> 4), dim=-3).flatten(-4, -3)
+    q = blocks.to(torch.int16).sub_(ZERO[matrix.bits]).float()  # [..., 8, 16, 4]
+    q = q.transpose(-2, -3).flatten(-2) * scale.float().unsqueeze(-1)  # [..., 16, 32]
+    if rows is not None:
+        return q.flatten(1)[:, : shape.inputs]
+    # [column parts, blocks of outputs, groups, 16, 32] to [parts of rows, rows, column parts, columns]
+    q = q.permute(1, 3, 0, 2, 4).flatten(3).unflatten(0, (shape.row_parts, -1)).flatten(1, 2)
+    return q[:, : shape.rows, :, : shape.columns].reshape(shape.outputs, shape.inputs)
