@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 from lte_lightning.lazy import on_first_use
 
 if TYPE_CHECKING:
+    from lte_lightning.core.model.backend import set_backend
     from lte_lightning.core.model.checkpoint import from_pretrained, register
     from lte_lightning.core.model.config import LteConfig
     from lte_lightning.core.model.convert import convert, restore
-    from lte_lightning.core.model.experts import set_backend, set_mode
+    from lte_lightning.core.model.experts import set_mode
     from lte_lightning.core.model.quantize import quantize
     from lte_lightning.core.model.saving import save_pretrained
     from lte_lightning.core.model.thresholds import set_sparsity
@@ -26,7 +27,8 @@ else:
             "core.model.checkpoint": ["from_pretrained", "register"],
             "core.model.config": ["LteConfig"],
             "core.model.convert": ["convert", "restore"],
-            "core.model.experts": ["set_backend", "set_mode"],
+            "core.model.backend": ["set_backend"],
+            "core.model.experts": ["set_mode"],
             "core.model.quantize": ["quantize"],
             "core.model.saving": ["save_pretrained"],
             "core.model.thresholds": ["set_sparsity"],

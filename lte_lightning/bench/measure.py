@@ -16,7 +16,7 @@ from transformers import DynamicCache
 from lte_lightning.bench.machine import Clock, clock_on
 from lte_lightning.bench.rivals import GATHERING, Rival, with_dense_down
 from lte_lightning.bench.subject import Subject, dense_blocks
-from lte_lightning.core.model.experts import set_backend
+from lte_lightning.core.model.backend import set_backend
 from lte_lightning.core.model.parts import Projection, find_layers
 from lte_lightning.errors import UserError
 from lte_lightning.kernels.cpu.build import library

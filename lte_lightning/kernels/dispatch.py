@@ -13,6 +13,7 @@ from lte_lightning.kernels.dense_mask import run_dense_mask
 from lte_lightning.kernels.layout import ExpertWeights
 from lte_lightning.kernels.quantized import QuantizedExperts
 from lte_lightning.kernels.reference import run_reference
+from lte_lightning.kernels.skipping import run_skipping
 
 Backend = Literal["auto", "dense-mask", "reference", "cpu", "triton"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
@@ -113,7 +114,10 @@ def run_router(
 
 
 def run_experts(
-    backend: Backend, x_ND: torch.Tensor, mask_NE: torch.Tensor, weights: ExpertWeights | QuantizedExperts
+    backend: Backend | Literal["skipping"],
+    x_ND: torch.Tensor,
+    mask_NE: torch.Tensor,
+    weights: ExpertWeights | QuantizedExperts,
 ) -> torch.Tensor:
     """Computes the selected experts' output by the backend that was chosen.
 
@@ -121,7 +125,7 @@ def run_experts(
     place, which is faster than any conversion; for many the weights are converted at each call, as autocast does.
 
     Args:
-        backend: Any but ``auto``.
+        backend: Any but ``auto``; ``skipping`` is differentiable.
         x_ND: Input of N tokens, of the weights' type; under autocast of any.
         mask_NE: True where a token runs an expert.
         weights: The FFN.
@@ -149,7 +153,7 @@ def run_experts(
         from lte_lightning.kernels.triton.ffn import run_triton  # torch.compile traces this, and no import_module
 
         return run_triton(x_ND, mask_NE, weights)
-    run = {"cpu": run_cpu, "reference": run_reference, "dense-mask": run_dense_mask}[backend]
+    run = {"cpu": run_cpu, "reference": run_reference, "dense-mask": run_dense_mask, "skipping": run_skipping}[backend]
     return run(x_ND, mask_NE, weights)
 
 

@@ -55,7 +55,9 @@ class LteModule(RouterLosses):
         seed: Seed of the grouping and of the routers, unless ``lte`` has its own; the command line sets it to
             ``seed_everything``.
         backend: What computes the selected experts in ``test`` and ``predict``: ``auto``, ``dense-mask``,
-            ``reference``, ``cpu`` or ``triton`` (see `set_backend`). Training and validation compute all and mask.
+            ``reference``, ``cpu`` or ``triton`` (see `set_backend`).
+        skip_experts: In the expert stage on a CPU, compute selected experts alone wherever that is expected to be
+            faster, for the same gradients. Else training and validation compute every expert, and mask.
         sparsity: Where ``validate``, ``test`` and ``predict`` set the knob of a model that ``lte calibrate`` has given
             one; by default it stays where it is. Not for a fit, which has ``lte.target_sparsity``.
     """
@@ -83,6 +85,7 @@ class LteModule(RouterLosses):
         seed: int = 0,
         backend: Backend = "auto",
         sparsity: float | None = None,
+        skip_experts: bool = True,
     ) -> None:
         super().__init__()
         if not 0.0 <= separability_start <= separability_end <= 1.0:
@@ -104,13 +107,11 @@ class LteModule(RouterLosses):
         for name, weight in (weights | {"separability_epsilon": separability_epsilon}).items():
             if not 0.0 <= weight < math.inf:
                 raise UserError(f"{name} is {weight}; it must be a finite number, and not negative")
-        self.save_hyperparameters(
-            ignore=["lte", "backend", "sparsity"]
-        )  # a checkpoint's own would win over the command line's
+        # a checkpoint's own would win over the command line's
+        self.save_hyperparameters(ignore=["lte", "backend", "sparsity", "skip_experts"])
         self.save_hyperparameters({"lte": asdict(lte) if lte else None})
         self.lte = replace(lte, seed=seed) if lte and lte.seed is None else lte
-        self.backend = backend
-        self.set_to = sparsity
+        self.backend, self.skip_experts, self.set_to = backend, skip_experts, sparsity
         self.freeze_routers = freeze_routers
         self.stage: Stage = "dense"
         self.stage_progress = 0.0

@@ -10,8 +10,9 @@ from torchmetrics import Metric
 from transformers import PreTrainedModel
 
 from lte_lightning.core.accounting.cost import GFLOP, speedup_bound, token_cost
+from lte_lightning.core.model.backend import set_backend
 from lte_lightning.core.model.convert import selector_parameters
-from lte_lightning.core.model.experts import expert_ffns, set_backend, set_mode
+from lte_lightning.core.model.experts import expert_ffns, set_mode
 from lte_lightning.core.model.thresholds import set_sparsity
 from lte_lightning.core.routing.trace import RouterTrace
 from lte_lightning.errors import UserError
@@ -47,6 +48,7 @@ class MeasuredModule(LightningModule):
     stage: Stage
     measured: dict[str, dict[str, Any]]
     backend: Backend
+    skip_experts: bool
     freeze_routers: bool = True
     set_to: float | None = None
 
@@ -89,6 +91,7 @@ class MeasuredModule(LightningModule):
             parameter.requires_grad_(self.routers_learn)
         for ffn in expert_ffns(self.net).values():
             ffn.straight_through = self.stage == "expert" and self.routers_learn
+            ffn.skips_in_training = self.skip_experts and self.stage == "expert" and not self.routers_learn
 
     @property
     def routers_learn(self) -> bool:

@@ -12,10 +12,11 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
+from lte_lightning.core.model.backend import set_backend
 from lte_lightning.core.model.checks import require_complete, require_finite, require_sound_routers
 from lte_lightning.core.model.config import LteConfig
 from lte_lightning.core.model.convert import convert
-from lte_lightning.core.model.experts import expert_ffns, set_backend, set_mode
+from lte_lightning.core.model.experts import expert_ffns, set_mode
 from lte_lightning.core.model.folder import (
     HUB_OPTIONS,
     QUANTIZED_VERSION,

@@ -6,14 +6,20 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from lte_lightning.core.model.exact import is_sharded
 from lte_lightning.core.model.nonfinite import down_selected, guard, is_bare, project_running, running_neurons
 from lte_lightning.core.model.parts import FfnParts, Projection, weight_rows
-from lte_lightning.core.model.prepared import DENSE_MASK, Prepared, marks_of, prepare, report, route
-from lte_lightning.core.model.storage import lay_out
+from lte_lightning.core.model.prepared import (
+    DENSE_MASK,
+    Prepared,
+    marks_of,
+    prepare,
+    prepare_skipping,
+    report,
+    route,
+)
 from lte_lightning.errors import UserError
 from lte_lightning.kernels import hidden_activations, scale_experts
-from lte_lightning.kernels.dispatch import BACKENDS, Backend
+from lte_lightning.kernels.dispatch import Backend
 from lte_lightning.selection import Selector
 
 Mode = Literal["dense", "soft", "hard"]
@@ -39,6 +45,8 @@ class ExpertFfn(nn.Module):
         threshold: tau; in hard mode the experts whose score exceeds it run, unscaled (unless the selector ``scales``).
 
     With ``straight_through`` hard mode has the gradient of soft mode's factors for the scores, so that routers learn.
+    With ``skips_in_training`` hard mode computes selected experts alone where a gradient is wanted, too, if that is
+    expected to be faster; their gradients are the same.
     """
 
     up: Projection
@@ -59,6 +67,7 @@ class ExpertFfn(nn.Module):
         self.mode: Mode = "dense"
         self.backend: Backend = "dense-mask"
         self.straight_through = False
+        self.skips_in_training = False
         self.recorder: Callable[[ExpertFfn, torch.Tensor, torch.Tensor], None] | None = None
         self.observer: Callable[[ExpertFfn, torch.Tensor, torch.Tensor, torch.Tensor], None] | None = None
         self.shell: tuple[nn.Module, ...] = ()
@@ -94,7 +103,7 @@ class ExpertFfn(nn.Module):
         thins = self.mode == "hard" and self.selector.reads != "input"
         given_BTD = self.selector.thin(x_BTD) if thins else (x_BTD, x_BTD)
         factor_BTE, hidden_BTF = self._select(x_BTD, given_BTD, prepared.routes)
-        if prepared.weights is not None:
+        if prepared.takes(factor_BTE):
             return prepared.run(x_BTD, factor_BTE)
         if hidden_BTF is None:
             _, hidden_BTF = self._activations(*given_BTD)
@@ -118,9 +127,12 @@ class ExpertFfn(nn.Module):
 
     def prepare(self, x_BTD: torch.Tensor) -> Prepared:
         """Returns what computes hard mode on such an input: chosen once, and again when what it rests on changes."""
-        if self.mode != "hard" or self.backend == "dense-mask":
+        skipping = self.skips_in_training and not torch.compiler.is_compiling()
+        if self.mode != "hard" or (self.backend == "dense-mask" and not skipping):
             return DENSE_MASK
         gradient = torch.is_grad_enabled() and (x_BTD.requires_grad or any(p.requires_grad for p in self.parameters()))
+        if skipping and (gradient or self.backend == "dense-mask"):
+            return prepare_skipping(self.parts, self.selector, self.expert_size, x_BTD)
         if gradient or torch.compiler.is_compiling():
             prepared = prepare(self.parts, self.selector, self.expert_size, self.backend, x_BTD, gradient)
         else:
@@ -265,36 +277,3 @@ def set_mode(model: nn.Module, mode: Mode) -> None:
         raise UserError(f"unknown mode {mode!r}; there are {', '.join(MODES)}")
     for ffn in require_expert_ffns(model).values():
         ffn.mode = mode
-
-
-def set_backend(model: nn.Module, backend: Backend = "auto") -> None:
-    """Chooses what computes the selected experts in hard mode when no gradient is wanted.
-
-    For every backend but ``dense-mask`` the weights are laid out once, in place, a row per neuron: the down
-    projection's parameter becomes a transposed view of that. Names, shapes and values stay, and with them state_dict,
-    dense mode, training and saving; nothing is stored twice. ``dense-mask`` undoes it, as `restore` does: torch
-    multiplies few tokens by transposed bfloat16 weights at two thirds of the speed.
-
-    The kernels read weights and biases, and nothing else. An FFN whose projections are anything else than ``Linear`` or
-    ``Conv1D`` with ordinary parameters (an adapter, a quantised weight, a shard), or have hooks, is computed by its
-    modules, as with ``dense-mask``. Weights that FSDP manages are not touched. Each forward pass looks for such
-    changes, so none needs another call of this.
-
-    Args:
-        model: A converted model.
-        backend: ``auto`` (by device and type), ``dense-mask`` (every expert is computed, then masked), ``reference``
-            (slow and plain), ``cpu`` or ``triton``. What a backend cannot serve, the dense-mask path does, and the log
-            says so once.
-
-    Raises:
-        UserError: If there is no such backend, or the model was not converted.
-    """
-    if backend not in BACKENDS:
-        raise UserError(f"unknown backend {backend!r}; there are {', '.join(BACKENDS)}")
-    ffns = require_expert_ffns(model).values()
-    # FSDP gathers weights into memory of its own, in the order that it found
-    sharded = {inner for module in model.modules() if is_sharded(module) for inner in module.modules()}
-    for ffn in ffns:
-        ffn.backend = backend
-        if ffn not in sharded:
-            lay_out(ffn.parts, by_neuron=backend != "dense-mask")

@@ -15,6 +15,7 @@ from lte_lightning.errors import UserError
 from lte_lightning.kernels.dispatch import Backend, Choice, autocast_dtype, choose, run_experts, run_router, say_once
 from lte_lightning.kernels.layout import ExpertWeights
 from lte_lightning.kernels.quantized import QuantizedExperts
+from lte_lightning.kernels.skipping import skips
 from lte_lightning.selection import Selector
 
 
@@ -27,17 +28,27 @@ class Prepared:
         weights: What the backend reads; None where the modules themselves compute (dense-mask).
         routes: Whether the backend makes the selector's mask too, without scores.
         marks: What the choice rests on, as `marks_of` found it.
+        skipping: Whether `run_skipping` computes, which is differentiable, wherever it is faster.
     """
 
     choice: Choice
     weights: ExpertWeights | QuantizedExperts | None = None
     routes: bool = False
     marks: tuple[Any, ...] = ()
+    skipping: bool = False
+
+    def takes(self, factor_BTE: torch.Tensor) -> bool:
+        """Says whether `run` computes this; else the modules do, with what scales each expert."""
+        if not self.skipping or not isinstance(self.weights, ExpertWeights):
+            return self.weights is not None
+        kind = autocast_dtype(factor_BTE) or self.weights.up_ESD.dtype
+        return factor_BTE.dtype == torch.bool and skips(factor_BTE.flatten(0, -2), kind)
 
     def run(self, x_BTD: torch.Tensor, mask_BTE: torch.Tensor) -> torch.Tensor:
         """Returns the output [B, T, D] of the experts that each token selected."""
         assert self.weights is not None
-        flat_ND = run_experts(self.choice.backend, x_BTD.flatten(0, -2), mask_BTE.flatten(0, -2), self.weights)
+        backend = "skipping" if self.skipping else self.choice.backend
+        flat_ND = run_experts(backend, x_BTD.flatten(0, -2), mask_BTE.flatten(0, -2), self.weights)
         return flat_ND.view(x_BTD.shape)
 
 
@@ -95,6 +106,20 @@ def prepare(
         except UserError as error:
             fallback = str(error)
     return Prepared(Choice("dense-mask", fallback), marks=marks)
+
+
+def prepare_skipping(parts: FfnParts, selector: Selector, expert_size: int, x: torch.Tensor) -> Prepared:
+    """Chooses what computes hard mode in training: `run_skipping` on a CPU, if it computes what the modules do."""
+    up: Any = parts.up
+    if isinstance(up, QuantizedLinear):  # which refuses to be trained
+        return DENSE_MASK
+    weight, mixed = up.weight, autocast_dtype(x)
+    if x.device.type != "cpu" or _why_not(parts, selector, x) or (mixed is None and x.dtype != weight.dtype):
+        return DENSE_MASK
+    try:
+        return Prepared(DENSE_MASK.choice, expert_weights(parts, expert_size, in_place=False), skipping=True)
+    except UserError:
+        return DENSE_MASK
 
 
 def _why_not(parts: FfnParts, selector: Selector, x: torch.Tensor) -> str:

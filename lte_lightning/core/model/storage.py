@@ -78,12 +78,13 @@ def _is_transposed(projection: nn.Module, rows_are_neurons: bool) -> bool:
     return isinstance(projection, Conv1D) == rows_are_neurons
 
 
-def expert_weights(parts: FfnParts, expert_size: int) -> ExpertWeights | QuantizedExperts:
+def expert_weights(parts: FfnParts, expert_size: int, in_place: bool = True) -> ExpertWeights | QuantizedExperts:
     """Returns an FFN's weights by expert, views of its parameters.
 
     Args:
         parts: The FFN, its projections exactly ``Linear`` or ``Conv1D``, or all of them quantised.
         expert_size: S.
+        in_place: Whether they must be laid out as `set_backend` does; else a row may have strides.
 
     Raises:
         UserError: If the kernels do not have its activation, its weights and biases are of several types, or are not
@@ -106,7 +107,7 @@ def expert_weights(parts: FfnParts, expert_size: int) -> ExpertWeights | Quantiz
     def by_expert(projection: Projection, rows_are_neurons: bool = True) -> torch.Tensor:
         weight = projection.weight
         rows_FD = weight.T if _is_transposed(projection, rows_are_neurons) else weight
-        if not rows_FD.is_contiguous():
+        if in_place and not rows_FD.is_contiguous():
             raise UserError(
                 "its weights are not stored a row per neuron: they are sharded, or were replaced after set_backend(); "
                 "call it again"

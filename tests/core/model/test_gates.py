@@ -7,8 +7,9 @@ import torch
 
 from lte_lightning import LteConfig, convert, from_pretrained, save_pretrained, set_mode
 from lte_lightning.core.accounting.cost import token_cost
+from lte_lightning.core.model.backend import set_backend
 from lte_lightning.core.model.convert import selector_parameters
-from lte_lightning.core.model.experts import expert_ffns, set_backend
+from lte_lightning.core.model.experts import expert_ffns
 from lte_lightning.core.routing.trace import RouterTrace
 from lte_lightning.kernels import dispatch
 

@@ -1,0 +1,220 @@
+"""Training without the experts that no token selected: forward and backward in plain torch, expert by expert.
+
+With frozen routers a batch's selection is fixed before its forward pass, and the gradients of equation 2 of the paper
+need no expert that a token did not run. An expert gathers its tokens, and adds what it gives to theirs. Shapes: N
+tokens, P pairs of a token and an expert that it runs, E experts of S neurons, D width.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import torch
+
+from lte_lightning.errors import UserError
+from lte_lightning.kernels.layout import ACTIVATIONS, ExpertWeights, hidden_activations
+
+# Tokens at a time, at the most: what their experts gather stays in the cache.
+_CHUNK = 1024
+# By type: what a pair costs beside one of a dense product; and what an expert costs whatever it runs, in tokens and for
+# each thread. Measured by benchmarks/training.py on two cores of Zen 4, with something to spare.
+_COSTS = {torch.float32: (1.9, 150), torch.bfloat16: (2.0, 900)}
+
+T = TypeVar("T")
+
+
+def skips(mask_NE: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Says whether skipping is expected to be faster than computing every expert.
+
+    It follows from the mask and the number of threads, and from no clock: a resumed fit repeats an uninterrupted one.
+    """
+    if dtype not in _COSTS:
+        return False
+    N, E = mask_NE.shape
+    pair, expert = _COSTS[dtype]
+    return pair * int(mask_NE.count_nonzero()) + expert * torch.get_num_threads() * E < N * E
+
+
+def run_skipping(x_ND: torch.Tensor, mask_NE: torch.Tensor, weights: ExpertWeights) -> torch.Tensor:
+    """Computes the selected experts' output, differentiable once for the input, weights and biases.
+
+    Sums over experts are float32. For the backward pass it keeps the activations of the pairs alone.
+
+    Args:
+        x_ND: Input of N tokens, of the weights' type.
+        mask_NE: True where a token runs an expert.
+        weights: The FFN; views that are not contiguous will do.
+
+    Returns:
+        The output [N, D] in the type of ``x_ND``.
+
+    Raises:
+        UserError: In a backward pass with ``create_graph``.
+    """
+    activation = ACTIVATIONS[weights.activation]
+    tensors = (weights.up_ESD, weights.up_bias_ES, weights.gate_ESD, weights.gate_bias_ES, weights.down_ESD)
+    out_ND = _Selected.apply(x_ND, mask_NE, activation, *tensors)
+    return out_ND if weights.down_bias_D is None else out_ND + weights.down_bias_D
+
+
+class _Chunk:
+    """Which experts run which of some neighbouring tokens, and their activations, one pair behind the other."""
+
+    def __init__(self, mask_NE: torch.Tensor, tokens: slice) -> None:
+        self.tokens = tokens
+        self.counts = mask_NE[tokens].sum(dim=0).tolist()
+        self.rows_P = mask_NE[tokens].T.nonzero()[:, 1]  # of the chunk, expert by expert
+        self.projected_PS: list[torch.Tensor] = []  # of the up projection, and of the gate
+
+    def experts(self) -> Iterator[tuple[int, slice, torch.Tensor]]:
+        """Yields each expert that runs, its pairs, and their rows."""
+        begin = 0
+        for e, count in enumerate(self.counts):
+            if count:
+                pairs = slice(begin, begin + count)
+                yield e, pairs, self.rows_P[pairs]
+            begin += count
+
+    def gather(self, x_ND: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Returns what fetches rows of the chunk, always into the same memory."""
+        mine, memory = x_ND[self.tokens], x_ND.new_empty(max(self.counts), x_ND.shape[1])
+        return lambda rows: torch.index_select(mine, 0, rows, out=memory[: len(rows)])
+
+    def add(self, sums_ND: torch.Tensor) -> Callable[[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]], None]:
+        """Returns what adds products of matrices to rows of the chunk, each of which is named once."""
+        mine, fetch = sums_ND[self.tokens], self.gather(sums_ND)
+
+        def add(rows: torch.Tensor, products: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+            sums = fetch(rows)
+            for left, right in products:
+                _add_product(sums, left, right)
+            mine.index_copy_(0, rows, sums)
+
+        return add
+
+
+class _Selected(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_ND: torch.Tensor,
+        mask_NE: torch.Tensor,
+        activation: Callable[[torch.Tensor], torch.Tensor],
+        up_ESD: torch.Tensor,
+        up_bias_ES: torch.Tensor | None,
+        gate_ESD: torch.Tensor | None,
+        gate_bias_ES: torch.Tensor | None,
+        down_ESD: torch.Tensor,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x_ND, up_ESD, gate_ESD, down_ESD)
+        ctx.activation = activation
+        halves = [(up_ESD, up_bias_ES)] + ([] if gate_ESD is None else [(gate_ESD, gate_bias_ES)])
+        out_ND = x_ND.new_zeros(x_ND.shape, dtype=_sums(x_ND.dtype))
+        down_ESD = down_ESD.contiguous()  # strides of a whole row would be slow
+        step = max(min(_CHUNK, -(-len(x_ND) // torch.get_num_threads())), 1)
+        ranges = [slice(begin, min(begin + step, len(x_ND))) for begin in range(0, len(x_ND), step)]
+
+        def compute(chunk: _Chunk) -> None:
+            gather, add = chunk.gather(x_ND), chunk.add(out_ND)
+            chunk.projected_PS = [x_ND.new_empty(len(chunk.rows_P), up_ESD.shape[1]) for _ in halves]
+            for e, pairs, rows in chunk.experts():
+                mine = gather(rows)
+                for (weight, bias), projected in zip(halves, chunk.projected_PS, strict=True):
+                    if bias is None:
+                        torch.mm(mine, weight[e].T, out=projected[pairs])
+                    else:
+                        torch.addmm(bias[e], mine, weight[e].T, out=projected[pairs])
+            _, hidden_PS = hidden_activations(activation, *chunk.projected_PS)
+            for e, pairs, rows in chunk.experts():
+                add(rows, [(hidden_PS[pairs], down_ESD[e])])
+
+        ctx.chunks = [_Chunk(mask_NE, tokens) for tokens in ranges]
+        _on_all_threads(compute, ctx.chunks)
+        return out_ND.to(x_ND.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad_ND: torch.Tensor) -> Any:
+        if torch.is_grad_enabled():  # a part of the second derivative would be missing in silence
+            raise UserError(
+                "skipped experts have no second derivative (create_graph=True); set model.skip_experts false"
+            )
+        x_ND, up_ESD, gate_ESD, down_ESD = ctx.saved_tensors
+        wants_x, _, _, *wants = ctx.needs_input_grad
+        halves = [up_ESD] + ([] if gate_ESD is None else [gate_ESD])
+        in_ND = x_ND.new_zeros(x_ND.shape, dtype=_sums(x_ND.dtype)) if wants_x else None
+        shapes = [up_ESD.shape, up_ESD.shape[:2], up_ESD.shape, up_ESD.shape[:2], down_ESD.shape]
+        down_ESD = down_ESD.contiguous()
+        # A thread's chunks add to gradients of its own
+        threads = min(torch.get_num_threads(), len(ctx.chunks))
+        wanted = [shape if wants_it else None for shape, wants_it in zip(shapes, wants, strict=True)]
+        totals = [
+            [None if shape is None else x_ND.new_zeros(shape, dtype=_sums(x_ND.dtype)) for shape in wanted]
+            for _ in range(max(threads, 1))
+        ]
+
+        def compute(share: int) -> None:
+            *by_halves, by_down = totals[share]
+            for chunk in ctx.chunks[share::threads]:
+                gather, gather_grad = chunk.gather(x_ND), chunk.gather(grad_ND)
+                with torch.enable_grad():
+                    leaves = [projected.detach().requires_grad_() for projected in chunk.projected_PS]
+                    _, hidden_PS = hidden_activations(ctx.activation, *leaves)
+                by_hidden_PS = torch.empty_like(hidden_PS)
+                for e, pairs, rows in chunk.experts():
+                    theirs = gather_grad(rows)
+                    torch.mm(theirs, down_ESD[e].T, out=by_hidden_PS[pairs])
+                    if by_down is not None:
+                        _add_product(by_down[e], hidden_PS.detach()[pairs].T, theirs)
+                by_projected = torch.autograd.grad(hidden_PS, leaves, by_hidden_PS)
+                del hidden_PS, leaves, by_hidden_PS
+                add = None if in_ND is None else chunk.add(in_ND)
+                for e, pairs, rows in chunk.experts():
+                    mine = gather(rows)
+                    for i, by in enumerate(by_projected):
+                        by_weight, by_bias = by_halves[2 * i : 2 * i + 2]
+                        if by_weight is not None:
+                            _add_product(by_weight[e], by[pairs].T, mine)
+                        if by_bias is not None:
+                            by_bias[e] += by[pairs].sum(dim=0)
+                    if add is not None:
+                        add(rows, [(by[pairs], weight[e]) for by, weight in zip(by_projected, halves, strict=True)])
+
+        _on_all_threads(compute, range(threads))
+        for others in totals[1:]:
+            for total, other in zip(totals[0], others, strict=True):
+                if total is not None:
+                    total += other
+        found = [None if tensor is None else tensor.to(x_ND.dtype) for tensor in (in_ND, *totals[0])]
+        return (found[0], None, None, *found[1:])
+
+
+def _sums(dtype: torch.dtype) -> torch.dtype:
+    return dtype if dtype == torch.float64 else torch.float32
+
+
+def _add_product(sums: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    if left.dtype == sums.dtype:
+        sums.addmm_(left, right)
+    else:
+        sums += left @ right
+
+
+def _on_all_threads(compute: Callable[[T], None], parts: Sequence[T]) -> None:
+    """Computes each part on one thread, as many at a time as torch has: its own products are too small to be shared."""
+    threads = torch.get_num_threads()
+    if threads == 1 or len(parts) < 2:
+        for part in parts:
+            compute(part)
+        return
+
+    def alone(part: T) -> None:
+        with torch.no_grad():  # a thread has a mode of its own
+            compute(part)
+
+    # The number is each thread's own, but what MKL has is everybody's
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        try:
+            for _ in pool.map(alone, parts):
+                pass
+        finally:
+            torch.set_num_threads(threads)
