@@ -55,7 +55,8 @@ def call(function: Callable[..., Any], program: str, args: Sequence[str], positi
             does not wait for that.
         program: Name of the command in its help, such as ``lte bench``.
         args: The command line without the command. ``--batch-size`` is ``--batch_size``, an option of type ``bool``
-            may stand alone, and one of type ``list`` takes all the words behind it.
+            may stand alone, and one of type ``list`` takes all the words behind it, or a single one as long as the
+            positional word is to come.
         positional: The parameter that words without an option are for, if they are for one.
     """
     words = list(_plain(function, args, positional))
@@ -81,6 +82,7 @@ def _plain(function: Callable[..., Any], args: Sequence[str], positional: str | 
         if wanted is bool and not equals and not (values and values[0] in ("true", "false")):
             yield f"{option}=true"
         elif wanted == list[str] and not equals and values:
+            values = values[:1] if takes_words and not takes_several else values  # the next is the positional word
             yield from (f"{option}+={value}" for value in values)
             del rest[: len(values)]
         elif positional and values and not equals:  # or its value would be taken for such a word

@@ -68,6 +68,17 @@ OPTIONS = {
         "include": None,
         "out": None,
     },
+    "sweep": {
+        "sweep": "FILE",
+        "folder": None,
+        "workers": None,
+        "seeds": None,
+        "only": [],
+        "dry_run": False,
+        "ray_address": None,
+        "cpus": 1,
+        "gpus": 0.0,
+    },
 }
 REQUIRED = {
     "bench": [],
@@ -76,6 +87,7 @@ REQUIRED = {
     "cost": ["--model", "FOLDER"],
     "generate": ["FOLDER"],
     "harness": ["--model", "FOLDER", "--tasks", "piqa"],
+    "sweep": ["FILE"],
 }
 
 
@@ -102,6 +114,9 @@ def test_options_are_these(command, capsys):
         (["generate"], "the following arguments are required: folder"),
         (["generate", "x", "--prompt", "two", "words"], "unknown option words"),
         (["generate", "x", "--temperature", "hot"], "Got value: hot"),
+        (["sweep", "x.yaml", "--worker", "2"], "unknown option --worker; did you mean --workers?"),
+        (["sweep", "x.yaml", "y.yaml"], "unknown option y.yaml"),
+        (["sweep"], "the following arguments are required: sweep"),
         (["harness", "--model", "x"], "the following arguments are required: tasks"),
         (["harness", "--model", "x", "--tasks"], "error: "),
     ],

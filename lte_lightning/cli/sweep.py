@@ -1,17 +1,18 @@
 """``lte sweep``: runs the fits of a sweep file, those that are missing."""
 
-import argparse
 import json
 import shlex
 import signal
 import subprocess
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from lte_lightning.errors import UserError
+from lte_lightning.options import call
 from lte_lightning.report.collect import collect
 from lte_lightning.results import read_results
 from lte_lightning.shipped import SWEEPS, resolve
@@ -28,6 +29,34 @@ from lte_lightning.sweep.table import write_tables
 from lte_lightning.sweep.tracking import Tracker
 
 
+@dataclass
+class Asked:
+    """Runs the fits of a sweep file that are not done yet, each as one `lightning fit` of its own.
+
+    Args:
+        sweep: The sweep file, named without the option's name. Any option with a dot in it is one of every fit: lte
+            sweep sweeps/minilm-sst2.yaml --data.source FOLDER
+        folder: Where runs and state are kept; runs/sweep-NAME if not given.
+        workers: Fits at a time; 1 if not given, or all that a Ray cluster has room for.
+        seeds: Instead of the file's, such as 0,1,2.
+        only: Variants to run alone, or points whose names begin so; may be repeated.
+        dry_run: Print the commands, run nothing.
+        ray_address: Run on a Ray cluster: host:port, auto, or local for one of this machine.
+        cpus: Cores per fit on Ray.
+        gpus: GPUs per fit on Ray.
+    """
+
+    sweep: str
+    folder: str | None = None
+    workers: int | None = None
+    seeds: str | None = None
+    only: list[str] = field(default_factory=list)
+    dry_run: bool = False
+    ray_address: str | None = None
+    cpus: int = 1
+    gpus: float = 0
+
+
 def main(args: list[str]) -> None:
     """Runs the command.
 
@@ -35,19 +64,15 @@ def main(args: list[str]) -> None:
         UserError: If something is wrong with the sweep, or a point failed.
     """
     mine, extra = _split(args)
-    given, unknown = _parser().parse_known_args(mine)
-    if unknown:
-        raise UserError(
-            f"lte sweep has no option {unknown[0]!r} (see lte sweep --help); options of the fits have a dot in them"
-        )
-    sweep = read_sweep(resolve(given.sweep, SWEEPS), extra, _seeds(given.seeds))
-    folder = SweepFolder(given.folder or Path("runs") / f"sweep-{sweep.path.stem}")
+    asked: Asked = call(Asked, "lte sweep", mine, positional="sweep")
+    sweep = read_sweep(resolve(asked.sweep, SWEEPS), extra, _seeds(asked.seeds))
+    folder = SweepFolder(asked.folder or Path("runs") / f"sweep-{sweep.path.stem}")
     sweep = recognise(sweep, folder)
-    points = _chosen(sweep.points(), given.only)
-    if given.dry_run:
+    points = _chosen(sweep.points(), asked.only)
+    if asked.dry_run:
         return _show(sweep, folder, points)
     signal.signal(signal.SIGTERM, _terminated)
-    runner = _runner(given)
+    runner = _runner(asked)
     found = check(sweep, folder, points)
     with folder.hold(sweep, words=["lte", "sweep", *args]):
         folder.plan(_all_points(sweep, folder)[0])
@@ -135,29 +160,6 @@ def check(sweep: Sweep, folder: SweepFolder, points: list[Point]) -> dict[str, A
     return {"mlflow": any(one["mlflow"] for one in found), "tracking_uri": found[0]["tracking_uri"]}
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="lte sweep",
-        description="Runs the fits of a sweep file that are not done yet, each as one `lightning fit` of its own.",
-        epilog="Any further option is an option of every fit: lte sweep sweeps/minilm-sst2.yaml --data.source FOLDER",
-        allow_abbrev=False,
-    )
-    parser.add_argument("sweep", help="the sweep file")
-    parser.add_argument("--folder", help="where runs and state are kept (default: runs/sweep-NAME)")
-    parser.add_argument(
-        "--workers", type=int, help="fits at a time (default: 1, or all that a Ray cluster has room for)"
-    )
-    parser.add_argument("--seeds", help="instead of the file's: 0,1,2")
-    parser.add_argument(
-        "--only", action="append", help="run this variant alone, or points whose name begins so; may be repeated"
-    )
-    parser.add_argument("--dry-run", action="store_true", help="print the commands, run nothing")
-    parser.add_argument("--ray-address", help="run on a Ray cluster: host:port, auto, or local for one of this machine")
-    parser.add_argument("--cpus", type=int, default=1, help="cores per fit on Ray (default: 1)")
-    parser.add_argument("--gpus", type=float, default=0, help="GPUs per fit on Ray (default: 0)")
-    return parser
-
-
 def _seeds(text: str | None) -> list[int] | None:
     try:
         return None if text is None else [int(word) for word in text.split(",")]
@@ -184,7 +186,7 @@ def _split(args: list[str]) -> tuple[list[str], dict[str, Any]]:
     return mine, extra
 
 
-def _chosen(points: list[Point], only: list[str] | None) -> list[Point]:
+def _chosen(points: list[Point], only: list[str]) -> list[Point]:
     if not only:
         return points
     candidates = [point for point in points if point.role == "point"]
@@ -201,12 +203,12 @@ def _chosen(points: list[Point], only: list[str] | None) -> list[Point]:
     return [point for point in points if point in mine or point.name in needed]
 
 
-def _runner(given: argparse.Namespace) -> Runner:
-    if given.ray_address is None:
-        return LocalRunner(1 if given.workers is None else given.workers)
+def _runner(asked: Asked) -> Runner:
+    if asked.ray_address is None:
+        return LocalRunner(1 if asked.workers is None else asked.workers)
     from lte_lightning.sweep.ray import RayRunner
 
-    return RayRunner(given.ray_address, given.workers, given.cpus, given.gpus)
+    return RayRunner(asked.ray_address, asked.workers, asked.cpus, asked.gpus)
 
 
 def _show(sweep: Sweep, folder: SweepFolder, points: list[Point]) -> None:

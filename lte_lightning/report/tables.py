@@ -1,6 +1,7 @@
 """The tables of a report, as rows of text, and what can be said of them in plain words."""
 
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -99,11 +100,13 @@ def everything(material: Material, task: str) -> Table:
 
 def versions(material: Material) -> Table:
     """Returns the versions and machines that the runs had, each with their number."""
-    import pandas
-
-    found = pandas.DataFrame([run.results.versions for run in material.fits], dtype=object)
-    counts = found.where(found.notna(), "–").astype(str).groupby(list(found), sort=False).size().reset_index(name="")
-    return Table(["", *(f"{n} runs" for n in counts.pop(""))], [[name, *column] for name, column in counts.items()])
+    found = [run.results.versions for run in material.fits]
+    names = list(dict.fromkeys(name for versions in found for name in versions))
+    counts = Counter(
+        tuple("–" if (v := versions.get(name)) is None else str(v) for name in names) for versions in found
+    )
+    heads = ["", *(f"{count} runs" for count in counts.values())]
+    return Table(heads, [[name, *(key[i] for key in counts)] for i, name in enumerate(names)])
 
 
 def summary(material: Material, tolerance: float | None) -> list[str]:

@@ -120,7 +120,6 @@ def test_every_choice_of_a_search_is_looked_at(sweep_file, sweep, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--worker", "2"], "lte sweep has no option '--worker'"),
         (["--data.source"], "--data.source has no value"),
         (["--run.root", "x"], "the command line sets run.root; the sweep sets it itself"),
         (["--only", "nobody"], "no point is called nobody; there are fit-s0"),
@@ -133,6 +132,14 @@ def test_a_wrong_command_line(words, message, sweep_file, sweep):
     outcome = sweep(sweep_file(), *words)
     assert outcome.code == 1
     assert message in outcome.err
+
+
+def test_only_takes_a_name_before_the_file_and_several_after_it(sweep_file, sweep):
+    file = sweep_file(variants={"a": {}, "b": {}, "c": {}})
+    for words in (("--only", "a", file, "--only", "c"), (file, "--only", "a", "c")):
+        outcome = sweep(*words, "--dry-run")
+        names = [line.split("-")[0] for line in outcome.out.splitlines() if line.startswith("# ")]
+        assert (outcome.code, names) == (0, ["# a", "# c"])
 
 
 @pytest.mark.parametrize(
