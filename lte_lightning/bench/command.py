@@ -71,16 +71,15 @@ def bench(
     options = dict(locals())
     import torch
 
-    from lte_lightning.bench.machine import CLOCKS, find_device, pinned
+    from lte_lightning.bench.machine import CLOCKS, find_backend, find_device, pinned
     from lte_lightning.bench.measure import measure
     from lte_lightning.bench.output import named, say_where, show
     from lte_lightning.bench.rivals import make_rivals
     from lte_lightning.bench.subject import DTYPES, make_subject
-    from lte_lightning.kernels.dispatch import BACKENDS
 
     scopes = _one_of(scope, ("ffn", "model"), "scope")
     dtypes = _one_of(dtype, tuple(DTYPES), "dtype")
-    _one_of(backend, BACKENDS, "backend")
+    runs_on = find_backend(backend)
     _one_of(clock, tuple(CLOCKS), "clock")
     sparsities = sorted(_numbers(sparsity))
     calls = [_tokens(text) for text in tokens.split(",")]
@@ -100,7 +99,7 @@ def bench(
         with pinned(threads) as cores:
             say_where(where, cores)
             for each in dtypes:
-                subject = make_subject(shape, DTYPES[each], backend, layers, where)
+                subject = make_subject(shape, DTYPES[each], runs_on, layers, where)
                 for part in scopes:
                     for batch, length in calls:
                         others = make_rivals(where) if rivals and part == "ffn" else None

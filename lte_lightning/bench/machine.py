@@ -6,12 +6,16 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+from torch import nn
 
 from lte_lightning.errors import UserError
+from lte_lightning.kernels.dispatch import BACKENDS, Backend
 
 Clock = Callable[[], float]
+Model = TypeVar("Model", bound=nn.Module)
 # "cpu" is the time of the calling thread alone: what other processes took from it is left out.
 CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "cpu": time.thread_time}
 
@@ -31,6 +35,24 @@ def find_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= seen:
         raise UserError(f"--device is {name}, and torch sees {seen} CUDA devices here; leave it out, or take cpu")
     return device
+
+
+def find_backend(name: str) -> Backend:
+    """Returns a backend by name.
+
+    Raises:
+        UserError: If there is none of this name.
+    """
+    for backend in BACKENDS:
+        if name == backend:
+            return backend
+    raise UserError(f"unknown backend {name!r}; there are {', '.join(BACKENDS)}")
+
+
+def moved(model: Model, device: torch.device) -> Model:
+    """Moves a model to a device, and returns it with the type that it has."""
+    nn.Module.to(model, device)
+    return model
 
 
 def clock_on(device: torch.device, clock: Clock = time.perf_counter) -> Clock:

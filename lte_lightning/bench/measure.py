@@ -17,6 +17,7 @@ from lte_lightning.bench.machine import Clock, clock_on
 from lte_lightning.bench.rivals import GATHERING, Rival, with_dense_down
 from lte_lightning.bench.subject import Subject, dense_blocks
 from lte_lightning.core.model.backend import set_backend
+from lte_lightning.core.model.experts import ExpertFfn
 from lte_lightning.core.model.parts import Projection, find_layers
 from lte_lightning.errors import UserError
 from lte_lightning.kernels.cpu.build import library
@@ -143,12 +144,12 @@ def measure(
     pools: dict[float, list[list[torch.Tensor]]] = {}
     for sparsity in sparsities:
         subject.force(batch, length, sparsity, generator)
-        pools[sparsity] = [ffn.selector.pool for ffn in subject.ffns]
+        pools[sparsity] = [forced.pool for forced in subject.forced]
 
     def at(sparsity: float, run: Callable[[], Sequence[float]]) -> Callable[[], Sequence[float]]:
         def arm() -> Sequence[float]:
-            for ffn, pool in zip(subject.ffns, pools[sparsity], strict=True):
-                ffn.selector.pool = pool
+            for forced, pool in zip(subject.forced, pools[sparsity], strict=True):
+                forced.pool = pool
             return run()
 
         return arm
@@ -208,10 +209,15 @@ def _input(subject: Subject, batch: int, length: int) -> torch.Tensor:
 def _block_arms(subject: Subject, batch: int, length: int, timed: Timer) -> dict[str, Callable[[], list[float]]]:
     blocks, ffns, x_BTD = list(dense_blocks(subject)), subject.ffns, _input(subject, batch, length)
     return {
-        "dense": lambda: timed([lambda b=block: b(x_BTD) for block in blocks]),
-        "sparse": lambda: timed([lambda f=ffn: f(x_BTD) for ffn in ffns]),
-        "router": lambda: timed([lambda f=ffn: f.selector(x_BTD) > f.threshold for ffn in ffns]),
+        "dense": lambda: timed([partial(block, x_BTD) for block in blocks]),
+        "sparse": lambda: timed([partial(ffn, x_BTD) for ffn in ffns]),
+        "router": lambda: timed([partial(_select, ffn, x_BTD) for ffn in ffns]),
     }
+
+
+def _select(ffn: ExpertFfn, x_BTD: torch.Tensor) -> torch.Tensor:
+    mask_BTE: torch.Tensor = ffn.selector(x_BTD) > ffn.threshold
+    return mask_BTE
 
 
 def _rival_arms(

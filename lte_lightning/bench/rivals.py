@@ -40,9 +40,17 @@ def with_dense_down(weights: ExpertWeights) -> ExpertWeights:
 
 
 def _some(weights: ExpertWeights, take: Callable[[torch.Tensor], torch.Tensor]) -> ExpertWeights:
-    names = ("up_ESD", "down_ESD", "gate_ESD", "up_bias_ES", "gate_bias_ES")
-    by_expert = {name: getattr(weights, name) for name in names}
-    return replace(weights, **{name: take(tensor) for name, tensor in by_expert.items() if tensor is not None})
+    def part(tensor: torch.Tensor | None) -> torch.Tensor | None:
+        return None if tensor is None else take(tensor)
+
+    return replace(
+        weights,
+        up_ESD=take(weights.up_ESD),
+        down_ESD=take(weights.down_ESD),
+        gate_ESD=part(weights.gate_ESD),
+        up_bias_ES=part(weights.up_bias_ES),
+        gate_bias_ES=part(weights.gate_bias_ES),
+    )
 
 
 def _down(hidden_NF: torch.Tensor, weights: ExpertWeights) -> torch.Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoModel, LlamaConfig, PreTrainedConfig, PreTrainedModel, RobertaConfig
 
-from lte_lightning.bench.machine import cache_bytes
+from lte_lightning.bench.machine import cache_bytes, moved
 from lte_lightning.core.model.backend import set_backend
 from lte_lightning.core.model.checkpoint import from_pretrained, is_lte, read_lte_config
 from lte_lightning.core.model.config import LteConfig
@@ -117,10 +117,15 @@ class Subject:
 
     def force(self, batch: int, length: int, sparsity: float, generator: torch.Generator) -> None:
         """Prepares masks with which each token skips this share of the experts, independently of the others."""
-        for ffn in self.ffns:
+        for ffn, forced in zip(self.ffns, self.forced, strict=True):
             active = round((1.0 - sparsity) * ffn.experts)
             order_PBTE = torch.rand(POOL, batch, length, ffn.experts, generator=generator).argsort(dim=-1)
-            ffn.selector.pool = list((order_PBTE < active).to(self.device))
+            forced.pool = list((order_PBTE < active).to(self.device))
+
+    @property
+    def forced(self) -> list[ForcedSelector]:
+        """The selector of each of the FFNs that are measured."""
+        return [ffn.selector for ffn in self.ffns if isinstance(ffn.selector, ForcedSelector)]
 
 
 def make_subject(
@@ -158,7 +163,7 @@ def make_subject(
             raise UserError(f"--layers {layers} is for named shapes; {shape} is measured with all that it has")
         lte = read_lte_config(shape)
         _check_selector(shape, lte.selector)
-        dense = _without_head(restore(from_pretrained(shape, dtype=dtype, backend="dense-mask"))).to(device)
+        dense = moved(_without_head(restore(from_pretrained(shape, dtype=dtype, backend="dense-mask"))), device)
     else:
         raise UserError(f"unknown shape {shape!r}; there are {', '.join(SHAPES)}, or give a converted model's folder")
     dense = dense.eval().requires_grad_(False)
@@ -187,7 +192,8 @@ def _check_selector(shape: str, name: str) -> None:
 
 
 def _without_head(model: PreTrainedModel) -> PreTrainedModel:
-    body: PreTrainedModel = model.base_model
+    body = model.base_model
+    assert isinstance(body, PreTrainedModel)
     if body is model and model.get_output_embeddings() is not None:  # T5 has its head beside its two stacks
         model.set_output_embeddings(nn.Identity())
     return body

@@ -8,6 +8,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from lte_lightning.callbacks.module import lte_module
 from lte_lightning.files import whole_file
 from lte_lightning.results import better
 
@@ -97,12 +98,13 @@ class BestCheckpoint(_Movable):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Watches the module's own metric, in the direction that is better."""
-        self.monitor = f"val/hard/{pl_module.metric_name}"
-        if better(pl_module.metric_name, 0, 1):
+        metric = lte_module(pl_module).metric_name
+        self.monitor = f"val/hard/{metric}"
+        if better(metric, 0, 1):
             self.mode, self.kth_value = "min", torch.tensor(torch.inf)
         super().setup(trainer, pl_module, stage)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves, in the expert stage only."""
-        if pl_module.stage == "expert":
+        if lte_module(pl_module).stage == "expert":
             super().on_validation_end(trainer, pl_module)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch.optim import AdamW, Optimizer
 
@@ -11,7 +12,7 @@ from lte_lightning.tasks.evaluation import STAGES, Stage
 
 _MOST_EPOCHS = 100_000  # of a stage
 
-OptimizerFactory = Callable[[Iterable], Optimizer]
+OptimizerFactory = Callable[[Iterable[Any]], Optimizer]  # of parameters, or groups of them
 
 
 @dataclass(frozen=True)

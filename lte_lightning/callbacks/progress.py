@@ -7,10 +7,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from lte_lightning.callbacks.module import lte_module
 from lte_lightning.callbacks.stages import StageSchedule
 from lte_lightning.core.model.convert import selector_parameters
 from lte_lightning.core.model.experts import expert_ffns
 from lte_lightning.tasks.evaluation import VIEWS
+from lte_lightning.trainer import declared
 
 
 class StageProgressBar(RichProgressBar):
@@ -33,11 +35,12 @@ class EpochLines(Callback):
 
     @rank_zero_only
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        ffns = list(expert_ffns(pl_module.net).values())
-        routers = sum(parameter.numel() for parameter in selector_parameters(pl_module.net))
-        weights = sum(parameter.numel() for parameter in pl_module.net.parameters()) - routers
+        net = lte_module(pl_module).net
+        ffns = list(expert_ffns(net).values())
+        routers = sum(parameter.numel() for parameter in selector_parameters(net))
+        weights = sum(parameter.numel() for parameter in net.parameters()) - routers
         print(
-            f"{type(pl_module.net).__name__}: {weights / 1e6:.1f} M weights, {routers / 1e6:.2f} M in routers; "
+            f"{type(net).__name__}: {weights / 1e6:.1f} M weights, {routers / 1e6:.2f} M in routers; "
             f"{len(ffns)} FFNs, the first of {ffns[0].experts} experts x {ffns[0].expert_size} neurons",
             flush=True,
         )
@@ -51,9 +54,10 @@ class EpochLines(Callback):
             return
         loss = trainer.callback_metrics.get("train/loss")
         parts = [] if loss is None else [f"loss {loss:.4f}"]
-        for view in VIEWS[pl_module.stage]:
-            parts.append(f"{view}: {said(pl_module.measured.get(view, {}))}")
-        name = _epoch_name(_schedule(trainer), trainer.current_epoch)
+        module = lte_module(pl_module)
+        parts += [f"{view}: {said(module.measured.get(view, {}))}" for view in VIEWS[module.stage]]
+        schedule = _schedule(trainer)
+        name = _epoch_name(schedule, trainer.current_epoch) if schedule else f"epoch {trainer.current_epoch + 1}"
         print(f"{name}: {'; '.join(parts)} ({time.perf_counter() - self._began:.0f} s)", flush=True)
 
 
@@ -64,7 +68,7 @@ def said(found: dict[str, Any]) -> str:
 
 
 def _schedule(trainer: Trainer) -> StageSchedule | None:
-    return next((callback for callback in trainer.callbacks if isinstance(callback, StageSchedule)), None)
+    return next((callback for callback in declared(trainer).callbacks if isinstance(callback, StageSchedule)), None)
 
 
 def _epoch_name(schedule: StageSchedule, epoch: int) -> str:

@@ -12,13 +12,16 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim.lr_scheduler import LambdaLR
 
+from lte_lightning.callbacks.module import lte_module
 from lte_lightning.callbacks.plan import Epoch, StagePlan, lay_out
-from lte_lightning.core.model.convert import selector_parameters
+from lte_lightning.core.model.convert import lte_config, selector_parameters
 from lte_lightning.core.routing.observe import imitates, learns
 from lte_lightning.errors import UserError
 from lte_lightning.tasks.accumulation import StepLoader
+from lte_lightning.tasks.base import LteModule
 from lte_lightning.tasks.baselines import check_baseline
 from lte_lightning.tasks.evaluation import STAGES, Stage
+from lte_lightning.trainer import declared
 
 _STREAM_EPOCH = 1000  # batches of a stream, after which it is validated and saved
 
@@ -71,8 +74,9 @@ class StageSchedule(Callback):
         """Checks that the trainer can switch stages, lays them out over epochs, and tells it how long the fit is."""
         if stage != "fit":
             return
-        pl_module.schedule = self
-        if trainer.datamodule is None:
+        module, data = lte_module(pl_module), declared(trainer).datamodule
+        module.schedule = self
+        if data is None:
             raise UserError("StageSchedule needs its data from a LightningDataModule: trainer.fit(module, datamodule)")
         if trainer.check_val_every_n_epoch != 1:
             raise UserError(
@@ -82,35 +86,36 @@ class StageSchedule(Callback):
             raise UserError(
                 f"stages cannot be switched under {type(trainer.strategy).__name__}; use trainer.strategy ddp"
             )
-        if any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks):
+        if any(isinstance(callback, GradientAccumulationScheduler) for callback in declared(trainer).callbacks):
             raise UserError(
                 "GradientAccumulationScheduler would change how many steps a stage has; use "
                 "trainer.accumulate_grad_batches, which holds for the whole fit"
             )
         self._accumulate = trainer.accumulate_grad_batches
-        loader = trainer.datamodule.train_dataloader()
+        loader = data.train_dataloader()
         self._goes_on = hasattr(getattr(loader, "batch_sampler", None), "begin")
         self._per_pass = self._batches_per_pass(trainer, sized_len(loader))
-        self._most = trainer.max_epochs
+        self._most = -1 if trainer.max_epochs is None else trainer.max_epochs
         self._lay_out(trainer, imitating=False)
         if any(plan.steps for plan in self.plans.values()):
-            trainer.reload_dataloaders_every_n_epochs = 1  # so that a stage's last epoch can be cut short
+            declared(trainer).reload_dataloaders_every_n_epochs = 1  # so that a stage's last epoch can be cut short
         if self._accumulate > 1:
-            self._read_ahead(trainer, pl_module)
+            self._read_ahead(trainer, module)
 
-    def _read_ahead(self, trainer: Trainer, module: LightningModule) -> None:
-        make = trainer.datamodule.train_dataloader
+    def _read_ahead(self, trainer: Trainer, module: LteModule) -> None:
+        data = declared(trainer).datamodule
+        make = data.train_dataloader
 
         def train_dataloader() -> StepLoader:
-            return StepLoader(make(), module.amounts, self._accumulate, lambda: trainer.limit_train_batches)
+            return StepLoader(make(), module.amounts, self._accumulate, lambda: int(trainer.limit_train_batches))
 
-        trainer.datamodule.train_dataloader = train_dataloader
+        data.train_dataloader = train_dataloader
         self._reads_ahead = True
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str | None = None) -> None:
         """Gives the data module its own loader back."""
         if self._reads_ahead:
-            del trainer.datamodule.train_dataloader
+            del declared(trainer).datamodule.train_dataloader
             self._reads_ahead = False
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -129,7 +134,10 @@ class StageSchedule(Callback):
                         f"stages.{stage}.steps, or say by trainer.limit_train_batches how many batches an epoch has"
                     )
             return _STREAM_EPOCH
-        batches = min(length or limit, limit) if isinstance(limit, int) else int(length * limit)
+        if length is None or isinstance(limit, int):
+            batches = min(length or int(limit), int(limit))
+        else:
+            batches = int(length * limit)
         if batches < 1:
             raise UserError(f"limit_train_batches {limit} leaves none of the {length} training batches; raise it")
         return batches
@@ -157,8 +165,9 @@ class StageSchedule(Callback):
     def _prepare(self, trainer: Trainer, epoch: int) -> None:
         trainer.limit_train_batches = self._epoch(epoch).batches
         # Before the epoch begins: of a stream, Lightning takes the first batch even earlier
-        if hasattr(trainer.datamodule, "begin"):
-            trainer.datamodule.begin(self._epoch(epoch).seen)
+        data = declared(trainer).datamodule
+        if hasattr(data, "begin"):
+            data.begin(self._epoch(epoch).seen)
 
     def steps(self, stage: Stage) -> int:
         """Returns the number of optimizer steps of a stage."""
@@ -168,7 +177,8 @@ class StageSchedule(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Checks that the model fits the stages: it has not passed the first one, unless this resumes a fit."""
-        if imitates(pl_module.net):
+        module = lte_module(pl_module)
+        if imitates(module.net):
             self._lay_out(trainer, imitating=True)
         if trainer.ckpt_path is not None and self._done != self._before(self._next_epoch):
             raise UserError(
@@ -176,21 +186,21 @@ class StageSchedule(Callback):
                 "resume with the options that it was begun with, or begin anew without it"
             )
         self._prepare(trainer, self._next_epoch)
-        if "router" in self.stages and not learns(pl_module.net):
-            selector = pl_module.net.lte_config.selector
+        if "router" in self.stages and not learns(module.net):
+            selector = lte_config(module.net).selector
             raise UserError(f"selector {selector!r} has nothing to train; set stages.router.epochs to 0")
-        check_baseline(pl_module, self.stages)
+        check_baseline(module, self.stages)
         if trainer.ckpt_path is not None:
             trainer.num_sanity_val_steps = 0  # it would measure a stage that is over on a few rows
             return
-        if STAGES.index(pl_module.stage) > STAGES.index(self.stages[0]):
+        if STAGES.index(module.stage) > STAGES.index(self.stages[0]):
             raise UserError(
-                f"the model is in stage {pl_module.stage!r} already, and the fit would begin with {self.stages[0]!r}; "
+                f"the model is in stage {module.stage!r} already, and the fit would begin with {self.stages[0]!r}; "
                 f"set stages.{self.stages[0]}.epochs to 0"
             )
-        if self.stages[0] != "dense" or pl_module.stage != "dense":
+        if self.stages[0] != "dense" or module.stage != "dense":
             trainer.num_sanity_val_steps = float("inf")  # measures what the fit starts from
-        if self.stages[0] == "expert" and pl_module.stage == "dense" and learns(pl_module.net):
+        if self.stages[0] == "expert" and module.stage == "dense" and learns(module.net):
             rank_zero_warn("the router stage is skipped: the routers are as they were initialised")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -203,12 +213,12 @@ class StageSchedule(Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Enters the stage that this epoch belongs to, and chooses the order of its data."""
         self._epoch_began = time.perf_counter()
-        now = self._epoch(trainer.current_epoch)
-        ahead = STAGES.index(now.stage) - STAGES.index(pl_module.stage)
+        module, now = lte_module(pl_module), self._epoch(trainer.current_epoch)
+        ahead = STAGES.index(now.stage) - STAGES.index(module.stage)
         # The stage of a fit's first epoch may be the one that the model was saved in: it too gets a fresh optimizer
         if ahead > 0 or (ahead == 0 and now.number == 0):
-            groups = pl_module.stage == "dense" and ahead > 0
-            pl_module.enter_stage(now.stage)
+            groups = module.stage == "dense" and ahead > 0
+            module.enter_stage(now.stage)
             self._start_step = trainer.global_step
             _rewrap(trainer)
             trainer.strategy.setup_optimizers(trainer)
@@ -216,9 +226,9 @@ class StageSchedule(Callback):
                 self._add_seconds("grouping", self._epoch_began)
                 self._epoch_began = time.perf_counter()
         sampler = getattr(trainer.train_dataloader, "batch_sampler", None)
-        if self._goes_on:
+        if self._goes_on and sampler is not None:
             sampler.begin(now.order, now.start)
-        elif hasattr(sampler, "set_epoch"):
+        elif sampler is not None and hasattr(sampler, "set_epoch"):
             sampler.set_epoch(now.key)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -228,11 +238,12 @@ class StageSchedule(Callback):
             key = self._epoch(trainer.current_epoch).key
             torch.manual_seed((self.seed * 1_000_003 + key) * 1_009 + trainer.global_rank)
         done = trainer.global_step - self._start_step
-        pl_module.stage_progress = done / max(self.steps(pl_module.stage), 1)
+        module = lte_module(pl_module)
+        module.stage_progress = done / max(self.steps(module.stage), 1)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Counts the stage's time, and sets the length of the next epoch."""
-        self._add_seconds(pl_module.stage, self._epoch_began)
+        self._add_seconds(lte_module(pl_module).stage, self._epoch_began)
         self._next_epoch = trainer.current_epoch + 1
         self._prepare(trainer, self._next_epoch)
 
@@ -256,7 +267,7 @@ class StageSchedule(Callback):
 
     # Optimisation
 
-    def configure_optimizers(self, module: LightningModule) -> dict[str, Any]:
+    def configure_optimizers(self, module: LteModule) -> dict[str, Any]:
         """Builds the current stage's optimizer: the model's weights, and the routers' own group while they learn."""
         plan = self.plans[module.stage]
         routers = list(selector_parameters(module.net))

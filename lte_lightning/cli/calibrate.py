@@ -65,7 +65,7 @@ def calibrate(
     net = rows.module.net
     require_knob(net)
     with torch.no_grad(), rows.computing():
-        found = find_thresholds(net, list(enough(rows.calibration(), tokens)), wanted, layers, progress=True)  # type: ignore[arg-type]
+        found = find_thresholds(net, list(enough(rows.calibration(), tokens)), wanted, layers, progress=True)
     write_table(replace(found, rows=rows.source), rows.folder, read_description(rows.folder))
     table = Table(title=f"{found.tokens} tokens, layers {layers}")
     for name in ("sparsity", "reached", "least layer", "most layer"):

@@ -19,7 +19,7 @@ class _Checked(Exception):
 class _Check(LteCLI):
     """Reads many command lines with one parser, and makes what each describes, except for a trainer."""
 
-    def parse_arguments(self, parser: Any, args: list[list[str]]) -> None:
+    def parse_arguments(self, parser: Any, args: Any) -> None:
         """Leaves without anything being run."""
         raise _Checked([self._check(parser, words) for words in args])
 

@@ -64,7 +64,7 @@ def generate(
         raise UserError(f"--temperature is {temperature}; it must be 0 (greedy) or a positive number, like 0.7")
     import torch
 
-    from lte_lightning.bench.machine import find_device
+    from lte_lightning.bench.machine import find_backend, find_device
     from lte_lightning.cli.costs import DTYPES
     from lte_lightning.cli.writing import choose_tokens, encode, find_source, used_sparsity, write
     from lte_lightning.core.model.convert import restore
@@ -72,15 +72,14 @@ def generate(
     from lte_lightning.core.model.quantize import QUANTIZATIONS
     from lte_lightning.core.model.thresholds import set_sparsity
     from lte_lightning.data.text import load_tokenizer
-    from lte_lightning.kernels.dispatch import BACKENDS
 
     for name, value, known in (
-        ("backend", backend, BACKENDS),
         ("dtype", dtype, ("auto", *DTYPES)),
         ("quantisation", quantize or "int8", QUANTIZATIONS),
     ):
         if value not in known:
             raise UserError(f"unknown {name} {value!r}; there are {', '.join(known)}")
+    runs_on = find_backend(backend)
     source = find_source(folder)
     kind = quantize or source.quantized
     where = find_device("cpu" if kind and device == "auto" else device)
@@ -98,7 +97,7 @@ def generate(
     inputs = encode(source, tokenizer, _read(prompt), chat, max_new_tokens).to(where)
     if threads:
         torch.set_num_threads(threads)
-    model = source.load(backend, DTYPES.get(dtype, "auto"), where, quantize)
+    model = source.load(runs_on, DTYPES.get(dtype, "auto"), where, quantize)
     if sparsity is not None:
         set_sparsity(model, sparsity)
     choose_tokens(model, tokenizer, temperature)

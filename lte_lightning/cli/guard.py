@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,29 @@ MOST_CHARACTERS = 1_000_000  # of an option whose references are followed
 MODE = "omegaconf+"  # of the parser: options may refer to each other, across files
 
 
+class CheckedLoader:
+    """Reads a configuration after a look at what it would become.
+
+    Args:
+        load: Makes the values of a text.
+    """
+
+    def __init__(self, load: Callable[[str], Any]) -> None:
+        self._load = load
+
+    def __call__(self, text: str) -> Any:
+        """Returns the values of a text.
+
+        Raises:
+            DocumentError: If it is no YAML, or holds what nothing can be made of.
+        """
+        check_yaml(text)
+        try:
+            return self._load(text)
+        except (ValueError, RecursionError) as error:  # a number of 5,000 digits
+            raise DocumentError(str(error)) from error
+
+
 def guard_configurations() -> None:
     """Lets every configuration be checked before it is read, and keeps the environment from what it says.
 
@@ -27,16 +50,8 @@ def guard_configurations() -> None:
     ArgumentParser(parser_mode=MODE).parse_string("{}")  # it makes its loader when it is first used
     load = get_loader(MODE)
 
-    def checked(text: str) -> Any:
-        check_yaml(text)
-        try:
-            return load(text)
-        except (ValueError, RecursionError) as error:  # a number of 5,000 digits
-            raise DocumentError(str(error)) from error
-
-    if not hasattr(load, "checks"):
-        checked.checks = True
-        set_loader(MODE, checked, (yaml.YAMLError,))
+    if not isinstance(load, CheckedLoader):
+        set_loader(MODE, CheckedLoader(load), (yaml.YAMLError,))
     # omegaconf 2.4 has a new name for it
     register = getattr(OmegaConf, "register_resolver", None) or OmegaConf.register_new_resolver
     register("oc.env", _environment, replace=True)

@@ -57,8 +57,9 @@ def look(source: str, model: str | None, task: str, text: str | None, label: str
     count = found.pop("rows")
     dense, sparse = (1, 1) if task != "classification" or count > 50_000 else (3, 2) if count >= 2_000 else (5, 3)
     epochs = {"dense": dense, "router": sparse, "expert": sparse}
-    blocks = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
-    environment = Environment(undefined=StrictUndefined, **blocks)
+    environment = Environment(
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
     environment.filters["quoted"] = lambda value: json.dumps(value, ensure_ascii=False)
     about = {"task": task, "model": model, "expert_size": size, "memory": memory, "epochs": epochs, "count": count}
     return environment.from_string(_TEMPLATE.read_text()).render(about | found)
@@ -181,7 +182,7 @@ def _label(rows: Dataset, text: str | None) -> str:
             few[name] = len(set(values))
     if not few:
         raise DataError(f"no column looks like a class: name it by --label; there are {', '.join(rows.column_names)}")
-    return min(few, key=few.get)
+    return min(few, key=few.__getitem__)
 
 
 def _longest(rows: Dataset, label: str | None) -> str:
@@ -192,7 +193,7 @@ def _longest(rows: Dataset, label: str | None) -> str:
             lengths[name] = sum(map(len, values)) / len(values)
     if not lengths:
         raise DataError(f"no column holds text: name it by --text; there are {', '.join(rows.column_names)}")
-    return max(lengths, key=lengths.get)
+    return max(lengths, key=lengths.__getitem__)
 
 
 def _is_broken(labels: list[Any]) -> bool:

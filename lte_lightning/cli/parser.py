@@ -35,14 +35,14 @@ class LteParser(ShortErrors, LightningArgumentParser):
 
     before_links = Namespace()
 
-    def _parse_common(self, cfg: Namespace, **how: Any) -> Namespace:
+    def _parse_common(self, cfg: Namespace, *more: Any, **how: Any) -> Namespace:
         # jsonargparse offers no other way to what links replace. Files, classes and commands are read by other calls
         if "subcommand" not in cfg and not how.keys() & {"skip_required", "fail_no_subcommand"}:
             LteParser.before_links = cfg.clone()
         with references():
             if "${" in str(cfg):
                 check_references(cfg.as_dict())
-            return super()._parse_common(cfg, **how)
+            return super()._parse_common(cfg, *more, **how)
 
     def in_files(self, words: Sequence[str]) -> Namespace:
         """Returns what the configurations of a command line say themselves, without defaults."""
@@ -56,7 +56,7 @@ class LteParser(ShortErrors, LightningArgumentParser):
             pass
         return LteParser.before_links
 
-    def parse_args(self, args: list[str] | None = None, *more: Any, **options: Any) -> Any:
+    def parse_args(self, args: Iterable[str] | None = None, *more: Any, **options: Any) -> Any:
         """Parses; ``--config lte:NAME`` is a file of the package."""
         return super().parse_args(resolve_options(sys.argv[1:] if args is None else list(args)), *more, **options)
 
@@ -89,7 +89,7 @@ def _meant(name: str, known: Iterable[str]) -> str:
     return meant(name, known, "; did you mean {}?")
 
 
-def _subclasses(base: type) -> list[type]:
+def _subclasses(base: type[object]) -> list[type[object]]:
     ours = [cls for cls in base.__subclasses__() if cls.__module__.startswith("lte_lightning.")]
     return ours + [deeper for cls in ours for deeper in _subclasses(cls)]
 
@@ -109,9 +109,10 @@ def _elsewhere(name: str) -> str:
 def _parameters(cls: type) -> set[str]:
     """Names that a class takes, those that it hands on to its bases included."""
     ours = [base for base in cls.__mro__ if base.__module__.startswith("lte_lightning.")]
-    return {name for base in ours for name in inspect.signature(base.__init__).parameters} - {"self", "kwargs"}
+    makers = [vars(base)["__init__"] for base in ours if "__init__" in vars(base)]
+    return {name for maker in makers for name in inspect.signature(maker).parameters} - {"self", "kwargs"}
 
 
 def _names() -> set[str]:
-    classes = [LteConfig, *_subclasses(LteModule), *_subclasses(LightningDataModule)]
+    classes: list[type[object]] = [LteConfig, *_subclasses(LteModule), *_subclasses(LightningDataModule)]
     return {name for cls in classes for name in _parameters(cls)}

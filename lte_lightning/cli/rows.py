@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -49,7 +50,7 @@ class Rows:
         """Yields a part of each training batch: what runs the model on it, and its token masks."""
         for batch in self.data.train_dataloader():
             here = self.moved({key: value[::ROWS_APART] for key, value in batch.items()})
-            yield lambda here=here: self.module.run_model(here), self.module.token_masks(here)
+            yield partial(self.module.run_model, here), self.module.token_masks(here)
 
     def validation(self) -> Iterator[tuple[dict[str, torch.Tensor], int]]:
         """Yields the validation batches, each with the number of its loader."""

@@ -5,11 +5,11 @@ import signal
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 from zipfile import is_zipfile
 
 from jsonargparse import set_parsing_settings
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.trainer.states import TrainerFn
@@ -32,18 +32,16 @@ from lte_lightning.recording.loggers import send_files
 from lte_lightning.recording.recorder import Recorder
 from lte_lightning.selection import import_selector
 from lte_lightning.tasks.base import LteModule
+from lte_lightning.trainer import declared
 
 
 class SaveConfig(SaveConfigCallback):
     """Keeps the resolved configuration in the run folder and on the MLflow run."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs, save_to_log_dir=False)
-
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Writes ``config.yaml``; a resumed fit leaves the one it began with."""
         text = self.parser.dump(self.config, skip_none=False)
-        recorder = next(callback for callback in trainer.callbacks if isinstance(callback, Recorder))
+        recorder = next(callback for callback in declared(trainer).callbacks if isinstance(callback, Recorder))
         if recorder.folder is None:
             return
         name = "config.yaml" if stage == "fit" else f"config-{TrainerFn(stage).value}.yaml"
@@ -70,6 +68,7 @@ class LteCLI(LightningCLI):
         super().parse_arguments(parser, args)
         self._words = [*(sys.argv[1:] if args is None else args)]
         self._given = LteParser.before_links
+        assert isinstance(parser, LteParser)  # make_cli says so
         self._in_files = parser.in_files(self._words)
         config = self.config[self.config.subcommand] if "subcommand" in self.config else self.config
         if isinstance(name := config.get("model.init_args.lte.selector"), str):
@@ -95,7 +94,7 @@ class LteCLI(LightningCLI):
             kwargs["logger"] = config.run.make_logger()
         callbacks = config.trainer.callbacks or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
-        own = [EpochLines()]
+        own: list[Callback] = [EpochLines()]
         if config.trainer.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             own.append(StageProgressBar())  # before the recorder: it stops the bar before that one has its last word
         kwargs["callbacks"] = [*own, *callbacks]
@@ -116,6 +115,10 @@ class LteCLI(LightningCLI):
     after_fit = after_test = after_predict = after_run
 
 
+class _HasTask(Protocol):
+    task: str
+
+
 def _tokenizer(init_from: str | None, pretrained: str) -> str:
     # weights from elsewhere come with their own tokenizer, unless the folder has none
     if not init_from:
@@ -126,7 +129,7 @@ def _tokenizer(init_from: str | None, pretrained: str) -> str:
     return init_from
 
 
-def _task(data: LightningDataModule) -> str:
+def _task(data: _HasTask) -> str:
     return data.task
 
 
@@ -155,7 +158,7 @@ def user_error(error: BaseException) -> BaseException | None:
     return cause
 
 
-def make_cli(args: list[str] | None = None, run: bool = True, cli_class: type[LteCLI] = LteCLI) -> LteCLI:
+def make_cli(args: list[Any] | None = None, run: bool = True, cli_class: type[LteCLI] = LteCLI) -> LteCLI:
     """Parses a command line and, if asked, runs its subcommand (without ``run`` there is none, and no trainer.fit)."""
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     guard_configurations()
@@ -171,6 +174,7 @@ def make_cli(args: list[str] | None = None, run: bool = True, cli_class: type[Lt
         subclass_mode_model=True,
         subclass_mode_data=True,
         save_config_callback=SaveConfig,
+        save_config_kwargs={"save_to_log_dir": False},
         seed_everything_default=0,
         auto_configure_optimizers=False,
         trainer_defaults={

@@ -8,7 +8,6 @@ from fnmatch import fnmatch
 from typing import Any
 
 from jsonargparse import Namespace
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lte_lightning.callbacks.plan import StagePlan
 from lte_lightning.core.model.config import LteConfig
@@ -16,6 +15,7 @@ from lte_lightning.errors import UserError
 from lte_lightning.selection import selector_class
 from lte_lightning.tasks.base import LteModule
 from lte_lightning.tasks.evaluation import STAGES
+from lte_lightning.trainer import is_first_process
 
 MODEL, LTE = "model.init_args.", "model.init_args.lte."
 # What a model is trained by; what it computes once it is trained does not depend on it
@@ -94,7 +94,7 @@ def check_given(given: Given, config: Namespace, command: str | None) -> None:
     else:
         idle = [key for key in changed if key in TRAINING or key.startswith("stages.")]
         unread |= {key: f"lightning {command} trains nothing" for key in idle if given.typed(key)}
-    if unread and rank_zero_only.rank == 0:
+    if unread and is_first_process():
         names = "; ".join(f"{_name(key)} ({why})" for key, why in sorted(unread.items()))
         print(f"options that have no effect here: {names}", file=sys.stderr)
 

@@ -19,6 +19,7 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
+from lte_lightning.bench.machine import moved
 from lte_lightning.core.model.checkpoint import from_pretrained
 from lte_lightning.core.model.checks import listed, require_finite
 from lte_lightning.core.model.experts import expert_ffns
@@ -59,13 +60,16 @@ class Source:
         """
         try:
             if self.mode is not None:
-                model = from_pretrained(self.name, backend=backend, quantize=quantize, dtype=dtype)
-                return model.to(device).eval()
-            model, info = self.architecture.from_pretrained(self.name, output_loading_info=True, dtype=dtype)
+                loaded = from_pretrained(self.name, backend=backend, quantize=quantize, dtype=dtype)
+                return moved(loaded, device).eval()
+            # With this option it returns two things, which its signature does not say
+            both: Any = self.architecture.from_pretrained(self.name, output_loading_info=True, dtype=dtype)
+            model: PreTrainedModel = both[0]
+            info: dict[str, list[str]] = both[1]
             if missing := sorted(info["missing_keys"]):
                 raise UserError(f"{self.name} lacks weights: {listed(missing)}; they would be random")
             require_finite(dict(model.named_parameters()), self.name)
-            return model.to(device).eval()
+            return moved(model, device).eval()
         except UserError:
             raise
         # RuntimeError: weights of another size, or no memory; SafetensorError: a file that was cut short

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from lte_lightning.data.checks import require_at_least, require_columns
 from lte_lightning.data.files import TABLES, find_split, read_split, suffix_of
 from lte_lightning.data.packaged import DataError
-from lte_lightning.data.text import BucketBatchSampler, load_tokenizer
+from lte_lightning.data.text import BucketBatchSampler, Loader, load_tokenizer
 
 _HOLDOUT = 0.1
 Collate = Callable[[list[dict[str, Any]]], dict[str, Any]]
@@ -239,29 +239,29 @@ class TextData(LightningDataModule):
 
     # Batches
 
-    def train_dataloader(self) -> DataLoader:
+    def train_dataloader(self) -> Loader:
         """Shuffled batches, other ones in each epoch."""
         return self.loader(self._ready["train"][0], self.batch_size, shuffle=True)
 
-    def val_dataloader(self) -> DataLoader | list[DataLoader]:
+    def val_dataloader(self) -> Loader | list[Loader]:
         """Every validation row once; a list for a task with several validation sets."""
         return one_or_all([self.loader(rows, self.eval_batch_size) for rows in self._ready["validation"]])
 
-    def test_dataloader(self) -> DataLoader | list[DataLoader]:
+    def test_dataloader(self) -> Loader | list[Loader]:
         """Every test row once."""
         return one_or_all([self.loader(rows, self.eval_batch_size) for rows in self._ready["test"]])
 
-    def predict_dataloader(self) -> DataLoader | list[DataLoader]:
+    def predict_dataloader(self) -> Loader | list[Loader]:
         """The rows to predict in the order of their file, because predictions are matched with it."""
         return one_or_all([self.loader_in_order(rows, self.collate()) for rows in self._ready[self.predict_role]])
 
-    def loader(self, rows: Dataset, batch_size: int, shuffle: bool = False) -> DataLoader:
+    def loader(self, rows: Dataset, batch_size: int, shuffle: bool = False) -> Loader:
         """Returns batches of rows of similar length."""
         expect_no_workers()
         batches = BucketBatchSampler(rows["length"][:], batch_size, shuffle, self.seed, *self.processes())
         return DataLoader(rows, batch_sampler=batches, collate_fn=self.collate())
 
-    def loader_in_order(self, rows: Dataset, collate: Collate) -> DataLoader:
+    def loader_in_order(self, rows: Dataset, collate: Collate) -> Loader:
         """Returns evaluation batches in the order of the rows."""
         expect_no_workers()
         replicas, rank = self.processes()
@@ -279,7 +279,7 @@ class TextData(LightningDataModule):
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
 
 
-def one_or_all(loaders: list[DataLoader]) -> DataLoader | list[DataLoader]:
+def one_or_all(loaders: list[Loader]) -> Loader | list[Loader]:
     """Returns the only loader, or all."""
     return loaders[0] if len(loaders) == 1 else loaders
 

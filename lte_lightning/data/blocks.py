@@ -11,7 +11,7 @@ from lte_lightning.core.model.head import IGNORED
 from lte_lightning.data.padding import pad_prompts
 
 
-class PackedBlocks(TorchDataset):
+class PackedBlocks(TorchDataset[dict[str, Any]]):
     """Blocks of a stream of tokens, each of which begins with the last token of the one before.
 
     Args:

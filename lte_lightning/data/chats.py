@@ -61,11 +61,11 @@ FORMS = (Form(("messages",)), Form(("conversations",)), ALPACA, Form(("prompt", 
 
 def find_form(splits: Iterable[Sequence[str]]) -> Form:
     """Returns the form of the rows of a source by the columns of its splits; Alpaca's if it is none that is known."""
-    splits = [set(names) for names in splits]
-    if {"instruction", "output"} in splits and not any("input" in names for names in splits):
+    columns = [set(names) for names in splits]
+    if {"instruction", "output"} in columns and not any("input" in names for names in columns):
         return Form(("instruction", "output"))
     # By what stands first: what to predict has no answers, and a column that is missing is named later.
-    return next((form for form in FORMS if any(form.columns[0] in names for names in splits)), ALPACA)
+    return next((form for form in FORMS if any(form.columns[0] in names for names in columns)), ALPACA)
 
 
 def conversation(turns: Any) -> Messages:

@@ -107,8 +107,8 @@ class ClassificationData(TextData):
         splits = self._splits
         names = [name for name in (*(("train",) if "train" in splits else splits),) if self.has_targets(splits[name])]
         if self._given_classes:
-            found = [find_classes(splits[name], self.label, self._name(name)).values for name in names[:1]]
-            return _as_given(self._given_classes, found[0] if found else ())
+            values = [find_classes(splits[name], self.label, self._name(name)).values for name in names[:1]]
+            return _as_given(self._given_classes, values[0] if values else ())
         if not names:
             return None
         found = [find_classes(splits[name], self.label, self._name(name)) for name in names]
@@ -191,7 +191,7 @@ def task_name(source: str, subset: str | None = None) -> str:
     return re.sub(r"[^\w.-]+", "-", f"{name}-{subset}" if subset else name) or "classification"
 
 
-def _as_given(classes: tuple[str, ...], values: tuple) -> Labels:
+def _as_given(classes: tuple[str, ...], values: tuple[Any, ...]) -> Labels:
     """Returns the classes that were given, as the data write them: whole numbers come from the command line as text."""
     like = {str(value): value for value in values}
     return Labels(tuple(like.get(str(name), name) for name in classes), tuple(map(str, classes)))

@@ -168,13 +168,15 @@ class InstructData(PromptData):
         return Example(segments, verbatim=True)
 
     def _render(self, messages: Messages, add_generation_prompt: bool = False) -> str:
-        options = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
         try:
-            return self.tokenizer.apply_chat_template(messages, **options)
+            text = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
         except TemplateError as error:
             raise DataError(
                 f"the chat template of {self._tokenizer_name!r} refuses a conversation ({error}): {messages!r:.200}"
             ) from error
+        return str(text)
 
 
 def alpaca_prompt(instruction: str, context: str = "") -> str:

@@ -48,16 +48,17 @@ class Labels:
         Args:
             names: The model's classes; None if it names none.
         """
+        known = tuple(names or ())
         mine = {name.casefold(): i for i, name in enumerate(self.names)}
-        theirs = [name.casefold() for name in names or ()]
+        theirs = [name.casefold() for name in known]
         if not set(mine) <= set(theirs) or len(set(theirs)) < len(theirs):
             return self
         found = [mine.get(name) for name in theirs]
         values = tuple(
             _value_like(self.values[0], name) if i is None else self.values[i]
-            for i, name in zip(found, names or (), strict=True)
+            for i, name in zip(found, known, strict=True)
         )
-        return Labels(values, tuple(name if i is None else self.names[i] for i, name in zip(found, names, strict=True)))
+        return Labels(values, tuple(name if i is None else self.names[i] for i, name in zip(found, known, strict=True)))
 
 
 def listed(names: Iterable[Any]) -> str:
@@ -186,12 +187,12 @@ def classes_of(config: PreTrainedConfig | None) -> tuple[int, list[str] | None] 
     Args:
         config: Of the model; None gives None, as a model does that was not fine-tuned for classification.
     """
-    architectures = getattr(config, "architectures", None) or []
-    if not any(name.endswith("ForSequenceClassification") for name in architectures):
+    if config is None or not any(name.endswith("ForSequenceClassification") for name in config.architectures or []):
         return None
-    names = [str(config.id2label[number]) for number in range(config.num_labels)]
-    generic = names == [f"LABEL_{number}" for number in range(config.num_labels)]
-    return config.num_labels, None if generic else names
+    labels = {int(number): str(name) for number, name in (config.id2label or {}).items()}
+    names = [labels[number] for number in range(len(labels))]
+    generic = names == [f"LABEL_{number}" for number in range(len(labels))]
+    return len(labels), None if generic else names
 
 
 def _is_number(label: Any) -> bool:

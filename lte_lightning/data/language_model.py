@@ -14,7 +14,7 @@ from lte_lightning.data.checks import require_columns, require_text
 from lte_lightning.data.files import FORMATS, TABLES, find_files, find_split, read_split, suffix_of
 from lte_lightning.data.packaged import DataError
 from lte_lightning.data.streaming import Mark, StreamingData
-from lte_lightning.data.text import BucketBatchSampler, fingerprint
+from lte_lightning.data.text import BucketBatchSampler, Loader, fingerprint
 
 _HEADING = re.compile(
     r"\s= [^=].*[^=] =\s*"
@@ -112,7 +112,10 @@ class LanguageModelData(StreamingData):
 
     def read(self, split: str) -> Dataset:
         """Returns the rows of a local split."""
-        return self._read(find_split(self.source, split, self.formats))
+        file = find_split(self.source, split, self.formats)
+        if file is None:
+            raise DataError(f"{self.source} has no file of the split {split}")
+        return self._read(file)
 
     def _read(self, file: Path) -> Dataset:
         rows = read_split(file, file.stem, formats=self.formats)
@@ -207,7 +210,7 @@ class LanguageModelData(StreamingData):
         """Pads the one block that is shorter."""
         return CollateBlocks(self.tokenizer.pad_token_id)
 
-    def loader(self, rows: Any, batch_size: int, shuffle: bool = False) -> DataLoader:
+    def loader(self, rows: Any, batch_size: int, shuffle: bool = False) -> Loader:
         """Returns batches of blocks."""
         batches = BucketBatchSampler(rows.lengths, batch_size, shuffle, self.seed, *self.processes())
         return DataLoader(rows, batch_sampler=batches, collate_fn=self.collate())

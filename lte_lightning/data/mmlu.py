@@ -5,13 +5,13 @@ from typing import Any
 import torch
 from datasets import Dataset
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch.utils.data import DataLoader
 
 from lte_lightning.core.model.head import IGNORED
 from lte_lightning.data.base import TextData
 from lte_lightning.data.checks import require_at_least, require_text
 from lte_lightning.data.packaged import DataError
 from lte_lightning.data.padding import pad_prompts
+from lte_lightning.data.text import Loader
 
 LETTERS = ("A", "B", "C", "D")
 
@@ -169,7 +169,7 @@ class MmluData(TextData):
         """Pads on the right."""
         return CollateQuestions(self.tokenizer.pad_token_id)
 
-    def predict_dataloader(self) -> DataLoader:
+    def predict_dataloader(self) -> Loader:
         """Every question, in the order of the file."""
         return self.loader_in_order(self._ready["test"][0], self.collate())
 

@@ -65,7 +65,7 @@ def resolve(path: str) -> str:
     if content is None:
         raise DataError(f"unknown package path {path!r}; known are {', '.join(_KNOWN)}")
     try:
-        root = Path(distribution(content.distribution).locate_file(content.path))
+        root = Path(str(distribution(content.distribution).locate_file(content.path)))
     except PackageNotFoundError:
         raise DataError(
             f"{path} needs the package {content.distribution}, which is not installed: "

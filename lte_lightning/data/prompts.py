@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from datasets import Dataset
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from torch.utils.data import DataLoader
 
 from lte_lightning.core.model.head import IGNORED
 from lte_lightning.data.checks import require_at_least
@@ -16,7 +15,7 @@ from lte_lightning.data.example import Example
 from lte_lightning.data.packaged import DataError
 from lte_lightning.data.padding import CollateAnswers, CollatePrompts
 from lte_lightning.data.streaming import Mark, StreamingData
-from lte_lightning.data.text import fingerprint, is_encoder_decoder
+from lte_lightning.data.text import Loader, fingerprint, is_encoder_decoder
 
 _ENCODING = 2  # part of the cache's key: to be raised when the same rows are to give other tokens
 
@@ -247,7 +246,8 @@ class PromptData(StreamingData):
 
     def decode(self, ids: Sequence[int] | torch.Tensor) -> str:
         """Returns tokens as text, without special ones."""
-        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        text = self.tokenizer.decode(list(ids) if isinstance(ids, Sequence) else ids, skip_special_tokens=True)
+        return str(text).strip()
 
     # Batches
 
@@ -255,12 +255,12 @@ class PromptData(StreamingData):
         """Pads on the right, with labels on the answers."""
         return CollateAnswers(self.tokenizer.pad_token_id)
 
-    def test_dataloader(self) -> list[DataLoader]:
+    def test_dataloader(self) -> list[Loader]:
         """Every answer once, for the loss; then every distinct prompt once, for generation."""
         answers, prompts = self._ready["test"]
         return [self.loader(answers, self.eval_batch_size), self.loader_in_order(prompts, self.collate_prompts())]
 
-    def predict_dataloader(self) -> DataLoader:
+    def predict_dataloader(self) -> Loader:
         """Every distinct prompt of the rows to predict once, longest first."""
         return self.loader_in_order(self._ready["predict"][0], self.collate_prompts())
 

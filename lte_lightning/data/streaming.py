@@ -12,13 +12,13 @@ from lte_lightning.data.base import TextData, expect_no_workers
 from lte_lightning.data.checks import require_at_least, require_columns
 from lte_lightning.data.files import find_split, stream_split
 from lte_lightning.data.packaged import DataError
-from lte_lightning.data.text import BucketBatchSampler
+from lte_lightning.data.text import BucketBatchSampler, Loader
 
 Mark = tuple[int, ...]  # where a tokenised row begins: the pass over the data, the row, perhaps the token in it
 _CHUNK = 256  # rows tokenised at a time
 
 
-class StreamedBatches(TorchStream):
+class StreamedBatches(TorchStream[list[dict[str, Any]]]):
     """Batches of an endless stream of tokenised rows.
 
     The stream is cut into buffers. A buffer is shuffled and cut into batches of similar length, as `BucketBatchSampler`
@@ -193,7 +193,7 @@ class StreamingData(TextData):
             self._ready["train"] = []
         super().setup(stage)
 
-    def train_dataloader(self) -> DataLoader:
+    def train_dataloader(self) -> Loader:
         """Shuffled batches; of a stream without end, from the place that the fit has reached."""
         if self._stream is None:
             return super().train_dataloader()

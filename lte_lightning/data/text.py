@@ -9,10 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from torch.utils.data import Sampler
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from torch.utils.data import DataLoader, Sampler
+from transformers import AutoConfig, AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase
 
 from lte_lightning.data.packaged import DataError, resolve
+
+# Of rows as the data module tokenised them, which its collate function makes batches of
+Loader = DataLoader[Any]
 
 _MEGA_BATCH = 50
 
@@ -229,9 +232,8 @@ class Collate:
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         inputs = [name for name in ("input_ids", "attention_mask", "token_type_ids") if name in rows[0]]
-        padded = self.tokenizer.pad(
-            {name: [row[name] for row in rows] for name in inputs}, pad_to_multiple_of=8, return_tensors="pt"
-        )
+        encoding = BatchEncoding({name: [row[name] for row in rows] for name in inputs})
+        padded = self.tokenizer.pad(encoding, pad_to_multiple_of=8, return_tensors="pt")
         if "label" not in rows[0]:  # rows to predict
             return dict(padded)
         return {**padded, "labels": torch.tensor([row["label"] for row in rows], dtype=self.label_dtype)}
