@@ -1,15 +1,12 @@
-"""The README and the documentation site: links lead somewhere, no page is lost, examples run."""
+"""The README and the documentation site: links lead somewhere, no page is lost (tests/test_examples.py runs examples)."""
 
-import contextlib
 import importlib
 import importlib.util
 import re
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
-from transformers import BertConfig, BertForSequenceClassification
 
 from lte_lightning.cli import COMMANDS
 
@@ -21,10 +18,6 @@ SITE = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
 def text_of(path: Path) -> str:
     """A page without its blocks of code."""
     return re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.DOTALL | re.MULTILINE)
-
-
-def blocks(path: Path) -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```$", path.read_text(), re.DOTALL | re.MULTILINE)
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -96,33 +89,3 @@ def test_the_page_of_a_command_has_its_options(command, hooks, capsys, tmp_path,
         ):
             assert shown in page
     assert capsys.readouterr() == ("", "")
-
-
-def test_the_readme_s_python_runs(tmp_path):
-    (code,) = blocks(ROOT / "README.md")
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    BertForSequenceClassification(BertConfig(vocab_size=64, **sizes)).save_pretrained(tmp_path / "my-fine-tuned-bert")
-    ids_BT = torch.randint(5, 64, (3, 7))
-    batch = {"input_ids": ids_BT, "attention_mask": torch.ones_like(ids_BT), "labels": torch.tensor([0, 1, 0])}
-    names = {"batch": batch}
-    with contextlib.chdir(tmp_path):
-        exec(code, names)
-    assert (tmp_path / "my-sparse-bert" / "lte_config.json").exists()
-    assert names["loss"].isfinite()
-    assert type(names["plain"]) is BertForSequenceClassification
-
-
-def test_the_baseline_of_the_documentation_runs():
-    from lte_lightning import LteConfig, convert, set_mode
-    from lte_lightning.selection import registry
-
-    (code,) = blocks(ROOT / "docs" / "extend.md")
-    try:
-        exec(code, {"__name__": "my_baseline"})
-        sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-        model = BertForSequenceClassification(BertConfig(vocab_size=64, **sizes)).eval()
-        convert(model, LteConfig(expert_size=16, selector="first", target_sparsity=0.5), progress=False)
-        set_mode(model, "hard")
-        assert model(torch.randint(5, 64, (2, 6))).logits.isfinite().all()
-    finally:
-        registry._selectors.pop("first", None)
