@@ -1,4 +1,4 @@
-"""The README and the documentation site: links lead somewhere, no page is lost (tests/test_examples.py runs examples)."""
+"""The README and the documentation site: links lead somewhere, no page is lost. tests/test_examples.py runs examples."""
 
 import importlib
 import importlib.util
