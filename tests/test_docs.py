@@ -1,4 +1,4 @@
-"""The README and the documentation site: links lead somewhere, no page is lost. tests/test_examples.py runs examples."""
+"""The README and the site: links lead somewhere, no page is lost. What examples say is tried by test_examples.py."""
 
 import importlib
 import importlib.util

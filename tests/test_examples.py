@@ -34,7 +34,7 @@ from lte_lightning.sweep.spec import read_sweep
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 OURS = ("lightning", "lte")
-OTHERS = ("python3", "pip", "nox", "mlflow")
+OTHERS = ("python", "python3", "pip", "nox", "mlflow")
 STAND_IN = """#!{python}
 import json, os, sys
 with open(os.environ["CALLS"], "a") as file:
@@ -100,7 +100,9 @@ def test_what_a_shell_is_told_is_taken_by_the_commands(name, place, monkeypatch)
     calls = calls_of(block(name, SHELL), place)
     assert calls
     for program, *words in calls:
-        if program in OURS:
+        if program == "python":
+            assert (ROOT / words[0]).is_file(), words
+        elif program in OURS:
             assert words[0] in COMMANDS, words
             assert takes(words, place, monkeypatch) == (0, ""), words
 
@@ -242,8 +244,15 @@ def test_sparsity(decoder, tmp_path):
     assert run("docs/sparsity.md:0", tmp_path, lte_lightning=lte_lightning)["model"] is not None
 
 
-# What needs the hub, or objects that other pages make: tests/core/model/test_trainer.py and test_hub.py run each line.
-ELSEWHERE = {"docs/huggingface.md:1"}
+def test_speed(decoder, tmp_path):
+    decoder("my-sparse-model")
+    run("docs/speed.md:0", tmp_path, lte_lightning=lte_lightning)
+    assert (tmp_path / "my-sparse-model-int8" / "lte_config.json").exists()
+
+
+# What needs the hub, other packages, or objects that other pages make. Line by line that is run by
+# tests/core/model/test_trainer.py and test_hub.py, and by tests/export/test_graph.py.
+ELSEWHERE = ("docs/huggingface.md:1", "docs/export.md:0")
 
 
 def test_every_block_of_python_is_run():

@@ -246,8 +246,9 @@ def _by_expert(subject: Subject, x_BTD: torch.Tensor) -> list[ExpertWeights]:
         taken = copy.deepcopy(ffn) if ffn.backend == "dense-mask" else copy.copy(ffn)
         set_backend(taken, "reference")
         prepared = taken.prepare(x_BTD)
-        if prepared.weights is None:
-            raise UserError(f"--rivals compute by expert, and here {prepared.choice.fallback}; leave them out")
+        if not isinstance(prepared.weights, ExpertWeights):
+            why = prepared.choice.fallback or "weights are quantised"
+            raise UserError(f"--rivals compute by expert, and here {why}; leave them out")
         weights.append(prepared.weights)
     return weights
 

@@ -79,7 +79,7 @@ def generate(
     ):
         if value not in known:
             raise UserError(f"unknown {name} {value!r}; there are {', '.join(known)}")
-    runs_on = find_backend(backend)
+    runs_on, rounded = find_backend(backend), next((each for each in QUANTIZATIONS if each == quantize), None)
     source = find_source(folder)
     kind = quantize or source.quantized
     where = find_device("cpu" if kind and device == "auto" else device)
@@ -97,7 +97,7 @@ def generate(
     inputs = encode(source, tokenizer, _read(prompt), chat, max_new_tokens).to(where)
     if threads:
         torch.set_num_threads(threads)
-    model = source.load(runs_on, DTYPES.get(dtype, "auto"), where, quantize)
+    model = source.load(runs_on, DTYPES.get(dtype, "auto"), where, rounded)
     if sparsity is not None:
         set_sparsity(model, sparsity)
     choose_tokens(model, tokenizer, temperature)
