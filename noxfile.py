@@ -85,6 +85,25 @@ def browser(session: nox.Session) -> None:
 
 
 @nox.session(python=False, requires=["env"], default=False)
+def kill(session: nox.Session) -> None:
+    """Kill fits and sweeps at many moments and resume them (a quarter of an hour): a table in kill.md."""
+    session.run(
+        *("pytest", "-v", "-m", "kill", "tests/cli/test_killed.py", *session.posargs),
+        env=ONE_THREAD | {"LTE_KILL_TABLE": "kill.md"},
+    )
+
+
+@nox.session(python=False, requires=["env"], default=False)
+def fuzz(session: nox.Session) -> None:
+    """Read damaged and hostile files of each kind, drawn anew, LTE_FUZZ of them (500): a table in fuzz.md."""
+    many = os.environ.get("LTE_FUZZ", "500")
+    session.run(
+        *("pytest", "-v", "tests/fuzz", *session.posargs),
+        env=ONE_THREAD | {"LTE_FUZZ": many, "LTE_FUZZ_TABLE": "fuzz.md"},
+    )
+
+
+@nox.session(python=False, requires=["env"], default=False)
 def docs(session: nox.Session) -> None:
     """Build the documentation site in site/: warnings are errors, links are checked."""
     session.run("mkdocs", "build", "--strict", *session.posargs, env=OFFLINE | {"NO_MKDOCS_2_WARNING": "1"})

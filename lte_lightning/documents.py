@@ -1,5 +1,7 @@
-"""YAML from anybody: limits on what a text may become once its aliases are followed, before anything is made of it."""
+"""YAML and JSON from anybody: limits on what a text may become, before anything is made of it."""
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,7 +48,7 @@ def check_yaml(text: str) -> None:
         try:
             _walk(text, yaml.SafeLoader)  # slower, and tells better what is wrong
         except yaml.YAMLError as error:
-            raise DocumentError(" ".join(str(error).split())) from error
+            raise DocumentError(" ".join(str(error).replace('in "<unicode string>", ', "").split())) from error
 
 
 def _walk(text: str, loader: Any) -> None:
@@ -90,3 +92,30 @@ def _add(inner: _Open, nodes: int, line: int) -> None:
     inner.nodes += nodes
     if inner.nodes > MOST_NODES:
         raise LimitError(f"with its aliases followed it has more than {MOST_NODES} parts (line {line})")
+
+
+_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"')
+_BRACKET = re.compile(rb"[\[\]{}]")
+
+
+def check_rows(lines: Iterable[bytes]) -> None:
+    """Looks through rows in JSON for what ends a process: pyarrow's reader does at some thousand levels, and at null.
+
+    Args:
+        lines: Of the file. A string never goes on in the next.
+
+    Raises:
+        LimitError: If it is too deep.
+        DocumentError: If a row is null.
+    """
+    depth = 0
+    for number, line in enumerate(lines, 1):
+        if not depth and line.lstrip().startswith(b"null"):
+            raise DocumentError(f"line {number} is null, and no row")
+        opened = line.count(b"[") + line.count(b"{")
+        if depth + opened <= DEEPEST and opened == line.count(b"]") + line.count(b"}"):
+            continue  # nearly every row
+        for bracket in _BRACKET.findall(_STRING.sub(b"", line)):
+            depth = depth + 1 if bracket in b"[{" else max(depth - 1, 0)
+            if depth > DEEPEST:
+                raise LimitError(f"it lies more than {DEEPEST} levels deep (line {number})")

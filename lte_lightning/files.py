@@ -60,6 +60,61 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
+def read_text(path: Path) -> str:
+    """Returns the content of a text file.
+
+    Raises:
+        UserError: If it cannot be read, or is no text in UTF-8.
+    """
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path} is not UTF-8 text from byte {error.start} on: convert it; from Latin-1, for example, by iconv -f "
+            "latin1 -t utf-8 OLD > NEW"
+        ) from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def read_json(path: Path, way_out: str = "", **how: Any) -> dict[str, Any]:
+    """Returns the mapping that a JSON file holds. The file may come from anybody.
+
+    Args:
+        path: The file.
+        way_out: What to do about one that cannot be read; the error's last words.
+        **how: Passed to ``json.loads``.
+
+    Raises:
+        UserError: If it is damaged, or holds no mapping.
+        OSError: If it cannot be read.
+    """
+    try:
+        content = json.loads(path.read_bytes().decode("utf-8-sig"), **how)
+    except UnicodeDecodeError as error:
+        why = f"it is not UTF-8 text from byte {error.start} on"
+    except RecursionError:
+        why = "it is nested too deep"
+    except ValueError as error:
+        why = str(error)
+    else:
+        if isinstance(content, dict):
+            return content
+        why = f"it holds {abridged(content)}, not a mapping"
+    raise UserError(f"{path} is damaged: {why}{way_out and f'; {way_out}'}")
+
+
+def abridged(value: object, most: int = 60) -> str:
+    """Returns a value as messages may show it, on one line and cut off."""
+    if isinstance(value, int) and abs(value) > 10**18:  # one of 5,000 digits cannot be written at all
+        return f"a number of about 2**{value.bit_length()}"
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
 def sync(path: Path) -> None:
     """Waits until a file's content, or a folder's names, are on the disk."""
     if os.name == "nt":  # folders cannot be opened there
@@ -69,6 +124,13 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sync_all(folder: Path) -> None:
+    """Waits until the files of a folder, their contents and their names, are on the disk."""
+    for path in folder.rglob("*"):
+        sync(path)
+    sync(folder)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
 from lte_lightning.errors import UserError
-from lte_lightning.files import write_json
+from lte_lightning.files import abridged, read_json, write_json
 
 LOWER_IS_BETTER = ("perplexity", "loss", "mae", "mse")
 FILE = "results.json"  # of a fit, in its run folder
@@ -212,7 +212,7 @@ class Place:
     def read(run: Path) -> "Place | None":
         """Returns where a run stands; None if nobody says so, for nothing but what is shown depends on it."""
         try:
-            return Place(**json.loads((run / PROGRESS).read_text()))
+            return Place(**read_json(run / PROGRESS))
         except (OSError, ValueError, TypeError):
             return None
 
@@ -255,12 +255,7 @@ def read(kind: type[Record], file: Path, way_out: str) -> Record:
     from pydantic import ValidationError
 
     other = "is damaged, or was written by another version of lte-lightning"
-    try:
-        content = json.loads(file.read_text(), parse_constant=lambda name: None if name == "NaN" else float(name))
-    except ValueError as error:
-        raise UserError(f"{file} is damaged: {error}; {way_out}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{file} is damaged: it holds {content!r:.60}, not a mapping; {way_out}")
+    content = read_json(file, way_out, parse_constant=lambda name: None if name == "NaN" else float(name))
     needed = [each.name for each in fields(kind) if each.default is MISSING and each.default_factory is MISSING]
     if lacking := [name for name in needed if name not in content]:
         raise UserError(f"{file} {other}: {lacking[0]} is not there; {way_out}")
@@ -270,7 +265,7 @@ def read(kind: type[Record], file: Path, way_out: str) -> Record:
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"]))
-        raise UserError(f"{file} {other}: {field} is {first['input']!r:.60}: {first['msg']}; {way_out}") from error
+        raise UserError(f"{file} {other}: {field} is {abridged(first['input'])}: {first['msg']}; {way_out}") from error
     return record
 
 

@@ -3,7 +3,6 @@
 MLflow itself makes that database as if nobody else did, and as if it were never interrupted.
 """
 
-import json
 import os
 import re
 import uuid
@@ -14,7 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from lte_lightning.errors import UserError
-from lte_lightning.files import hold_folder
+from lte_lightning.files import abridged, hold_folder, read_json
 
 RUN_LAYOUT = 1  # of a run folder, in its run.json: what reads one refuses another
 
@@ -45,18 +44,19 @@ def read_run_file(run: Path) -> dict[str, Any]:
     Raises:
         UserError: If it is damaged, or the run folder is of another version.
     """
+    file, way_out = run / "run.json", "leave this run out"
     try:
-        about = json.loads((run / "run.json").read_text())
-        layout = about.get("layout", RUN_LAYOUT)  # one that names none was written before there were any
-        texts = [about.get(key) for key in ("experiment", "run_id", "tracking_uri", "name")]
-        if not all(text is None or isinstance(text, str) for text in texts):
-            raise ValueError("a name in it is no text")
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise UserError(f"{run / 'run.json'} is damaged: {error!r}; leave this run out") from error
+        about = read_json(file, way_out)
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror or error}; {way_out}") from error
+    for key in ("experiment", "run_id", "tracking_uri", "name"):
+        if not isinstance(about.get(key), str | None):
+            raise UserError(f"{file} is damaged: {key} is {abridged(about[key])}, which is no text; {way_out}")
+    layout = about.get("layout", RUN_LAYOUT)  # one that names none was written before there were any
     if layout != RUN_LAYOUT:
         raise UserError(
-            f"run folder {run} has layout {layout!r}, this lte-lightning reads {RUN_LAYOUT}; use the version that "
-            "wrote it, or leave this run out"
+            f"run folder {run} has layout {abridged(layout)}, this lte-lightning reads {RUN_LAYOUT}; use the version "
+            "that wrote it, or leave this run out"
         )
     return about
 

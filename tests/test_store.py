@@ -3,7 +3,8 @@ import time
 
 import pytest
 
-from lte_lightning.files import hold_folder
+from lte_lightning.errors import UserError
+from lte_lightning.files import hold_folder, read_json
 from lte_lightning.store import mlflow_store, reason, shown
 
 
@@ -62,3 +63,38 @@ def test_what_is_shown_of_an_address(address, kept):
 
 def test_a_reason_shows_no_password():
     assert reason(OSError("could not\n translate me:SECRET@here")) == "could not translate ***@here"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "is damaged: Expecting value: line 1 column 1 (char 0); do this"),
+        (b"[1, 2]", "is damaged: it holds [1, 2], not a mapping; do this"),
+        (b'{"a": "caf\xe9"}', "is damaged: it is not UTF-8 text from byte 10 on; do this"),
+        (b"[" * 100_000, "is damaged: it is nested too deep; do this"),
+        (b"9" * 400, "is damaged: it holds a number of about 2**1329, not a mapping; do this"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "is damaged: Exceeds the limit (4300 digits)"),
+    ],
+)
+def test_json_of_anybody(content, said, tmp_path):
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(UserError) as raised:
+        read_json(tmp_path / "a.json", "do this")
+    assert str(raised.value).startswith(f"{tmp_path / 'a.json'} {said}")
+
+
+def test_json_in_utf8_with_or_without_a_mark(tmp_path):
+    for mark in (b"", b"\xef\xbb\xbf"):
+        (tmp_path / "a.json").write_bytes(mark + '{"a": "é"}'.encode())
+        assert read_json(tmp_path / "a.json") == {"a": "é"}
+
+
+def test_a_folder_is_held_for_so_long_at_most(tmp_path):
+    with hold_folder(tmp_path) as held:
+        assert held
+        with hold_folder(tmp_path, seconds=0.2) as again:
+            assert not again
+    with hold_folder(tmp_path, seconds=0.2) as held:
+        assert held
+    with hold_folder(tmp_path / "nowhere") as held:
+        assert not held

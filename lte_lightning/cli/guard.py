@@ -2,8 +2,10 @@
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -13,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lte_lightning.documents import DocumentError, check_yaml
 from lte_lightning.errors import UserError
+from lte_lightning.files import read_text
 
 MOST_CHARACTERS = 1_000_000  # of an option whose references are followed
 MODE = "omegaconf+"  # of the parser: options may refer to each other, across files
@@ -55,6 +58,21 @@ def guard_configurations() -> None:
     # omegaconf 2.4 has a new name for it
     register = getattr(OmegaConf, "register_resolver", None) or OmegaConf.register_new_resolver
     register("oc.env", _environment, replace=True)
+
+
+def check_files(words: Sequence[str]) -> None:
+    """Looks at the configurations that a command line names, so that what is wrong is said with the file's name.
+
+    Raises:
+        UserError: If one is no text in UTF-8 or no YAML.
+    """
+    named = [word for flag, word in pairwise(words) if flag in ("-c", "--config")]
+    named += [word.partition("=")[2] for word in words if word.startswith("--config=")]
+    for file in filter(Path.is_file, map(Path, named)):
+        try:
+            check_yaml(read_text(file))
+        except yaml.YAMLError as error:
+            raise UserError(f"{file}: {error}") from error
 
 
 def _environment(name: str, *default: Any) -> Any:

@@ -13,7 +13,7 @@ from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import LightningArgumentParser
 
-from lte_lightning.cli.guard import check_references, references
+from lte_lightning.cli.guard import check_files, check_references, references
 from lte_lightning.core.model.config import LteConfig
 from lte_lightning.errors import meant
 from lte_lightning.lazy import load_all
@@ -58,7 +58,9 @@ class LteParser(ShortErrors, LightningArgumentParser):
 
     def parse_args(self, args: Iterable[str] | None = None, *more: Any, **options: Any) -> Any:
         """Parses; ``--config lte:NAME`` is a file of the package."""
-        return super().parse_args(resolve_options(sys.argv[1:] if args is None else list(args)), *more, **options)
+        words = resolve_options(sys.argv[1:] if args is None else list(args))
+        check_files(words)
+        return super().parse_args(words, *more, **options)
 
     def explain(self, message: str, options: Iterable[str]) -> str:
         """Returns what is wrong, as the module's `explain` does."""

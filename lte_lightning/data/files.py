@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pandas as pd
 from datasets import Dataset, Features, IterableDataset, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError
 from pyarrow import ArrowInvalid
 
 from lte_lightning.data.packaged import DataError
+from lte_lightning.documents import DocumentError, check_rows
 
 TABLES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 FORMATS = (*TABLES, ".txt")
@@ -116,8 +118,13 @@ def _load(file: Path, **how: bool) -> Any:
     # load_dataset reads a path as a pattern, and brackets in a folder's name are not one.
     pattern = glob.escape(str(file.resolve()))
     try:
+        if _BUILDERS[suffix] == "json":
+            with fsspec.open(file, compression="infer") as lines:
+                check_rows(lines)
         options = _csv_options(file, suffix) if _BUILDERS[suffix] == "csv" else {}
         return load_dataset(_BUILDERS[suffix], data_files={"train": pattern}, split="train", **options, **how)
+    except DocumentError as error:
+        raise DataError(f"{file} cannot be read: {error}") from error
     except (DatasetGenerationError, OSError, ValueError) as error:
         raise DataError(_refusal(file, suffix, error)) from error
 

@@ -1,6 +1,5 @@
 """Reads what a report is made of: runs, the sweeps that they belong to, and benchmarks."""
 
-import json
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 import yaml
 
 from lte_lightning.errors import UserError
+from lte_lightning.files import read_json
 from lte_lightning.report.bench import read_bench
 from lte_lightning.report.identity import OLDER, settle
 from lte_lightning.report.material import Material
@@ -147,8 +147,8 @@ def read_run(
 
 def _json(file: Path) -> dict[str, Any]:
     try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError):
+        return read_json(file)
+    except (OSError, UserError):
         return {}
 
 

@@ -6,7 +6,6 @@ remembered for people.
 """
 
 import hashlib
-import json
 import os
 import shlex
 import shutil
@@ -22,7 +21,7 @@ from typing import Any
 import yaml
 
 from lte_lightning.errors import UserError
-from lte_lightning.files import write_json
+from lte_lightning.files import abridged, read_json, write_json
 from lte_lightning.results import FILE
 from lte_lightning.sweep.points import Point, Sweep, restore
 from lte_lightning.sweep.record import Record
@@ -228,14 +227,14 @@ def read_sweep_file(file: Path) -> dict[str, Any]:
     Raises:
         UserError: If it is damaged, or of another version.
     """
+    way_out = "put it back, or choose another folder"
     try:
-        about = json.loads(file.read_text())
-        layout = about.get("layout")
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{file} is damaged: {error!r}; put it back, or choose another folder") from error
-    if layout != LAYOUT:
+        about = read_json(file, way_out)
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror or error}; {way_out}") from error
+    if (layout := about.get("layout")) != LAYOUT:
         raise UserError(
-            f"{file} has layout {layout!r}, this lte-lightning reads {LAYOUT}; use the version that wrote "
+            f"{file} has layout {abridged(layout)}, this lte-lightning reads {LAYOUT}; use the version that wrote "
             "it, or choose another folder"
         )
     return about
@@ -270,10 +269,9 @@ def _add_with_parts(file: Path, files: set[Path]) -> None:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text())
-    except (OSError, ValueError):
+        return read_json(file)
+    except (OSError, UserError):
         return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _is_alive(pid: str) -> bool:

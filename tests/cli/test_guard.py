@@ -51,6 +51,24 @@ def test_one_clear_line(text, said, tiny, lightning, tmp_path, monkeypatch):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"run: {name: caf\xe9}\n", "error: theirs.yaml is not UTF-8 text from byte 15 on: convert it"),
+        (b"run: [\n", "error: theirs.yaml: while parsing a flow node expected the node content"),
+        (b"run: {}\nrun: {}\n", "error: theirs.yaml: the key 'run' is there twice (line 2)"),
+        (b"run: \x00\n", "error: theirs.yaml: unacceptable character #x0000"),
+    ],
+)
+@pytest.mark.parametrize("option", ["--config {}", "--config={}"])
+def test_the_file_is_named(content, said, option, tiny, lightning, tmp_path):
+    (tmp_path / "theirs.yaml").write_bytes(content)
+    fit = lightning(tmp_path, tiny.config(), "fit", *option.format("theirs.yaml").split())
+    assert fit.code == 1
+    assert fit.err.startswith(said), fit.err
+    assert fit.err.count("\n") == 1
+
+
 def test_the_environment_of_one_s_own_file(tiny, parse, tmp_path, monkeypatch):
     monkeypatch.setenv("LTE_CONFIG_ENV", "1")
     monkeypatch.setenv("NAME_OF_MINE", "mine")

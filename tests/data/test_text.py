@@ -175,6 +175,13 @@ def test_two_files_for_a_split_are_ambiguous(tmp_path):
     ("name", "content", "complaint"),
     [
         ("train.jsonl", b"", "is empty"),
+        (
+            "train.jsonl",
+            b'null\n{"sentence": "good"}',
+            r"cannot be read: line 1 is null, and no row",
+        ),  # ended the process
+        ("train.json", b"[" * 9000, r"cannot be read: it lies more than 60 levels deep \(line 1\)"),  # so did this
+        ("train.jsonl", b'{"label": 1}\n' + b'{"a":' * 99 + b"1" + b"}" * 99, r"more than 60 levels deep \(line 2\)"),
         ("train.csv", b"", "is empty"),
         ("train.jsonl", b"\n\n", "no rows, or is not jsonl"),
         ("train.json", b"[]", "no rows, or is not json"),

@@ -13,7 +13,7 @@ from transformers.initialization import no_init_weights
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from lte_lightning.core.model.backend import set_backend
-from lte_lightning.core.model.checks import require_complete, require_finite, require_sound_routers
+from lte_lightning.core.model.checks import require_complete, require_finite, require_sizes, require_sound_routers
 from lte_lightning.core.model.config import LteConfig
 from lte_lightning.core.model.convert import convert
 from lte_lightning.core.model.experts import expert_ffns, set_mode
@@ -29,6 +29,7 @@ from lte_lightning.core.model.folder import (
     read_routers,
     require_file,
     require_own,
+    said_of,
     stored_weights,
 )
 from lte_lightning.core.model.quantize import Quantization, load_quantized, require_kind, require_quantization
@@ -81,11 +82,13 @@ def from_pretrained(
     wants_info = kwargs.pop("output_loading_info", False)
     config = read_lte_config(source, **hub)
     description = read_description(source, **hub)
-    hf_config = AutoConfig.from_pretrained(source, **hub)
+    with said_of(source):
+        hf_config = AutoConfig.from_pretrained(source, **hub)
+        require_sizes(hf_config)
     if auto_class is None:
         architecture = (hf_config.architectures or ["none"])[0]
-        auto_class = getattr(transformers, architecture, None)
-        if auto_class is None:
+        auto_class = getattr(transformers, str(architecture), None)
+        if not (isinstance(auto_class, type) and issubclass(auto_class, PreTrainedModel)):
             raise LayoutError(f"{source} was saved as {architecture!r}, which transformers lacks; pass auto_class")
     routers = read_routers(source, **hub)
     table = read_table(source, description, **hub)
@@ -98,12 +101,14 @@ def from_pretrained(
     else:
         token = _LOADS_PLAIN.set(True)
         try:
-            model, info = auto_class.from_pretrained(source, output_loading_info=True, **kwargs)
+            with said_of(source):
+                model, info = auto_class.from_pretrained(source, output_loading_info=True, **kwargs)
         finally:
             _LOADS_PLAIN.reset(token)
         require_complete(model, info, source)
         # Files are mapped for each check alone: pages of the model's own mapping, once read, would stay beside them.
-        require_finite(stored_weights(source, variant, **hub), source)
+        with said_of(source):
+            require_finite(stored_weights(source, variant, **hub), source)
         if "dtype" in kwargs or "torch_dtype" in kwargs:  # a copy in another type, which may overflow
             require_finite(dict(model.named_parameters()), source)
         convert(model, config, group=False)

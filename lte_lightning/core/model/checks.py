@@ -4,14 +4,27 @@ import re
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from lte_lightning.core.model.parts import find_row
 from lte_lightning.errors import UserError
+from lte_lightning.files import abridged
 
 # Buffers that files of earlier transformers hold, and no later one reads.
 _OLD_BUFFERS = re.compile(r"(inv_freq|position_ids|masked_bias|attn\.bias|attention\.bias)$")
 _LEVELS = ("level", "levels")
+MOST_LAYERS = 10_000
+
+
+def require_sizes(config: PreTrainedConfig) -> None:
+    """Refuses a configuration of so many layers that making them would take for ever.
+
+    Raises:
+        UserError: If it has.
+    """
+    for key, value in config.to_dict().items():
+        if "layers" in key and isinstance(value, int) and value > MOST_LAYERS:
+            raise UserError(f"{key} is {abridged(value)}, and no model has more than {MOST_LAYERS} layers")
 
 
 def require_complete(model: PreTrainedModel, info: dict[str, Any], source: object, cut: bool = False) -> None:

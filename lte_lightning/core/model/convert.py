@@ -8,6 +8,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from lte_lightning.core.model.config import LteConfig
+from lte_lightning.core.model.exact import computes_on
 from lte_lightning.core.model.experts import ExpertFfn, expert_ffns, require_expert_ffns
 from lte_lightning.core.model.families import find_row
 from lte_lightning.core.model.grouping import Grouping, expert_count, group_neurons
@@ -69,7 +70,7 @@ def convert(
         selector.check_sparsity(config)
     for (layer, stack), parts, selector in zip(sites, all_parts, selectors, strict=True):
         threshold = 0.0 if selector.scales else config.threshold
-        ffn = ExpertFfn(parts, config.expert_size, selector.to(parts.up.weight.device), threshold)
+        ffn = ExpertFfn(parts, config.expert_size, selector.to(computes_on(parts.up)), threshold)
         ffn.stack = stack
         if parts.row.module:
             ffn.shell = (get_child(layer, parts.row.module),)  # in a tuple: its weights are not registered twice
@@ -189,5 +190,5 @@ def _make_selector(config: LteConfig, parts: FfnParts, generator: torch.Generato
     activation = activation_name(parts.activation)
     shape = FfnShape(width, neurons // config.expert_size, parts.gate is not None, activation)
     # Not on torch's default device, which Lightning sets to a GPU: the generator is the CPU's.
-    with torch.device("meta" if parts.up.weight.is_meta else "cpu"):
+    with torch.device("meta" if computes_on(parts.up).type == "meta" else "cpu"):
         return selector_class(config.selector).make(shape, config, generator)

@@ -49,6 +49,14 @@ def what_surrounds(module: nn.Module) -> str:
     return ""
 
 
+def computes_on(module: nn.Module) -> torch.device:
+    """Returns where a module's weight is when it computes: accelerate brings offloaded ones (``device_map``) there."""
+    device = module.weight.device
+    hook = getattr(module, "_hf_hook", None)
+    execution = getattr(hook, "execution_device", None)
+    return torch.device(execution) if device.type == "meta" and execution is not None else device  # type: ignore[return-value]
+
+
 def is_sharded(module: nn.Module) -> bool:
     """Says whether FSDP, of either version, manages a module's parameters; by name, for torch may lack both."""
     return any(kind.__name__ in ("FSDPModule", "FullyShardedDataParallel") for kind in type(module).__mro__)

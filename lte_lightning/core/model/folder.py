@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from lte_lightning.core.model.config import LteConfig
 from lte_lightning.core.model.digest import FORMAT, differing
 from lte_lightning.core.model.experts import MODES
 from lte_lightning.errors import UserError, meant_path
+from lte_lightning.files import abridged, read_json
 from lte_lightning.selection import selector_class
 
 LAYOUT_VERSION = 1
@@ -58,6 +60,22 @@ def find_model(source: str | os.PathLike[str]) -> str:
     return name
 
 
+@contextmanager
+def said_of(source: object) -> Iterator[None]:
+    """Says in one line what is wrong with a folder that transformers cannot load, whatever it raises.
+
+    Raises:
+        LayoutError: If it raises anything but what says that memory is short.
+    """
+    try:
+        yield
+    except (UserError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        why = " ".join(str(error).split())[:400] or type(error).__name__
+        raise LayoutError(f"{source} cannot be loaded: {why}") from error
+
+
 def is_lte(source: str | os.PathLike[str], **hub: Any) -> bool:
     """Says whether a folder or hub id holds a model written by `save_pretrained`."""
     return find(source, CONFIG_FILE, **hub) is not None
@@ -96,13 +114,14 @@ def read_description(source: str | os.PathLike[str], **hub: Any) -> dict[str, An
     """
     path = require_file(source, CONFIG_FILE, **hub)
     try:
-        description: dict[str, Any] = json.loads(path.read_text())
-        version = description["layout_version"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise LayoutError(f"{path} is damaged: {error!r}") from error
-    if version not in (LAYOUT_VERSION, QUANTIZED_VERSION):
+        description = read_json(path)
+    except (UserError, OSError) as error:
+        raise LayoutError(str(error)) from error
+    if "layout_version" not in description:
+        raise LayoutError(f"{path} is damaged: it has no layout_version")
+    if (version := description["layout_version"]) not in (LAYOUT_VERSION, QUANTIZED_VERSION):
         raise LayoutError(
-            f"{source} has layout version {version!r}, this lte-lightning reads {LAYOUT_VERSION}; "
+            f"{source} has layout version {abridged(version)}, this lte-lightning reads {LAYOUT_VERSION}; "
             "install the version that wrote it, or export the model again"
         )
     return description

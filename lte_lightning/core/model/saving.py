@@ -38,6 +38,7 @@ from lte_lightning.core.model.quantized import is_quantized
 from lte_lightning.core.model.swap import lte_config, plain
 from lte_lightning.core.model.thresholds import THRESHOLDS_FILE, save_kept_table
 from lte_lightning.errors import UserError
+from lte_lightning.files import sync, sync_all
 from lte_lightning.selection import selector_class
 
 
@@ -72,7 +73,9 @@ def save_pretrained(
     try:
         _write(model, staging, about, **kwargs)
         staging.chmod(0o755)
+        sync_all(staging)  # or after a power cut the folder may be there, and its files empty
         _replace(folder, staging)
+        sync(folder.parent)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return folder
@@ -98,6 +101,7 @@ def save_into(model: PreTrainedModel, folder: Path, **kwargs: Any) -> Path:
     staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
     try:
         _write(model, staging, None, **kwargs)
+        sync_all(staging)
         written = sorted(path.name for path in staging.iterdir())
         # The description goes first and comes last, so that a folder that was left half way is not taken for a model.
         (folder / CONFIG_FILE).unlink(missing_ok=True)
@@ -108,7 +112,10 @@ def save_into(model: PreTrainedModel, folder: Path, **kwargs: Any) -> Path:
         if not is_ours(folder / README):
             written.remove(README)
         for name in sorted(written, key=lambda name: name == CONFIG_FILE):
+            if name == CONFIG_FILE:
+                sync(folder)  # what it describes is there before it
             (staging / name).replace(folder / name)
+        sync(folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return folder
@@ -137,6 +144,11 @@ def _write(
         raise UserError(
             f"the weights of this {type(model).__name__} are sharded over devices; gather them in every process, "
             "state_dict = accelerator.get_state_dict(model), and save with state_dict=state_dict in the first"
+        )
+    if offloaded := [key for key, value in state.items() if value.is_meta]:
+        raise UserError(
+            f"weights are not in memory ({listed(offloaded)}), for device_map offloaded them or the model was made "
+            "without values; to save the model, load it without offload_folder"
         )
     routers = _take_routers(model, state)
     _require_loadable(model, state)

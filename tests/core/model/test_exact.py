@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from lte_lightning import LteConfig, convert, restore, set_backend, set_mode
+from lte_lightning import LteConfig, convert, from_pretrained, restore, save_pretrained, set_backend, set_mode
 from lte_lightning.core.model.experts import expert_ffns
 from lte_lightning.core.model.parts import UnsupportedModelError
 from lte_lightning.errors import UserError
@@ -408,3 +408,21 @@ def test_convert_loses_no_hook(family, part, kind, build):
     assert [name for name, _ in model.named_modules()] == names
     handle.remove()
     convert(model, LteConfig(16, "contiguous"), progress=False)
+
+
+@pytest.mark.parametrize("device_map", [{"": "disk"}, {"": "cpu"}])
+def test_weights_on_the_disk_are_computed_with_and_their_routers_are_not_lost(device_map, sparse, tmp_path):
+    pytest.importorskip("accelerate", reason="transformers offloads by it")
+    model = sparse()
+    save_pretrained(model, tmp_path / "model")
+    ids_BT = torch.randint(5, 64, (2, 7))
+    offloaded = from_pretrained(tmp_path / "model", device_map=device_map, offload_folder=tmp_path / "disk")
+    routers = [p for name, p in offloaded.named_parameters() if "selector" in name]
+    assert routers
+    assert not any(router.is_meta for router in routers)
+    with torch.no_grad():
+        torch.testing.assert_close(offloaded(ids_BT).logits, model(ids_BT).logits, rtol=1e-5, atol=1e-6)
+    if "disk" in device_map.values():
+        with pytest.raises(UserError, match="weights are not in memory .* load it without offload_folder"):
+            save_pretrained(offloaded, tmp_path / "again")
+        assert not (tmp_path / "again").exists()

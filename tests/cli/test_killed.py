@@ -1,0 +1,289 @@
+"""Fits that are killed by SIGKILL at seeded moments, resumed, and compared with one that nobody disturbed.
+
+`nox -s kill` runs them (a quarter of an hour), and writes what happened as a table; docs/tried.md has one.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+pytestmark = [pytest.mark.kill, pytest.mark.timeout(1800)]
+SECONDS = 600  # the longest that one command may take
+ETA = "model.efficiency_weight"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kind of fit. `options` have dotted keys."""
+
+    name: str
+    model: str  # the fixture
+    epochs: tuple[int, int, int]
+    options: dict
+
+
+CASES = {
+    "classifier": Case("classifier, in passes, MLflow", "tiny", (2, 2, 2), {"trainer.logger": True}),
+    "steps": Case(
+        "classifier, stages in steps within a pass",
+        "tiny",
+        (1, 1, 1),
+        {"stages.dense.steps": 11, "stages.router.steps": 13, "stages.expert.steps": 12},
+    ),
+    "stream": Case(
+        "generator, on a stream of rows",
+        "tiny_lm",
+        (1, 1, 1),
+        {
+            "data.init_args.streaming": True,
+            "data.init_args.shuffle_buffer": 24,
+            "stages.dense.steps": 14,
+            "stages.router.steps": 12,
+            "stages.expert.steps": 8,
+            "trainer.limit_train_batches": 3,
+        },
+    ),
+    "lora": Case("generator, LoRA", "tiny_lm", (2, 2, 2), {"model.init_args.lora": {"rank": 2}}),
+    "two": Case(
+        "classifier, two processes (DDP)", "tiny", (2, 2, 2), {"trainer.devices": 2, "trainer.strategy": "ddp"}
+    ),
+}
+
+
+def written(name: str, count: int) -> Callable[[Path], bool]:
+    """A moment: while a file of a run is written for the nth time, before it takes its name."""
+    seen = [False]
+
+    def now(run: Path) -> bool:
+        there = (run / f"{name}.tmp").exists()
+        if there != seen[-1]:
+            seen.append(there)
+        return sum(seen) >= count
+
+    return now
+
+
+def replaced(count: int) -> Callable[[Path], bool]:
+    """A moment: as soon as last.ckpt is there for the nth time, at the end of an epoch, of a stage for some n."""
+    seen: set[int] = set()
+
+    def now(run: Path) -> bool:
+        try:
+            seen.add((run / "checkpoints" / "last.ckpt").stat().st_mtime_ns)
+        except OSError:
+            return False
+        return len(seen) >= count
+
+    return now
+
+
+def saving(run: Path) -> bool:
+    """A moment: while the model's folder is written."""
+    return any(run.glob(".model-*"))
+
+
+# What is killed when: a share of the time that a fit takes from its run.json to its end, or a moment by its name.
+LAST = "checkpoints/last.ckpt"
+MOMENTS = {
+    "classifier": [0.05, 0.3, 0.5, 0.7, 0.9, "first", "second", "switch", "saving"],
+    "steps": [0.2, 0.5, 0.8],
+    "stream": [0.2, 0.45, 0.7, "second"],
+    "lora": [0.25, 0.6, "switch", "second"],
+    "two": [0.3, 0.7, "switch"],
+}
+NAMED = {
+    "first": ("the first checkpoint is written", lambda: written(LAST, 1)),
+    "second": ("a checkpoint is written over another", lambda: written(LAST, 2)),
+    "switch": ("a stage has just ended", lambda: replaced(2)),
+    "saving": ("the model's folder is written", lambda: saving),
+}
+
+
+@pytest.fixture(scope="module")
+def table() -> Iterator[list[tuple[str, ...]]]:
+    """Rows of what was tried, written to the file that LTE_KILL_TABLE names."""
+    rows: list[tuple[str, ...]] = []
+    yield rows
+    if path := os.environ.get("LTE_KILL_TABLE"):
+        head = ("fit", "killed when", "left", "resumed from", "weights afterwards")
+        lines = [head, ("---",) * len(head), *rows]
+        Path(path).write_text("".join(f"| {' | '.join(line)} |\n" for line in lines))
+
+
+@pytest.fixture(scope="module")
+def config(request, tmp_path_factory) -> Callable[[str], dict]:
+    def make(case: str) -> dict:
+        about = CASES[case]
+        return request.getfixturevalue(about.model).config(epochs=about.epochs, **about.options)
+
+    return make
+
+
+def start(cwd: Path, *words: object) -> subprocess.Popen:
+    log = (cwd / "log.txt").open("a")
+    with log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "lte_lightning", *map(str, words)],
+            cwd=cwd,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+
+
+def finish(process: subprocess.Popen, cwd: Path) -> None:
+    try:
+        assert process.wait(SECONDS) == 0, (cwd / "log.txt").read_text()
+    finally:
+        end(process)
+
+
+def end(process: subprocess.Popen) -> None:
+    """Kills a command and all that it started, if any of it still runs."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+    process.wait()
+
+
+def wait_for(there: Callable[[], bool], process: subprocess.Popen, seconds: float = SECONDS) -> bool:
+    """Waits without a pause longer than a checkpoint's writing; False if the process ended or the time is over."""
+    deadline = time.monotonic() + seconds
+    while not there():
+        if process.poll() is not None or time.monotonic() > deadline:
+            return False
+        time.sleep(0.0003)
+    return True
+
+
+def the_run(cwd: Path) -> Path | None:
+    return next((file.parent for file in cwd.glob("runs/*/*/run.json")), None)
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return torch.load(run / LAST, weights_only=True)["state_dict"]
+
+
+def results(run: Path) -> dict:
+    found = json.loads((run / "results.json").read_text())
+    return {key: value for key, value in found.items() if key not in ("seconds_per_stage", "floor", "versions")}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(config, tmp_path_factory) -> Callable[[str], tuple[Path, float]]:
+    """`undisturbed(case)`: the run of a whole fit, and the seconds from its run.json to its end."""
+    made: dict[str, tuple[Path, float]] = {}
+
+    def make(case: str) -> tuple[Path, float]:
+        if case not in made:
+            cwd = tmp_path_factory.mktemp(case)
+            (cwd / "fit.yaml").write_text(yaml.safe_dump(config(case)))
+            process = start(cwd, "fit", "--config", "fit.yaml")
+            assert wait_for(lambda: the_run(cwd) is not None, process), (cwd / "log.txt").read_text()
+            began = time.monotonic()
+            finish(process, cwd)
+            made[case] = the_run(cwd), time.monotonic() - began
+        return made[case]
+
+    return make
+
+
+@pytest.mark.parametrize(("case", "moment"), [(case, moment) for case in MOMENTS for moment in MOMENTS[case]])
+def test_a_killed_fit_ends_as_an_undisturbed_one(case, moment, undisturbed, config, tmp_path, table):
+    whole, seconds = undisturbed(case)
+    (tmp_path / "fit.yaml").write_text(yaml.safe_dump(config(case)))
+    process = start(tmp_path, "fit", "--config", "fit.yaml")
+    try:
+        assert wait_for(lambda: the_run(tmp_path) is not None, process), (tmp_path / "log.txt").read_text()
+        run = the_run(tmp_path)
+        if isinstance(moment, str):
+            when, make = NAMED[moment]
+            there = make()
+            assert wait_for(lambda: there(run), process), f"{when}: never seen"
+        else:
+            share = moment + 0.1 * (random.Random(f"{case} {moment}").random() - 0.5)
+            when = f"{share:.0%} of its time was over"
+            wait_for(lambda: False, process, share * seconds)
+    finally:
+        end(process)
+    last, left = run / LAST, [path.name for path in run.rglob("*.tmp")]
+    left += [path.name.rpartition("-")[0] + "-..." for path in run.glob(".model-*")]
+    resumed, source = [], "the beginning"
+    if last.exists():
+        content = torch.load(last, weights_only=True)  # whole, or this fails
+        source = f"epoch {content['epoch'] + 1}, stage {content['lte']['stage']}"
+        resumed = ["--ckpt_path", last]
+    else:
+        shutil.rmtree(run)
+    (tmp_path / "log.txt").unlink()
+    finish(start(tmp_path, "fit", "--config", "fit.yaml", *resumed), tmp_path)
+    said = (tmp_path / "log.txt").read_text()
+    run = the_run(tmp_path)
+    mine, theirs = weights(run), weights(whole)
+    assert mine.keys() == theirs.keys()
+    assert [name for name in mine if not torch.equal(mine[name], theirs[name])] == []
+    assert results(run) == results(whole)
+    assert "Traceback" not in said, said
+    table.append((CASES[case].name, when, ", ".join(left) or "nothing", source, "equal, bit for bit"))
+
+
+@pytest.fixture(scope="module")
+def sweep_words(tiny, tmp_path_factory) -> list[object]:
+    folder = tmp_path_factory.mktemp("sweep")
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(tiny.config(epochs=(2, 1, 1))))
+    content = {"base": "tiny.yaml", "start": {}, "variants": {"LTE": {"list": [{ETA: 0.5}, {ETA: 1.0}]}}}
+    (folder / "sweep.yaml").write_text(yaml.safe_dump(content))
+    return ["sweep", folder / "sweep.yaml", "--folder", "runs/sweep"]
+
+
+def points(cwd: Path) -> dict[str, tuple[dict, dict[str, torch.Tensor]]]:
+    return {
+        file.parent.name.rpartition("-")[0]: (results(file.parent), weights(file.parent))
+        for file in cwd.glob("runs/sweep/*/results.json")
+    }
+
+
+@pytest.fixture(scope="module")
+def whole_sweep(sweep_words, tmp_path_factory) -> tuple[dict, float]:
+    cwd = tmp_path_factory.mktemp("whole-sweep")
+    began = time.monotonic()
+    finish(start(cwd, *sweep_words), cwd)
+    return points(cwd), time.monotonic() - began
+
+
+@pytest.mark.parametrize("share", [0.35, 0.6, 0.85])
+def test_a_killed_sweep_ends_as_an_undisturbed_one(share, whole_sweep, sweep_words, tmp_path, table):
+    whole, seconds = whole_sweep
+    share += 0.1 * (random.Random(f"sweep {share}").random() - 0.5)
+    process = start(tmp_path, *sweep_words)
+    wait_for(lambda: False, process, share * seconds)
+    end(process)
+    done = len(points(tmp_path))
+    begun = len(list(tmp_path.glob("runs/sweep/*/run.json")))
+    finish(start(tmp_path, *sweep_words), tmp_path)
+    mine = points(tmp_path)
+    assert mine.keys() == whole.keys()
+    assert len(mine) == 3
+    for name, (found, state) in mine.items():
+        expected, other = whole[name]
+        differing = {key for key in expected if found[key] != expected[key]}
+        assert differing == set()
+        assert [key for key in other if not torch.equal(state[key], other[key])] == []
+    left = f"{done} of 3 fits done, {begun - done} in its midst"
+    table.append(
+        ("sweep of three fits", f"{share:.0%} of its time was over", left, "what was done", "equal, bit for bit")
+    )
