@@ -7,8 +7,9 @@ from typing import Any
 
 import yaml
 
+from lte_lightning.documents import check_yaml
 from lte_lightning.errors import UserError
-from lte_lightning.files import read_json
+from lte_lightning.files import read_json, read_text
 from lte_lightning.report.bench import read_bench
 from lte_lightning.report.identity import OLDER, settle
 from lte_lightning.report.material import Material
@@ -181,6 +182,8 @@ def _flat(file: Path) -> dict[str, Any]:
             yield path, value
 
     try:
-        return dict(flatten(yaml.load(file.read_text(), yaml.CSafeLoader), ""))
-    except (OSError, yaml.YAMLError):
+        text = read_text(file)
+        check_yaml(text)
+        return dict(flatten(yaml.load(text, yaml.CSafeLoader), ""))
+    except (UserError, yaml.YAMLError, ValueError):
         return {}

@@ -275,7 +275,7 @@ def test_results_json(content, test, run):
 
 
 @given(data=st.data())
-@tries(cost=2)
+@tries(cost=5)
 def test_report(data, run):
     name = data.draw(
         st.sampled_from(["run.json", "results.json", "test.json", "config.yaml", "model__lte_config.json"])

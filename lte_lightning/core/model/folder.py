@@ -203,7 +203,7 @@ def require_own(
             )
         wrong_routers = differing(digest["routers"], routers)
         wrong_weights = differing(short(digest["weights"]), short(weights))
-    except (AttributeError, KeyError, TypeError, IndexError) as error:
+    except (AttributeError, KeyError, TypeError, IndexError, ValueError) as error:
         raise LayoutError(f"the digest in {CONFIG_FILE} of {source} is damaged: {error!r}") from error
     for wrong, what, other in (
         (wrong_routers, ROUTERS_FILE, "weights"),
