@@ -423,6 +423,6 @@ def test_weights_on_the_disk_are_computed_with_and_their_routers_are_not_lost(de
     with torch.no_grad():
         torch.testing.assert_close(offloaded(ids_BT).logits, model(ids_BT).logits, rtol=1e-5, atol=1e-6)
     if "disk" in device_map.values():
-        with pytest.raises(UserError, match="weights are not in memory .* load it without offload_folder"):
+        with pytest.raises(UserError, match=r"weights are not in memory .* load it without offload_folder"):
             save_pretrained(offloaded, tmp_path / "again")
         assert not (tmp_path / "again").exists()
