@@ -3,7 +3,8 @@
 The public API: `convert` a model, train it (see the ``lightning`` command), `save_pretrained`, `from_pretrained`,
 `restore`; `register` has transformers' Auto classes load saved models sparse; `set_backend` chooses what computes the
 selected experts; `set_sparsity` turns the knob of a calibrated model; `quantize` rounds weights to 8 or 4 bits, to
-decode faster on a CPU; `RouterTrace` reads what the routers decide.
+decode faster on a CPU; `equal_rows` makes a row's bits independent of its
+batch; `RouterTrace` reads what the routers decide.
 """
 
 from typing import TYPE_CHECKING
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from lte_lightning.core.model.saving import save_pretrained
     from lte_lightning.core.model.thresholds import set_sparsity
     from lte_lightning.core.routing.trace import RouterTrace
+    from lte_lightning.kernels.rows import equal_rows
 else:
     __getattr__, __dir__ = on_first_use(
         __name__,
@@ -33,6 +35,7 @@ else:
             "core.model.saving": ["save_pretrained"],
             "core.model.thresholds": ["set_sparsity"],
             "core.routing.trace": ["RouterTrace"],
+            "kernels.rows": ["equal_rows"],
         },
     )
 
@@ -42,6 +45,7 @@ __all__ = [
     "LteConfig",
     "RouterTrace",
     "convert",
+    "equal_rows",
     "from_pretrained",
     "quantize",
     "register",

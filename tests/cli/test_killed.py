@@ -216,7 +216,7 @@ def test_a_killed_fit_ends_as_an_undisturbed_one(case, moment, undisturbed, conf
             assert wait_for(lambda: there(run), process), f"{when}: never seen"
         else:
             share = moment + 0.1 * (random.Random(f"{case} {moment}").random() - 0.5)
-            when = f"{share:.0%} of its time was over"
+            when = f"{share:.0%} of an undisturbed one's time was over"
             wait_for(lambda: False, process, share * seconds)
     finally:
         end(process)
@@ -245,7 +245,7 @@ def test_a_killed_fit_ends_as_an_undisturbed_one(case, moment, undisturbed, conf
 def sweep_words(tiny, tmp_path_factory) -> list[object]:
     folder = tmp_path_factory.mktemp("sweep")
     (folder / "tiny.yaml").write_text(yaml.safe_dump(tiny.config(epochs=(2, 1, 1))))
-    content = {"base": "tiny.yaml", "start": {}, "variants": {"LTE": {"list": [{ETA: 0.5}, {ETA: 1.0}]}}}
+    content = {"configs": ["tiny.yaml"], "start": {}, "variants": {"LTE": {"list": [{ETA: 0.5}, {ETA: 1.0}]}}}
     (folder / "sweep.yaml").write_text(yaml.safe_dump(content))
     return ["sweep", folder / "sweep.yaml", "--folder", "runs/sweep"]
 

@@ -6,6 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from lte_lightning.core.model.exact import computes_on
 from lte_lightning.core.model.nonfinite import down_selected, guard, is_bare, project_running, running_neurons
 from lte_lightning.core.model.parts import FfnParts, Projection, weight_rows
 from lte_lightning.core.model.prepared import (
@@ -62,7 +63,7 @@ class ExpertFfn(nn.Module):
         self.activation, self.dropout, self.row = parts.activation, parts.dropout, parts.row
         self.neurons, self.width = weight_rows(parts.up).shape  # F and D
         self.selector, self.expert_size = selector, expert_size
-        self.register_buffer("tau", torch.tensor(threshold, device=parts.up.weight.device).float(), persistent=False)
+        self.register_buffer("tau", torch.tensor(threshold, device=computes_on(parts.up)).float(), persistent=False)
         self._threshold = self.trained_threshold = threshold
         self.mode: Mode = "dense"
         self.backend: Backend = "dense-mask"
