@@ -52,7 +52,8 @@ def test_a_lazy_package_offers_what_it_says(package):
 
 def test_a_help_text_is_made_once(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    made = []
+    monkeypatch.setenv("COLUMNS", "80")
+    made, program_before = [], sys.argv[0]
 
     def make():
         made.append(1)
@@ -67,6 +68,11 @@ def test_a_help_text_is_made_once(tmp_path, monkeypatch, capsys):
     show_help("fit", make)
     monkeypatch.setattr(sys, "argv", ["lightning"])  # another name
     show_help("fit", make)
+    assert len(made) == 4
+    for program, columns in (("lightning", "77"), (program_before, "77"), (program_before, "80")):  # all are kept
+        monkeypatch.setattr(sys, "argv", [program])
+        monkeypatch.setenv("COLUMNS", columns)
+        show_help("fit", make)
     assert len(made) == 4
     assert sorted(path.name for path in (tmp_path / "lte-lightning").iterdir()) == ["help-fit.txt", "help-test.txt"]
 

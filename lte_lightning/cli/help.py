@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import io
+import json
 import os
 import shutil
 import sys
@@ -13,24 +14,29 @@ from pathlib import Path
 from lte_lightning.cache import cache_folder
 
 PACKAGE = Path(__file__).parents[1]
+MOST = 8  # texts of a command
 WRITTEN_BY = ("docstring-parser", "jsonargparse", "lightning", "omegaconf", "torch", "transformers")
 
 
 def show_help(command: str, make: Callable[[], object]) -> None:
-    """Prints a command's help. The text is kept until this package, what it is made with, or the terminal changes.
+    """Prints a command's help. The text is kept until this package or what it is made with changes.
+
+    Each program's name and each width of a terminal has a text of its own.
 
     Args:
         command: Its name.
         make: Prints the help and exits.
     """
     folder, key = cache_folder(), _key()
+    looks = f"{Path(sys.argv[0]).name} {shutil.get_terminal_size().columns}"
     file = folder / f"help-{command}.txt" if folder else None
-    with contextlib.suppress(OSError):  # the first line is the key, the rest the text
-        if file and file.exists():
-            kept, _, text = file.read_text(encoding="utf-8").partition("\n")
-            if kept == key:
-                print(text, end="")
-                return
+    texts: dict[str, str] = {}
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # a damaged file is made again
+        kept = json.loads(file.read_text(encoding="utf-8")) if file else {}
+        texts = dict(kept["texts"]) if kept.get("key") == key else {}
+    if looks in texts:
+        print(texts[looks], end="")
+        return
     printed = io.StringIO()
     try:
         with contextlib.redirect_stdout(printed):
@@ -42,7 +48,8 @@ def show_help(command: str, make: Callable[[], object]) -> None:
     with contextlib.suppress(OSError):
         if file:
             staging = file.with_suffix(f".{os.getpid()}")
-            staging.write_text(f"{key}\n{printed.getvalue()}", encoding="utf-8")
+            recent = dict([*texts.items(), (looks, printed.getvalue())][-MOST:])
+            staging.write_text(json.dumps({"key": key, "texts": recent}), encoding="utf-8")
             staging.replace(file)
 
 
@@ -51,8 +58,7 @@ def _key() -> str:
         (str(path), status.st_mtime_ns, status.st_size) for path in PACKAGE.rglob("*.py") if (status := path.stat())
     ]
     made_with = [sys.version, *map(_version, WRITTEN_BY)]
-    terminal = (Path(sys.argv[0]).name, shutil.get_terminal_size().columns)
-    return hashlib.sha256(repr((sorted(states), made_with, terminal)).encode()).hexdigest()
+    return hashlib.sha256(repr((sorted(states), made_with)).encode()).hexdigest()
 
 
 def _version(package: str) -> str:

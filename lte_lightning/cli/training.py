@@ -5,7 +5,7 @@ import signal
 import sys
 import warnings
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 from zipfile import is_zipfile
 
 from jsonargparse import set_parsing_settings
@@ -51,7 +51,19 @@ class SaveConfig(SaveConfigCallback):
 
 
 class LteCLI(LightningCLI):
-    """LightningCLI with the stage schedule and the recorder always there."""
+    """LightningCLI with the stage schedule and the recorder always there.
+
+    Attributes:
+        wanted: The command that is run; no other's parser is made. All are if it is None.
+    """
+
+    wanted: ClassVar[str | None] = None
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Returns the commands, each with the arguments of the trainer's method that are no options."""
+        every, wanted = LightningCLI.subcommands(), LteCLI.wanted
+        return {wanted: every[wanted]} if wanted in every else every
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds ``stages`` and ``run``, and ties together what must agree."""
@@ -168,6 +180,8 @@ def make_cli(args: list[Any] | None = None, run: bool = True, cli_class: type[Lt
     warnings.filterwarnings("ignore", "Precision .* is not supported by the model summary")
     # nor do advertisements for its maker's services belong into the log of an experiment
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "💡 Tip" not in str(record.msg))
+    words = sys.argv[1:] if args is None else args
+    LteCLI.wanted = words[0] if run and words and isinstance(words[0], str) else None
     return cli_class(
         LteModule,
         LightningDataModule,

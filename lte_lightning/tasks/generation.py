@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from rouge_score.rouge_scorer import RougeScorer
-from sacrebleu.metrics import BLEU
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig
 
 from lte_lightning.core.model.experts import set_mode
@@ -155,6 +153,9 @@ def score_texts(predictions: Sequence[str], references: Sequence[Sequence[str]])
         ``bleu``: the corpus's, 0 to 100, by sacrebleu (13a tokens, lower case), over all references.
         ``examples`` and ``empty_predictions``, which score 0, are counts.
     """
+    from rouge_score.rouge_scorer import RougeScorer  # with nltk and scikit-learn, which no help text needs
+    from sacrebleu.metrics import BLEU
+
     scorer = RougeScorer(["rougeL"], use_stemmer=False)
     rouge = [
         scorer.score_multi(several, text)["rougeL"].fmeasure
