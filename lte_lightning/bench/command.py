@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lte_lightning.errors import UserError
 
 if TYPE_CHECKING:
-    from lte_lightning.bench.measure import Figure
+    from lte_lightning.bench.figure import Figure
 
 PICTURES = (".png", ".svg", ".pdf")
 SPARSITIES = "0,0.25,0.5,0.65,0.8,0.9,0.95"

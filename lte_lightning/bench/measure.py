@@ -6,13 +6,13 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
 import torch
 from transformers import DynamicCache
 
+from lte_lightning.bench.figure import Figure
 from lte_lightning.bench.machine import Clock, clock_on
 from lte_lightning.bench.rivals import GATHERING, Rival, with_dense_down
 from lte_lightning.bench.subject import Subject, dense_blocks
@@ -28,47 +28,6 @@ NAMES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 CONTEXT = 32  # tokens in the cache of a decoding model
 
 
-@dataclass(frozen=True)
-class Figure:
-    """One row. Times are medians in milliseconds, of one FFN block or of the whole measured model.
-
-    Args:
-        shape: Name of the shape, or the folder.
-        scope: ``ffn`` or ``model`` (all its layers and the look-up of the embedding, no head).
-        phase: ``decode`` (a new token for each of ``tokens`` sequences) or ``prefill``.
-        dtype: Of weights and input; ``mixed`` is float32 under bfloat16 autocast.
-        tokens: Tokens per call, each with a mask of its own.
-        sparsity: Share of the experts that a token skips.
-        backend: What computed, a rival's name included.
-        threads: torch's.
-        dense_ms: The dense model's.
-        ms: Ours, router included.
-        ratio: ``dense_ms / ms``.
-        router_ms: The selection alone.
-        bound: The best possible ratio: by bytes of weights read in decode (union of the tokens' experts), by
-            multiply-adds in prefill; the router is paid in both.
-        share_of_bound: ``ratio / bound``. Above 1 where the dense model is slower than memory allows.
-        load: Load average of the last minute.
-    """
-
-    shape: str
-    scope: str
-    phase: str
-    dtype: str
-    tokens: int
-    sparsity: float
-    backend: str
-    threads: int
-    dense_ms: float
-    ms: float
-    ratio: float
-    router_ms: float
-    bound: float
-    share_of_bound: float
-    load: float
-
-
-COLUMNS = [field.name for field in fields(Figure)]
 Samples = dict[Any, list[float]]
 
 

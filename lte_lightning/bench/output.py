@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from lte_lightning.bench.measure import COLUMNS, Figure
+from lte_lightning.bench.context import Score
+from lte_lightning.bench.figure import Figure
 from lte_lightning.files import whole_file
 
 
@@ -63,14 +64,14 @@ def quartiles(times: list[float]) -> tuple[float, float]:
     return low, high
 
 
-def write_table(figures: list[Figure], path: Path) -> None:
-    """Writes one row per figure."""
+def write_table(figures: Sequence[Figure | Score], path: Path) -> None:
+    """Writes one row per figure, a column for each of its fields."""
     with whole_file(path, newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, as_row(figures[0]))
         writer.writeheader()
         writer.writerows(map(as_row, figures))
 
 
-def as_row(figure: Figure) -> dict[str, Any]:
-    """Returns a CSV row: `COLUMNS`, floats to four significant digits."""
+def as_row(figure: Figure | Score) -> dict[str, Any]:
+    """Returns a CSV row, floats to four significant digits."""
     return {key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in asdict(figure).items()}

@@ -1,9 +1,10 @@
-"""The picture: speed-up against sparsity, with the bound."""
+"""The pictures: speed-up against sparsity, with the bound; and what is found in long contexts."""
 
 import math
 from pathlib import Path
 
-from lte_lightning.bench.measure import Figure
+from lte_lightning.bench.context import CHANCE, Score
+from lte_lightning.bench.figure import Figure
 from lte_lightning.bench.output import counted
 from lte_lightning.files import whole_file
 
@@ -36,5 +37,32 @@ def draw(figures: list[Figure], path: Path) -> None:
         axes.legend(fontsize="small")
     for axes in all_axes[::columns]:
         axes.set_ylabel("times as fast as dense")
+    with whole_file(path, "wb") as file:
+        picture.savefig(file, dpi=120, format=path.suffix.lstrip(".") or "png")
+
+
+def draw_context(scores: list[Score], path: Path) -> None:
+    """Draws a panel for each task, accuracy over the context's length, a line for each setting, and saves it."""
+    from matplotlib.figure import Figure as Picture
+
+    tasks = list(dict.fromkeys(score.task for score in scores))
+    picture = Picture(figsize=(4 * len(tasks), 3.6), layout="constrained")
+    for axes, task in zip(picture.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
+        for setting in dict.fromkeys(score.setting for score in scores):
+            group = [score for score in scores if (score.task, score.setting) == (task, setting)]
+            places, heights = [score.tokens for score in group], [100 * score.accuracy for score in group]
+            errors = [0.0 if math.isnan(score.error) else 100 * score.error for score in group]
+            style = "k--" if setting == "dense" else "o-"
+            axes.errorbar(places, heights, errors, fmt=style, linewidth=1, markersize=4, capsize=2, label=setting)
+        if task in CHANCE:
+            axes.axhline(100 * CHANCE[task], color="0.7", linewidth=1)
+        axes.set_ylim(-4, 104)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(places, [str(place) for place in places])
+        axes.minorticks_off()
+        axes.set_title(task, fontsize="medium")
+        axes.set_xlabel("tokens of context")
+    axes.legend(fontsize="small", title="FFN sparsity")
+    picture.axes[0].set_ylabel("answers ranked first, %")
     with whole_file(path, "wb") as file:
         picture.savefig(file, dpi=120, format=path.suffix.lstrip(".") or "png")

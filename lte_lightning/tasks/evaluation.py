@@ -93,6 +93,12 @@ class MeasuredModule(LightningModule):
             ffn.straight_through = self.stage == "expert" and self.routers_learn
             ffn.skips_in_training = self.skip_experts and self.stage == "expert" and not self.routers_learn
 
+    def _skip_by(self, backend: Backend) -> None:
+        """Has a backend compute the selected experts, and nothing else: not what training skips them by."""
+        set_backend(self.net, backend)
+        for ffn in expert_ffns(self.net).values():
+            ffn.skips_in_training = False
+
     @property
     def routers_learn(self) -> bool:
         """Whether the routers are trained in the current stage."""
@@ -191,11 +197,12 @@ class MeasuredModule(LightningModule):
                 "first, or give a routed model by --ckpt_path or --model.init_from"
             )
         self._turn_knob()
-        set_backend(self.net, self.backend)
+        self._skip_by(self.backend)
 
     def on_test_end(self) -> None:
         """Leaves the backend to training again."""
         set_backend(self.net, "dense-mask")
+        self.apply_stage()
 
     def test_step(self, batch: dict[str, torch.Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Measures the model in hard mode, or densely if it was never routed."""
@@ -239,11 +246,12 @@ class MeasuredModule(LightningModule):
             raise UserError("predictions are written in the order of the data by one process: set trainer.devices to 1")
         set_mode(self.net, self.test_view)
         self._turn_knob()
-        set_backend(self.net, self.backend)
+        self._skip_by(self.backend)
 
     def on_predict_end(self) -> None:
         """Leaves the backend to training again."""
         set_backend(self.net, "dense-mask")
+        self.apply_stage()
 
 
 def json_value(value: Any) -> Any:

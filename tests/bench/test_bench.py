@@ -22,7 +22,8 @@ from transformers import (
 
 from lte_lightning import LteConfig, convert, save_pretrained, set_mode
 from lte_lightning.bench import machine, main, output
-from lte_lightning.bench.measure import COLUMNS, bound, interleave, measure, timed
+from lte_lightning.bench.figure import COLUMNS
+from lte_lightning.bench.measure import bound, interleave, measure, timed
 from lte_lightning.bench.rivals import executed_width, index_select, make_rivals, masked, with_dense_down
 from lte_lightning.bench.subject import SHAPES, ForcedSelector, Subject, dense_blocks, make_subject
 from lte_lightning.core.model.experts import expert_ffns

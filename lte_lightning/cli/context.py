@@ -1,0 +1,137 @@
+"""``lte context``: what a sparse language model still finds in long contexts, beside its dense function."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lte_lightning.errors import UserError
+from lte_lightning.options import call
+
+if TYPE_CHECKING:
+    from lte_lightning.bench.context import Score
+
+PICTURES = (".png", ".svg", ".pdf")
+
+
+def main(args: list[str]) -> None:
+    """Runs the command.
+
+    Raises:
+        UserError: If an argument is wrong; no weights are loaded then.
+    """
+    call(context, "lte context", args, positional="folder")
+
+
+def context(
+    folder: str,
+    tokens: str = "128,256,512",
+    sparsity: str | None = None,
+    tasks: str = "copy,retrieve,count",
+    rows: int = 32,
+    batch_size: int = 8,
+    seed: int = 0,
+    device: str = "auto",
+    csv: Path | None = None,
+    picture: Path | None = None,
+) -> None:
+    """Measures copying, retrieval and counting in long synthetic contexts, sparse beside dense.
+
+    lte context RUN --tokens 128,512,1024 --sparsity 0.5,0.8
+
+    Routers see one token at a time, and the loss of ordinary text tells little of what stands far back. Rows are random
+    words. copy asks for the words of a second copy, retrieve for the values of some keys, count for the commonest of
+    four words (one in four by chance). A score is the share of answers that the model ranks first, with its standard
+    error over rows. Rows are the same for every setting.
+
+    Args:
+        folder: A saved language model or a run's folder, plain or sparse, named without the option's name.
+        tokens: Lengths of the rows, by commas.
+        sparsity: Where to set the knob of a model that lte calibrate has given one, by commas. By default it stays
+            where it is.
+        tasks: copy, retrieve, count, or some of them by commas.
+        rows: Rows of each task and length.
+        batch_size: Rows at a time.
+        seed: Another one gives other rows.
+        device: cpu, cuda or cuda:1; auto takes a CUDA device where there is one.
+        csv: Where to write the scores.
+        picture: Where to draw them, .png, .svg or .pdf.
+
+    Raises:
+        UserError: If an option's value is not one, or the folder holds no decoder.
+    """
+    from lte_lightning.bench.context import SHORTEST, TASKS, Words, compare
+    from lte_lightning.bench.machine import find_device
+    from lte_lightning.bench.output import write_table
+    from lte_lightning.cli.calibrate import read_sparsities
+    from lte_lightning.cli.writing import find_source
+    from lte_lightning.data.text import load_tokenizer
+
+    for option, value in (("--rows", rows), ("--batch_size", batch_size)):
+        if value < 1:
+            raise UserError(f"{option} is {value}; it must be at least 1")
+    lengths = _lengths(tokens, SHORTEST)
+    names = list(dict.fromkeys(tasks.split(",")))
+    if unknown := [name for name in names if name not in TASKS]:
+        raise UserError(f"--tasks has {unknown[0]!r}; there are {', '.join(TASKS)}")
+    settings = None if sparsity is None else read_sparsities(sparsity)
+    for path in filter(None, (csv, picture)):
+        if not path.absolute().parent.is_dir():
+            raise UserError(f"cannot write {path}: there is no folder {path.parent}")
+    if picture and picture.suffix not in PICTURES:
+        raise UserError(f"--picture is {picture}; its name must end in one of {', '.join(PICTURES)}")
+    where, source = find_device(device), find_source(folder)
+    if source.config.is_encoder_decoder:
+        raise UserError(f"{folder} is an encoder-decoder; name a decoder, whose context is its own text")
+    if settings and source.mode != "hard":
+        kind = "a plain model" if source.mode is None else f"saved in mode {source.mode}"
+        raise UserError(f"--sparsity is for models that skip experts, and {folder} is {kind}; leave it out")
+    limit = getattr(source.config.get_text_config(), "max_position_embeddings", None)
+    if limit and lengths[-1] > limit:
+        raise UserError(f"--tokens has {lengths[-1]}, and {source.name} takes {limit} (its max_position_embeddings)")
+    words = Words(load_tokenizer(source.name, generates=True))
+    model = source.load("auto", "auto", where)
+    scores = compare(model, words, names, lengths, settings, rows, batch_size, seed, source.mode == "hard")
+    _show(scores)
+    if csv:
+        write_table(scores, csv)
+    if picture:
+        from lte_lightning.bench.picture import draw_context
+
+        draw_context(scores, picture)
+
+
+def _lengths(text: str, shortest: int) -> list[int]:
+    try:
+        lengths = sorted({int(word) for word in text.split(",")})
+    except ValueError:
+        lengths = [0]
+    if lengths[0] < shortest:
+        raise UserError(f"--tokens is {text}; it is a length of at least {shortest}, or several by commas: 128,512")
+    return lengths
+
+
+def _show(scores: "list[Score]") -> None:
+    """Prints a row for each task and length, and a column for each setting."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from lte_lightning.bench.context import CHANCE
+
+    settings = list(dict.fromkeys(score.setting for score in scores))
+    table = Table(title=f"% ranked first (standard error), {scores[0].rows} rows")
+    table.add_column("task")
+    for name in ("tokens", *settings):
+        table.add_column(name, justify="right")
+    for task, length in dict.fromkeys((score.task, score.tokens) for score in scores):
+        cells = [
+            f"{100 * score.accuracy:.1f} ({100 * score.error:.1f})"
+            for score in scores
+            if (score.task, score.tokens) == (task, length)
+        ]
+        chance = f" (chance {CHANCE[task]:.0%})" if task in CHANCE else ""
+        table.add_row(task + chance, str(length), *cells)
+    console = Console()
+    console.print(table)
+    for setting in settings:
+        used = [score.sparsity for score in scores if score.setting == setting]
+        if any(used):
+            console.print(f"{setting}: FFN sparsity {100 * min(used):.1f} to {100 * max(used):.1f} % on these rows")
