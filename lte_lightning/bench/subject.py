@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import nn
@@ -125,7 +126,7 @@ class Subject:
     @property
     def forced(self) -> list[ForcedSelector]:
         """The selector of each of the FFNs that are measured."""
-        return [ffn.selector for ffn in self.ffns if isinstance(ffn.selector, ForcedSelector)]
+        return [cast(ForcedSelector, ffn.selector) for ffn in self.ffns]
 
 
 def make_subject(
