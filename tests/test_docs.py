@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import re
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import yaml
@@ -54,12 +55,23 @@ def test_the_map_of_the_code_is_whole():
     assert folders <= named
 
 
-@pytest.fixture(scope="module")
-def hooks():
-    spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs" / "hooks.py")
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def hooks():
+    return script("hooks")
+
+
+def test_pictures_are_what_their_script_draws():
+    for name, content in script("pictures").pictures().items():
+        ElementTree.fromstring(content)
+        assert (ROOT / "docs" / name).read_text() == content, f"python docs/pictures.py writes {name} anew"
+        assert f"]({name})" in (ROOT / "docs" / "concepts.md").read_text()
 
 
 def test_a_page_of_every_command_is_in_the_navigation(hooks):

@@ -92,8 +92,8 @@ def check_given(given: Given, config: Namespace, command: str | None) -> None:
         for patterns, why in _unread_by_a_fit(config):
             unread |= {key: why for key in changed if any(fnmatch(key, pattern) for pattern in patterns)}
     else:
-        idle = [key for key in changed if key in TRAINING or key.startswith("stages.")]
-        unread |= {key: f"lightning {command} trains nothing" for key in idle if given.typed(key)}
+        untrained = [key for key in changed if key in TRAINING or key.startswith("stages.")]
+        unread |= {key: f"lightning {command} trains nothing" for key in untrained if given.typed(key)}
     if unread and is_first_process():
         names = "; ".join(f"{_name(key)} ({why})" for key, why in sorted(unread.items()))
         print(f"options that have no effect here: {names}", file=sys.stderr)

@@ -11,7 +11,7 @@ from lte_lightning.documents import check_yaml
 from lte_lightning.errors import UserError
 from lte_lightning.files import read_json, read_text
 from lte_lightning.report.bench import read_bench
-from lte_lightning.report.identity import OLDER, settle
+from lte_lightning.report.experiments import OLDER, settle
 from lte_lightning.report.material import Material
 from lte_lightning.report.methods import method_name
 from lte_lightning.report.run import Run, Setting

@@ -5,10 +5,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lte_lightning.report.loss import percent, tolerance_of, tolerated
 from lte_lightning.report.material import Material
 from lte_lightning.report.methods import marked
 from lte_lightning.report.run import GFLOP, Setting
+from lte_lightning.report.tolerance import percent, tolerance_of, tolerated
 from lte_lightning.report.words import sentences
 from lte_lightning.results import better
 from lte_lightning.sweep.table import mean_text

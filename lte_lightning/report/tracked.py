@@ -13,7 +13,7 @@ from lte_lightning.errors import UserError
 from lte_lightning.files import write_json
 from lte_lightning.network import ask
 from lte_lightning.report.collect import finish, read_run
-from lte_lightning.report.identity import OLDER
+from lte_lightning.report.experiments import OLDER
 from lte_lightning.report.material import Material
 from lte_lightning.report.missing import missing_point
 from lte_lightning.report.tested import TESTS
@@ -92,7 +92,7 @@ def _store(uri: str) -> Iterator[Any]:
 def _runs(client: Any, store: str, experiment: str | None, run_ids: Sequence[str]) -> list[Any]:
     """Returns the runs that were asked for, those of sweeps themselves apart, oldest first."""
     if experiment is None and run_ids:
-        runs = [run for identity in dict.fromkeys(run_ids) for run in _run(client, store, identity)]
+        runs = [run for run_id in dict.fromkeys(run_ids) for run in _run(client, store, run_id)]
     else:
         known = client.get_experiment_by_name(experiment) if experiment else None
         if known is None:
@@ -104,16 +104,16 @@ def _runs(client: Any, store: str, experiment: str | None, run_ids: Sequence[str
     return sorted(unique.values(), key=lambda run: run.info.start_time)
 
 
-def _run(client: Any, store: str, identity: str) -> list[Any]:
+def _run(client: Any, store: str, run_id: str) -> list[Any]:
     from mlflow.exceptions import MlflowException
 
     try:
-        run = client.get_run(identity)
+        run = client.get_run(run_id)
     except MlflowException as error:
-        raise UserError(f"there is no run {identity!r} in {store}; give the id of one, or --experiment NAME") from error
+        raise UserError(f"there is no run {run_id!r} in {store}; give the id of one, or --experiment NAME") from error
     if "lte.sweep" not in run.data.tags:
         return [run]
-    return _search(client, run.info.experiment_id, f"tags.`{PARENT}` = '{identity}'")
+    return _search(client, run.info.experiment_id, f"tags.`{PARENT}` = '{run_id}'")
 
 
 def _search(client: Any, experiment: str, wanted: str = "") -> list[Any]:

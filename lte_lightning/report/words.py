@@ -4,7 +4,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from lte_lightning.report.loss import percent, tolerated
+from lte_lightning.report.tolerance import percent, tolerated
 from lte_lightning.sweep.table import mean_text
 
 

@@ -195,14 +195,14 @@ class Engine:
             point: The point.
             shown: Whether they are shown only, and may name runs that are to come.
         """
-        given: dict[str, Any] = {}
+        placed: dict[str, Any] = {}
         if point.start:
-            given["model.init_from"] = os.path.relpath(self._run(point.start) / "model")
+            placed["model.init_from"] = os.path.relpath(self._run(point.start) / "model")
         if point.floor and (shown or point.floor in self._runs):
-            given["run.floor_from"] = os.path.relpath(self._run(point.floor) / FILE)
-        given |= {"run.root": os.path.relpath(self.folder.path.parent), "run.experiment": self.folder.path.name}
-        given |= {"run.name": point.name, "trainer.enable_progress_bar": False}
-        return given | (self.tracker.options() if self.tracker else {})
+            placed["run.floor_from"] = os.path.relpath(self._run(point.floor) / FILE)
+        placed |= {"run.root": os.path.relpath(self.folder.path.parent), "run.experiment": self.folder.path.name}
+        placed |= {"run.name": point.name, "trainer.enable_progress_bar": False}
+        return placed | (self.tracker.options() if self.tracker else {})
 
     def _run(self, name: str) -> Path:
         return self._runs.get(name) or self.folder.finished(name) or self.folder.path / f"<run of {name}>"

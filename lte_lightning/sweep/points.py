@@ -102,7 +102,7 @@ class Search:
 
     def examples(self) -> list[dict[str, Any]]:
         """Parameters as trials may have them: among them is every choice, and both ends of every range."""
-        ranges = {key: given.get("choices") or [given["low"], given["high"]] for key, given in self.parameters.items()}
+        ranges = {key: each.get("choices") or [each["low"], each["high"]] for key, each in self.parameters.items()}
         return [
             {key: values[i % len(values)] for key, values in ranges.items()}
             for i in range(max(map(len, ranges.values())))
@@ -139,11 +139,13 @@ class Sweep:
             UserError: If two of them are the same.
         """
         if self.search is None:
-            found = [p for name, block in self.variants.items() for one in block.points for p in self.fits(name, one)]
+            fits = [
+                p for name, block in self.variants.items() for point in block.points for p in self.fits(name, point)
+            ]
         else:
-            found = [p for name in self.variants for p in self.fits(name, {}) if p.role != "point"]
+            fits = [p for name in self.variants for p in self.fits(name, {}) if p.role != "point"]
         points: dict[str, Point] = {}
-        for point in found:
+        for point in fits:
             if point.name in points and point.role == "point":
                 raise UserError(f"{self.path}: two points are the same fit: {point.name}")
             points[point.name] = point
@@ -213,8 +215,8 @@ def canonical(options: Mapping[str, Any]) -> dict[str, str]:
     stages = {key: key.rpartition(".") for key in kept if key.startswith("stages.")}
     lengths = ("epochs", "steps")
     skipped = {stage for key, (stage, _, last) in stages.items() if last in lengths and kept[key] == "0"}
-    idle = {key for key, (stage, _, last) in stages.items() if stage in skipped and last not in lengths}
-    return {key: value for key, value in kept.items() if key not in idle}
+    unused = {key for key, (stage, _, last) in stages.items() if stage in skipped and last not in lengths}
+    return {key: value for key, value in kept.items() if key not in unused}
 
 
 def _plain(key: str, value: Any) -> str:
@@ -231,8 +233,8 @@ def differences(old: Point, new: Point) -> list[str]:
     """Says in which options two fits of a variant differ; what a sweep varies, and the seeds, are none."""
     varied, mine, theirs = {*old.parameters, *new.parameters}, old.options, new.options
     keys = [key for key in sorted({*mine, *theirs} - varied) if mine.get(key) != theirs.get(key)]
-    found = [f"{key} {mine.get(key, 'unset')}, now {theirs.get(key, 'unset')}" for key in keys]
-    return found if old.files == new.files else [f"configs {', '.join(old.files)}", *found]
+    options = [f"{key} {mine.get(key, 'unset')}, now {theirs.get(key, 'unset')}" for key in keys]
+    return options if old.files == new.files else [f"configs {', '.join(old.files)}", *options]
 
 
 def are_rivals(point: Point, other: Point) -> bool:

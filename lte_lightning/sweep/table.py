@@ -105,13 +105,13 @@ def _markdown(rows: list[dict[str, Any]], keys: list[str]) -> str:
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for row in rows:
         if row["status"] == "done":
-            identity = (row["task"], row["metric"], row["label"], *(str(row[key]) for key in keys))
-            groups.setdefault(identity, []).append(row)
+            group = (row["task"], row["metric"], row["label"], *(str(row[key]) for key in keys))
+            groups.setdefault(group, []).append(row)
     heads = ["task", "metric", "variant", *keys, "seeds", "dense", "hard", "sparsity", "floor"]
     heads += ["span kept, of the dense start", "FLOPs", "hard before"]
     lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
-    for identity, members in groups.items():
-        cells = [*identity, ", ".join(str(row["seed"]) for row in members)]
+    for group, members in groups.items():
+        cells = [*group, ", ".join(str(row["seed"]) for row in members)]
         cells += [mean_text([row[key] for row in members]) for key in ("dense", "hard")]
         cells.append(mean_text([row["sparsity"] for row in members], 100, " %", 1))
         cells.append(mean_text([row["floor"] for row in members]))

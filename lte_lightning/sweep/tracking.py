@@ -75,15 +75,15 @@ class Tracker:
         # a server decides where its artifacts are; beside a database of ours they lie in the runs' folders
         location = self.folder.path.as_uri() if self.uri.startswith("sqlite:") else None
         if experiment is None:
-            identity = self.client.create_experiment(name, artifact_location=location)
+            experiment_id = self.client.create_experiment(name, artifact_location=location)
         elif location and experiment.artifact_location != location:
             raise UserError(
                 f"experiment {name!r} in {self.name} keeps its runs in {experiment.artifact_location}, not in "
                 f"{location}; choose another --folder, or another MLFLOW_TRACKING_URI"
             )
         else:
-            identity = experiment.experiment_id
-        return self.client.create_run(identity, run_name=f"sweep {name}").info.run_id
+            experiment_id = experiment.experiment_id
+        return self.client.create_run(experiment_id, run_name=f"sweep {name}").info.run_id
 
     def options(self) -> dict[str, Any]:
         """Returns the options that make a fit a child of the sweep's run."""
