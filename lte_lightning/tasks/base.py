@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lte_lightning.core.model.config import LteConfig
 from lte_lightning.core.model.convert import group_experts
 from lte_lightning.core.model.names import own_names
+from lte_lightning.core.model.quantize import Quantization
 from lte_lightning.core.routing.losses import SEPARABILITY_EPSILON
 from lte_lightning.core.routing.observe import imitates
 from lte_lightning.core.routing.prune import hold_zeros
@@ -50,16 +51,15 @@ class LteModule(RouterLosses):
             Courville 2013, arXiv 1308.3432).
         activation: Swap a plain model's activation for this one before fine-tuning (``relu`` for MoEfication).
         layers: Keep only this many layers, the first ones, of a plain model (of encoder and decoder alike).
-        gradient_checkpointing: Keep fewer activations for the backward pass, and compute them again: slower, in less
-            memory.
-        seed: Seed of the grouping and of the routers, unless ``lte`` has its own; the command line sets it to
-            ``seed_everything``.
+        gradient_checkpointing: Keep fewer activations, and compute them again in the backward pass: slower.
+        seed: Seed of the grouping and of the routers, unless ``lte`` has its own; by default ``seed_everything``.
         backend: What computes the selected experts in ``test`` and ``predict``: ``auto``, ``dense-mask``,
             ``reference``, ``cpu`` or ``triton`` (see `set_backend`).
         skip_experts: In the expert stage on a CPU, compute selected experts alone wherever that is expected to be
             faster, for the same gradients. Else training and validation compute every expert, and mask.
         sparsity: Where ``validate``, ``test`` and ``predict`` set the knob of a model that ``lte calibrate`` has given
             one; by default it stays where it is. Not for a fit, which has ``lte.target_sparsity``.
+        quantize: Round the weights for ``test`` and ``predict`` on a CPU, ``int8`` or ``int4``.
     """
 
     auto_class: ClassVar[Any]
@@ -86,6 +86,7 @@ class LteModule(RouterLosses):
         backend: Backend = "auto",
         sparsity: float | None = None,
         skip_experts: bool = True,
+        quantize: Quantization | None = None,
     ) -> None:
         super().__init__()
         if not 0.0 <= separability_start <= separability_end <= 1.0:
@@ -108,10 +109,10 @@ class LteModule(RouterLosses):
             if not 0.0 <= weight < math.inf:
                 raise UserError(f"{name} is {weight}; it must be a finite number, and not negative")
         # a checkpoint's own would win over the command line's
-        self.save_hyperparameters(ignore=["lte", "backend", "sparsity", "skip_experts"])
+        self.save_hyperparameters(ignore=["lte", "backend", "sparsity", "skip_experts", "quantize"])
         self.save_hyperparameters({"lte": asdict(lte) if lte else None})
         self.lte = replace(lte, seed=seed) if lte and lte.seed is None else lte
-        self.backend, self.skip_experts, self.set_to = backend, skip_experts, sparsity
+        self.backend, self.skip_experts, self.set_to, self.quantize = backend, skip_experts, sparsity, quantize
         self.freeze_routers = freeze_routers
         self.stage: Stage = "dense"
         self.stage_progress = 0.0

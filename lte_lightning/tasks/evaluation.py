@@ -1,5 +1,6 @@
 """How every task is measured: the views of each stage, sparsity, cost per token."""
 
+import copy
 import math
 from typing import Any, ClassVar, Literal
 
@@ -10,9 +11,12 @@ from torchmetrics import Metric
 from transformers import PreTrainedModel
 
 from lte_lightning.core.accounting.cost import GFLOP, speedup_bound, token_cost
+from lte_lightning.core.accounting.skeleton import skeleton
 from lte_lightning.core.model.backend import set_backend
 from lte_lightning.core.model.convert import selector_parameters
 from lte_lightning.core.model.experts import expert_ffns, set_mode
+from lte_lightning.core.model.quantize import Quantization, quantize
+from lte_lightning.core.model.quantized import is_quantized
 from lte_lightning.core.model.thresholds import set_sparsity
 from lte_lightning.core.routing.trace import RouterTrace
 from lte_lightning.errors import UserError
@@ -48,6 +52,9 @@ class MeasuredModule(LightningModule):
     stage: Stage
     measured: dict[str, dict[str, Any]]
     backend: Backend
+    source: str
+    quantize: Quantization | None = None
+    _counted: tuple[PreTrainedModel, ...] = ()  # what costs are counted of, where that is another model
     skip_experts: bool
     freeze_routers: bool = True
     set_to: float | None = None
@@ -121,8 +128,13 @@ class MeasuredModule(LightningModule):
         """Trains at the threshold that the routers are trained at, wherever the knob of a saved model stood.
 
         Raises:
-            UserError: If a sparsity to measure at is given.
+            UserError: If a sparsity to measure at is given, or the model is quantised or is to be.
         """
+        if self.quantize or is_quantized(self.net):
+            raise UserError(
+                "a quantised model cannot be trained: take the folder that it was made from, leave model.quantize out, "
+                "and give it to lightning test"
+            )
         if self.set_to is not None:
             raise UserError(
                 f"model.sparsity {self.set_to} is where a calibrated model is tested; a fit aims at a sparsity by "
@@ -197,7 +209,18 @@ class MeasuredModule(LightningModule):
                 "first, or give a routed model by --ckpt_path or --model.init_from"
             )
         self._turn_knob()
+        self._quantize()
         self._skip_by(self.backend)
+
+    def _quantize(self) -> None:
+        """Rounds the weights if that is asked for; what a token costs is counted of the model as it was."""
+        if is_quantized(self.net):
+            self._counted = (skeleton(self.source),)
+        elif self.quantize:
+            held = (*self.net.parameters(), *self.net.buffers())
+            # the same model without weights; in a tuple, for it is no part of this module
+            self._counted = (copy.deepcopy(self.net, {id(tensor): _without_values(tensor) for tensor in held}),)
+            quantize(self.net.eval(), self.quantize)
 
     def on_test_end(self) -> None:
         """Leaves the backend to training again."""
@@ -230,8 +253,9 @@ class MeasuredModule(LightningModule):
 
         ``bound`` is the speed-up that the bytes allow at most. Without sparsities both are those of the dense model.
         """
-        dense = token_cost(self.net)
-        sparse = dense if sparsity_per_layer is None else token_cost(self.net, sparsity_per_layer)
+        net = self._counted[0] if self._counted else self.net
+        dense = token_cost(net)
+        sparse = dense if sparsity_per_layer is None else token_cost(net, sparsity_per_layer)
         return {
             "flops_per_token": sparse.paper_flops,
             "dense_flops_per_token": dense.paper_flops,
@@ -246,12 +270,18 @@ class MeasuredModule(LightningModule):
             raise UserError("predictions are written in the order of the data by one process: set trainer.devices to 1")
         set_mode(self.net, self.test_view)
         self._turn_knob()
+        self._quantize()
         self._skip_by(self.backend)
 
     def on_predict_end(self) -> None:
         """Leaves the backend to training again."""
         set_backend(self.net, "dense-mask")
         self.apply_stage()
+
+
+def _without_values(tensor: torch.Tensor) -> torch.Tensor:
+    empty = tensor.detach().to("meta")
+    return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
 
 
 def json_value(value: Any) -> Any:

@@ -70,6 +70,45 @@ def test_backends(command, options, expected, fitted, tiny, lightning, tmp_path,
     assert ran == expected
 
 
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("command", ["test", "predict"])
+def test_quantised(command, kind, fitted, tiny, lightning, tmp_path):
+    weights, cpu = weights_of(fitted, tmp_path, "checkpoint"), ("--trainer.accelerator", "cpu")
+    outcome = lightning(tmp_path, tiny.config(), command, *weights, "--model.quantize", kind, *cpu)
+    assert outcome.code == 0, outcome.err
+    folder = tmp_path / kind
+    model = lte_lightning.from_pretrained(fitted.run / "model", quantize=kind)
+    lte_lightning.save_pretrained(
+        model, folder, about=json.loads((fitted.run / "model/lte_config.json").read_text())["about"]
+    )
+    again = lightning(tmp_path, tiny.config(), command, "--model.init_from", folder, *cpu)
+    assert again.code == 0, again.err
+    if command == "predict":
+        return
+    for key in ("flops_per_token", "bytes_per_token", "dense_bytes_per_token"):
+        assert outcome.results[key] == pytest.approx(fitted.results[key], rel=0.2), key  # another sparsity
+    assert outcome.results["dense_flops_per_token"] == fitted.results["dense_flops_per_token"]
+    assert again.results["accuracy"] == outcome.results["accuracy"]
+    assert again.results["sparsity_per_layer"] == outcome.results["sparsity_per_layer"]
+
+
+def test_quantised_models_are_not_trained(fitted, tiny, lightning, tmp_path):
+    outcome = lightning(tmp_path, tiny.config(), "fit", "--model.quantize", "int8")
+    assert outcome.code == 1
+    assert "a quantised model cannot be trained" in outcome.err
+    folder = tmp_path / "int8"
+    model = lte_lightning.from_pretrained(fitted.run / "model", quantize="int8")
+    lte_lightning.save_pretrained(
+        model, folder, about=json.loads((fitted.run / "model/lte_config.json").read_text())["about"]
+    )
+    outcome = lightning(tmp_path, tiny.config(epochs=(0, 0, 1)), "fit", "--model.init_from", folder)
+    assert outcome.code == 1
+    assert "a quantised model cannot be trained" in outcome.err
+    outcome = lightning(tmp_path, tiny.config(), "test", "--model.init_from", folder, "--model.quantize", "int2")
+    assert outcome.code != 0
+    assert "int2" in outcome.err
+
+
 def test_validate_reports_what_the_fit_logged(weights, fitted, tiny, lightning, tmp_path):
     outcome = lightning(tmp_path, tiny.config(), "validate", *weights)
     assert outcome.code == 0, outcome.err

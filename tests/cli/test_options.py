@@ -26,7 +26,7 @@ OTHER_DATA = ("ClassificationData", "GenerationData", "InstructData", "LanguageM
 OPTIONS = {
     "model": "metric pretrained init_from lte efficiency_weight separability_weight separability_start "
     "separability_end separability_epsilon balance_weight distillation teacher freeze_routers activation layers "
-    "gradient_checkpointing backend sparsity skip_experts",
+    "gradient_checkpointing backend sparsity skip_experts quantize",
     "model.lte": "expert_size grouping selector target_sparsity threshold router_bias router_margin router_scale "
     "wanda_pattern wanda_scope seed",
     "data": "task source max_length batch_size eval_batch_size holdout train_rows",

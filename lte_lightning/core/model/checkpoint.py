@@ -135,11 +135,17 @@ def _read_quantized(
 ) -> PreTrainedModel:
     """Builds a model of its configuration, and puts the folder's quantised weights into it."""
     hub = {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
-    own = {"dtype", "torch_dtype", "attn_implementation"}
-    if unknown := sorted(set(kwargs) - set(hub) - own):
+    own = {"dtype", "torch_dtype", "attn_implementation", *hub}
+    unknown = []
+    for key in sorted(set(kwargs) - own):  # settings of the configuration, as transformers takes them
+        if hasattr(hf_config, key):
+            setattr(hf_config, key, kwargs[key])
+        else:
+            unknown.append(key)
+    if unknown:
         raise UserError(
-            f"{source} is quantised, and is loaded with dtype, attn_implementation and where it lies alone: leave out "
-            f"{', '.join(unknown)}"
+            f"{source} is quantised, and is loaded with dtype, attn_implementation, settings of its configuration and "
+            f"where it lies alone: leave out {', '.join(unknown)}"
         )
     dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
     options = {"dtype": (hf_config.dtype or torch.float32) if dtype in ("auto", None) else dtype}

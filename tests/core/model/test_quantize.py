@@ -361,3 +361,32 @@ def test_torch_compile_makes_one_graph(kind, mode, routed, batch):
     torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     assert error(logits(compiled, batch), expected) < 1e-4
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("kind", [None, *QUANTIZATIONS])
+def test_decoding_compiled_with_a_static_cache(kind, rows, routed):
+    """As docs/speed.md has it: equal tokens, a graph for the prompt and one for a token, and never another."""
+    model = routed(mode="hard")
+    if kind:
+        quantize(model, kind)
+    model.config.use_cache = model.generation_config.use_cache = True
+    ids_BT = torch.randint(3, 64, (rows, 4), generator=torch.Generator().manual_seed(rows))
+    options = {"attention_mask": torch.ones_like(ids_BT), "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    options["max_new_tokens"] = 8
+    expected = model.generate(ids_BT, **options)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    model.forward = torch.compile(model.forward, fullgraph=True, dynamic=False, backend=backend)
+    options["cache_implementation"] = "static"
+    for _ in range(2):
+        assert model.generate(ids_BT, **options).equal(expected)
+        assert len(graphs) == 2
+    kernel = "quantized_ffn" if kind else "cpu_ffn"
+    calls = [str(node.target) for node in graphs[1].graph.nodes if kernel in str(node.target)]
+    assert len(calls) == len(expert_ffns(model))
