@@ -1,16 +1,18 @@
 """The command line, called ``lte`` and ``lightning``: which command lives where."""
 
 import argparse
+import contextlib
+import io
 import signal
 import sys
 from importlib import import_module
 from typing import NoReturn
 
 from lte_lightning import __version__
+from lte_lightning.cli.complete import TRAINING, asked, complete
 from lte_lightning.cli.help import show_help
 from lte_lightning.errors import UserError
 
-TRAINING = "lte_lightning.cli.training"
 # Name: module, help. The module's main(arguments) runs the command; it is imported only for its own command, so what
 # needs no training starts without Lightning.
 COMMANDS = {
@@ -46,6 +48,8 @@ def main(args: list[str] | None = None) -> None:
 
 def _run(args: list[str] | None) -> None:
     words = sys.argv[1:] if args is None else args
+    if asked() and args is None:
+        return complete(_parser(), {name: module for name, (module, _) in COMMANDS.items()}, _run, _help_of)
     # Lightning's own options may stand before its command: `lightning --config all.yaml fit`
     if words and words[0].startswith("-") and words[0] not in ("-h", "--help", "--version"):
         return import_module(TRAINING).main(args)
@@ -55,6 +59,13 @@ def _run(args: list[str] | None) -> None:
     code = _command(name, args, words)
     if code:
         sys.exit(code)
+
+
+def _help_of(name: str) -> str:
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
+        _run([name, "--help"])
+    return printed.getvalue()
 
 
 def _command(name: str, args: list[str] | None, words: list[str]) -> int | None:

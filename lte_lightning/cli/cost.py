@@ -11,7 +11,7 @@ def main(args: list[str]) -> None:
     Raises:
         UserError: If an argument is wrong; nothing is printed then.
     """
-    call(cost, "lte cost", args)
+    call(cost, "lte cost", args, positional="model")
 
 
 def cost(
@@ -26,11 +26,13 @@ def cost(
 ) -> None:
     """Shows what a token costs a model, dense and at a sparsity, and the memory that training needs.
 
+    lte cost RUN/model
+
     FLOPs, weights and bytes per token, and the speed-up bound of memory-bound decoding that follows. No weights are
     loaded.
 
     Args:
-        model: Folder (plain or LTE), hub id, or config.json.
+        model: Folder (plain or LTE), hub id, or config.json; the option's name may be left out.
         sparsity: Share of the FFN neurons that do not run, in every layer. By default what a saved LTE model measured.
         dtype: Of weights and KV cache: bf16, fp16, fp32.
         context: Tokens attended to. By default 1024, or all that the model allows.

@@ -7,12 +7,17 @@ from lte_lightning.options import call
 
 
 def main(args: list[str]) -> None:
-    """Runs the command; its first word may be the folder.
+    """Runs the command; its first words may be the folder and the data.
 
     Raises:
         UserError: If the data or the model cannot be used.
     """
-    call(init, "lte init", ["--folder", *args] if args and not args[0].startswith("-") else args)
+    words = list(args)
+    for place, option in enumerate(("--folder", "--data")):
+        if len(words) <= 2 * place or words[2 * place].startswith("-"):
+            break
+        words.insert(2 * place, option)
+    call(init, "lte init", words)
 
 
 def init(
@@ -24,6 +29,8 @@ def init(
     label: str | None = None,
 ) -> None:
     """Writes config.yaml for your data into a folder, commented and ready for `lightning fit`.
+
+    lte init FOLDER DATA
 
     It looks at the data's columns, classes and lengths and at the model's sizes, and fails where a fit would.
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 from zipfile import is_zipfile
 
+import yaml
 from jsonargparse import set_parsing_settings
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
@@ -30,9 +31,12 @@ from lte_lightning.errors import UserError
 from lte_lightning.files import write_text
 from lte_lightning.recording.loggers import send_files
 from lte_lightning.recording.recorder import Recorder
+from lte_lightning.recording.tracking import Rates, announce, run_name
 from lte_lightning.selection import import_selector
 from lte_lightning.tasks.base import LteModule
 from lte_lightning.trainer import declared
+
+EXTRAS = ("tensorboard", "wandb")  # with what loggers need
 
 
 class SaveConfig(SaveConfigCallback):
@@ -47,6 +51,7 @@ class SaveConfig(SaveConfigCallback):
         name = "config.yaml" if stage == "fit" else f"config-{TrainerFn(stage).value}.yaml"
         if stage != "fit" or not (recorder.folder / name).exists():
             write_text(recorder.folder / name, text)
+        announce(trainer, pl_module, yaml.safe_load(text))
         send_files(trainer, recorder.folder / name)
 
 
@@ -96,24 +101,30 @@ class LteCLI(LightningCLI):
         check_given(Given(self._given, self._in_files, self._words), config, self.config.get("subcommand"))
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Finds the run's place, and makes its MLflow logger unless the configuration names a logger or none."""
+        """Finds the run's place, and makes its MLflow logger unless the configuration says otherwise."""
         config = self.config_init[self.subcommand] if self.subcommand else self.config_init
         # a fit goes on with a run only by its checkpoint: from weights alone it begins a new one
         init_from = None if self.subcommand == "fit" else config.model.hparams["init_from"]
         if origin := config.get("ckpt_path") or init_from:
             config.run.resume(origin)
-        if config.trainer.logger in (None, True):
-            kwargs["logger"] = config.run.make_logger()
+        named = config.trainer.logger
+        loggers = [] if named in (None, True, False) else named if isinstance(named, list) else [named]
+        if config.run.mlflow and named is False:
+            raise UserError("trainer.logger false records nothing, and run.mlflow true wants MLflow; drop one of them")
+        if config.run.mlflow if config.run.mlflow is not None else named in (None, True):
+            kwargs["logger"] = [config.run.make_logger(run_name(config.model, config.data)), *loggers]
+        elif named in (None, True):
+            kwargs["logger"] = False  # or Lightning makes one of its own
         callbacks = config.trainer.callbacks or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
-        own: list[Callback] = [EpochLines()]
+        own: list[Callback] = [EpochLines(), Rates()]
         if config.trainer.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             own.append(StageProgressBar())  # before the recorder: it stops the bar before that one has its last word
         kwargs["callbacks"] = [*own, *callbacks]
         try:
             return super().instantiate_trainer(**kwargs)
         except Exception:  # a device that is not there, for example
-            config.run.forget(kwargs.get("logger"))
+            config.run.forget(kwargs["logger"][0] if kwargs.get("logger") else None)
             raise
 
     def before_test(self) -> None:
@@ -166,6 +177,10 @@ def user_error(error: BaseException) -> BaseException | None:
     # jsonargparse wraps what a class says when it is made; Lightning has its own error for what users can put right
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, UserError | MisconfigurationException):
+        if isinstance(cause, ModuleNotFoundError):  # of a logger, a profiler or a callback that the user named
+            line = str(cause).partition("\n")[0].removesuffix(".")
+            extra = next((name for name in EXTRAS if name in line), None)
+            return UserError(line + (f' (pip install "lte-lightning[{extra}]")' if extra else ""))
         cause = cause.__cause__ or cause.__context__
     return cause
 

@@ -48,6 +48,7 @@ class TextData(LightningDataModule):
     test_splits: tuple[str, ...] = ("test",)
     columns: tuple[str, ...] = ()
     targets: tuple[str, ...] = ()  # the columns that rows to predict need not have
+    title: str | None = None  # of the data in tables, where the task's name says something else
     hint = ""  # what to do about a column that is missing
     formats: tuple[str, ...] = TABLES
     generates = False  # whether the tokenizer is a language model's

@@ -14,6 +14,7 @@ from pyarrow import ArrowInvalid
 
 from lte_lightning.data.packaged import DataError
 from lte_lightning.documents import DocumentError, check_rows
+from lte_lightning.errors import meant_path
 
 TABLES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 FORMATS = (*TABLES, ".txt")
@@ -47,7 +48,8 @@ def find_split(source: str | Path, split: str, formats: Sequence[str] = FORMATS)
     if source.is_file():
         return source
     if not source.is_dir():
-        raise DataError(f"no folder or file {source}; expected a folder with {_accepted(split, formats)}")
+        near = meant_path(source)
+        raise DataError(f"no folder or file {source}{near}; expected a folder with {_accepted(split, formats)}")
     names = [split + suffix + packed for suffix in formats for packed in ("", *COMPRESSIONS)]
     found = [source / name for name in names if (source / name).is_file()]
     if len(found) > 1:

@@ -23,6 +23,8 @@ class MovieReviews(GlueData):
         **kwargs: See `TextData`.
     """
 
+    title = "film reviews (Rotten Tomatoes)"
+
     def __init__(self, tokenizer: str = MODEL, **kwargs: Any) -> None:
         super().__init__(task="sst2", tokenizer=tokenizer, source=REVIEWS, holdout=0.0, **kwargs)
 

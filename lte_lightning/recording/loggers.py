@@ -42,6 +42,8 @@ class RunLogger(Logger):
         super().__init__()
         self.uri, self.run_id, self.origin = uri, run_id, origin
         self.folder: Path | None = None
+        self.options: dict[str, Any] = {}  # of the whole run, beside the module's own parameters
+        self.ending: str | None = None  # how MLflow is told that the run ended, whatever Lightning says
         self.client: Any = None
         self._early: list[dict[str, Any]] = []  # until there is a folder
         self._warned = self._behind = self._forgotten = False
@@ -137,14 +139,14 @@ class RunLogger(Logger):
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *_: Any, **__: Any) -> None:
         """Sends the parameters of a run that has none yet."""
-        flat = _flatten_dict(_convert_params(params))
+        flat = self.options | _flatten_dict(_convert_params(params))
         self.tell(params={key: str(value)[:250] for key, value in flat.items()})
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
         """Ends the run; a store that could not be used is tried once more."""
         self._again = 0.0
-        self.tell(status=STATUS.get(status, status))
+        self.tell(status=self.ending or STATUS.get(status, status))
 
 
 def mlflow_of(trainer: Trainer) -> RunLogger | MLFlowLogger | None:

@@ -2,11 +2,20 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from lte_lightning.files import whole_file
+
+
+def draw_views(view: dict[str, Any], threshold: float, folder: Path) -> list[Path]:
+    """Draws what a view has measured, and returns the pictures' files."""
+    sparsity, scores = folder / "sparsity_per_layer.png", folder / "scores.png"
+    draw_sparsity(view["sparsity_per_layer"], sparsity)
+    draw_scores(view["score_histogram"], threshold, scores)
+    return [sparsity, scores]
 
 
 def draw_sparsity(sparsity_per_layer: Sequence[float], path: Path) -> None:

@@ -1,7 +1,6 @@
 """What a run leaves behind: its folder, its MLflow run, the results and the model."""
 
 import os
-import shlex
 import shutil
 import sys
 import time
@@ -15,23 +14,23 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger, MLFlowLogger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from rich.table import Table
 
 from lte_lightning.callbacks.checkpoints import BestCheckpoint, write_checkpoints_whole
 from lte_lightning.core.model.folder import CONFIG_FILE
-from lte_lightning.core.model.saving import save_pretrained
 from lte_lightning.errors import UserError
-from lte_lightning.files import write_json
 from lte_lightning.recording.latency import measure_latency
 from lte_lightning.recording.loggers import RunLogger, mlflow_of, send_files
 from lte_lightning.recording.memory import expected_memory
-from lte_lightning.recording.pictures import draw_scores, draw_sparsity
+from lte_lightning.recording.pictures import draw_views
+from lte_lightning.recording.place import LAST, RUN_FILE, how_to_resume, save_model, write_run_file
 from lte_lightning.recording.rows import prediction_rows, write_rows
 from lte_lightning.recording.tables import facts_for_card, make_results, read_floor, results_table, show, test_table
+from lte_lightning.recording.tracking import conclude
 from lte_lightning.results import FILE, PROGRESS, Evaluation, Place, read_results
 from lte_lightning.store import (
-    RUN_LAYOUT,
     find_run,
     mlflow_store,
     named_by_file,
@@ -41,7 +40,7 @@ from lte_lightning.store import (
     whole,
 )
 
-RUN_FILE = "run.json"
+STOPPED = (KeyboardInterrupt, SIGTERMException)  # by somebody, and not by an error
 
 
 class Recorder(Callback):
@@ -53,11 +52,15 @@ class Recorder(Callback):
     Args:
         root: Folder of all runs.
         experiment: Name of the MLflow experiment and of the folder below the root.
-        name: Name of the MLflow run; the time of its start if not given.
+        name: Name of the MLflow run; by default task, method, target and seed.
         tracking_uri: MLflow's store; by default ``MLFLOW_TRACKING_URI`` or an embedded ``sqlite:///mlflow.db``. What
             is given here is kept in the run's files: an address with a password is taken from the variable alone.
         floor_from: A ``results.json`` whose ``floor`` (every expert off, adapted alike) is reported with this run's.
         parent: Id of the MLflow run that this one belongs to, a sweep's.
+        mlflow: Record in MLflow. By default where trainer.logger names no other logger; true adds MLflow to one that it
+            names, false leaves it out.
+        log_model: Add the model of a fit to MLflow, too, for ``mlflow.pyfunc.load_model``: a copy of its folder.
+        register_as: Name of the registered model in MLflow of which the fit's model becomes a version.
         latency_rows: After a fit, measure how many times as fast as its dense twin the saved model is on so many
             validation rows at a time, on this device: ``speedup`` in the results. Holds two more copies of the model.
     """
@@ -71,6 +74,9 @@ class Recorder(Callback):
         floor_from: str | None = None,
         parent: str | None = None,
         latency_rows: int | None = None,
+        mlflow: bool | None = None,
+        log_model: bool = True,
+        register_as: str | None = None,
     ) -> None:
         if latency_rows is not None and latency_rows < 1:
             raise UserError(f"latency_rows is {latency_rows}; it is a number of rows, at least 1")
@@ -79,7 +85,9 @@ class Recorder(Callback):
                 f"run.tracking_uri is {shown(tracking_uri)}, and what *** stands for would be kept in the run's files: "
                 "give the whole address by MLFLOW_TRACKING_URI"
             )
-        self.latency_rows = latency_rows
+        if register_as and not log_model:
+            raise UserError("run.register_as registers the model that run.log_model false leaves out; drop one of them")
+        self.latency_rows, self.mlflow, self.log_model, self.register_as = latency_rows, mlflow, log_model, register_as
         self.root = Path(root).absolute()
         self.experiment = experiment
         self.name = name
@@ -119,13 +127,18 @@ class Recorder(Callback):
         """The folder of the experiment's runs."""
         return self.folder.parent if self.folder else self.root / self.experiment
 
-    def make_logger(self) -> Logger:
+    def make_logger(self, name: str | None = None) -> Logger:
         """Returns the MLflow logger of this run.
+
+        Args:
+            name: The run's, where its options give none; by default the time.
 
         Raises:
             UserError: If its store's address or password is wrong, or a file names one that is not to be trusted.
         """
         require_writable(self.place)
+        # of MLflow's own making it would be the same for all: it is drawn after the seed was set
+        self.name = self.name or name or time.strftime("%Y-%m-%d %H:%M:%S")
         if self._named_by:
             self.tracking_uri = named_by_file(self.tracking_uri, self._own, self._named_by)
         embedded = self.tracking_uri.startswith("sqlite:")  # a server decides where its artifacts are
@@ -133,8 +146,7 @@ class Recorder(Callback):
             whole(self.tracking_uri),
             self.run_id,
             experiment=self.experiment,
-            # of MLflow's own making it would be the same for all: it is drawn after the seed was set
-            name=self.name or time.strftime("%Y-%m-%d %H:%M:%S"),
+            name=self.name,
             location=self.place.as_uri() if embedded else None,
             tags={"mlflow.parentRunId": self.parent} if self.parent else None,
             root=self.place.parent.as_uri() if self._named_by else None,
@@ -158,9 +170,8 @@ class Recorder(Callback):
             self._fresh = True
         self.folder.mkdir(parents=True, exist_ok=True)
         if trainer.is_global_zero and not (self.folder / RUN_FILE).exists():
-            about = {"run_id": logger.run_id, "tracking_uri": shown(self.tracking_uri)} if logger else {}
-            about = {"run_id": None, "tracking_uri": None, "experiment": self.experiment} | about
-            write_json(self.folder / RUN_FILE, {"layout": RUN_LAYOUT, "name": self.name, **about})
+            known = (logger.run_id, shown(self.tracking_uri)) if logger else (None, None)
+            write_run_file(self.folder, self.experiment, self.name, *known)
         if isinstance(logger, RunLogger):
             logger.attach(self.folder)
         # Lightning would say so at every resumed fit
@@ -172,17 +183,14 @@ class Recorder(Callback):
     @rank_zero_only
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Says how to go on from the last checkpoint; a run that was refused leaves nothing."""
+        if isinstance(logger := mlflow_of(trainer), RunLogger) and isinstance(exception, STOPPED):
+            logger.ending = "KILLED"
         if self.folder is None:
             if isinstance(exception, UserError):
                 self.forget(mlflow_of(trainer))
             return
-        config, last = self.folder / "config.yaml", self.folder / "checkpoints" / "last.ckpt"
-        if trainer.state.fn == "fit" and last.exists():
-            print(
-                "\nStopped. The last finished epoch is kept; resume with\n"
-                f"  lightning fit --config {shlex.quote(str(config))} --ckpt_path {shlex.quote(str(last))}",
-                file=sys.stderr,
-            )
+        if trainer.state.fn == "fit" and (self.folder / LAST).exists():
+            print(f"\nStopped. {how_to_resume(self.folder)}", file=sys.stderr)
         elif self._fresh and isinstance(exception, UserError):
             self.forget(mlflow_of(trainer))
         elif trainer.state.fn == "fit":
@@ -226,27 +234,20 @@ class Recorder(Callback):
         module.before_export()
         results = make_results(trainer, module, self.floor.floor if self.floor else None)
         about = {"stage": module.stage, "measured": module.measured, **facts_for_card(results, module.hparams)}
-        save_pretrained(module.net, self.folder / "model", about)
-        tokenizer = getattr(trainer.datamodule, "tokenizer", None)
-        if hasattr(tokenizer, "save_pretrained"):
-            tokenizer.save_pretrained(self.folder / "model")
+        save_model(module.net, self.folder / "model", about, getattr(trainer.datamodule, "tokenizer", None))
         if self.latency_rows and module.stage != "dense":
             timed = measure_latency(self.folder / "model", trainer, self.latency_rows, module.backend)
             results = replace(results, **timed)
-        self.table = results_table(results)
+        self.table = results_table(results, getattr(trainer.datamodule, "title", None))
         self.written = self.folder / FILE
         results.write(self.written)
         (self.folder / PROGRESS).unlink(missing_ok=True)
         files = [self.written]
-        views = module.measured.get("hard") or module.measured.get("hard_before")
-        if views:
-            files += [self.folder / "sparsity_per_layer.png", self.folder / "scores.png"]
-            draw_sparsity(views["sparsity_per_layer"], files[1])
-            draw_scores(views["score_histogram"], module.net.lte_config.threshold, files[2])
+        if views := module.measured.get("hard") or module.measured.get("hard_before"):
+            files += draw_views(views, module.net.lte_config.threshold, self.folder)
         send_files(trainer, self.folder / "model" / CONFIG_FILE, to="model")
         send_files(trainer, *files)
-        if logger := mlflow_of(trainer):
-            logger.log_metrics(results.metrics())
+        conclude(trainer, module, results, self.log_model, self.register_as)
 
     @rank_zero_only
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

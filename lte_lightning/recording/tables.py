@@ -118,9 +118,9 @@ def facts_for_card(results: Results, options: Mapping[str, Any]) -> dict[str, An
     }
 
 
-def results_table(results: Results) -> Table:
-    """Lays the results out for reading."""
-    title = f"{results.task}: {results.metric} on the validation rows"
+def results_table(results: Results, title: str | None = None) -> Table:
+    """Lays the results out for reading, under the data's title or the task's name."""
+    title = f"{title or results.task}: {results.metric} on the validation rows"
     table = Table(title=title, title_justify="left")
     table.add_column("")
     for column in (results.metric, "sparsity", "GFLOPs/token", "MB/token", "bound"):

@@ -115,14 +115,14 @@ def _is_mistake(error: Exception) -> bool:
 
 
 def send(client: Any, run_id: str, folder: Path | None, entry: dict[str, Any]) -> None:
-    """Sends an entry: metrics of a step, parameters of a run that has none yet, a file of the run, or its end.
+    """Sends an entry: metrics, parameters of a run that has none yet, tags, data, a file, a model, or the run's end.
 
     Sending one again changes nothing.
 
     Raises:
         UserError: If a file does not lie in the run's folder.
     """
-    from mlflow.entities import Metric, Param
+    from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 
     if metrics := entry.get("metrics"):
         when, step = int(entry["time"]), int(entry.get("step") or 0)
@@ -131,14 +131,26 @@ def send(client: Any, run_id: str, folder: Path | None, entry: dict[str, Any]) -
         pairs = [Param(key, str(value)[:250]) for key, value in params.items()]
         for first in range(0, len(pairs), CHUNK):
             client.log_batch(run_id, params=pairs[first : first + CHUNK])
-    if (name := entry.get("file")) and folder is not None:
-        file = folder / name
-        if not file.resolve().is_relative_to(folder.resolve()):
-            raise UserError(f"{folder / UNSENT} names {name!r}, which is not in the run's folder; remove that line")
-        if file.exists():
-            client.log_artifact(run_id, str(file), entry.get("to"))
+    if found := entry.get("tags"):
+        client.log_batch(run_id, tags=[RunTag(key, str(value)) for key, value in found.items()])
+    if data := entry.get("data"):
+        data = data | {"profile": json.dumps(data["profile"]), "source": json.dumps({"uri": data["source"]})}
+        client.log_inputs(run_id, [DatasetInput(Dataset(**data), [InputTag("mlflow.data.context", "training")])])
+    if (name := entry.get("file")) and folder is not None and (file := _inside(folder, name)).exists():
+        client.log_artifact(run_id, str(file), entry.get("to"))
+    if (model := entry.get("model")) and folder is not None and (saved := _inside(folder, model["folder"])).exists():
+        from lte_lightning.recording.flavour import log_model
+
+        log_model(client, run_id, saved, model["columns"], model["kind"], model["register_as"])
     if status := entry.get("status"):
         client.set_terminated(run_id, status)
+
+
+def _inside(folder: Path, name: str) -> Path:
+    file = folder / name
+    if not file.resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"{folder / UNSENT} names {name!r}, which is not in the run's folder; remove that line")
+    return file
 
 
 def sync(folder: Path) -> int:

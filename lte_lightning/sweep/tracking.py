@@ -88,7 +88,8 @@ class Tracker:
     def options(self) -> dict[str, Any]:
         """Returns the options that make a fit a child of the sweep's run."""
         # An address with a password comes from the environment, which the fit has, too
-        return {"run.tracking_uri": self.uri if self.uri == self.name else None, "run.parent": self.parent}
+        place = {"run.tracking_uri": self.uri if self.uri == self.name else None, "run.parent": self.parent}
+        return place | {"run.log_model": False}  # a second copy of each point's model
 
     def point_done(self, point: Point, run: Path) -> bool:
         """Adds what the sweep set, and what the point is in it, to a point's run; says whether MLflow took it.

@@ -67,6 +67,11 @@ def test_json_of_llama_7b(llama, cost):
     assert (found["context"], found["expert_size"]) == (0, 32)
 
 
+def test_the_model_needs_no_option(llama, cost):
+    words = ("--sparsity", "0.5", "--json")
+    assert cost(llama, *words).out == cost("--model", llama, *words).out
+
+
 def test_the_table_shows_what_json_says(llama, cost):
     outcome = cost("--model", llama / "config.json", "--sparsity", 0.5)
     assert (outcome.code, outcome.err) == (0, "")

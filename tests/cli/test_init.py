@@ -17,7 +17,7 @@ def init(lightning, tmp_path, tiny, tiny_lm):
 
     def run(data, *options, lm=False):
         model = ["--model", (tiny_lm if lm else tiny).model]
-        outcome = lightning(tmp_path, None, "init", "new", "--data", data, *model, *options)
+        outcome = lightning(tmp_path, None, "init", "new", data, *model, *options)
         file = tmp_path / "new" / "config.yaml"
         return outcome, yaml.safe_load(file.read_text()) if file.exists() else None
 

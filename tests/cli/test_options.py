@@ -32,7 +32,7 @@ OPTIONS = {
     "data": "task source max_length batch_size eval_batch_size holdout train_rows",
     "stages": "dense router expert",
     **{f"stages.{stage}": " ".join(PLAN) for stage in ("dense", "router", "expert")},
-    "run": "root experiment name tracking_uri floor_from parent latency_rows",
+    "run": "root experiment name tracking_uri floor_from parent latency_rows mlflow log_model register_as",
 }
 
 

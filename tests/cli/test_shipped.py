@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -52,11 +53,20 @@ def test_the_command_line_takes_and_lists_them(lightning, parse, tmp_path):
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    """Run a command of the wheel, installed into a folder of its own, where there is nothing else."""
+    """Run a command of the wheel, made from the sdist and installed into a folder where there is nothing else."""
     wheels, target = tmp_path_factory.mktemp("wheels"), tmp_path_factory.mktemp("target")
     python = [sys.executable, "-m"]
     quiet = {"cwd": ROOT, "check": True, "capture_output": True, "text": True}
-    subprocess.run([*python, "hatchling", "build", "-t", "wheel", "-d", str(wheels)], **quiet)
+    subprocess.run([*python, "hatchling", "build", "-t", "sdist", "-d", str(wheels)], **quiet)
+    (sdist,) = wheels.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(wheels, filter="data")
+    (source,) = (path for path in wheels.iterdir() if path.is_dir())
+    assert {"LICENSE", "README.md", "CHANGELOG.md", "constraints.txt", "tests"} <= {
+        one.name for one in source.iterdir()
+    }
+    build = [*python, "hatchling", "build", "-t", "wheel", "-d", str(wheels)]
+    subprocess.run(build, **quiet | {"cwd": source})
     (wheel,) = wheels.glob("*.whl")
     install = ["pip", "install", "--no-deps", "--no-index", "--disable-pip-version-check", "--target", str(target)]
     subprocess.run([*python, *install, str(wheel)], **quiet)
@@ -85,6 +95,13 @@ def test_an_installed_wheel_runs_its_configurations_in_an_empty_folder(installed
     # This one names files beside it, in folders of their own.
     fit, _ = installed("fit", "--config", "lte:glue/minilm-sst2", *own, "--model.lte.expert_size", "8", *once)
     assert fit.returncode == 0, fit.stderr
+    quick = ("--data.train_rows", "64", "--trainer.limit_val_batches", "2", "--trainer.precision", "32-true")
+    short = [f"--stages.{stage}.epochs={epochs}" for stage, epochs in (("dense", 1), ("router", 1), ("expert", 1))]
+    small = ("--model.layers", "2", "--trainer.accelerator", "cpu", "--trainer.logger", "false", *quick, *short)
+    quickstart, _ = installed("fit", "--config", "lte:quickstart", *small)
+    assert quickstart.returncode == 0, quickstart.stderr
+    assert "film reviews (Rotten Tomatoes): accuracy on the validation rows" in quickstart.stdout
+    assert quickstart.stdout.rstrip().endswith("results.json")
     (reviews,) = tiny.task("sst2").glob("train.*")
     begun, _ = installed("init", "new", "--data", str(reviews), "--model", str(tiny.model))
     assert begun.returncode == 0, begun.stderr

@@ -315,6 +315,11 @@ def test_bad_input_gets_one_clear_line(own, options, complaint):
     assert "\n" not in str(refusal.value)
 
 
+def test_a_misspelt_file_is_told_its_neighbour(own, tmp_path):
+    with pytest.raises(DataError, match=r"revews\.csv \(do you mean 'reviews\.csv'\?\)"):
+        own(table(), source=str(tmp_path / "revews.csv")).setup("fit")
+
+
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [

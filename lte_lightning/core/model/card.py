@@ -9,6 +9,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedConfig
 
 README = "README.md"
+PLACEHOLDER = "FOLDER"  # where a saved model's own place belongs
 _MARK = "<!-- lte-lightning writes this card anew with the model; take this line out to keep your own text. -->"
 _VIEWS = {
     "dense": "dense, before routing",
@@ -27,7 +28,7 @@ _KINDS = {
 _GFLOP = 2**30
 
 
-def write_card(folder: Path, description: dict[str, Any], config: PreTrainedConfig, name: str = "FOLDER") -> None:
+def write_card(folder: Path, description: dict[str, Any], config: PreTrainedConfig, name: str = PLACEHOLDER) -> None:
     """Writes the card of a saved model, unless the folder has one that somebody else wrote.
 
     Args:
@@ -60,7 +61,8 @@ def card(description: dict[str, Any], config: PreTrainedConfig, name: str) -> Mo
             metric_type=str(results["metric"]),
             metric_value=results["hard"],
         )
-        facts = {"model_name": name, "eval_results": [value]}
+        own = name if name != PLACEHOLDER else f"{str(base.get('model') or architecture).rpartition('/')[2]}-sparse"
+        facts = {"model_name": own, "eval_results": [value]}
     data = ModelCardData(
         license=base.get("license"),
         base_model=base.get("model") if _is_repository(base.get("model")) else None,
@@ -163,10 +165,16 @@ def _recipe(description: dict[str, Any], base: dict[str, Any]) -> str:
 
 
 def public_name(source: object) -> str | None:
-    """Returns what may be published of where something is from: of a path on somebody's disk the last part."""
+    """Returns what may be published of where something is from: of a path on somebody's disk the last part.
+
+    A run's ``model`` and a package's are called by what they lie in.
+    """
     text = str(source or "")
+    path = Path(text)
+    if path.name == "model" and path.parent.name:
+        return path.parent.name
     is_path = text.startswith(("/", ".", "~")) or os.path.exists(text)
-    return (Path(text).name if is_path else text) or None
+    return (path.name if is_path else text) or None
 
 
 def licence(path: Path) -> str | None:

@@ -1,6 +1,7 @@
 """The card of a saved model, and what is uploaded, to a stand-in for the hub that speaks its HTTP."""
 
 import base64
+import contextlib
 import json
 import re
 import threading
@@ -14,6 +15,7 @@ from huggingface_hub.utils import close_session
 
 from lte_lightning import LteConfig, convert, from_pretrained, save_pretrained, set_mode
 from lte_lightning.cli import main
+from lte_lightning.errors import UserError
 
 ABOUT = {
     "stage": "expert",
@@ -88,6 +90,30 @@ def test_a_base_model_that_is_not_there(model, tmp_path, name):
     folder = save_pretrained(model, tmp_path / "saved")
     assert "/gone" not in (folder / "README.md").read_text()
     assert from_pretrained(folder).lte_base["license"] is None
+
+
+def test_a_card_is_named_by_the_base_model(build, tmp_path):
+    build().save_pretrained(tmp_path / "my-base" / "model")  # as a run or a package keeps it
+    plain = type(build()).from_pretrained(tmp_path / "my-base" / "model")
+    results = {"task": "reviews", "metric": "accuracy", "hard": 0.9}
+    folder = tmp_path / "saved"
+    save_pretrained(convert(plain, LteConfig(16), progress=False), folder, {"results": results})
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.model_name == "my-base-sparse"
+    assert "| base model | my-base |" in card.text
+
+
+def test_a_folder_that_is_not_there_is_one_line(model, tmp_path):
+    model.save_pretrained(tmp_path / "sparse-bert")
+    for name in ("sparse-brt", "./sparse-brt"):
+        with contextlib.chdir(tmp_path), pytest.raises(UserError) as refused:
+            from_pretrained(name)
+        assert str(refused.value).startswith(f"no folder {name} (do you mean 'sparse-bert'?)")
+    (tmp_path / "run").mkdir()
+    model.save_pretrained(tmp_path / "run" / "model")
+    assert from_pretrained(tmp_path / "run").lte_config == model.lte_config  # a run's folder
+    with pytest.raises(UserError, match="is a file; name the folder of a model"):
+        from_pretrained(tmp_path / "sparse-bert" / "config.json")
 
 
 def test_a_card_of_your_own_is_kept(model, tmp_path):

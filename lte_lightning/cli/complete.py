@@ -1,0 +1,53 @@
+"""What a shell may complete: commands, and then the options of one. argcomplete asks, by the environment."""
+
+import argparse
+import os
+import re
+from collections.abc import Callable
+from importlib import import_module
+
+TRAINING = "lte_lightning.cli.training"
+
+
+def asked() -> bool:
+    """Says whether a shell asks for completions, in place of running a command."""
+    return "_ARGCOMPLETE" in os.environ
+
+
+def complete(
+    parser: argparse.ArgumentParser,
+    commands: dict[str, str],
+    run: Callable[[list[str]], object],
+    help_of: Callable[[str], str],
+) -> None:
+    """Writes the completions of the line that is being typed where argcomplete's script wants them, and exits.
+
+    Args:
+        parser: Of the commands.
+        commands: The module of each.
+        run: Runs a command line, whose parser completes it: jsonargparse's do.
+        help_of: Returns the help text of a command that trains.
+    """
+    import argcomplete
+
+    line = os.environ["COMP_LINE"][: int(os.environ["COMP_POINT"])]
+    words = line.split()
+    if len(words) < 2 or (len(words) == 2 and not line[-1].isspace()) or words[1] not in commands:
+        argcomplete.autocomplete(parser)
+    module = import_module(commands[words[1]]) if commands[words[1]] != TRAINING else None
+    start = int(os.environ.pop("_ARGCOMPLETE"))
+    # argcomplete fails on Lightning's parser, whose help has its options and is kept
+    options = _options_in(help_of(words[1])) if module is None else None
+    os.environ["_ARGCOMPLETE"] = str(start + 1)  # the command's name is no argument of it
+    if options:
+        argcomplete.autocomplete(options)
+    if own := getattr(module, "_parser", None):
+        argcomplete.autocomplete(own())
+    run([words[1]])
+
+
+def _options_in(text: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for option in dict.fromkeys(re.findall(r"^ *(--[\w.]+)", text, re.MULTILINE)):
+        parser.add_argument(option)
+    return parser

@@ -1,0 +1,167 @@
+"""A saved model in MLflow: logged with its signature, and loaded by ``mlflow.pyfunc.load_model`` with its experts."""
+
+import contextlib
+import hashlib
+import logging
+import tempfile
+import warnings
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from lte_lightning.core.model.checkpoint import from_pretrained
+from lte_lightning.core.model.folder import CONFIG_FILE
+from lte_lightning.errors import UserError
+
+BATCH = 32  # rows that are answered at a time
+MAX_NEW_TOKENS = 64  # of an answer, unless the parameter says otherwise
+_DIGEST = "lte.digest"
+_PACKAGES = ("lte-lightning", "torch", "transformers")
+
+
+class LteModel:
+    """What ``mlflow.pyfunc.load_model`` wraps: texts in, answers out.
+
+    Args:
+        folder: A saved LTE model with its tokenizer.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.model = from_pretrained(folder).eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        kind = type(self.model).__name__
+        if not kind.endswith("ForSequenceClassification") and not self.model.can_generate():
+            raise UserError(f"{folder} is a {kind}: MLflow serves classifiers and models that write")
+
+    def predict(self, model_input: Any, params: dict[str, Any] | None = None) -> Any:
+        """Returns a row of answers for each row of texts.
+
+        Args:
+            model_input: A data frame with one column of texts, or two for pairs.
+            params: ``max_new_tokens`` of an answer.
+
+        Returns:
+            A data frame: ``label`` and ``probability``, of a regression ``value``, of a model that writes ``text``.
+        """
+        import pandas
+
+        columns = [[str(text) for text in model_input[name]] for name in model_input.columns[:2]]
+        answers: list[dict[str, Any]] = []
+        for first in range(0, len(columns[0]), BATCH):
+            answers += self._answer([column[first : first + BATCH] for column in columns], params or {})
+        return pandas.DataFrame(answers)
+
+    @torch.inference_mode()
+    def _answer(self, columns: list[list[str]], params: dict[str, Any]) -> list[dict[str, Any]]:
+        if self.model.can_generate() and not type(self.model).__name__.endswith("ForSequenceClassification"):
+            return [{"text": self._write(text, params)} for text in columns[0]]
+        limit = min(self.tokenizer.model_max_length, getattr(self.model.config, "max_position_embeddings", 512))
+        batch = self.tokenizer(*columns, truncation=True, max_length=limit, padding=True, return_tensors="pt")
+        logits_BC = self.model(**batch).logits.float()
+        if logits_BC.shape[1] == 1:
+            return [{"value": value} for value in logits_BC[:, 0].tolist()]
+        shares, classes = logits_BC.softmax(dim=1).max(dim=1)
+        names = self.model.config.id2label
+        return [
+            {"label": names[number], "probability": share}
+            for number, share in zip(classes.tolist(), shares.tolist(), strict=True)
+        ]
+
+    def _write(self, prompt: str, params: dict[str, Any]) -> str:
+        inputs = self.tokenizer(prompt, return_token_type_ids=False, return_tensors="pt")
+        count = int(params.get("max_new_tokens", MAX_NEW_TOKENS))
+        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
+        ids_BT = self.model.generate(**inputs, max_new_tokens=count, do_sample=False, pad_token_id=pad)
+        skipped = 0 if self.model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+        return str(self.tokenizer.decode(ids_BT[0, skipped:], skip_special_tokens=True))
+
+
+def _load_pyfunc(path: str) -> LteModel:
+    """Loads a logged model; MLflow calls it by this name."""
+    return LteModel(path)
+
+
+def log_model(client: Any, run_id: str, folder: Path, columns: list[str], kind: str, register_as: str | None) -> None:
+    """Adds a saved model to a run as a logged model, unless the run has this one.
+
+    Args:
+        client: MLflow's.
+        run_id: The run.
+        folder: The saved model.
+        columns: Names of the columns of texts.
+        kind: ``classification``, ``regression`` or ``text``.
+        register_as: The registered model of which it becomes a version.
+    """
+    from mlflow.entities import LoggedModelOutput, LoggedModelStatus
+    from mlflow.exceptions import MlflowException
+
+    with _quiet():
+        from mlflow import pyfunc
+        from mlflow.models.model import Model
+
+    digest, run = _hash_of(folder), client.get_run(run_id)
+    known = client.search_logged_models([run.info.experiment_id], filter_string=f"source_run_id = '{run_id}'")
+    if any(model.tags.get(_DIGEST) == digest for model in known):
+        return
+    signature, example = _signature(columns, kind)
+    tags = {_DIGEST: digest} | {key: value for key, value in run.data.tags.items() if key.startswith("lte.")}
+    # By the client: MLflow's own functions know one store, which is the whole process's
+    logged = client.create_logged_model(run.info.experiment_id, "sparse-model", run_id, tags)
+    with tempfile.TemporaryDirectory() as staging, _quiet():
+        pyfunc.save_model(
+            f"{staging}/model",
+            loader_module=__name__,
+            data_path=str(folder),
+            mlflow_model=Model(run_id=run_id, model_uuid=logged.model_id, model_id=logged.model_id),
+            signature=signature,
+            input_example=example,
+            pip_requirements=[f"{name}=={version(name).partition('+')[0]}" for name in _PACKAGES],
+        )
+        client.log_model_artifacts(logged.model_id, f"{staging}/model")
+    client.finalize_logged_model(logged.model_id, LoggedModelStatus.READY)
+    client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
+    if register_as:
+        with contextlib.suppress(MlflowException):  # it is there already
+            client.create_registered_model(register_as)
+        client.create_model_version(register_as, logged.artifact_location, run_id, model_id=logged.model_id)
+
+
+def _hash_of(folder: Path) -> str:
+    """Returns what tells saved models apart: their description has a digest of all weights."""
+    return hashlib.sha256((folder / CONFIG_FILE).read_bytes()).hexdigest()[:16]
+
+
+def _signature(columns: list[str], kind: str) -> tuple[Any, Any]:
+    import pandas
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+
+    outputs = {
+        "classification": [ColSpec("string", "label"), ColSpec("double", "probability")],
+        "regression": [ColSpec("double", "value")],
+        "text": [ColSpec("string", "text")],
+    }[kind]
+    params = None
+    if kind == "text":
+        params = ParamSchema([ParamSpec("max_new_tokens", DataType.long, MAX_NEW_TOKENS)])
+    inputs = Schema([ColSpec("string", name) for name in columns])
+    example = pandas.DataFrame([{name: "An example text." for name in columns}])
+    return ModelSignature(inputs, Schema(outputs), params), example
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps MLflow's remarks about its own parts from the user."""
+    logger = logging.getLogger("mlflow")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

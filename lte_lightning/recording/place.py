@@ -1,0 +1,41 @@
+"""A run's folder: its own file, its model, and how to go on with it."""
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from lte_lightning.core.model.saving import save_pretrained
+from lte_lightning.files import write_json
+from lte_lightning.store import RUN_LAYOUT
+
+RUN_FILE = "run.json"
+LAST = "checkpoints/last.ckpt"
+
+
+def write_run_file(folder: Path, experiment: str, name: str | None, run_id: str | None, uri: str | None) -> None:
+    """Notes which run of which store it is.
+
+    Args:
+        folder: The run's.
+        experiment: MLflow's.
+        name: The run's.
+        run_id: MLflow's, None where it records nothing.
+        uri: MLflow's store, without a password.
+    """
+    about = {"run_id": run_id, "tracking_uri": uri, "experiment": experiment}
+    write_json(folder / RUN_FILE, {"layout": RUN_LAYOUT, "name": name, **about})
+
+
+def how_to_resume(folder: Path) -> str:
+    """Returns what to type, to go on from the last checkpoint."""
+    config, last = (shlex.quote(str(folder / name)) for name in ("config.yaml", LAST))
+    return f"The last finished epoch is kept; resume with\n  lightning fit --config {config} --ckpt_path {last}"
+
+
+def save_model(model: PreTrainedModel, folder: Path, about: dict[str, Any], tokenizer: Any) -> None:
+    """Saves a run's model, and its tokenizer where the data have one that can be saved."""
+    save_pretrained(model, folder, about)
+    if hasattr(tokenizer, "save_pretrained"):
+        tokenizer.save_pretrained(folder)

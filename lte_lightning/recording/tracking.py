@@ -1,0 +1,160 @@
+"""What MLflow is told about a run besides its values: name, description, tags, every option, and the data."""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
+
+from lte_lightning.core.model.card import public_name
+from lte_lightning.recording.loggers import RunLogger, mlflow_of
+from lte_lightning.recording.machine import code
+from lte_lightning.results import Results
+from lte_lightning.store import shown
+
+_HIDDEN = ("tracking_uri", "password", "token")  # of the options, what an address or a secret may be in
+
+
+class Rates(Callback):
+    """Logs the learning rate of each group of weights, ``lr/model`` and ``lr/routers``, to every logger."""
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Logs the rates of the step that begins, as often as losses are logged."""
+        step = trainer.fit_loop.epoch_loop._batches_that_stepped  # the step of Lightning's own values
+        if not trainer.loggers or step % trainer.log_every_n_steps:
+            return
+        rates = {
+            f"lr/{group.get('name', f'group_{number}')}": group["lr"]
+            for optimizer in trainer.optimizers
+            for number, group in enumerate(optimizer.param_groups)
+        }
+        for logger in trainer.loggers:
+            logger.log_metrics(rates, step=step)
+
+
+def method(module: Any) -> str:
+    """Returns how a module's experts are selected: ``lte``, or a baseline's name."""
+    selector = module.lte.selector if module.lte else "router"
+    return "lte" if selector == "router" else selector
+
+
+def run_name(module: Any, data: Any) -> str:
+    """Returns a name that tells a run from its neighbours: task, method, target, seed."""
+    target = module.lte.target_sparsity if module.lte else None
+    weight = module.hparams.get("efficiency_weight")
+    dial = f"{100 * target:g} %" if target is not None else f"eta {weight:g}" if weight is not None else None
+    parts = [getattr(data, "task", None), method(module), dial, f"seed {module.hparams['seed']}"]
+    return ", ".join(part for part in parts if part)
+
+
+def tags(module: Any, data: Any) -> dict[str, str]:
+    """Returns a run's tags as it begins: task, method, model, commit, and a description."""
+    model = public_name(module.hparams["init_from"] or module.hparams["pretrained"])
+    commit = code()
+    found = {
+        "lte.task": getattr(data, "task", None),
+        "lte.method": method(module),
+        "lte.model": model,
+        "lte.commit": commit["commit"] or commit["code"],
+        "mlflow.note.content": f"{method(module)} on {getattr(data, 'task', 'data')}, from {model}.",
+    }
+    return {key: value for key, value in found.items() if value}
+
+
+def end_tags(results: Results, stage: str) -> dict[str, str]:
+    """Returns a run's tags at its end: the stage reached, and a description with what was found."""
+    view = next((name for name in ("hard", "hard_before", "soft", "dense") if getattr(results, name) is not None), None)
+    found = f"{results.metric} {getattr(results, view):.4f} ({view})" if view else "nothing measured"
+    sparse = f" at {100 * results.sparsity:.1f} % FFN sparsity" if results.sparsity is not None else ""
+    dense = f"; dense {results.dense:.4f}" if results.dense is not None and view != "dense" else ""
+    note = f"{results.task}: {found}{sparse}{dense}."
+    return {"lte.stage": stage, "mlflow.note.content": note}
+
+
+def options(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns the options of a run's four parts by dotted names: data, model, stages, trainer, and the run's own."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            inner = value.get("init_args")
+            nested = value if inner is None else {"class": str(value["class_path"]).rpartition(".")[2], **inner}
+            found |= options(nested, f"{name}.")
+        elif isinstance(value, list) and any(isinstance(each, Mapping) for each in value):
+            found |= options({str(i): each for i, each in enumerate(value)}, f"{name}.")
+        elif value is not None and not any(word in key for word in _HIDDEN):
+            found[name] = shown(value) if isinstance(value, str) else value
+    return found
+
+
+def data_input(data: Any) -> dict[str, Any] | None:
+    """Returns the data set of a run, as MLflow's inputs name it: where it is from, its rows and its fingerprint."""
+    source, ready = getattr(data, "source", None), getattr(data, "_ready", None)
+    if not source or not isinstance(data, LightningDataModule):
+        return None
+    rows = {role: [each for each in sets if hasattr(each, "_fingerprint")] for role, sets in (ready or {}).items()}
+    marks = [each._fingerprint for sets in rows.values() for each in sets]
+    profile = {f"{role}_rows": sum(map(len, sets)) for role, sets in rows.items() if sets}
+    local = Path(source).exists()
+    return {
+        "name": str(getattr(data, "task", None) or public_name(source)),
+        "digest": hashlib.sha256(repr(marks or source).encode()).hexdigest()[:16],
+        "source_type": "local" if local else "hugging_face",
+        "source": str(Path(source).resolve()) if local else shown(source),
+        "profile": profile,
+    }
+
+
+@rank_zero_only
+def announce(trainer: Trainer, module: Any, config: Mapping[str, Any]) -> None:
+    """Tells MLflow all that is known as a run begins.
+
+    Args:
+        trainer: With its data module set up.
+        module: The task.
+        config: The resolved configuration, as plain types.
+    """
+    logger = mlflow_of(trainer)
+    if not isinstance(logger, RunLogger) or trainer.state.fn != "fit":
+        return
+    data: Any = getattr(trainer, "datamodule", None)
+    kept = ("data", "model", "stages", "trainer", "run", "seed_everything")
+    own = {key: value for key, value in config.items() if key in kept}
+    logger.tell(tags=tags(module, data))
+    logger.options = options(own)
+    if (found := data_input(data)) is not None:
+        logger.tell(data=found)
+
+
+@rank_zero_only
+def conclude(trainer: Trainer, module: Any, results: Results, log_model: bool, register_as: str | None) -> None:
+    """Tells every logger what a fit has found, and MLflow its model.
+
+    Args:
+        trainer: Of the fit.
+        module: The task; its model is saved in the run's folder.
+        results: What was found.
+        log_model: Whether MLflow gets the model.
+        register_as: The registered model of which it becomes a version.
+    """
+    for logger in trainer.loggers:
+        logger.log_metrics(results.metrics(), step=trainer.global_step)
+    if not isinstance(logger := mlflow_of(trainer), RunLogger):
+        return
+    logger.tell(tags=end_tags(results, module.stage))
+    if not log_model:
+        return
+    if (kind := served(trainer, module)) is None:
+        rank_zero_info(f"MLflow gets no model: a {type(module.net).__name__} neither classifies nor writes")
+        return
+    logger.tell(model={"folder": "model", "columns": kind[0], "kind": kind[1], "register_as": register_as})
+
+
+def served(trainer: Trainer, module: Any) -> tuple[list[str], str] | None:
+    """Returns the columns of texts that a task reads, and what it answers; None for a task that MLflow cannot serve."""
+    columns = list(getattr(getattr(trainer, "datamodule", None), "text_columns", None) or ["text"])
+    if type(module.net).__name__.endswith("ForSequenceClassification"):
+        return columns, "regression" if module.net.config.num_labels == 1 else "classification"
+    return (["text"], "text") if module.net.can_generate() else None
