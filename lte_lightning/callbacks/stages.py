@@ -84,7 +84,9 @@ class StageSchedule(Callback):
             )
         if trainer.world_size > 1 and not isinstance(trainer.strategy, DDPStrategy):
             raise UserError(
-                f"stages cannot be switched under {type(trainer.strategy).__name__}; use trainer.strategy ddp"
+                f"stages cannot be switched under {type(trainer.strategy).__name__}: use trainer.strategy ddp, where "
+                "every device holds the model; one that it cannot hold is trained with model.lora, "
+                "model.gradient_checkpointing, trainer.precision bf16-true or fewer model.layers"
             )
         if any(isinstance(callback, GradientAccumulationScheduler) for callback in declared(trainer).callbacks):
             raise UserError(

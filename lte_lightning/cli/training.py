@@ -123,8 +123,10 @@ class LteCLI(LightningCLI):
         kwargs["callbacks"] = [*own, *callbacks]
         try:
             return super().instantiate_trainer(**kwargs)
-        except Exception:  # a device that is not there, for example
+        except Exception as error:  # a device that is not there, for example
             config.run.forget(kwargs["logger"][0] if kwargs.get("logger") else None)
+            if isinstance(error, ValueError) and not isinstance(error, UserError):  # what Lightning says of its options
+                raise UserError(str(error)) from error
             raise
 
     def before_test(self) -> None:

@@ -88,7 +88,7 @@ def conversation(turns: Any) -> Messages:
             known.get(theirs) if known.get(ours) is None else known[ours]
             for ours, theirs in (("role", "from"), ("content", "value"))
         )
-        if role not in _ROLE_OF or not isinstance(content, str):
+        if not isinstance(role, str) or role not in _ROLE_OF or not isinstance(content, str):
             raise DataError(
                 f"{turn!r} is no message with a role ({', '.join(ROLES)}; ShareGPT: human, gpt) and a text as content"
             )

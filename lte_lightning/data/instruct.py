@@ -172,7 +172,7 @@ class InstructData(PromptData):
             text = self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=add_generation_prompt
             )
-        except TemplateError as error:
+        except (TemplateError, ValueError) as error:  # the latter: one that begins with an answer
             raise DataError(
                 f"the chat template of {self._tokenizer_name!r} refuses a conversation ({error}): {messages!r:.200}"
             ) from error
