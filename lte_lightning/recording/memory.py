@@ -1,22 +1,24 @@
 """What a fit will need in memory, said before it starts."""
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 
 from lte_lightning.core.accounting.memory import PRECISIONS, training_memory
+from lte_lightning.tasks.base import LteModule
+from lte_lightning.trainer import declared
 
 
-def expected_memory(trainer: Trainer, module: LightningModule) -> str:
+def expected_memory(trainer: Trainer, module: LteModule) -> str:
     """Describes what a fit holds at its peak on one device, if all texts are as long as the data lets them be.
 
     The data say so by their ``batch_size`` and ``max_length``; where they have none, activations are left out.
     """
-    precision = str(trainer.precision)
+    precision, net = str(trainer.precision), module.net
     if precision not in PRECISIONS:
         return f"not known for precision {precision}"
-    batch, length = (getattr(trainer.datamodule, name, None) for name in ("batch_size", "max_length"))
+    batch, length = (getattr(declared(trainer).datamodule, name, None) for name in ("batch_size", "max_length"))
     tokens = batch * length if batch and length else 0
     at = f"at most {batch} x {length} tokens" if tokens else "activations aside, as the length of a batch is unknown"
-    checkpointing = any(getattr(part, "gradient_checkpointing", False) for part in module.net.modules())
+    checkpointing = any(getattr(part, "gradient_checkpointing", False) for part in net.modules())
     saving = ", gradient checkpointing" if checkpointing else ""
-    memory = training_memory(module.net, tokens, precision).describe(checkpointing)
+    memory = training_memory(net, tokens, precision).describe(checkpointing)
     return f"{memory}; {precision}{saving}, {at}"

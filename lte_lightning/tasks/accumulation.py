@@ -1,10 +1,18 @@
 """How much an optimizer step holds, before its first batch is run: losses are means over all of its tokens."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+
+
+class Loader(Protocol):
+    """What yields batches, and may know how many."""
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+    def __len__(self) -> int: ...
 
 
 class StepLoader:
@@ -21,7 +29,7 @@ class StepLoader:
 
     def __init__(
         self,
-        loader: Iterable[Any],
+        loader: Loader,
         amounts: Callable[[Any], torch.Tensor],
         accumulate: int,
         epoch: Callable[[], int],

@@ -13,12 +13,16 @@ from lte_lightning.core.model.head import IGNORED, run_where_asked
 from lte_lightning.errors import UserError
 from lte_lightning.tasks.base import LteModule
 from lte_lightning.tasks.lora import Lora, add_lora, merge_lora
+from lte_lightning.trainer import declared
 
 
 class Perplexity(Metric):
     """Perplexity over a whole evaluation: every token weighs the same, whatever batch it was in; sums over devices."""
 
     full_state_update = False
+    loss_sum: torch.Tensor
+    tokens: torch.Tensor
+    words: torch.Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -76,14 +80,14 @@ class LanguageModel(LteModule):
         super().configure_model()
         if fresh and self.lora:
             add_lora(self.net, self.lora)
-        data = self._trainer.datamodule if self._trainer else None
+        data = declared(self._trainer).datamodule if self._trainer else None
         if not fresh or data is None:
             return
         context = getattr(self.net.config, "max_position_embeddings", None)
         if context and data.max_length > context:
             raise UserError(f"max_length is {data.max_length}, but the model's context is {context} tokens")
-        vocabulary = self.net.get_input_embeddings().num_embeddings
-        if len(data.tokenizer) > vocabulary:
+        vocabulary = getattr(self.net.get_input_embeddings(), "num_embeddings", None)
+        if vocabulary is not None and len(data.tokenizer) > vocabulary:
             raise UserError(
                 f"the tokenizer has {len(data.tokenizer)} tokens, the model {vocabulary}: they do not belong together"
             )

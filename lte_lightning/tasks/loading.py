@@ -14,7 +14,7 @@ from transformers.utils import logging as hf_logging
 from lte_lightning.core.model.checkpoint import from_pretrained
 from lte_lightning.core.model.checks import listed, require_complete, require_finite, require_sound_routers
 from lte_lightning.core.model.config import LteConfig
-from lte_lightning.core.model.convert import convert, restore
+from lte_lightning.core.model.convert import convert, lte_config, restore
 from lte_lightning.core.model.experts import expert_ffns
 from lte_lightning.core.model.folder import is_lte, read_description
 from lte_lightning.core.model.names import plain_names
@@ -77,7 +77,7 @@ def load(
         if about.get("stage", "dense") == "dense":
             give_experts(model, config)
         else:
-            _require_same(source, model.lte_config, config)
+            _require_same(source, lte_config(model), config)
     return model.train(), about  # Hugging Face loads in eval mode, and Lightning would keep it so
 
 

@@ -62,14 +62,14 @@ def add_lora(model: PreTrainedModel, lora: Lora) -> list[str]:
         if id(module) in within and isinstance(module, Projection)
     }
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    options = {
-        "r": lora.rank,
-        "lora_alpha": lora.alpha,
-        "lora_dropout": lora.dropout,
-        "target_modules": list(targets),
-        "fan_in_fan_out": not any(isinstance(module, nn.Linear) for module in targets.values()),  # Conv1D
-    }
-    inject_adapter_in_model(LoraConfig(**options), model)
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft divides it by the rank: it need not be whole
+        lora_dropout=lora.dropout,
+        target_modules=list(targets),
+        fan_in_fan_out=not any(isinstance(module, nn.Linear) for module in targets.values()),  # Conv1D
+    )
+    inject_adapter_in_model(config, model)
     # peft freezes all but its adapters
     for parameter in trained:
         parameter.requires_grad_(True)

@@ -9,6 +9,7 @@ from torchmetrics import Metric
 from lte_lightning.core.model.head import run_where_asked
 from lte_lightning.data.mmlu import LETTERS, QUESTION_KEYS
 from lte_lightning.tasks.language_model import LanguageModel
+from lte_lightning.trainer import declared
 
 
 class SubjectAccuracy(Metric):
@@ -19,6 +20,8 @@ class SubjectAccuracy(Metric):
     """
 
     full_state_update = False
+    right_S: torch.Tensor
+    total_S: torch.Tensor
 
     def __init__(self, subjects: Sequence[str]) -> None:
         super().__init__()
@@ -54,7 +57,7 @@ class Mmlu(LanguageModel):
 
     def make_metric(self) -> Metric:
         """Returns accuracy per subject."""
-        return SubjectAccuracy(self.trainer.datamodule.subjects)
+        return SubjectAccuracy(declared(self.trainer).datamodule.subjects)
 
     def run_model(self, batch: dict[str, torch.Tensor], net: Any = None) -> Any:
         """Returns the model's outputs, with the logits before the answer's letter alone."""
@@ -63,7 +66,7 @@ class Mmlu(LanguageModel):
 
     def outputs_for_metric(self, outputs: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """Returns the chosen letters, the right ones, and the subjects; keeps the likelihoods."""
-        likelihoods_B4 = outputs.logits[0].float().log_softmax(-1)[:, self.trainer.datamodule.letter_ids]
+        likelihoods_B4 = outputs.logits[0].float().log_softmax(-1)[:, declared(self.trainer).datamodule.letter_ids]
         chosen_B = likelihoods_B4.argmax(-1)
         for row, subject, answer, chosen, likelihoods in zip(
             batch["row"], batch["subject"], batch["answer"], chosen_B, likelihoods_B4, strict=True
@@ -71,7 +74,7 @@ class Mmlu(LanguageModel):
             self.predictions.append(
                 {
                     "row": int(row),
-                    "subject": self.trainer.datamodule.subjects[int(subject)],
+                    "subject": declared(self.trainer).datamodule.subjects[int(subject)],
                     "prediction": LETTERS[int(chosen)],
                     "answer": LETTERS[int(answer)],
                     "log_likelihoods": [round(value, 4) for value in likelihoods.tolist()],
@@ -87,7 +90,7 @@ class Mmlu(LanguageModel):
     def test_figures(self) -> dict[str, Any]:
         """Gathers the predictions, and returns how many rows they are, had fewer examples or were left out."""
         self.gather_predictions()
-        data = self.trainer.datamodule
+        data = declared(self.trainer).datamodule
         found: dict[str, Any] = {"questions": len(self.predictions), "fewer_shots": data.fewer_shots}
         return found | ({"skipped_rows": dict(data.skipped)} if data.skipped else {})
 

@@ -21,6 +21,11 @@ class SparsityMeter(Metric):
     """
 
     full_state_update = False
+    active_L: torch.Tensor
+    tokens_L: torch.Tensor
+    idle_LK: torch.Tensor
+    batches_LK: torch.Tensor
+    scores_LH: torch.Tensor
 
     def __init__(self, experts: Sequence[int]) -> None:
         super().__init__()
