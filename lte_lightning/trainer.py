@@ -14,12 +14,14 @@ class Declared(Protocol):
         datamodule: The data module of the fit, None if the trainer was given loaders. Its class is the user's, so
             nothing is known of what it has besides Lightning's hooks.
         fast_dev_run: How many batches a trial run has; False in a real one.
+        log_every_n_steps: After how many steps loggers are told something.
         reload_dataloaders_every_n_epochs: After how many epochs loaders are made anew; 0 never.
     """
 
     callbacks: "list[Callback]"
     datamodule: Any
     fast_dev_run: bool | int
+    log_every_n_steps: int
     reload_dataloaders_every_n_epochs: int
 
 

@@ -34,7 +34,7 @@ from lte_lightning.sweep.spec import read_sweep
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 OURS = ("lightning", "lte")
-OTHERS = ("python", "python3", "pip", "nox", "mlflow")
+OTHERS = ("python", "python3", "pip", "nox", "mlflow", "tensorboard")
 STAND_IN = """#!{python}
 import json, os, sys
 with open(os.environ["CALLS"], "a") as file:
@@ -250,9 +250,9 @@ def test_speed(decoder, tmp_path):
     assert (tmp_path / "my-sparse-model-int8" / "lte_config.json").exists()
 
 
-# What needs the hub, other packages, or objects that other pages make. Line by line that is run by
-# tests/core/model/test_trainer.py and test_hub.py, and by tests/export/test_graph.py.
-ELSEWHERE = ("docs/huggingface.md:1", "docs/export.md:0")
+# What needs the hub, other packages, or objects that other pages make. Line by line that is run by test_trainer.py,
+# test_hub.py and test_quantize.py of tests/core/model, tests/export/test_graph.py and tests/cli/test_mlflow.py.
+ELSEWHERE = ("docs/huggingface.md:1", "docs/export.md:0", "docs/speed.md:1", "docs/tracking.md:0")
 
 
 def test_every_block_of_python_is_run():

@@ -138,18 +138,19 @@ def _hash_of(folder: Path) -> str:
 def _signature(columns: list[str], kind: str) -> tuple[Any, Any]:
     import pandas
     from mlflow.models import ModelSignature
-    from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+    from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema, TensorSpec
 
-    outputs = {
+    answers: dict[str, list[ColSpec | TensorSpec]] = {
         "classification": [ColSpec("string", "label"), ColSpec("double", "probability")],
         "regression": [ColSpec("double", "value")],
         "text": [ColSpec("string", "text")],
-    }[kind]
-    params = None
-    if kind == "text":
-        params = ParamSchema([ParamSpec("max_new_tokens", DataType.long, MAX_NEW_TOKENS)])
+    }
+    outputs = answers[kind]
     inputs = Schema([ColSpec("string", name) for name in columns])
     example = pandas.DataFrame([{name: "An example text." for name in columns}])
+    if kind != "text":
+        return ModelSignature(inputs, Schema(outputs)), example
+    params = ParamSchema([ParamSpec("max_new_tokens", DataType.long, MAX_NEW_TOKENS)])
     return ModelSignature(inputs, Schema(outputs), params), example
 
 

@@ -13,6 +13,7 @@ from lte_lightning.recording.loggers import RunLogger, mlflow_of
 from lte_lightning.recording.machine import code
 from lte_lightning.results import Results
 from lte_lightning.store import shown
+from lte_lightning.trainer import declared
 
 _HIDDEN = ("tracking_uri", "password", "token")  # of the options, what an address or a secret may be in
 
@@ -23,7 +24,7 @@ class Rates(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Logs the rates of the step that begins, as often as losses are logged."""
         step = trainer.fit_loop.epoch_loop._batches_that_stepped  # the step of Lightning's own values
-        if not trainer.loggers or step % trainer.log_every_n_steps:
+        if not trainer.loggers or step % declared(trainer).log_every_n_steps:
             return
         rates = {
             f"lr/{group.get('name', f'group_{number}')}": group["lr"]
@@ -141,15 +142,16 @@ def conclude(trainer: Trainer, module: Any, results: Results, log_model: bool, r
     """
     for logger in trainer.loggers:
         logger.log_metrics(results.metrics(), step=trainer.global_step)
-    if not isinstance(logger := mlflow_of(trainer), RunLogger):
+    mlflow = mlflow_of(trainer)
+    if not isinstance(mlflow, RunLogger):
         return
-    logger.tell(tags=end_tags(results, module.stage))
+    mlflow.tell(tags=end_tags(results, module.stage))
     if not log_model:
         return
     if (kind := served(trainer, module)) is None:
         rank_zero_info(f"MLflow gets no model: a {type(module.net).__name__} neither classifies nor writes")
         return
-    logger.tell(model={"folder": "model", "columns": kind[0], "kind": kind[1], "register_as": register_as})
+    mlflow.tell(model={"folder": "model", "columns": kind[0], "kind": kind[1], "register_as": register_as})
 
 
 def served(trainer: Trainer, module: Any) -> tuple[list[str], str] | None:
