@@ -76,7 +76,7 @@ class LastCheckpoint(_Movable):
         super().__init__(filename="last", enable_version_counter=False, save_on_train_epoch_end=True)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Saves, but not an epoch that was cut short (trainer.max_steps): its rest could not be resumed."""
+        """Saves after a whole epoch. Nothing could resume one that trainer.max_steps has cut short."""
         if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
             super().on_train_epoch_end(trainer, pl_module)
 
@@ -84,7 +84,7 @@ class LastCheckpoint(_Movable):
 class BestCheckpoint(_Movable):
     """Keeps the weights of the best epoch of the expert stage in ``best.ckpt``.
 
-    Soft and dense epochs never compete: they are better by construction, and not what is run.
+    Epochs of other stages do not compete. Their figures are better, but such models do not skip experts.
     """
 
     def __init__(self) -> None:

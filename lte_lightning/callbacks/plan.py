@@ -65,13 +65,18 @@ class StagePlan:
         return self.epochs == 0 or self.steps == 0
 
     def length(self, per_pass: int, accumulate: int) -> int:
-        """Returns the stage's optimizer steps, for so many batches in a pass and so many in a step."""
+        """Returns how many optimizer steps the stage has.
+
+        Args:
+            per_pass: Batches in a pass over the data.
+            accumulate: Batches in an optimizer step.
+        """
         if self.skipped:
             return 0
         return self.epochs * math.ceil(per_pass / accumulate) if self.steps is None else self.steps
 
     def factor(self, step: int, steps: int) -> float:
-        """Returns the share of the peak rates that a step has, of a stage of so many."""
+        """Returns the share of the peak rates at one of a stage's steps."""
         warmup = round(self.warmup * steps)
         if step < warmup:
             return step / warmup

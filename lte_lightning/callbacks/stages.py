@@ -166,7 +166,7 @@ class StageSchedule(Callback):
 
     def _prepare(self, trainer: Trainer, epoch: int) -> None:
         trainer.limit_train_batches = self._epoch(epoch).batches
-        # Before the epoch begins: of a stream, Lightning takes the first batch even earlier
+        # Lightning takes the first batch of a stream before the epoch begins
         data = declared(trainer).datamodule
         if hasattr(data, "begin"):
             data.begin(self._epoch(epoch).seen)
@@ -217,7 +217,7 @@ class StageSchedule(Callback):
         self._epoch_began = time.perf_counter()
         module, now = lte_module(pl_module), self._epoch(trainer.current_epoch)
         ahead = STAGES.index(now.stage) - STAGES.index(module.stage)
-        # The stage of a fit's first epoch may be the one that the model was saved in: it too gets a fresh optimizer
+        # A fit may begin in the stage that the model was saved in. That stage gets a fresh optimizer, too
         if ahead > 0 or (ahead == 0 and now.number == 0):
             groups = module.stage == "dense" and ahead > 0
             module.enter_stage(now.stage)
@@ -235,7 +235,7 @@ class StageSchedule(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Seeds the epoch, and tells the module how far the stage has come."""
-        # Not when the epoch starts: the data loader's iterator draws a number, in a run's first epoch before that
+        # Too early at the start of the epoch: the data loader's iterator still draws a number
         if batch_idx == 0:
             key = self._epoch(trainer.current_epoch).key
             torch.manual_seed((self.seed * 1_000_003 + key) * 1_009 + trainer.global_rank)
@@ -292,6 +292,6 @@ class StageSchedule(Callback):
 
 
 def _rewrap(trainer: Trainer) -> None:
-    # DDP fixes the set of trainable parameters when it wraps: those thawed later would never be reduced
+    # DDP reduces only the parameters that were trainable when it wrapped the model
     if isinstance(trainer.strategy, DDPStrategy):
         trainer.strategy.model = trainer.strategy._setup_model(trainer.lightning_module)

@@ -78,7 +78,7 @@ def finish(material: Material, bench: Iterable[str | Path]) -> Material:
 
 
 def _read(folders: list[Path], sweeps: dict[Path, SweptFolder], material: Material) -> list[Run]:
-    """Reads run folders; of those of a sweep, the newest of each of its points."""
+    """Reads run folders. Of a sweep's point only the newest run counts."""
     alone = [folder for folder in folders if folder.parent not in sweeps]
     points: dict[tuple[Path, Any], list[Path]] = {}
     for folder in folders:
@@ -89,7 +89,7 @@ def _read(folders: list[Path], sweeps: dict[Path, SweptFolder], material: Materi
             else:
                 points.setdefault((swept.path, name), []).append(folder)
     found = [read_run(folder) for folder in alone]
-    # in the order of the sweep's file, for run folders are named at random
+    # Run folders have random names, so the sweep's file gives the order
     order = [(path, name) for path, swept in sweeps.items() for name in swept.points]
     for path, name in sorted(points, key=order.index):
         *older, kept = sorted(points[path, name], key=newest)

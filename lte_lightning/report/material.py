@@ -136,7 +136,7 @@ class Material:
         return {length: list(methods) for length, methods in lengths.items()}
 
     def _compared(self, task: str, own: Iterable[str], alike: str) -> str:
-        """Says that a length is that of all others, or which it is if they differ; nothing where none is known."""
+        """Returns ``alike`` if all lengths are the same, else this length; nothing if none is known."""
         if len(self.lengths(task)) == 1:
             return alike
         return f" for {' or '.join(own)}" if own else ""

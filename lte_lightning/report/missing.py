@@ -25,7 +25,7 @@ class Missing:
 
 
 def missing_point(name: str, point: Point | None, sweep: str, status: str) -> Missing:
-    """Says which point is missing: by its name, where nothing else was kept of it.
+    """Describes a missing point. If nothing else is known of it, its name does.
 
     Args:
         name: The point's.

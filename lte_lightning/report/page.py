@@ -82,7 +82,7 @@ def _remove_old(out: Path, keep: Iterable[str]) -> None:
 
 
 def _here() -> Table:
-    """Returns the versions and the machine that write the page, which need not be those of the runs."""
+    """Returns the versions and the machine that write the page. Those of the runs may differ."""
     names = ("lte-lightning", "matplotlib", "numpy")
     system = [["system", platform.platform(terse=True)], ["machine", platform.machine()]]
     rows = [["python", platform.python_version()], *([name, version(name)] for name in names), *system]

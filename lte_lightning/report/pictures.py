@@ -21,7 +21,7 @@ from lte_lightning.report.run import Run, Setting
 from lte_lightning.report.style import DARK, KNOWN, LIGHT, Style
 from lte_lightning.results import better
 
-# Inches and points: on a phone, where a picture is 358 px wide, letters are 11.8 px high
+# In inches and points. A phone shows a picture 358 px wide; letters are 11.8 px high there
 WIDTH, LETTERS, DPI = 4.2, 10, 200
 HEIGHT = 3.3  # without the legend
 LINE = 0.175  # of text
@@ -43,7 +43,7 @@ def _style(theme: dict[str, str]) -> dict[str, Any]:
 
 
 def render(draw: Draw) -> tuple[bytes, bytes]:
-    """Returns a picture as two PNGs, for light and for dark pages."""
+    """Returns two PNGs of a picture, one for light pages and one for dark ones."""
     found = []
     for theme in (LIGHT, DARK):
         with matplotlib.rc_context(_style(theme)):  # type: ignore[arg-type]  # its keys are a list of words

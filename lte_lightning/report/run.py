@@ -84,7 +84,7 @@ class Run:
 
     @property
     def inner_sparsity(self) -> float | None:
-        """Sparsity without the last layer, where a classifier reads one token of that; else None."""
+        """Sparsity without the last layer, if a classifier reads one token of that layer alone; else None."""
         layers = self.results.sparsity_per_layer
         classifies = str(self.options.get("model.class_path")).endswith("Classification")
         reads_one = classifies and reads_first_token(self.family)
@@ -152,7 +152,7 @@ class Setting:
 
     @property
     def figure(self) -> str:
-        """Its figure as text; one that is not defined is said to be so."""
+        """Its figure as text, with the seeds for which it is not defined."""
         if len(self.undefined) == len(self.runs):
             return "undefined"
         seeds = f" (undefined: seed {', '.join(map(str, self.undefined))})" if self.undefined else ""
@@ -175,7 +175,7 @@ class Setting:
 
     @property
     def called(self) -> str:
-        """The name of its method; an oracle is said to be one, whatever a sweep has named it."""
+        """The name of its method. An oracle is marked as one, whatever the sweep calls it."""
         lte = self.runs[0].lte
         return marked(self.method, lte) if describe(lte).oracle else self.method
 

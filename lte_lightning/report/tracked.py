@@ -23,7 +23,7 @@ from lte_lightning.sweep.points import Point, restore
 from lte_lightning.sweep.table import newest
 from lte_lightning.sweep.tracking import PLAN
 
-# What `read_run` reads, where a fit logs it
+# The artifacts that `read_run` reads
 FILES = (RESULTS, "config.yaml", "model/lte_config.json")
 PARENT = "mlflow.parentRunId"
 
@@ -72,7 +72,7 @@ def collect_tracked(
 
 @contextlib.contextmanager
 def _store(uri: str) -> Iterator[Any]:
-    """A client of the store; what goes wrong with it is said in one line."""
+    """Yields a client of the store, and turns what goes wrong with it into one line."""
     if uri.startswith(("http://", "https://")):
         ask(uri, "the MLflow server")  # MLflow itself would try for minutes
     elif uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///").partition("?")[0]).exists():
@@ -90,7 +90,7 @@ def _store(uri: str) -> Iterator[Any]:
 
 
 def _runs(client: Any, store: str, experiment: str | None, run_ids: Sequence[str]) -> list[Any]:
-    """Returns the runs that were asked for, those of sweeps themselves apart, oldest first."""
+    """Returns the runs that were asked for, oldest first, without the parent runs of sweeps."""
     if experiment is None and run_ids:
         runs = [run for run_id in dict.fromkeys(run_ids) for run in _run(client, store, run_id)]
     else:
@@ -144,7 +144,7 @@ def _fetch(client: Any, run: Any, folder: Path) -> bool:
 
 
 def _read(runs: Sequence[Any], folder: Path, material: Material) -> None:
-    """Reads the folders of runs, of those of a sweep the newest of each of its points."""
+    """Reads the folders of runs. Of a sweep's point only the newest run counts."""
     points: dict[Any, list[Any]] = {}
     for run in runs:
         points.setdefault(_point(run), []).append(run)

@@ -128,7 +128,7 @@ class Engine:
         return [name for name in (point.start, point.floor if by_floor else None) if name]
 
     def _start_next(self) -> bool:
-        # First those whose floor is done, for their own results can name it
+        # A point whose floor is done goes first: its results can name the floor
         waiting = sorted(self._pending, key=lambda point: point.floor is not None and point.floor not in self._runs)
         for point in waiting:
             needs = self._needs(point)
@@ -137,13 +137,13 @@ class Engine:
                 self._pending.remove(point)
                 self.summary.blocked.append(point.name)
                 self.folder.remember(point, status="blocked")
-                # A trial of which a fit was not run is not judged: it is taken up when the sweep is started again
+                # Nobody judges a trial whose fits did not all run. The next start of the sweep takes it up again
                 self.say(f"{self._count()} {point.name}: not run, for {lost[0]} failed")
             elif all(name in self._runs for name in needs):
                 self._pending.remove(point)
                 self._start(point)
                 return True
-        # A trial is asked for when nothing waits, so that none is proposed before the others' results are known
+        # Optuna proposes better once it knows the results, so it is asked only when nothing waits
         if not self._pending and self.trials is not None and not self._shared_failed() and (more := self.trials.ask()):
             self._add(more)
             return True
@@ -175,14 +175,14 @@ class Engine:
         attempts = self.folder.attempts().get(point.name, [])
         runs = [run for run in attempts if not (run / FILE).exists()]  # what was found is never removed
         before = self.folder.record(point.name) or Record(point)
-        # A signal, or a machine that was lost, says nothing against the checkpoint
+        # A fit that a signal ended, or whose machine was lost, may have a good checkpoint
         failed = before.status == "failed" and 0 < (1 if before.code is None else before.code) < SIGNALS
         if runs and resumable(runs[-1]) and not (failed and before.resumed):
             if self.tracker:
                 self.tracker.adopt(runs[-1])
             run = os.path.relpath(runs[-1])
             return ["fit", "--config", f"{run}/config.yaml", "--ckpt_path", f"{run}/checkpoints/last.ckpt"]
-        for lost in runs:  # no checkpoint, or one that led nowhere twice
+        for lost in runs:  # it has no checkpoint, or failed twice from the same one
             shutil.rmtree(lost, ignore_errors=True)
             if self.tracker:
                 self.tracker.forget(lost.name)
@@ -213,7 +213,7 @@ class Engine:
         run = self.folder.finished(name)
         if self.watch:
             self.watch.ended(name, run is not None)
-        # A start whose model is needed once more has old results; what else has them is done, however it ended
+        # A start that runs again for its model has old results. Any other fit with results is done, however it ended
         if run is not None and (code == 0 or (run / "model").is_dir()):
             self._runs[name] = run
             self.folder.remember(point, seconds=seconds)
@@ -242,7 +242,7 @@ class Engine:
         self.summary.done.append(point.name)
         before = self.folder.record(point.name) or Record(point)
         now = replace(before, point=point, status="done", run=run.name)
-        # MLflow is told before that is remembered: a sweep that is killed in between tells it again
+        # First tell MLflow, then note it: a sweep that is killed in between tells MLflow again
         if self.tracker and before.told != self.tracker.parent and self.tracker.point_done(point, run):
             now = replace(now, told=self.tracker.parent)
         if now != before:

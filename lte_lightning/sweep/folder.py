@@ -30,7 +30,7 @@ LAYOUT = 1  # of what earlier versions wrote, too: of a point they kept its name
 SWEEP_FILE = "sweep.json"
 COPY = "sweep.yaml"  # of the sweep file
 FRONT = "front.md"  # the best trials of a search
-# What a folder of ours may hold before sweep.json does: a sweep may be killed while it writes that
+# A sweep that was killed before it wrote sweep.json may have left these
 BEFORE = {"points", "lock", f"{SWEEP_FILE}.tmp"}
 # A killed sweep's fits end themselves; a new one waits for them for so many seconds
 PATIENCE = 60
@@ -46,13 +46,13 @@ class SweepFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).absolute()
         self.points = self.path / "points"
-        # Until the folder says otherwise. Other machines may have one of the same path: a search must tell them apart
+        # Used until sweep.json names another id. A path is no id: another machine may have the same one
         self.about: dict[str, Any] = {"id": uuid.uuid4().hex}
         self.lock: int | None = None
 
     @contextmanager
     def hold(self, sweep: Sweep, patience: float = PATIENCE, words: Sequence[str] = ()) -> Iterator[None]:
-        """Makes the folder this sweep's, and nobody else's as long as the context lasts.
+        """Holds the folder for this sweep: no other sweep can run in it while the context lasts.
 
         The lock is inherited by the fits, and those of other machines lock their logs: as long as one of a killed sweep
         still runs, no second one starts the same.
@@ -128,7 +128,7 @@ class SweepFolder:
             if self.path.exists() and any(entry.name not in BEFORE for entry in self.path.iterdir()):
                 raise UserError(f"{self.path} holds something else than a sweep; choose another --folder")
             return
-        # Earlier versions marked a search's trials with the path: those of such a folder stay its own
+        # Earlier versions marked a search's trials with the folder's path, so the path stays such a folder's id
         self.about = {"id": str(self.path)} | read_sweep_file(file)
         name, origin = self.about.get("name"), Path(self.about.get("file") or sweep.path)
         # A sweep may move with its repository: it is another only where both files are there, and differ

@@ -17,7 +17,7 @@ DENSE_ONLY = {"stages.router.epochs": 0, "stages.expert.epochs": 0}
 FROM_START = {"stages.dense.epochs": 0}
 FLOOR = {"model.lte.selector": "none", "stages.router.epochs": 0}
 INIT = "model.init_from"
-# What cannot change a value that a fit finds
+# Options that cannot change a result
 NEUTRAL = (
     "trainer.logger",
     "trainer.enable_progress_bar",
@@ -25,7 +25,7 @@ NEUTRAL = (
     "trainer.log_every_n_steps",
     "trainer.default_root_dir",
 )
-# Options of which a whole number counts batches, and a fraction is a share of them: there 1 and 1.0 differ
+# For these options 1 is one batch and 1.0 is all batches
 BY_SHARE = ("trainer.limit_", "trainer.overfit_batches", "trainer.val_check_interval")
 
 
@@ -184,7 +184,7 @@ class Sweep:
 
     def _named(self, point: Point, start: Point | None = None, floor: Point | None = None) -> Point:
         point = replace(point, start=start.name if start else None, floor=floor.name if floor else None)
-        # Files by the name that the sweep file gives them, so that a sweep may move with its repository
+        # Paths relative to the sweep file, so that a sweep keeps its names when its repository moves
         files = [os.path.relpath(path, self.path.parent) for path in point.configs]
         same = [files, sorted(point.overrides.items()), point.seed, point.role, point.variant, point.start, point.floor]
         digest = hashlib.sha256(json.dumps(same, default=str).encode()).hexdigest()[:8]
@@ -197,8 +197,8 @@ class Sweep:
 def identify(point: Point, start: Point | None = None) -> str:
     """Returns a digest of what tells a fit from others: its options in canonical form, its configs, and its start.
 
-    The floor is only reported beside it. Configs count by their names: a sweep may move, and its folder knows what they
-    hold.
+    The floor does not count, because it is only reported beside the fit. Configs count by their names: a sweep may
+    move, and its folder has their checksums.
     """
     facts: list[Any] = [point.role, point.variant, point.seed, point.files, sorted(point.options.items())]
     facts.append(start.identity if start else None)
@@ -208,8 +208,8 @@ def identify(point: Point, start: Point | None = None) -> str:
 def canonical(options: Mapping[str, Any]) -> dict[str, str]:
     """Returns a fit's options as every spelling of the same fit has them.
 
-    A path may end with a slash, a number be written as a text, as 1 or as 1.0. How a stage that is skipped would be
-    trained is left out, and so is what is shown of a fit.
+    `X/` becomes `X`; the text "1" and the number 1.0 become 1. Options of a stage that is skipped are left out, and so
+    are options that change only what a fit shows.
     """
     kept = {key: _plain(key, value) for key, value in options.items() if key not in NEUTRAL}
     stages = {key: key.rpartition(".") for key in kept if key.startswith("stages.")}

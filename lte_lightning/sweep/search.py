@@ -54,7 +54,7 @@ class Trials:
             self._ranges = {key: self._range(given) for key, given in self.search.parameters.items()}
         except ValueError as error:
             raise UserError(f"{sweep.path}: Optuna cannot draw from the parameters of search: {error}") from error
-        # At the start less is lost by giving up than by waiting
+        # Nothing runs yet, so giving up soon costs little
         self.study = self._ask_storage(self._open_study, min(patience, 10))
         if [d.name.lower() for d in self.study.directions] != list(self.search.objectives.values()):
             raise UserError(
@@ -69,7 +69,7 @@ class Trials:
             directions=[*self.search.objectives.values()],  # type: ignore[list-item]  # the words were checked
             load_if_exists=True,
         )
-        # Neither a sweep that goes on nor another that shares the study draws what was drawn before
+        # A sweep that goes on, or shares the study, must not draw the same trials again
         owner = zlib.crc32(self._owner.encode()) if self.search.storage else 0
         seed = (self.search.seed + owner + len(study.get_trials(deepcopy=False))) % 2**32
         study.sampler = self._optuna.samplers.TPESampler(seed=seed, n_startup_trials=5)
@@ -78,7 +78,7 @@ class Trials:
     def _find_left_behind(self) -> list[Any]:
         found = []
         for trial in self._trials(self._states.RUNNING):
-            # In a storage of its own all are this sweep's, also those of a folder that was moved since
+            # A storage in the folder holds this sweep's trials alone, even after the folder was moved
             if self.search.storage and trial.user_attrs.get(FOLDER) != self._owner:
                 continue
             if trial.params.keys() == self._ranges.keys():
@@ -123,7 +123,7 @@ class Trials:
         return max(0, self.search.trials - self._ask_storage(self._begun)) * len(self.sweep.seeds)
 
     def _begun(self) -> int:
-        # What failed before all its parameters were drawn was no trial
+        # A trial that failed while it was drawn does not count
         return sum(
             trial.state != self._states.FAIL or trial.params.keys() >= self._ranges.keys()
             for trial in self._trials(self._states.RUNNING, self._states.COMPLETE, self._states.FAIL)
@@ -150,7 +150,7 @@ class Trials:
                 self._judge(trial.number, self._found[twin])
 
     def _draw(self) -> Any:
-        # Step by step, so that none that was interrupted is begun twice
+        # Each step is tried again by itself: a trial that was begun is not begun twice
         trial = self._ask_storage(self.study.ask)
         self._ask_storage(lambda: trial.set_user_attr(FOLDER, self._owner))
         for key, given in self._ranges.items():

@@ -214,7 +214,7 @@ def _check_options(values: dict[str, Any], path: Path, where: str) -> None:
 
 
 def _names(key: str, value: Any) -> list[str]:
-    """An option's name; of a mapping those of the options in it."""
+    """Returns an option's name, or the names of the options in a mapping."""
     if not isinstance(value, dict) or not value:
         return [key]
     return [name for inner, item in value.items() for name in _names(f"{key}.{inner}", item)]

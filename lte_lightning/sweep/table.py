@@ -74,7 +74,7 @@ def _newest(attempts: Sequence[Path]) -> Path | None:
 
 
 def _labels(folder: SweepFolder, points: Sequence[Point]) -> dict[str, str]:
-    """What each fit is called over the seeds; of several starts and floors also what tells them apart."""
+    """Returns what each fit is called over the seeds. Several starts or floors are named by what tells them apart."""
     stored = {name: record.point for name, record in folder.records().items() if record.point.identity}
     whole = stored | {point.name: point for point in points if point.identity}
     labels = {point.name: point.variant or "fit" for point in points}
@@ -94,7 +94,7 @@ def _labels(folder: SweepFolder, points: Sequence[Point]) -> dict[str, str]:
 
 
 def _choices(point: Point, points: dict[str, Point]) -> dict[str, str]:
-    """What makes a start or a floor what it is, the seed apart: its configs and options, and those of its start."""
+    """Returns what tells a start or a floor from others with its seed: configs and options, its own and its start's."""
     own = {"configs": " + ".join(Path(path).stem for path in point.configs)}
     own |= point.options
     start = _choices(points[point.start], points) if point.start in points else {}
