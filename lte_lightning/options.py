@@ -68,6 +68,8 @@ def _plain(function: Callable[..., Any], args: Sequence[str], positional: str | 
     types = {f"--{name}": parameter.annotation for name, parameter in inspect.signature(function).parameters.items()}
     takes_words, takes_several = positional is not None, types.get(f"--{positional}") == list[str]
     rest = list(args)
+    if not takes_several and any(word.partition("=")[0] == f"--{positional}" for word in rest):
+        takes_words = False  # or a stray word would replace what the option names
     while rest:
         word = rest.pop(0)
         if takes_words and not word.startswith("--") and word != "-h":

@@ -1,5 +1,7 @@
 """``lte report``: a page of what sweeps and runs found."""
 
+from pathlib import Path
+
 from lte_lightning.errors import UserError
 from lte_lightning.options import call
 
@@ -21,6 +23,7 @@ def report(
     bench: list[str] = [],  # noqa: B006
     title: str | None = None,
     tolerance: float | None = None,
+    publish: Path | None = None,
 ) -> None:
     """Writes one self-contained HTML page, and its pictures as PNGs, about a sweep or any runs.
 
@@ -37,6 +40,7 @@ def report(
         bench: What lte bench --csv wrote.
         title: Of the page.
         tolerance: Loss of the metric that counts as none. By default 0.5 for perplexity, 0.05 for ROUGE-L, else 0.01.
+        publish: Write each picture as SVG and PDF and each table as CSV and LaTeX into this folder, too.
 
     Raises:
         UserError: If a source cannot be reported, or the page cannot be written.
@@ -56,4 +60,4 @@ def report(
     from lte_lightning.report.page import write_report
 
     heading = title or f"Quality and sparsity: {', '.join(material.tasks)}"
-    print(write_report(material, out, heading, tolerance), flush=True)
+    print(write_report(material, out, heading, tolerance, publish), flush=True)

@@ -13,6 +13,7 @@ from lte_lightning.errors import UserError
 from lte_lightning.report import tables, words
 from lte_lightning.report.material import Material
 from lte_lightning.report.pictures import MADE_BY
+from lte_lightning.report.publish import publish
 from lte_lightning.report.sections import detail_sections, main_sections, names_of_runs
 from lte_lightning.report.tables import Table
 
@@ -20,7 +21,9 @@ from lte_lightning.report.tables import Table
 OURS = re.compile(r"(quality|flops|span|layers|scores|union|latency)-.*\.png")
 
 
-def write_report(material: Material, out: str | Path, title: str, tolerance: float | None = None) -> Path:
+def write_report(
+    material: Material, out: str | Path, title: str, tolerance: float | None = None, print_to: Path | None = None
+) -> Path:
     """Writes ``index.html`` and the pictures into a folder; pictures of an earlier report there go, nothing else does.
 
     Args:
@@ -29,6 +32,7 @@ def write_report(material: Material, out: str | Path, title: str, tolerance: flo
         title: The page's.
         tolerance: What of the metric may be lost in the FLOPs table; by default the paper's for perplexity (0.5) and
             ROUGE-L (0.05), and 0.01 for other metrics.
+        print_to: A folder for the pictures and tables in the forms that a paper wants, see `publish`.
 
     Returns:
         The page.
@@ -68,6 +72,8 @@ def write_report(material: Material, out: str | Path, title: str, tolerance: flo
         _remove_old(out, pictures)
     except OSError as error:
         raise UserError(f"cannot write the report to {out}: {error}; choose another --out") from error
+    if print_to is not None:
+        publish(sections + details, print_to)
     return out / "index.html"
 
 

@@ -54,6 +54,17 @@ def render(draw: Draw) -> tuple[bytes, bytes]:
     return found[0], found[1]
 
 
+def vector(draw: Draw, form: str) -> bytes:
+    """Returns a picture for print, on white: ``svg`` or ``pdf``, the same bytes each time."""
+    fixed: dict[str, Any] = {"Date": None} if form == "svg" else {"CreationDate": None}
+    options = _style(LIGHT) | {"savefig.facecolor": "white", "svg.hashsalt": MADE_BY, "pdf.fonttype": 42}
+    with matplotlib.rc_context(options):  # type: ignore[arg-type]
+        figure, buffer = Figure(figsize=(WIDTH, HEIGHT), layout="constrained"), io.BytesIO()
+        draw(figure)
+        figure.savefig(buffer, format=form, metadata={"Creator": MADE_BY, **fixed})
+    return buffer.getvalue()
+
+
 def quality(
     material: Material, task: str, looks: Mapping[str, Style], key: str = "value", by_flops: bool = False
 ) -> Draw:

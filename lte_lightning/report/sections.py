@@ -4,6 +4,7 @@ import base64
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 
 from lte_lightning.report import bench, pictures, tables
 from lte_lightning.report.material import Material
@@ -19,10 +20,12 @@ OWN_ROWS = 16  # of LTE in a heat map
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture and what it says."""
+    """A picture, its title, what it shows for who cannot see it, and what draws it again."""
 
     name: str
     text: str
+    alt: str
+    draw: pictures.Draw
     light: bytes
     dark: bytes
 
@@ -57,7 +60,8 @@ def main_sections(material: Material, tolerance: float | None) -> list[Section]:
         section = Section(f"Quality against sparsity and cost: {task}", _how_to_read(material, task))
         for name, axis, by_flops in (("quality", "FFN sparsity", False), ("flops", "FLOPs per token", True)):
             draw = pictures.quality(material, task, looks, by_flops=by_flops)
-            section.pictures.append(_picture(f"{name}-{task}", f"{metric} of {task} against {axis}", draw))
+            alt = _shown(material, task, looks, by_flops)
+            section.pictures.append(_picture(f"{name}-{task}", f"{metric} of {task} against {axis}", draw, alt))
         section.tables.append(tables.levels(material, task))
         table = tables.everything(material, task)
         section.folded.append((f"All {len(table.rows)} settings of {task}", table))
@@ -214,6 +218,23 @@ def names_of_runs(runs: Sequence[Run]) -> list[str]:
     return [f"{name} ({run.folder.name})" if count[name] > 1 else name for name, run in zip(names, runs, strict=True)]
 
 
-def _picture(name: str, text: str, draw: Callable[..., None]) -> Picture:
+def _picture(name: str, text: str, draw: Callable[..., None], alt: str = "") -> Picture:
     safe = "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in name)
-    return Picture(safe, text, *pictures.render(draw))
+    return Picture(safe, text, f"{text}{alt}", draw, *pictures.render(draw))
+
+
+def _shown(material: Material, task: str, looks: Mapping[str, Style], by_flops: bool) -> str:
+    """Returns what a picture of quality shows, in words: each method's ends, and the two references."""
+    across = "flops_share" if by_flops else "sparsity"
+    parts = []
+    for method in looks:
+        mine = [s for s in material.settings(task) if s.method == method and s.values("value") and s.values(across)]
+        ends = sorted((100 * fmean(s.values(across)), fmean(s.values("value"))) for s in mine if not s.undefined)
+        if ends:
+            (first, best), (last, worst) = ends[0], ends[-1]
+            reach = f" to {worst:.3g} at {last:.0f} %" if len(ends) > 1 else ""
+            parts.append(f"{mine[0].called} {best:.3g} at {first:.0f} %{reach}")
+    for name in ("dense", "floor"):
+        if values := material.reference(task, name):
+            parts.append(f"{name} {fmean(values):.3g}")
+    return f": {'; '.join(parts)}" if parts else ""
