@@ -12,12 +12,13 @@ from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
-from lte_lightning.bench.machine import clock_on
+from lte_lightning.bench.machine import clock_on, moved
 from lte_lightning.bench.measure import Timer, interleave, timed
 from lte_lightning.core.model.checkpoint import from_pretrained
 from lte_lightning.core.model.convert import restore
 from lte_lightning.core.model.experts import set_mode
 from lte_lightning.kernels.dispatch import Backend
+from lte_lightning.trainer import declared
 
 BATCHES = 8  # in each round
 STEPS = 8  # that each batch decodes
@@ -52,8 +53,8 @@ def measure_latency(folder: Path, trainer: Trainer, rows: int, backend: Backend)
     timer: Timer = partial(timed, clock=clock_on(device))
     models = {"dense": dense, "sparse": sparse}
     with torch.inference_mode():
-        arms = {
-            name: partial(run, model.to(device).eval().requires_grad_(False), batches, timer)
+        arms: dict[str, Callable[[], Sequence[float]]] = {
+            name: partial(run, moved(model, device).eval().requires_grad_(False), batches, timer)
             for name, model in models.items()
         }
         samples = interleave(arms, ROUNDS)
@@ -81,7 +82,7 @@ def _dtype(precision: str) -> torch.dtype:
 
 
 def _batches(trainer: Trainer, rows: int, device: torch.device) -> list[dict[str, torch.Tensor]]:
-    loaders = trainer.datamodule.val_dataloader()
+    loaders = declared(trainer).datamodule.val_dataloader()
     loader = loaders[0] if isinstance(loaders, list) else loaders
     drawn = DataLoader(
         loader.dataset,

@@ -17,6 +17,7 @@ from lte_lightning.errors import UserError
 from lte_lightning.network import AwayError, failures
 from lte_lightning.recording.unsent import keep, note_run, now, open_run, send, send_all
 from lte_lightning.store import reason, shown
+from lte_lightning.trainer import is_first_process
 
 PAUSE = 60.0  # seconds before a store that failed is tried again, or ten times as long as it took to fail
 STATUS = {"success": "FINISHED", "finished": "FINISHED", "failed": "FAILED"}
@@ -48,7 +49,7 @@ class RunLogger(Logger):
         self._early: list[dict[str, Any]] = []  # until there is a folder
         self._warned = self._behind = self._forgotten = False
         self._again = 0.0
-        if rank_zero_only.rank != 0:
+        if not is_first_process():
             return
         if uri.startswith("http"):  # by default MLflow tries for minutes, whatever it is asked
             os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
@@ -64,12 +65,12 @@ class RunLogger(Logger):
     def attach(self, folder: Path) -> None:
         """Names the run's folder; what waits there is sent."""
         self.folder, self._behind = folder, True
-        if rank_zero_only.rank == 0:
+        if is_first_process():
             self.tell()
 
     def tell(self, **entry: Any) -> None:
         """Sends an entry (see `send`), or keeps it."""
-        if rank_zero_only.rank != 0 or self._forgotten:
+        if not is_first_process() or self._forgotten:
             return
         began, entries = time.monotonic(), [{"time": now()} | entry] if entry else []
         if self.client is None and began < self._again:
@@ -78,6 +79,7 @@ class RunLogger(Logger):
         try:
             if self.client is None:
                 self.client, self.run_id = open_run(self.uri, self.run_id, self.origin)
+            assert self.run_id is not None  # it came with the client
             if self._behind and self.folder is not None:
                 self._keep([])
                 note_run(self.folder, self.run_id, self.uri)
@@ -159,6 +161,7 @@ def send_files(trainer: Trainer, *files: Path, to: str | None = None) -> None:
     logger = mlflow_of(trainer)
     for file in files:
         if isinstance(logger, RunLogger):
+            assert logger.folder is not None  # the recorder attaches it when the fit is set up
             logger.tell(file=str(file.relative_to(logger.folder)), to=to)
         elif logger is not None:
             logger.experiment.log_artifact(logger.run_id, str(file), to)
