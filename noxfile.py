@@ -104,6 +104,12 @@ def fuzz(session: nox.Session) -> None:
 
 
 @nox.session(python=False, requires=["env"], default=False)
+def mutants(session: nox.Session) -> None:
+    """Change one operator or number at a time and see whether a test notices: minutes a file; -- FILE --count N."""
+    session.run("python", "tests/mutants.py", *session.posargs, env=ONE_THREAD)
+
+
+@nox.session(python=False, requires=["env"], default=False)
 def docs(session: nox.Session) -> None:
     """Build the documentation site in site/: warnings are errors, links are checked."""
     session.run("mkdocs", "build", "--strict", *session.posargs, env=OFFLINE | {"NO_MKDOCS_2_WARNING": "1"})

@@ -64,3 +64,11 @@ def test_half_precision_scores_are_computed_in_float32(dtype):
     for loss in (efficiency_loss, lambda layers: separability_loss(layers, 0.5)):
         assert loss(scores).dtype == torch.float32
         assert loss(scores).equal(loss(exact))
+
+
+@pytest.mark.parametrize(("loss", "more"), [(efficiency_loss, ()), (separability_loss, (0.5,))])
+def test_a_layer_s_weight_multiplies_its_mean(loss, more):
+    layers = [torch.tensor([[0.2, 0.9]]), torch.tensor([[0.4]])]
+    first, second = (float(loss([layer], *more)) for layer in layers)
+    weighted = loss(layers, *more, weights_L=torch.tensor([3.0, 0.5]))
+    assert float(weighted) == pytest.approx((3 * first + 0.5 * second) / 2)
