@@ -11,7 +11,6 @@ from lte_lightning.callbacks.module import lte_module
 from lte_lightning.callbacks.stages import StageSchedule
 from lte_lightning.core.model.convert import selector_parameters
 from lte_lightning.core.model.experts import expert_ffns
-from lte_lightning.tasks.evaluation import VIEWS
 from lte_lightning.trainer import declared
 
 
@@ -55,7 +54,7 @@ class EpochLines(Callback):
         loss = trainer.callback_metrics.get("train/loss")
         parts = [] if loss is None else [f"loss {loss:.4f}"]
         module = lte_module(pl_module)
-        parts += [f"{view}: {said(module.measured.get(view, {}))}" for view in VIEWS[module.stage]]
+        parts += [f"{view}: {said(module.measured.get(view, {}))}" for view in module.views]
         schedule = _schedule(trainer)
         name = _epoch_name(schedule, trainer.current_epoch) if schedule else f"epoch {trainer.current_epoch + 1}"
         print(f"{name}: {'; '.join(parts)} ({time.perf_counter() - self._began:.0f} s)", flush=True)

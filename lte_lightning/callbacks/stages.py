@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim.lr_scheduler import LambdaLR
 
 from lte_lightning.callbacks.module import lte_module
+from lte_lightning.callbacks.moments import hand_over
 from lte_lightning.callbacks.plan import Epoch, StagePlan, lay_out
 from lte_lightning.core.model.convert import lte_config, selector_parameters
 from lte_lightning.core.routing.observe import imitates, learns
@@ -39,6 +40,8 @@ class StageSchedule(Callback):
         router: Routers and model train together, all experts run, weighted by their scores (stage 1 of the paper).
         expert: Only selected experts run; routers are frozen unless the model says otherwise (stage 2 of the paper).
         seed: Seed of data order and dropout; the command line sets it to ``seed_everything``.
+        keep_optimizer: Let a stage begin with what the optimizer of the one before it knows of the same weights (Adam's
+            moments, in the order of regrouped neurons), instead of a fresh one.
     """
 
     def __init__(
@@ -47,11 +50,13 @@ class StageSchedule(Callback):
         router: StagePlan = StagePlan(),
         expert: StagePlan = StagePlan(),
         seed: int = 0,
+        keep_optimizer: bool = False,
     ) -> None:
         self.plans: dict[Stage, StagePlan] = {"dense": dense, "router": router, "expert": expert}
         if all(plan.skipped for plan in self.plans.values()):
             raise UserError("all three stages are skipped; give one of them epochs or steps")
         self.seed = seed
+        self.keep_optimizer = keep_optimizer
         self.seconds: dict[str, float] = {}
         self._per_pass = 0
         self._goes_on = False
@@ -220,10 +225,13 @@ class StageSchedule(Callback):
         # A fit may begin in the stage that the model was saved in. That stage gets a fresh optimizer, too
         if ahead > 0 or (ahead == 0 and now.number == 0):
             groups = module.stage == "dense" and ahead > 0
-            module.enter_stage(now.stage)
+            known = dict(trainer.optimizers[0].state) if self.keep_optimizer else {}
+            orders = module.enter_stage(now.stage)
             self._start_step = trainer.global_step
             _rewrap(trainer)
             trainer.strategy.setup_optimizers(trainer)
+            if known and ahead > 0:
+                hand_over(known, trainer.optimizers[0], module.net, orders)
             if groups:
                 self._add_seconds("grouping", self._epoch_began)
                 self._epoch_began = time.perf_counter()

@@ -19,10 +19,11 @@ from lte_lightning.trainer import is_first_process
 
 MODEL, LTE = "model.init_args.", "model.init_args.lte."
 # What a model is trained by; what it computes once it is trained does not depend on it
+ROUTERS = ("router_training", "router_start", "detach_router", "sparsity_range")
 TRAINING = (
     *(f"{MODEL}{name}_weight" for name in ("efficiency", "separability", "balance")),
     *(f"{MODEL}separability_{name}" for name in ("start", "end", "epsilon")),
-    *(f"{MODEL}{name}" for name in ("freeze_routers", "gradient_checkpointing", "seed", "samples")),
+    *(f"{MODEL}{name}" for name in (*ROUTERS, "freeze_routers", "gradient_checkpointing", "seed", "samples")),
     f"{LTE}seed",
 )
 

@@ -16,7 +16,7 @@ from lte_lightning.selection.facts import Activity, Description, Ffn, FfnShape, 
 
 Reads = Literal["input", "gate", "hidden"]
 Learns = Literal["never", "imitation", "efficiency", "balance"]
-Calibration = Literal["none", "dense", "sequential", "common", "pruning"]
+Calibration = Literal["none", "dense", "sequential", "common", "pruning", "control"]
 Scope = Literal["none", "ffn", "layers"]
 
 # What a selector with this attribute must define itself
@@ -52,7 +52,8 @@ class Selector(nn.Module):
         balance_weight: Weight of the balance loss.
         calibration: How it is calibrated on training rows when the expert stage begins: not at all (``none``); on what
             the ``dense`` model does; layer after layer, each behind calibrated ones (``sequential``); by one level for
-            all layers (``common``, see `set_level`); or by ``pruning`` weights (see `least_important`).
+            all layers (``common``, see `set_level`); by ``pruning`` weights (see `least_important`); or by the
+            ``control`` that holds its target in training (see `raise_logits`).
     """
 
     label: ClassVar[str] = ""

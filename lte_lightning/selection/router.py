@@ -7,8 +7,7 @@ from torch import nn
 
 from lte_lightning.errors import UserError
 from lte_lightning.selection.base import Calibration, Selector
-from lte_lightning.selection.facts import Activity, Ffn, FfnShape, Options
-from lte_lightning.selection.ranking import level_of
+from lte_lightning.selection.facts import FfnShape, Options
 from lte_lightning.selection.registry import register_selector
 
 
@@ -106,18 +105,8 @@ class Router(Selector):
         self.bias.add_(by)
 
     def calibrates(self) -> Calibration:
-        """Returns ``sequential`` where there is a target sparsity to be met."""
-        return "sequential" if self.controlled() else "none"
-
-    def sample(self, activity: Activity) -> torch.Tensor:
-        """Returns the logits [N, E]."""
-        return self.logits(activity.x_ND)
-
-    def calibrate(self, sample: torch.Tensor, ffn: Ffn | None = None) -> None:
-        """Moves the bias so that the target's share of the logits [N, E] does not exceed the threshold."""
-        if self.target_sparsity:
-            level = level_of(sample.flatten().sort().values, self.target_sparsity)
-            self.raise_logits(sample.new_tensor(self.threshold_logit - level))
+        """Returns ``control`` where there is a target sparsity to be met."""
+        return "control" if self.controlled() else "none"
 
     def linear(self) -> tuple[torch.Tensor, torch.Tensor | None] | None:
         """Returns its weights, unless a subclass scores in another way."""

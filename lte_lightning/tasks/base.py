@@ -2,13 +2,14 @@
 
 import math
 from dataclasses import asdict, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lte_lightning.core.model.config import LteConfig
 from lte_lightning.core.model.convert import group_experts
+from lte_lightning.core.model.grouping import Grouping
 from lte_lightning.core.model.names import own_names
 from lte_lightning.core.model.quantize import Quantization
 from lte_lightning.core.routing.losses import SEPARABILITY_EPSILON
@@ -17,7 +18,7 @@ from lte_lightning.core.routing.prune import hold_zeros
 from lte_lightning.data.packaged import resolve
 from lte_lightning.errors import UserError
 from lte_lightning.kernels.dispatch import Backend
-from lte_lightning.tasks.baselines import activations_to_group_by, imitate, prepare_choice
+from lte_lightning.tasks.baselines import activations_to_group_by, imitate, prepare_choice, start_in_closed_form
 from lte_lightning.tasks.control import SparsityControl
 from lte_lightning.tasks.distillation import Distillation
 from lte_lightning.tasks.evaluation import Stage
@@ -49,6 +50,13 @@ class LteModule(RouterLosses):
         freeze_routers: Leave the routers as they are in the expert stage (the paper). ``false`` trains them on, with
             the router stage's loss at its full weights and a straight-through gradient (Bengio, Léonard,
             Courville 2013, arXiv 1308.3432).
+        router_training: How the router stage runs: ``soft``, all experts weighted by their scores (the paper), or
+            ``straight-through``, the selected experts alone, with the gradient of that paper.
+        router_start: Routers begin ``random`` (the paper), or in ``closed-form``, as a regression of what each expert
+            does on training rows (``core/routing/start.py``); needs ``lte.target_sparsity``.
+        detach_router: Routers send no gradient to what they read: the body learns from the task alone.
+        sparsity_range: Wherever experts are skipped in training, each step draws its sparsity between these two, so
+            that one model serves the range (``lte calibrate``); needs ``lte.target_sparsity``, where it is measured.
         activation: Swap a plain model's activation for this one before fine-tuning (``relu`` for MoEfication).
         layers: Keep only this many layers, the first ones, of a plain model (of encoder and decoder alike).
         gradient_checkpointing: Keep fewer activations, and compute them again in the backward pass: slower.
@@ -79,6 +87,10 @@ class LteModule(RouterLosses):
         distillation: float = 0.0,
         teacher: str | None = None,
         freeze_routers: bool = True,
+        router_training: Literal["soft", "straight-through"] = "soft",
+        router_start: Literal["random", "closed-form"] = "random",
+        detach_router: bool = False,
+        sparsity_range: tuple[float, float] | None = None,
         activation: str | None = None,
         layers: int | None = None,
         gradient_checkpointing: bool = False,
@@ -100,6 +112,12 @@ class LteModule(RouterLosses):
                 f"lte.target_sparsity {target} and efficiency_weight {efficiency_weight} are two dials of one thing; "
                 "leave one out (--model.efficiency_weight null)"
             )
+        for name, value, known in (
+            ("router_training", router_training, ("soft", "straight-through")),
+            ("router_start", router_start, ("random", "closed-form")),
+        ):
+            if value not in known:
+                raise UserError(f"{name} is {value!r}; there are {' and '.join(known)}")
         weights = {
             "efficiency_weight": efficiency_weight or 0.0,
             "separability_weight": separability_weight,
@@ -109,11 +127,14 @@ class LteModule(RouterLosses):
             if not 0.0 <= weight < math.inf:
                 raise UserError(f"{name} is {weight}; it must be a finite number, and not negative")
         # a checkpoint's own would win over the command line's
-        self.save_hyperparameters(ignore=["lte", "backend", "sparsity", "skip_experts", "quantize"])
-        self.save_hyperparameters({"lte": asdict(lte) if lte else None})
+        self.save_hyperparameters(ignore=["lte", "backend", "sparsity", "skip_experts", "quantize", "sparsity_range"])
+        kept_range = None if sparsity_range is None else list(sparsity_range)  # checkpoints hold plain types
+        self.save_hyperparameters({"lte": asdict(lte) if lte else None, "sparsity_range": kept_range})
         self.lte = replace(lte, seed=seed) if lte and lte.seed is None else lte
         self.backend, self.skip_experts, self.set_to, self.quantize = backend, skip_experts, sparsity, quantize
         self.freeze_routers = freeze_routers
+        self.router_training = router_training
+        self.detach_router = detach_router
         self.stage: Stage = "dense"
         self.stage_progress = 0.0
         self.measured: dict[str, dict[str, Any]] = {}
@@ -121,9 +142,9 @@ class LteModule(RouterLosses):
         self.samples: list[dict[str, Any]] = []  # answers to read, until they are written
         self.net = None
         self.schedule: Any = None
-        self._step_amounts = torch.zeros(0)  # what the current optimizer step holds, over all devices
-        self._step_losses: dict[str, torch.Tensor] = {}
-        self._control = SparsityControl()
+        self.step_amounts = torch.zeros(0)
+        self.step_losses: dict[str, torch.Tensor] = {}
+        self.control = SparsityControl(sparsity_range)
         self._distillation = Distillation(distillation, teacher)
 
     # The task, by the subclass
@@ -131,10 +152,6 @@ class LteModule(RouterLosses):
     def model_arguments(self) -> dict[str, Any]:
         """What the task passes to ``from_pretrained``."""
         return {}
-
-    def task_amount(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Returns what a batch's task loss is the mean of, a count: of rows, or by the subclass of tokens."""
-        return batch["labels"].new_tensor(len(batch["labels"]), dtype=torch.long)
 
     def before_export(self) -> None:
         """Makes the trained model what is saved."""
@@ -166,19 +183,27 @@ class LteModule(RouterLosses):
         self.measured = about.get("measured", {})
         self._make_meters()
 
-    def enter_stage(self, stage: Stage) -> None:
-        """Moves to a stage: groups the neurons on leaving ``dense``, sets the mode and what is trainable."""
+    def enter_stage(self, stage: Stage) -> list[torch.Tensor]:
+        """Moves to a stage: groups the neurons on leaving ``dense``, sets the mode and what is trainable.
+
+        Returns:
+            The new order of each FFN's neurons, [F]; empty if they keep theirs.
+        """
         self._distillation.enter(self, stage)
+        groupings: list[Grouping] = []
         if self.stage == "dense" and stage != "dense":
             groupings = group_experts(self.net, self.trainer.is_global_zero, activations_to_group_by(self))
             if groupings:
                 inertia, chance = sum(g.inertia for g in groupings), sum(g.random_inertia for g in groupings)
                 self.measured["grouping"] = {"inertia": inertia, "random_inertia": chance}
                 rank_zero_info(f"experts grouped: inertia {inertia:.1f}, {100 * inertia / chance:.1f} % of chance's")
+            if self.hparams["router_start"] == "closed-form":
+                start_in_closed_form(self, stage)
         previous, self.stage = self.stage, stage
         if stage == "expert" and previous != "expert":
             prepare_choice(self)
         self.apply_stage()
+        return [grouping.permutation_F for grouping in groupings]
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Names weights as they are in memory: torch knows no others where they are sharded over devices."""
@@ -188,7 +213,7 @@ class LteModule(RouterLosses):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps the stage and what was measured so far."""
         checkpoint["lte"] = {"stage": self.stage, "measured": self.measured, "config": asdict(self.net.lte_config)}
-        checkpoint["lte"] |= self._distillation.saved()
+        checkpoint["lte"] |= self._distillation.saved() | self.control.saved()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restores the stage, before optimizers are configured."""
@@ -210,6 +235,7 @@ class LteModule(RouterLosses):
         self.stage = checkpoint["lte"]["stage"]
         self.measured = checkpoint["lte"]["measured"]
         self._distillation.resume(self, checkpoint["lte"])
+        self.control.resume(checkpoint["lte"])
         self.apply_stage()
 
     def configure_optimizers(self) -> Any:
@@ -227,9 +253,8 @@ class LteModule(RouterLosses):
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Holds the target sparsity, once the optimizer has stepped."""
-        done = batch_idx + 1
-        if done % self.trainer.accumulate_grad_batches == 0 or done == self.trainer.num_training_batches:
-            self._control.step(self)
+        if self.ends_step(batch_idx):
+            self.control.step(self)
 
     def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
         """Returns the stage's loss: the task's, with equation 6's two terms or a balance loss where routers learn.
@@ -237,20 +262,21 @@ class LteModule(RouterLosses):
         A baseline's predictors learn by themselves in the router stage. All are means over the rows or tokens of the
         whole optimizer step, in all of its batches and on all devices.
         """
-        task_weight, token_weights = self._batch_weights(batch, batch_idx)
+        self.control.begin(self)
+        task_weight, token_weights = self.batch_weights(batch, batch_idx)
         if self.stage == "router" and imitates(self.net):
             loss = imitate(self, batch, token_weights)
-        elif not (self.routers_learn or self._control.applies(self)):
+        elif not (self.routers_learn or self.control.applies(self)):
             loss = self._task_loss(batch, task_weight)
         else:
             with self.trace(batch) as trace:
                 loss = self._task_loss(batch, task_weight)
             if self.routers_learn:
                 loss = loss + self._router_loss(trace, token_weights)
-            if self._control.applies(self):
-                self._control.see(self, trace)
+            if self.control.applies(self):
+                self.control.see(self, trace)
         self.note("loss", loss)
-        self._log_step(batch_idx)
+        self.log_step(batch_idx)
         self._require_finite(loss, "training")
         return loss
 
@@ -262,39 +288,3 @@ class LteModule(RouterLosses):
             return loss
         share = self._distillation.share
         return (1.0 - share) * loss + share * self.note("distillation_loss", divergence * weight)
-
-    def amounts(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Returns what the losses of a batch are means of, counts [1 + stacks]: of the task, and of the routers."""
-        tokens = [mask.bool().sum() for mask in self.token_masks(batch)]
-        return torch.stack([self.task_amount(batch), *tokens])
-
-    def _batch_weights(
-        self, batch: dict[str, torch.Tensor], batch_idx: int
-    ) -> tuple[torch.Tensor | float, torch.Tensor | None]:
-        """Returns what multiplies a batch's task loss, and its routers' losses by stack."""
-        accumulate, devices = self.trainer.accumulate_grad_batches, self.trainer.world_size
-        if accumulate == 1 and devices == 1:
-            return 1.0, None
-        here = self.amounts(batch)
-        if batch_idx % accumulate == 0:
-            mine = here.clone()  # it is reduced in place
-            if accumulate > 1:
-                mine = self.trainer.train_dataloader.take(batch_idx // accumulate).to(here.device)
-            self._step_amounts = self.trainer.strategy.reduce(mine, reduce_op="sum")
-        # Lightning divides by the number of batches, DDP by that of devices
-        weights = here * (accumulate * devices) / self._step_amounts
-        return weights[0], weights[1:]
-
-    def note(self, name: str, loss: torch.Tensor) -> torch.Tensor:
-        """Keeps a loss to be logged at the end of the optimizer step, and returns it."""
-        mean = loss.detach() / self.trainer.accumulate_grad_batches
-        self._step_losses[name] = mean + self._step_losses.pop(name, 0.0)
-        return loss
-
-    def _log_step(self, batch_idx: int) -> None:
-        """Logs a step's losses at its last batch."""
-        done = batch_idx + 1
-        if done % self.trainer.accumulate_grad_batches == 0 or done == self.trainer.num_training_batches:
-            for name, loss in self._step_losses.items():
-                self.log(f"train/{name}", loss, prog_bar=name == "loss")
-            self._step_losses = {}

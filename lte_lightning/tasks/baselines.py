@@ -1,6 +1,7 @@
-"""What the baselines need of a training run: predictors that imitate, levels that are calibrated."""
+"""What selectors need of a training run besides their losses: imitation, a start, and calibration on training rows."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
@@ -8,13 +9,18 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lte_lightning.core.model.convert import groups_by_activation
+from lte_lightning.core.model.experts import set_mode
 from lte_lightning.core.routing.calibrate import calibrate, needs_calibration
+from lte_lightning.core.routing.control import controlled, rest, wanted_sparsity
 from lte_lightning.core.routing.observe import (
+    enough,
     imitates,
     imitation_loss,
     learns_with_task,
     neuron_activations,
+    selectors,
 )
+from lte_lightning.core.routing.start import start_routers
 from lte_lightning.errors import UserError
 from lte_lightning.selection import SELECTORS
 from lte_lightning.tasks.evaluation import MeasuredModule, Stage, json_value
@@ -22,6 +28,7 @@ from lte_lightning.tasks.evaluation import MeasuredModule, Stage, json_value
 # Calibrated on, or grouped by, so many tokens of the training rows; their neurons' importance is held in memory, a
 # layer's 4 * F bytes each (of TEAL the input, 4 * D; to group by, 2 * F).
 CALIBRATION_TOKENS = 4096
+START_TOKENS = 16_384  # a closed form is solved on so many
 ROWS_APART = 4  # one row of so many is looked at
 
 
@@ -32,20 +39,41 @@ def check_baseline(module: MeasuredModule, stages: Sequence[Stage]) -> None:
         UserError: If not.
     """
     selector, calibrates = module.net.lte_config.selector, needs_calibration(module.net)
-    if module.trainer.world_size > 1 and (calibrates or imitates(module.net)):
+    alone = calibrates and selectors(module.net)[0].calibrates() != "control"
+    if module.trainer.world_size > 1 and (alone or imitates(module.net)):
         raise UserError(f"selector {selector!r} learns and is calibrated in one process; set trainer.devices to 1")
     if module.trainer.world_size > 1 and module.stage == "dense" and groups_by_activation(module.net.lte_config):
-        raise UserError("grouping 'coactivation' looks at activations in one process; set trainer.devices to 1")
+        grouping = module.net.lte_config.grouping
+        raise UserError(f"grouping {grouping!r} looks at activations in one process; set trainer.devices to 1")
     learners = sorted(name for name, kind in SELECTORS.items() if kind.learns_with_task())
     if not module.freeze_routers and not learns_with_task(module.net):
         raise UserError(
             f"freeze_routers is false, but selector {selector!r} does not learn with the task; only "
             f"{', '.join(learners[:-1])} and {learners[-1]} do"
         )
+    _check_training(module)
     if calibrates and module.stage != "expert" and stages[-1] == "router":
         raise UserError(
             f"selector {selector!r} is calibrated when the expert stage begins; give stages.expert epochs (with a "
             "learning_rate of 0 nothing is adapted)"
+        )
+
+
+def _check_training(module: MeasuredModule) -> None:
+    """Checks that options of how LTE's routers are trained have routers to train."""
+    kind, options = selectors(module.net)[0], module.hparams
+    target, drawn = module.net.lte_config.target_sparsity, options["sparsity_range"]
+    plain = {"router_training": "soft", "router_start": "random", "detach_router": False}
+    changed = [f"{name} {options[name]}" for name, default in plain.items() if options[name] != default]
+    if changed and kind.learns != "efficiency":
+        selector = module.net.lte_config.selector
+        raise UserError(f"{', '.join(changed)} is for LTE's routers, not for selector {selector!r}; leave it out")
+    if not controlled(module.net) and (drawn is not None or options["router_start"] != "random"):
+        name = "sparsity_range" if drawn is not None else "router_start closed-form"
+        raise UserError(f"{name} needs a sparsity to begin from: set lte.target_sparsity")
+    if drawn is not None and not drawn[0] <= target <= drawn[1]:
+        raise UserError(
+            f"sparsity_range {drawn} does not hold target_sparsity {target}, at which the model is measured"
         )
 
 
@@ -66,12 +94,33 @@ def activations_to_group_by(module: MeasuredModule) -> list[torch.Tensor] | None
     """Returns what the dense model's neurons do on training rows, if the experts are to be grouped by that."""
     if not groups_by_activation(module.net.lte_config):
         return None
+    with _looking(module):
+        return neuron_activations(module.net, _runs(module), CALIBRATION_TOKENS)
+
+
+def start_in_closed_form(module: MeasuredModule, stage: Stage) -> None:
+    """Starts the routers from what the dense model does, at the sparsity that a stage begins with."""
+    wanted = module.net.lte_config.target_sparsity
+    wanted = wanted_sparsity(wanted, 0.0) if stage == "router" else wanted
+    with torch.no_grad(), _looking(module):
+        batches = list(enough(_runs(module), START_TOKENS // module.trainer.world_size))
+        start_routers(module.net, batches, lambda sums: _summed(module, sums))
+        set_mode(module.net, "soft" if stage == "router" and module.router_training == "soft" else "hard")
+        rest(module.net, batches, wanted, lambda counts: _summed(module, counts))
+
+
+@contextmanager
+def _looking(module: MeasuredModule) -> Iterator[None]:
+    """Runs the module in eval mode and in the precision of a validation."""
     was_training = module.training
     module.eval()
     with module.trainer.precision_plugin.val_step_context():
-        activations = neuron_activations(module.net, _runs(module), CALIBRATION_TOKENS)
+        yield
     module.train(was_training)
-    return activations
+
+
+def _summed(module: MeasuredModule, value: torch.Tensor) -> torch.Tensor:
+    return module.trainer.strategy.reduce(value, reduce_op="sum")
 
 
 def prepare_choice(module: MeasuredModule) -> None:
@@ -82,17 +131,15 @@ def prepare_choice(module: MeasuredModule) -> None:
     measured = learns_with_task(module.net) and not needs_calibration(module.net)
     if measured and "hard_before" in module.measured:
         return
-    was_training = module.training
-    module.eval()
     loaders = module.trainer.datamodule.val_dataloader() if module.trainer.limit_val_batches else []
-    with torch.no_grad(), module.trainer.precision_plugin.val_step_context():
-        calibrate(module.net, _runs(module), CALIBRATION_TOKENS)
+    with torch.no_grad(), _looking(module):
+        tokens = CALIBRATION_TOKENS // module.trainer.world_size
+        calibrate(module.net, _runs(module), tokens, lambda counts: _summed(module, counts))
         for i, loader in enumerate(loaders if isinstance(loaders, list) else [loaders]):
             limit = module.trainer.limit_val_batches
             count = min(len(loader), limit) if isinstance(limit, int) else int(len(loader) * limit)
             for batch in islice(loader, count):
                 module.measure("hard_before", _moved(module, batch), i)
-    module.train(was_training)
     module.apply_stage()
     if loaders:
         found = module.read_meters("hard_before")

@@ -1,39 +1,90 @@
-"""A target sparsity in training: when the routers' biases are moved, and by how much."""
+"""A target sparsity in training: when the routers' biases are moved, and by how much; and a range of sparsities."""
+
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
 
-from lte_lightning.core.routing.control import controlled, distances, follow, wanted_sparsity
+from lte_lightning.core.model.experts import expert_ffns
+from lte_lightning.core.routing.control import LIMIT, controlled, follow, gaps, histogram, quantiles, wanted_sparsity
 from lte_lightning.core.routing.trace import RouterTrace
+from lte_lightning.errors import UserError
 
 RATES = {"router": 0.7, "expert": 0.05}
 """Share of the distance that a step makes up for: routers that learn are followed quickly, frozen ones slowly."""
+GRID = tuple(k / 20 for k in range(1, 20))
+"""Sparsities whose thresholds are kept while a range is trained."""
+MEMORY = 0.3
+"""Share of a step's quantiles in the thresholds that are kept."""
 
 
 class SparsityControl:
     """Gathers what a step's batches tell, and moves the biases once the optimizer has.
 
-    What it moves are the model's own weights, and the rest follows from the stage's progress: a resumed fit needs no
-    state of it.
+    What it moves are the model's own weights, and the rest follows from the stage's progress. With a range, every step
+    draws a sparsity from it, and selects by the threshold that lately had that sparsity; checkpoints keep these.
+
+    Args:
+        sparsities: The range, or None for the target alone.
+
+    Raises:
+        UserError: If the range is none.
     """
 
-    def __init__(self) -> None:
-        self._seen: list[torch.Tensor] = []
+    def __init__(self, sparsities: tuple[float, float] | None = None) -> None:
+        if sparsities is not None and not GRID[0] <= sparsities[0] < sparsities[1] <= GRID[-1]:
+            raise UserError(
+                f"sparsity_range is {list(sparsities)}; it is the least and the most that a step may draw, between "
+                f"{GRID[0]} and {GRID[-1]}: [0.3, 0.9]"
+            )
+        self.range = sparsities
+        self._seen: torch.Tensor | None = None
+        self._logits_LK: torch.Tensor | None = None
 
     def applies(self, module: LightningModule) -> bool:
         """Says whether the current stage has routers to be held."""
         return module.stage in RATES and controlled(module.net)
 
+    def begin(self, module: LightningModule) -> None:
+        """Sets the thresholds of the sparsity that an optimizer step draws, the same on every device."""
+        if self.range is None or self._logits_LK is None or module.stage_mode != "hard" or not self.applies(module):
+            return
+        generator = torch.Generator().manual_seed(module.hparams["seed"] * 1_000_003 + module.global_step)
+        low, high = self.range
+        sparsity = low + (high - low) * float(torch.rand((), generator=generator))
+        place = (sparsity - GRID[0]) / (GRID[1] - GRID[0])
+        below = min(int(place), len(GRID) - 2)
+        logits_L = self._logits_LK[:, below].lerp(self._logits_LK[:, below + 1], place - below)
+        for ffn, threshold in zip(expert_ffns(module.net).values(), logits_L.sigmoid().tolist(), strict=True):
+            ffn.threshold = threshold
+
     def see(self, module: LightningModule, trace: RouterTrace) -> None:
         """Takes in what the routers decided on a batch."""
-        progress = module.stage_progress if module.stage == "router" else 1.0
-        wanted = wanted_sparsity(module.net.lte_config.target_sparsity, progress)
-        self._seen.append(distances(module.net, trace, wanted))
+        counts_LH = histogram(module.net, trace)
+        self._seen = counts_LH if self._seen is None else self._seen + counts_LH
         module.log("train/sparsity", trace.sparsity())
 
     def step(self, module: LightningModule) -> None:
-        """Moves the biases by the mean over the step's batches and all devices."""
-        if self._seen:
-            mean_L = module.trainer.strategy.reduce(torch.stack(self._seen).mean(0), reduce_op="mean")
-            follow(module.net, mean_L, RATES[module.stage])
-            self._seen = []
+        """Moves the biases by what a step's batches say on all devices."""
+        if self._seen is None:
+            return
+        counts_LH = module.trainer.strategy.reduce(self._seen, reduce_op="sum")
+        self._seen = None
+        progress = module.stage_progress if module.stage == "router" else 1.0
+        wanted = wanted_sparsity(module.net.lte_config.target_sparsity, progress)
+        moved_L = RATES[module.stage] * gaps(module.net, counts_LH, wanted).clamp(-LIMIT, LIMIT)
+        follow(module.net, moved_L, 1.0)
+        if self.range is not None:
+            for ffn in expert_ffns(module.net).values():
+                ffn.threshold = ffn.trained_threshold
+            now_LK = torch.stack([quantiles(module.net, counts_LH, share) for share in GRID], 1).float()
+            before_LK = now_LK.cpu() if self._logits_LK is None else self._logits_LK
+            self._logits_LK = before_LK.lerp(now_LK.cpu(), MEMORY) + moved_L.float().cpu().unsqueeze(1)
+
+    def saved(self) -> dict[str, Any]:
+        """Returns what a checkpoint must keep."""
+        return {} if self._logits_LK is None else {"threshold_logits": self._logits_LK}
+
+    def resume(self, saved: dict[str, Any]) -> None:
+        """Restores what `saved` returned."""
+        self._logits_LK = saved.get("threshold_logits")

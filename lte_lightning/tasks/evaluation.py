@@ -14,7 +14,7 @@ from lte_lightning.core.accounting.cost import GFLOP, speedup_bound, token_cost
 from lte_lightning.core.accounting.skeleton import skeleton
 from lte_lightning.core.model.backend import set_backend
 from lte_lightning.core.model.convert import selector_parameters
-from lte_lightning.core.model.experts import expert_ffns, set_mode
+from lte_lightning.core.model.experts import Mode, expert_ffns, set_mode
 from lte_lightning.core.model.quantize import Quantization, quantize
 from lte_lightning.core.model.quantized import is_quantized
 from lte_lightning.core.model.thresholds import set_sparsity
@@ -27,6 +27,7 @@ Stage = Literal["dense", "router", "expert"]
 STAGES: tuple[Stage, ...] = ("dense", "router", "expert")
 # What a validation measures in each stage; only "hard" epochs compete for the best checkpoint.
 VIEWS = {"dense": ("dense",), "router": ("soft", "hard_before"), "expert": ("hard",)}
+STAGE_MODES: dict[Stage, Mode] = {"dense": "dense", "router": "soft", "expert": "hard"}
 VIEW_MODES = {"dense": "dense", "soft": "soft", "hard_before": "hard", "hard": "hard"}
 
 
@@ -42,6 +43,8 @@ class MeasuredModule(LightningModule):
         stage: Where its training stands.
         measured: What was found so far, by view.
         freeze_routers: Whether the expert stage leaves the routers as they are.
+        router_training: Whether the router stage runs all experts, weighted (``soft``), or the selected ones alone.
+        detach_router: Whether routers send no gradient to what they read.
         set_to: The sparsity that a calibrated model is measured at; None for its own.
     """
 
@@ -57,6 +60,8 @@ class MeasuredModule(LightningModule):
     _counted: tuple[PreTrainedModel, ...] = ()  # what costs are counted of, where that is another model
     skip_experts: bool
     freeze_routers: bool = True
+    router_training: str = "soft"
+    detach_router: bool = False
     set_to: float | None = None
 
     # The task, by the subclass
@@ -91,14 +96,27 @@ class MeasuredModule(LightningModule):
 
     # Measuring
 
+    @property
+    def views(self) -> tuple[str, ...]:
+        """What a validation measures in the current stage."""
+        return VIEWS[self.stage] if self.stage_mode != "hard" or self.stage == "expert" else ("hard_before",)
+
+    @property
+    def stage_mode(self) -> Mode:
+        """The FFNs' mode in the current stage."""
+        if self.stage == "router" and self.router_training == "straight-through":
+            return "hard"
+        return STAGE_MODES[self.stage]
+
     def apply_stage(self) -> None:
         """Sets the FFNs' mode and the routers' trainability as the current stage wants them."""
-        set_mode(self.net, {"dense": "dense", "router": "soft", "expert": "hard"}[self.stage])
+        set_mode(self.net, self.stage_mode)
         for parameter in selector_parameters(self.net):
             parameter.requires_grad_(self.routers_learn)
         for ffn in expert_ffns(self.net).values():
-            ffn.straight_through = self.stage == "expert" and self.routers_learn
+            ffn.straight_through = self.stage_mode == "hard" and self.routers_learn
             ffn.skips_in_training = self.skip_experts and self.stage == "expert" and not self.routers_learn
+            ffn.detach_router = self.detach_router
 
     def _skip_by(self, backend: Backend) -> None:
         """Has a backend compute the selected experts, and nothing else: not what training skips them by."""
@@ -153,7 +171,7 @@ class MeasuredModule(LightningModule):
 
     def validation_step(self, batch: dict[str, torch.Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Measures every view of the current stage."""
-        for view in VIEWS[self.stage]:
+        for view in self.views:
             self.measure(view, batch, dataloader_idx)
         self.apply_stage()
 
@@ -171,7 +189,7 @@ class MeasuredModule(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Logs ``val/<view>/<metric>`` and the sparsity, and remembers them for the results."""
-        for view in VIEWS[self.stage]:
+        for view in self.views:
             found = self.read_meters(view)
             # a sanity check of a few rows is no measurement
             if not self.trainer.sanity_checking or self.trainer.num_sanity_val_steps == math.inf:

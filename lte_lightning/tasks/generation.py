@@ -10,7 +10,7 @@ from lte_lightning.core.model.experts import set_mode
 from lte_lightning.core.model.head import IGNORED
 from lte_lightning.data.text import is_encoder_decoder
 from lte_lightning.errors import UserError
-from lte_lightning.tasks.evaluation import VIEW_MODES, VIEWS
+from lte_lightning.tasks.evaluation import VIEW_MODES
 from lte_lightning.tasks.language_model import LanguageModel
 
 
@@ -101,7 +101,7 @@ class Generation(LanguageModel):
         prompts = self.trainer.datamodule.sample_prompts(count)
         if prompts is None:
             return
-        view = VIEWS[self.stage][-1]
+        view = self.views[-1]
         set_mode(self.net, VIEW_MODES[view])
         batch = self.trainer.strategy.batch_to_device(prompts)
         with self.trainer.precision_plugin.forward_context():

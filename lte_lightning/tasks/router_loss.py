@@ -5,10 +5,10 @@ import torch
 from lte_lightning.core.routing.control import controlled
 from lte_lightning.core.routing.observe import balances
 from lte_lightning.core.routing.trace import RouterTrace
-from lte_lightning.tasks.evaluation import MeasuredModule
+from lte_lightning.tasks.steps import StepLosses
 
 
-class RouterLosses(MeasuredModule):
+class RouterLosses(StepLosses):
     """A module with the routers' losses; `LteModule` has their options.
 
     Attributes:
@@ -16,10 +16,6 @@ class RouterLosses(MeasuredModule):
     """
 
     stage_progress: float
-
-    def note(self, name: str, loss: torch.Tensor) -> torch.Tensor:
-        """Keeps a loss to be logged at the end of the optimizer step, and returns it."""
-        raise TypeError(f"{type(self).__name__} must define note")
 
     @property
     def efficiency_weight(self) -> float:

@@ -120,6 +120,16 @@ def test_overlays_fit_behind_a_config(name, monkeypatch):
         assert cli.model.hparams[key] == value or cli.model.hparams[key] | value == cli.model.hparams[key]
 
 
+def test_straight_through_training_behind_a_config(parse, tiny):
+    overlay = CONF.parent / "parts" / "straight-through.yaml"
+    target = ("--model.lte.target_sparsity", 0.8)
+    files = ("--config", CONF / "minilm-sst2.yaml", "--config", overlay, "--model.pretrained", tiny.model)
+    cli = parse(*files, *target, "--trainer.accelerator", "cpu", "--trainer.precision", "32-true")
+    wanted = yaml.safe_load(overlay.read_text())["model"]["init_args"]
+    assert {key: cli.model.hparams[key] for key in wanted} == wanted
+    assert cli.model.lte.target_sparsity == 0.8
+
+
 def test_the_beginning_of_an_option_is_not_the_option(tiny, lightning, tmp_path):
     fit = lightning(tmp_path, tiny.config(), "fit", "--stages.dense.epoch", 1)
     assert fit.code == 2

@@ -18,12 +18,7 @@ def test_two_processes_equal_one(accumulate, steps, tiny, lightning, two_process
     options = {"optimizer": "torch.optim.SGD", "learning_rate": 0.05, "router_learning_rate": 2.0}
     stages = {f"stages.{stage}.{key}": v for stage in ("dense", "router", "expert") for key, v in options.items()}
     config = tiny.config(epochs=(1, 2, 1), **stages)
-    BertConfig.from_pretrained(tiny.model, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).save_pretrained(
-        tmp_path / "calm"
-    )
-    for file in tiny.model.iterdir():
-        if file.name != "config.json":
-            (tmp_path / "calm" / file.name).hardlink_to(file)
+    calm(tiny, tmp_path / "calm")
     config["model"]["init_args"]["pretrained"] = str(tmp_path / "calm")
     config["data"]["init_args"]["eval_batch_size"] = 4
 
@@ -53,6 +48,48 @@ def test_two_processes_equal_one(accumulate, steps, tiny, lightning, two_process
         assert results[key] == pytest.approx(one.results[key], abs=1e-6), key
     histograms = [found["lte"]["measured"]["hard"]["score_histogram"] for found in (mine, theirs)]
     assert sum(map(sum, histograms[0])) == sum(map(sum, histograms[1]))
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("layers", ["equal", "free"])
+def test_a_target_is_held_over_two_processes_as_by_one(layers, tiny, lightning, two_processes, tmp_path):
+    """Quantiles of two processes are those of one, as are the closed form and the calibration between the stages."""
+    options = {"optimizer": "torch.optim.SGD", "learning_rate": 0.05, "router_learning_rate": 0.5}
+    stages = {f"stages.{stage}.{key}": v for stage in ("dense", "router", "expert") for key, v in options.items()}
+    lte = {"expert_size": 4, "target_sparsity": 0.7, "sparsity_per_layer": layers}
+    model = {"lte": lte, "efficiency_weight": None, "router_start": "closed-form", "detach_router": True}
+    more = {f"model.init_args.{key}": value for key, value in model.items()}
+    config = tiny.config(epochs=(1, 2, 1), **stages, **more)
+    calm(tiny, tmp_path / "calm")
+    config["model"]["init_args"]["pretrained"] = str(tmp_path / "calm")
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    one = lightning(tmp_path / "one", config, "fit", "--trainer.accumulate_grad_batches", 2)
+    assert one.code == 0, one.err
+    two = two_processes(tmp_path / "two", config, "fit")
+    assert two.code == 0, two.err
+    assert two.results["versions"]["devices"] == 2
+    (other,) = (tmp_path / "two").glob("runs/*/*/checkpoints/last.ckpt")
+    mine, theirs = (torch.load(path, weights_only=True) for path in (one.run / "checkpoints" / "last.ckpt", other))
+    far = {
+        name: float((value - theirs["state_dict"][name]).abs().max())
+        for name, value in mine["state_dict"].items()
+        if not torch.allclose(value, theirs["state_dict"][name], atol=1e-4)
+    }
+    assert far == {}
+    for found in (one.results, two.results):
+        assert found["sparsity"] == pytest.approx(0.7, abs=0.04)
+    assert two.results["sparsity_per_layer"] == pytest.approx(one.results["sparsity_per_layer"], abs=1e-6)
+
+
+def calm(tiny, folder):
+    """Writes the model without dropout."""
+    BertConfig.from_pretrained(tiny.model, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).save_pretrained(
+        folder
+    )
+    for file in tiny.model.iterdir():
+        if file.name != "config.json":
+            (folder / file.name).hardlink_to(file)
 
 
 @pytest.mark.timeout(300)

@@ -15,7 +15,8 @@ class LteConfig:
         expert_size: Neurons per expert; must divide the FFN width (paper: 32).
         grouping: How neurons are assigned to experts: balanced k-means on their L2-normalised input weights (the
             paper) or on what they do together on training rows (``coactivation``), a random partition, or the order
-            they already have.
+            they already have. ``use`` gives the first tenth of the experts the neurons that do most on training rows,
+            the most used first, and groups the others by ``coactivation``.
         selector: ``router`` is LTE's; ``none`` never runs an expert, the floor that every method is read against. The
             baselines are ``cats``, ``d2dmoe``, ``dejavu``, ``kla``, ``moefication``, ``narrow``, ``random``,
             ``sigmamoe``, ``softmax``, ``teal`` and ``wanda`` (see docs/baselines.md). Others are those that
@@ -23,6 +24,8 @@ class LteConfig:
         target_sparsity: Share of the experts that shall not run; for ``teal`` and ``wanda`` share of the
             weights that shall not be used. For LTE's own router, in place of ``efficiency_weight``: it is held while
             the routers and the model train. Without it, LTE's sparsity follows from ``efficiency_weight``.
+        sparsity_per_layer: How layers share LTE's ``target_sparsity``: ``equal`` gives it to each; ``free`` holds it
+            over all layers together, which may then differ; a list gives every layer its own, whose mean is the target.
         threshold: An expert runs when its score exceeds this (tau in the paper).
         router_bias: Give each router a bias, so that scores can start above the threshold (see ``router_margin``).
             ``false`` is the paper's bias-free equation 1, whose scores start around 0.5.
@@ -37,9 +40,10 @@ class LteConfig:
     """
 
     expert_size: int = 32
-    grouping: Literal["kmeans", "coactivation", "random", "contiguous"] = "kmeans"
+    grouping: Literal["kmeans", "coactivation", "use", "random", "contiguous"] = "kmeans"
     selector: str = "router"
     target_sparsity: float | None = None
+    sparsity_per_layer: Literal["equal", "free"] | list[float] = "equal"
     threshold: float = 0.5
     router_bias: bool = True
     router_margin: float = 2.0
@@ -54,7 +58,27 @@ class LteConfig:
         if not 0.0 < self.threshold < 1.0:
             raise UserError(f"threshold is {self.threshold}; it must lie in (0, 1), as scores do (the paper uses 0.5)")
         selector_class(self.selector).check(self)
+        self._check_layers()
         if not self.router_scale > 0.0:
             raise UserError(
                 f"router_scale is {self.router_scale}; it must be positive, or all scores start equal and stay so"
+            )
+
+    def _check_layers(self) -> None:
+        layers, target = self.sparsity_per_layer, self.target_sparsity
+        if layers == "equal":
+            return
+        if target is None or not selector_class(self.selector).optional_target:
+            raise UserError(
+                f"sparsity_per_layer is {layers}, and there is no target_sparsity that LTE's routers are held at; set "
+                "target_sparsity, or leave it out"
+            )
+        if isinstance(layers, str):
+            if layers != "free":
+                raise UserError(f"sparsity_per_layer is {layers!r}; it is equal, free, or a list of shares")
+        elif not layers or not all(0.0 <= share < 1.0 for share in layers):
+            raise UserError(f"sparsity_per_layer is {layers}; each must be at least 0 and below 1")
+        elif abs((mean := sum(layers) / len(layers)) - target) > 0.001:
+            raise UserError(
+                f"sparsity_per_layer has the mean {mean:.4g}, and target_sparsity is {target}; set that to {mean:.4g}"
             )

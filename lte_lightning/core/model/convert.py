@@ -61,6 +61,11 @@ def convert(
     for parts in all_parts:
         expert_count(weight_rows(parts.up).shape[0], config.expert_size)
     selector_class(config.selector).check_model(config, _model_shape(model, all_parts))
+    if isinstance(config.sparsity_per_layer, list) and len(config.sparsity_per_layer) != len(sites):
+        raise UserError(
+            f"sparsity_per_layer gives {len(config.sparsity_per_layer)} layers, and this {type(model).__name__} has "
+            f"{len(sites)}"
+        )
     if group and groups_by_activation(config):
         _require_activations(None)
 
@@ -101,7 +106,7 @@ def _check_hooks(layer: nn.Module, parts: FfnParts) -> None:
 
 def groups_by_activation(config: LteConfig) -> bool:
     """Says whether `group_experts` needs to know what the neurons do."""
-    return config.grouping == "coactivation" and config.expert_size > 1
+    return config.grouping in ("coactivation", "use") and config.expert_size > 1
 
 
 def group_experts(
@@ -127,14 +132,20 @@ def group_experts(
     keeps_order = config.expert_size == 1 or selector_class(config.selector).keeps_order
     if config.grouping == "contiguous" or keeps_order:  # neurons on their own need no order
         return []
+    uses: list[torch.Tensor | None] = [None] * len(ffns)
     if groups_by_activation(config):
         rows = _require_activations(activations)
+        uses = [
+            magnitudes_FN.float().mean(1) * weight_rows(ffn.down).detach().float().norm(dim=0).cpu()
+            for ffn, magnitudes_FN in zip(ffns.values(), rows, strict=True)
+        ]
     else:
         rows = [weight_rows(ffn.up if ffn.gate is None else ffn.gate) for ffn in ffns.values()]
     groupings = []
     for i, rows_FX in enumerate(tqdm(rows, desc=f"grouping ({config.grouping})", disable=not progress)):
+        seed = (config.seed or 0) + i
         with torch.device("cpu"):  # as for selectors
-            groupings.append(group_neurons(rows_FX, config.expert_size, config.grouping, (config.seed or 0) + i))
+            groupings.append(group_neurons(rows_FX, config.expert_size, config.grouping, seed, uses[i]))
     for ffn, grouping in zip(ffns.values(), groupings, strict=True):
         ffn.permute(grouping.permutation_F.to(ffn.up.weight.device))
     return groupings
@@ -179,8 +190,8 @@ def _model_shape(model: PreTrainedModel, all_parts: Sequence[FfnParts]) -> Model
 def _require_activations(activations: Sequence[torch.Tensor] | None) -> Sequence[torch.Tensor]:
     if activations is None:
         raise UserError(
-            "grouping 'coactivation' needs what the neurons do on training rows: convert(..., group=False), and then "
-            "group_experts(model, activations=neuron_activations(model, batches, tokens))"
+            "grouping 'coactivation' or 'use' needs what the neurons do on training rows: convert(..., group=False), "
+            "and then group_experts(model, activations=neuron_activations(model, batches, tokens))"
         )
     return activations
 

@@ -45,9 +45,9 @@ class ExpertFfn(nn.Module):
         selector: Maps the input [B, T, D] to scores [B, T, E].
         threshold: tau; in hard mode the experts whose score exceeds it run, unscaled (unless the selector ``scales``).
 
-    With ``straight_through`` hard mode has the gradient of soft mode's factors for the scores, so that routers learn.
-    With ``skips_in_training`` hard mode computes selected experts alone where a gradient is wanted, too, if that is
-    expected to be faster; their gradients are the same.
+    With ``straight_through`` hard mode has the gradient of soft mode's factors for the scores, so that routers learn;
+    with ``detach_router`` that gradient ends at the selector's own weights. With ``skips_in_training`` hard mode
+    computes selected experts alone where a gradient is wanted, too, if that is expected to be faster.
     """
 
     up: Projection
@@ -67,8 +67,7 @@ class ExpertFfn(nn.Module):
         self._threshold = self.trained_threshold = threshold
         self.mode: Mode = "dense"
         self.backend: Backend = "dense-mask"
-        self.straight_through = False
-        self.skips_in_training = False
+        self.straight_through = self.skips_in_training = self.detach_router = False
         self.recorder: Callable[[ExpertFfn, torch.Tensor, torch.Tensor], None] | None = None
         self.observer: Callable[[ExpertFfn, torch.Tensor, torch.Tensor, torch.Tensor], None] | None = None
         self.shell: tuple[nn.Module, ...] = ()
@@ -77,12 +76,12 @@ class ExpertFfn(nn.Module):
 
     @property
     def parts(self) -> FfnParts:
-        """The modules as they are now; an adapter or a quantiser may have put others in the place of the original."""
+        """The modules as they are now; an adapter or a quantiser may have put others in their place."""
         return FfnParts(self.up, self.gate, self.down, self.activation, self.dropout, self.row)
 
     @property
     def threshold(self) -> float:
-        """What scores are compared with; a new one is written in place, so that compiled and captured code follows."""
+        """What scores are compared with; written in place, so that compiled and captured code follows."""
         return self._threshold
 
     @threshold.setter
@@ -156,7 +155,7 @@ class ExpertFfn(nn.Module):
             return route(self.selector, self.tau, x_BTD), None
         hidden_BTF = None
         if self.selector.reads == "input":
-            scores_BTE = self.selector(x_BTD)
+            scores_BTE = self.selector(x_BTD.detach() if self.detach_router else x_BTD)
         else:
             gate_BTF, hidden_BTF = self._activations(*given_BTD)
             scores_BTE = self.selector(gate_BTF if self.selector.reads == "gate" else hidden_BTF)
@@ -217,8 +216,8 @@ class ExpertFfn(nn.Module):
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "ExpertFfn":
         self._prepared = None  # or its views would keep the memory that the weights leave
         super()._apply(fn, recurse)
-        self.tau = self.tau.float()  # a threshold is not to be rounded
-        self.threshold = self._threshold  # nor to be left as to_empty leaves it
+        self.tau = self.tau.float()  # not as rounded, nor as to_empty leaves it
+        self.threshold = self._threshold
         return self
 
     def __getstate__(self) -> dict[str, Any]:

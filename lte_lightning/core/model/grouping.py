@@ -14,7 +14,9 @@ from torch.nn.functional import normalize
 
 from lte_lightning.errors import UserError
 
-Method = Literal["kmeans", "coactivation", "random", "contiguous"]
+Method = Literal["kmeans", "coactivation", "use", "random", "contiguous"]
+USED = 0.1
+"""Share of the experts that grouping ``use`` makes of the most used neurons."""
 
 _SEED_TRIALS = 8
 _LLOYD_STEPS = 10
@@ -55,20 +57,29 @@ def expert_count(neurons: int, expert_size: int) -> int:
     return neurons // expert_size
 
 
-def group_neurons(weight_FD: torch.Tensor, expert_size: int, method: Method = "kmeans", seed: int = 0) -> Grouping:
+def group_neurons(
+    weight_FD: torch.Tensor,
+    expert_size: int,
+    method: Method = "kmeans",
+    seed: int = 0,
+    use_F: torch.Tensor | None = None,
+) -> Grouping:
     """Groups neurons with similar input weights, or that act together, into experts of exactly ``expert_size``.
 
     Works on the CPU in float32. ``kmeans`` holds the F x F Gram matrix of the rows: 0.5 GB for a layer of LLaMA-2-7B.
 
     Args:
         weight_FD: Input weights, a row per neuron: the up projection, or the gate of a gated FFN. For ``coactivation``
-            what each neuron does on D training tokens: its |activations|.
+            and ``use`` what each neuron does on D training tokens: its |activations|.
         expert_size: Neurons per expert, a divisor of F.
         method: ``kmeans`` (balanced, on L2-normalised rows), ``coactivation``, ``random``, or ``contiguous`` (the
-            checkpoint's order). ``coactivation`` is MoEfication's co-activation graph split (arXiv 2110.01786) and
+            checkpoint's order). ``use`` fills a tenth of the experts (`USED`) with the neurons that do most, in their
+            order, so that a router may let these run nearly always, and groups the rest by ``coactivation``.
+            ``coactivation`` is MoEfication's co-activation graph split (arXiv 2110.01786) and
             runs the same clustering on |activations|: the Gram matrix of their normalised rows is the graph's edges,
             and the least inertia puts the most weight of edges within experts.
         seed: Equal seeds give equal groupings; torch's global generator is neither read nor moved.
+        use_F: For ``use``, how much each neuron does: its mean |activation| times the norm of its down column.
     """
     if method not in get_args(Method):
         raise UserError(f"Unknown grouping method {method!r}. Choose one of: {', '.join(get_args(Method))}.")
@@ -79,7 +90,7 @@ def group_neurons(weight_FD: torch.Tensor, expert_size: int, method: Method = "k
     rows_FD = weight_FD.detach().to("cpu", torch.float32)
     bad_rows = (~rows_FD.isfinite()).any(1).nonzero()[:, 0]
     if len(bad_rows):
-        what = "activations" if method == "coactivation" else "weights"
+        what = "activations" if method in ("coactivation", "use") else "weights"
         raise UserError(
             f"{len(bad_rows)} of {neurons} neurons have NaN or infinite {what}, the first is row {int(bad_rows[0])}. "
             "Group a checkpoint that trained without overflow."
@@ -91,11 +102,22 @@ def group_neurons(weight_FD: torch.Tensor, expert_size: int, method: Method = "k
         members_ES = random_ES
     elif method == "contiguous":
         members_ES = torch.arange(neurons).view(experts, expert_size)
+    elif method == "use":
+        members_ES = _by_use(rows_FD, expert_size, generator, use_F)
     else:
         members_ES = _balanced_kmeans(rows_FD, expert_size, generator)
     return Grouping(
         members_ES.sort(dim=1).values.flatten(), _inertia(rows_FD, members_ES), _inertia(rows_FD, random_ES)
     )
+
+
+def _by_use(rows_FD: torch.Tensor, size: int, generator: torch.Generator, use_F: torch.Tensor | None) -> torch.Tensor:
+    if use_F is None or len(use_F) != len(rows_FD):
+        raise UserError("grouping 'use' needs how much each neuron does (use_F)")
+    order_F = use_F.argsort(descending=True, stable=True)
+    used = round(USED * (len(rows_FD) // size)) * size
+    rest_R = order_F[used:].sort().values
+    return torch.cat([order_F[:used].view(-1, size), rest_R[_balanced_kmeans(rows_FD[rest_R], size, generator)]])
 
 
 def _means(rows_FD: torch.Tensor, members_ES: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from lte_lightning.core.model.convert import lte_config
 from lte_lightning.core.model.experts import ExpertFfn, Mode, require_expert_ffns, set_mode
+from lte_lightning.core.routing.control import Reduce, rest
 from lte_lightning.core.routing.observe import enough, selectors, watch
 from lte_lightning.core.routing.prune import Batch, prune
 from lte_lightning.core.routing.trace import RouterTrace
@@ -22,7 +23,9 @@ def needs_calibration(model: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def calibrate(model: PreTrainedModel, batches: Iterator[Batch], tokens: int) -> None:
+def calibrate(
+    model: PreTrainedModel, batches: Iterator[Batch], tokens: int, reduce: Reduce = lambda counts: counts
+) -> None:
     """Calibrates the selectors on training rows, by their ``calibration``; nothing if that is ``none``.
 
     Levels are set where they will be used: a layer's behind layers that leave out what theirs tell them to, and a level
@@ -34,12 +37,15 @@ def calibrate(model: PreTrainedModel, batches: Iterator[Batch], tokens: int) -> 
         model: A converted model, in eval mode; its mode is ``dense`` afterwards.
         batches: For each batch what runs the model on it, and its token masks.
         tokens: How many to calibrate on; batches are run until there are as many.
+        reduce: Sums counts over devices; for selectors that are calibrated by their control, the only ones that are on
+            several devices.
     """
     ways: dict[str, Callable[[PreTrainedModel, Sequence[Batch], int], None]] = {
         "dense": _on_dense,
         "sequential": _in_turn,
         "common": _common_level,
         "pruning": lambda model, batches, tokens: prune(model, batches),
+        "control": lambda model, batches, tokens: _control(model, batches, reduce),
     }
     way = ways.get(selectors(model)[0].calibrates())
     if way is not None:
@@ -60,6 +66,11 @@ def _in_turn(model: PreTrainedModel, batches: Sequence[Batch], tokens: int) -> N
         (sample,) = _samples([ffn], batches)
         ffn.selector.calibrate(sample[:tokens].to(ffn.up.weight.device), _Runs(ffn))
         ffn.mode = "hard"
+
+
+def _control(model: PreTrainedModel, batches: Sequence[Batch], reduce: Reduce) -> None:
+    set_mode(model, "hard")
+    rest(model, batches, lte_config(model).target_sparsity or 0.0, reduce)
 
 
 def _common_level(model: PreTrainedModel, batches: Sequence[Batch], tokens: int) -> None:

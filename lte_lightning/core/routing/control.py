@@ -1,25 +1,40 @@
 """Hold routers at a target sparsity while they and the model train: integral control of each layer's bias.
 
 After each optimizer step, ``bias += rate * clamp(threshold - q, -2, 2)``. All of these are logits. q is the quantile,
-at the wanted sparsity, of the batch's logits over real tokens and experts of a layer: where it lies on the threshold,
-the batch had just that sparsity. Routers of mixtures of experts are balanced in a like way, by a step on each expert's
-bias: Lean Wang, Huazuo Gao, Chenggang Zhao, Xu Sun, Damai Dai, "Auxiliary-Loss-Free Load Balancing Strategy for
-Mixture-of-Experts", 2024, arXiv 2408.15664.
+at the wanted sparsity, of the step's logits over real tokens and experts of a layer, or of all layers: where it lies on
+the threshold, the step had just that sparsity. Routers of mixtures of experts are balanced in a like way, by a step on
+each expert's bias: Lean Wang, Huazuo Gao, Chenggang Zhao, Xu Sun, Damai Dai, "Auxiliary-Loss-Free Load Balancing
+Strategy for Mixture-of-Experts", 2024, arXiv 2408.15664.
+
+Quantiles are read from histograms. Those of several batches and devices add up exactly, in any order.
+
+Shape suffixes: L layers, N real tokens, E experts, H bins of logits, K sparsities.
 """
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 
 from lte_lightning.core.model.experts import expert_ffns
+from lte_lightning.core.model.swap import lte_config
 from lte_lightning.core.routing.observe import selectors
+from lte_lightning.core.routing.prune import Batch
 from lte_lightning.core.routing.trace import RouterTrace
 
 LIMIT = 2.0
 """The largest distance, in logits, that one step answers to."""
 SAMPLE = 1 << 20
 """Scores of a layer that a quantile is taken of; of more, those of evenly spaced tokens."""
+SPAN = 16.0
+"""Logits between -16 and 16 are told apart."""
+BINS = 1 << 15
+"""Bins of a histogram: they are 1/1024 wide."""
+ROUNDS = 8
+"""How often `rest` looks at its batches, at most."""
+
+Reduce = Callable[[torch.Tensor], torch.Tensor]
 
 
 def controlled(model: nn.Module) -> bool:
@@ -38,23 +53,88 @@ def wanted_sparsity(target: float, progress: float) -> float:
 
 
 @torch.no_grad()
+def histogram(model: nn.Module, trace: RouterTrace) -> torch.Tensor:
+    """Returns how many logits of each layer fall in each bin, int64 [L, H].
+
+    Args:
+        model: A converted model.
+        trace: What its routers decided on a batch.
+    """
+    places = []
+    for layer, scores_NE in enumerate(trace.scores().values()):
+        scores = scores_NE[:: math.ceil(scores_NE.numel() / SAMPLE)].flatten()
+        bins = ((torch.logit(scores, eps=1e-7) + SPAN) * (BINS / (2 * SPAN))).long()
+        places.append(bins.clamp_(0, BINS - 1) + layer * BINS)
+    return torch.bincount(torch.cat(places), minlength=len(places) * BINS).view(-1, BINS)
+
+
+def quantiles(model: nn.Module, counts_LH: torch.Tensor, sparsity: float) -> torch.Tensor:
+    """Returns the logit of each layer that the share of its logits which is to be sparse does not exceed, [L].
+
+    The share follows ``sparsity_per_layer``: it is that of every layer (``equal``), of all layers together, so that one
+    logit is that of all (``free``), or each layer's own.
+
+    Args:
+        model: A converted model.
+        counts_LH: Its logits, as of `histogram`.
+        sparsity: The sparsity wanted of the model.
+    """
+    config, layers = lte_config(model), len(counts_LH)
+    shares_L = [sparsity] * layers
+    if config.sparsity_per_layer == "free":
+        counts_LH = counts_LH.sum(0, keepdim=True).expand(layers, -1)
+    elif isinstance(config.sparsity_per_layer, list) and config.target_sparsity:  # given for the target
+        shares_L = [share * sparsity / config.target_sparsity for share in config.sparsity_per_layer]
+    below_LH = counts_LH.cumsum(1)
+    wanted_L = (below_LH[:, -1].double().cpu() * torch.tensor(shares_L).clamp(max=1.0).double()).round().clamp(min=1)
+    bins_L = (below_LH < wanted_L.to(below_LH).unsqueeze(1)).sum(1)
+    return (bins_L + 1) * (2 * SPAN / BINS) - SPAN  # the bin's upper edge: what lies in it does not run
+
+
+def gaps(model: nn.Module, counts_LH: torch.Tensor, sparsity: float) -> torch.Tensor:
+    """Returns how far the logits' quantiles lie below the threshold, [L]; arguments as of `quantiles`."""
+    tau = next(iter(expert_ffns(model).values())).trained_threshold
+    return math.log(tau / (1.0 - tau)) - quantiles(model, counts_LH, sparsity)
+
+
 def distances(model: nn.Module, trace: RouterTrace, sparsity: float) -> torch.Tensor:
-    """Returns how far the logits' quantiles lie below the threshold, [L], limited to `LIMIT` either way.
+    """Returns the gaps of one batch, [L], limited to `LIMIT` either way.
 
     Args:
         model: A converted model.
         trace: What its routers decided on a batch.
         sparsity: The sparsity wanted.
     """
-    found = []
-    for ffn, scores_NE in zip(expert_ffns(model).values(), trace.scores().values(), strict=True):
-        scores = scores_NE[:: math.ceil(scores_NE.numel() / SAMPLE)].flatten()
-        quantile = scores.kthvalue(max(round(sparsity * len(scores)), 1)).values
-        found.append(math.log(ffn.threshold / (1.0 - ffn.threshold)) - torch.logit(quantile, eps=1e-6))
-    return torch.stack(found).clamp(-LIMIT, LIMIT)
+    return gaps(model, histogram(model, trace), sparsity).clamp(-LIMIT, LIMIT)
 
 
 def follow(model: nn.Module, distances_L: torch.Tensor, rate: float) -> None:
     """Moves every layer's logits by a share of their distance."""
     for selector, distance in zip(selectors(model), distances_L, strict=True):
         selector.raise_logits(rate * distance)
+
+
+@torch.no_grad()
+def rest(model: nn.Module, batches: Sequence[Batch], sparsity: float, reduce: Reduce = lambda counts: counts) -> None:
+    """Moves the logits until a model has a sparsity on given rows, in the mode that it is in.
+
+    A layer's logits depend on what layers before it leave out, so they are read again, `ROUNDS` times at most.
+
+    Args:
+        model: A converted model with controlled routers, in eval mode, ``soft`` or ``hard``.
+        batches: The rows, on this device.
+        sparsity: The sparsity wanted.
+        reduce: Sums counts over devices.
+    """
+    for _ in range(ROUNDS):
+        counts_LH: torch.Tensor | None = None
+        for run, token_masks_BT in batches:
+            with RouterTrace(model, *token_masks_BT) as trace:
+                run()
+            here = histogram(model, trace)
+            counts_LH = here if counts_LH is None else counts_LH + here
+        assert counts_LH is not None  # a data module has rows
+        gaps_L = gaps(model, reduce(counts_LH), sparsity)
+        follow(model, gaps_L, 1.0)
+        if bool((gaps_L.abs() < 4 * SPAN / BINS).all()):
+            return

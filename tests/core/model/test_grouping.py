@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lte_lightning.core.model.grouping import _assign, _swap, _tournament, expert_count, group_neurons
+from lte_lightning.errors import UserError
 
 METHODS = ["kmeans", "coactivation", "random", "contiguous"]
 
@@ -219,9 +220,22 @@ def test_sizes_that_do_not_come_out_even(neurons, size, message):
 
 
 def test_bad_arguments():
-    with pytest.raises(ValueError, match=r"'kmean'.*kmeans, coactivation, random, contiguous"):
+    with pytest.raises(ValueError, match=r"'kmean'.*kmeans, coactivation, use, random, contiguous"):
         group_neurons(randn(64, 8), 8, "kmean")
     with pytest.raises(ValueError, match="expert_size=7"):
         group_neurons(randn(64, 8), 7)
     with pytest.raises(ValueError, match=r"shape \(64,\)"):
         group_neurons(randn(64), 8)
+
+
+def test_the_most_used_neurons_come_first():
+    activations, use_F = randn(160, 30).abs(), torch.rand(160)
+    grouping = group_neurons(activations, 8, "use", use_F=use_F)
+    assert grouping.permutation_F.sort().values.equal(torch.arange(160))
+    members_ES = grouping.permutation_F.view(20, 8)
+    hot = use_F[members_ES[:2]]  # a tenth of twenty experts
+    assert hot[0].min() >= hot[1].max()
+    assert hot.min() >= use_F[members_ES[2:]].max()
+
+    with pytest.raises(UserError, match="needs how much each neuron does"):
+        group_neurons(activations, 8, "use")

@@ -4,7 +4,17 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from lte_lightning import LteConfig, RouterTrace, convert, set_mode
 from lte_lightning.core.model.experts import expert_ffns
-from lte_lightning.core.routing.control import LIMIT, controlled, distances, follow, wanted_sparsity
+from lte_lightning.core.routing.control import (
+    BINS,
+    LIMIT,
+    controlled,
+    distances,
+    follow,
+    gaps,
+    histogram,
+    wanted_sparsity,
+)
+from lte_lightning.errors import UserError
 
 
 @pytest.fixture
@@ -63,3 +73,44 @@ def test_only_a_router_with_a_target_is_controlled(model):
     plain = BertForSequenceClassification(BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2))
     convert(plain, LteConfig(), progress=False)
     assert not controlled(plain)
+
+
+# Layers and devices
+
+
+@pytest.mark.parametrize("layers", ["equal", "free", [0.6, 0.8]])
+def test_histograms_of_parts_add_up_exactly(model, layers):
+    model.lte_config.sparsity_per_layer = layers
+    ids_BT, mask_BT = torch.randint(64, (16, 20)), torch.ones(16, 20, dtype=torch.long)
+    mask_BT[3:, 12:] = 0
+    whole = histogram(model, trace_of(model, ids_BT, mask_BT))
+    parts = [histogram(model, trace_of(model, ids_BT[rows], mask_BT[rows])) for rows in (slice(0, 5), slice(5, 16))]
+    summed = gaps(model, sum(parts), 0.7)
+    assert whole.sum(1).tolist() == [int(mask_BT.sum()) * 32] * 2
+    # to one bin: a batch of another size may round another way in torch's matrix product
+    assert (gaps(model, whole, 0.7) - summed).abs().max() <= 32 / BINS
+    assert (len(set(summed.tolist())) == 1) == (layers == "free")
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ([0.5, 0.7], r"has the mean 0.6, and target_sparsity is 0.7; set that to 0.6"),
+        ([0.7, 1.0], "each must be at least 0 and below 1"),
+        ([], "each must be at least 0 and below 1"),
+        ("all", "'all'; it is equal, free, or a list"),
+    ],
+)
+def test_layers_that_cannot_be(layers, message):
+    with pytest.raises(UserError, match=message):
+        LteConfig(target_sparsity=0.7, sparsity_per_layer=layers)
+
+
+def test_layers_need_a_target_and_their_number():
+    with pytest.raises(UserError, match="there is no target_sparsity that LTE's routers are held at"):
+        LteConfig(sparsity_per_layer="free")
+    with pytest.raises(UserError, match="there is no target_sparsity that LTE's routers are held at"):
+        LteConfig(selector="kla", target_sparsity=0.5, sparsity_per_layer="free")
+    net = BertForSequenceClassification(BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2))
+    with pytest.raises(UserError, match=r"gives 3 layers, and this BertForSequenceClassification has 2"):
+        convert(net, LteConfig(target_sparsity=0.7, sparsity_per_layer=[0.7, 0.7, 0.7]))

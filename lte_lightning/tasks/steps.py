@@ -1,0 +1,61 @@
+"""Losses that are means over a whole optimizer step: over all of its batches, on all devices."""
+
+import torch
+
+from lte_lightning.tasks.evaluation import MeasuredModule
+
+
+class StepLosses(MeasuredModule):
+    """A module whose losses are weighted, and logged, by optimizer step; `LteModule` trains it.
+
+    Attributes:
+        step_amounts: What the current optimizer step holds, over all devices, as of `amounts`.
+        step_losses: Its losses so far, by name.
+    """
+
+    step_amounts: torch.Tensor
+    step_losses: dict[str, torch.Tensor]
+
+    def task_amount(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Returns what a batch's task loss is the mean of, a count: of rows, or by the subclass of tokens."""
+        return batch["labels"].new_tensor(len(batch["labels"]), dtype=torch.long)
+
+    def ends_step(self, batch_idx: int) -> bool:
+        """Says whether a batch is the last one of its optimizer step."""
+        done = batch_idx + 1
+        return done % self.trainer.accumulate_grad_batches == 0 or done == self.trainer.num_training_batches
+
+    def amounts(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Returns what the losses of a batch are means of, counts [1 + stacks]: of the task, and of the routers."""
+        tokens = [mask.bool().sum() for mask in self.token_masks(batch)]
+        return torch.stack([self.task_amount(batch), *tokens])
+
+    def batch_weights(
+        self, batch: dict[str, torch.Tensor], batch_idx: int
+    ) -> tuple[torch.Tensor | float, torch.Tensor | None]:
+        """Returns what multiplies a batch's task loss, and its routers' losses by stack."""
+        accumulate, devices = self.trainer.accumulate_grad_batches, self.trainer.world_size
+        if accumulate == 1 and devices == 1:
+            return 1.0, None
+        here = self.amounts(batch)
+        if batch_idx % accumulate == 0:
+            mine = here.clone()  # it is reduced in place
+            if accumulate > 1:
+                mine = self.trainer.train_dataloader.take(batch_idx // accumulate).to(here.device)
+            self.step_amounts = self.trainer.strategy.reduce(mine, reduce_op="sum")
+        # Lightning divides by the number of batches, DDP by that of devices
+        weights = here * (accumulate * devices) / self.step_amounts
+        return weights[0], weights[1:]
+
+    def note(self, name: str, loss: torch.Tensor) -> torch.Tensor:
+        """Keeps a loss to be logged at the end of the optimizer step, and returns it."""
+        mean = loss.detach() / self.trainer.accumulate_grad_batches
+        self.step_losses[name] = mean + self.step_losses.pop(name, 0.0)
+        return loss
+
+    def log_step(self, batch_idx: int) -> None:
+        """Logs a step's losses at its last batch."""
+        if self.ends_step(batch_idx):
+            for name, loss in self.step_losses.items():
+                self.log(f"train/{name}", loss, prog_bar=name == "loss")
+            self.step_losses = {}
