@@ -46,6 +46,14 @@ OPTIONS = {
         "precision": "bf16-mixed",
         "json": False,
     },
+    "curve": {
+        "folder": "FOLDER",
+        "sparsity": None,
+        "data": None,
+        "out": "curve.png",
+        "rows": 1,
+        "device": "auto",
+    },
     "generate": {
         "folder": "FOLDER",
         "prompt": "-",
@@ -88,6 +96,7 @@ REQUIRED = {
     "build-kernels": [],
     "calibrate": ["FOLDER"],
     "cost": ["--model", "FOLDER"],
+    "curve": ["FOLDER"],
     "generate": ["FOLDER"],
     "export": ["FOLDER", "--to", "gguf"],
     "harness": ["--model", "FOLDER", "--tasks", "piqa"],

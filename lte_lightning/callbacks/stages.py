@@ -13,8 +13,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim.lr_scheduler import LambdaLR
 
 from lte_lightning.callbacks.module import lte_module
-from lte_lightning.callbacks.moments import hand_over
 from lte_lightning.callbacks.plan import Epoch, StagePlan, lay_out
+from lte_lightning.callbacks.switching import hand_over, rewrap
 from lte_lightning.core.model.convert import lte_config, selector_parameters
 from lte_lightning.core.routing.observe import imitates, learns
 from lte_lightning.errors import UserError
@@ -225,13 +225,12 @@ class StageSchedule(Callback):
         # A fit may begin in the stage that the model was saved in. That stage gets a fresh optimizer, too
         if ahead > 0 or (ahead == 0 and now.number == 0):
             groups = module.stage == "dense" and ahead > 0
-            known = dict(trainer.optimizers[0].state) if self.keep_optimizer else {}
+            known = dict(trainer.optimizers[0].state) if self.keep_optimizer and ahead > 0 else {}
             orders = module.enter_stage(now.stage)
             self._start_step = trainer.global_step
-            _rewrap(trainer)
+            rewrap(trainer)
             trainer.strategy.setup_optimizers(trainer)
-            if known and ahead > 0:
-                hand_over(known, trainer.optimizers[0], module.net, orders)
+            hand_over(known, trainer.optimizers[0], module.net, orders)
             if groups:
                 self._add_seconds("grouping", self._epoch_began)
                 self._epoch_began = time.perf_counter()
@@ -297,9 +296,3 @@ class StageSchedule(Callback):
         steps = self.steps(module.stage)
         scheduler = LambdaLR(optimizer, lambda step: plan.factor(step, steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-
-def _rewrap(trainer: Trainer) -> None:
-    # DDP reduces only the parameters that were trainable when it wrapped the model
-    if isinstance(trainer.strategy, DDPStrategy):
-        trainer.strategy.model = trainer.strategy._setup_model(trainer.lightning_module)

@@ -26,6 +26,7 @@ COMMANDS = {
     "generate": ("lte_lightning.cli.generate", "let a language model write, and see its speed and sparsity"),
     "calibrate": ("lte_lightning.cli.calibrate", "give a saved model a sparsity knob: thresholds by sparsity"),
     "context": ("lte_lightning.cli.context", "what a sparse model still finds in long contexts"),
+    "curve": ("lte_lightning.cli.curve", "draw quality, FLOPs and speed of a calibrated model over its sparsity"),
     "bench": ("lte_lightning.bench", "time FFNs and models with experts skipped, against dense"),
     "cost": ("lte_lightning.cli.cost", "FLOPs, bytes and speed-up bound of a model at a sparsity"),
     "init": ("lte_lightning.cli.init", "write a configuration for your own data, after looking at them"),

@@ -42,14 +42,15 @@ def measure_latency(folder: Path, trainer: Trainer, rows: int, backend: Backend)
         ``latency_ms`` and ``dense_latency_ms``, of a call: medians over rounds of the mean over batches; ``speedup``,
         dense by sparse; and ``latency_of``, what was measured where.
     """
-    device, dtype = trainer.strategy.root_device, _dtype(str(trainer.precision))
+    device, dtype = trainer.strategy.root_device, run_dtype(str(trainer.precision))
     sparse = from_pretrained(folder, dtype=dtype, backend=backend)
     set_mode(sparse, "hard")
     # with weights of its own, or the cache would serve one from what the other read
     dense = restore(from_pretrained(folder, dtype=dtype, backend="dense-mask"))
     decodes = sparse.can_generate() and not sparse.config.is_encoder_decoder
-    batches = _batches(trainer, rows, device)
-    run = _decode if decodes else _forward
+    loaders = declared(trainer).datamodule.val_dataloader()
+    batches = row_batches(loaders[0] if isinstance(loaders, list) else loaders, rows, device)
+    run = decode if decodes else forward
     timer: Timer = partial(timed, clock=clock_on(device))
     models = {"dense": dense, "sparse": sparse}
     with torch.inference_mode():
@@ -74,16 +75,16 @@ def measure_latency(folder: Path, trainer: Trainer, rows: int, backend: Backend)
     }
 
 
-def _dtype(precision: str) -> torch.dtype:
+def run_dtype(precision: str) -> torch.dtype:
+    """Returns the type that a model runs in which was trained in a precision."""
     # who trains in mixed precision mostly runs the model in its low type
     if "bf16" in precision:
         return torch.bfloat16
     return torch.float16 if precision.startswith("16") else torch.float32
 
 
-def _batches(trainer: Trainer, rows: int, device: torch.device) -> list[dict[str, torch.Tensor]]:
-    loaders = declared(trainer).datamodule.val_dataloader()
-    loader = loaders[0] if isinstance(loaders, list) else loaders
+def row_batches(loader: DataLoader, rows: int, device: torch.device) -> list[dict[str, torch.Tensor]]:
+    """Returns the first batches of a loader's rows in an order drawn once, each of so many rows."""
     drawn = DataLoader(
         loader.dataset,
         batch_size=min(rows, len(loader.dataset)),
@@ -96,11 +97,13 @@ def _batches(trainer: Trainer, rows: int, device: torch.device) -> list[dict[str
     return [{key: batch[key].to(device) for key in INPUTS if key in batch} for batch in first]
 
 
-def _forward(model: PreTrainedModel, batches: Sequence[dict[str, torch.Tensor]], timer: Timer) -> list[float]:
+def forward(model: PreTrainedModel, batches: Sequence[dict[str, torch.Tensor]], timer: Timer) -> list[float]:
+    """Returns the mean milliseconds of a forward pass."""
     return [fmean(timer([partial(model, **batch) for batch in batches]))]
 
 
-def _decode(model: PreTrainedModel, batches: Sequence[dict[str, torch.Tensor]], timer: Timer) -> list[float]:
+def decode(model: PreTrainedModel, batches: Sequence[dict[str, torch.Tensor]], timer: Timer) -> list[float]:
+    """Returns the mean milliseconds of a step that decodes each row's next token with a cache."""
     times = []
     for batch in batches:
         length = int(batch["attention_mask"].sum(1).min())

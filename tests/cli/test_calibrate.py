@@ -1,5 +1,6 @@
 """`lte calibrate`: a knob for a saved model, and the commands that turn it."""
 
+import csv
 import json
 import shutil
 
@@ -132,3 +133,53 @@ def test_a_fit_begins_at_the_trained_threshold(run, lightning, tmp_path):
         assert not (fit.run / "model" / THRESHOLDS_FILE).exists()  # it was of other weights
     assert found[0]["hard"] == found[1]["hard"]
     assert found[0]["sparsity"] == found[1]["sparsity"]
+
+
+def table(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_curve_of_a_classifier(run, lightning, tmp_path):
+    lightning(tmp_path, None, "calibrate", run, "--sparsity", "0.3,0.8")
+    outcome = lightning(tmp_path, None, "curve", run, "--sparsity", "0.3,0.5,0.8", "--out", "it.png")
+    assert outcome.code == 0, outcome.err
+    points = table(tmp_path / "it.csv")
+    assert [point["setting"] for point in points] == ["dense", "trained", "0.3", "0.5", "0.8"]
+    results = json.loads((run / "results.json").read_text())
+    assert float(points[0]["accuracy"]) == pytest.approx(results["dense"], abs=0.2)  # adapted since
+    assert float(points[1]["accuracy"]) == pytest.approx(results["hard"])
+    assert float(points[1]["sparsity"]) == pytest.approx(results["sparsity"])
+    for point in points[2:]:
+        assert float(point["sparsity"]) == pytest.approx(float(point["setting"]), abs=0.08)
+    flops = [float(point["gflops_per_token"]) for point in points]
+    assert flops[2] > flops[3] > flops[4]
+    assert all(float(point["tokens_per_second"]) > 0 for point in points)
+    assert (tmp_path / "it.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_curve_of_a_language_model(tiny_lm, lightning, tmp_path):
+    fit = lightning(tmp_path, tiny_lm.config("LanguageModelData"), "fit")
+    assert lightning(tmp_path, None, "calibrate", fit.run, "--sparsity", "0.5,0.7").code == 0
+    outcome = lightning(tmp_path, None, "curve", fit.run, "--out", "it.svg", "--rows", 2)
+    assert outcome.code == 0, outcome.err
+    points = table(tmp_path / "it.csv")
+    assert [point["setting"] for point in points] == ["dense", "trained", "0.5", "0.7"]
+    assert all(float(point["perplexity"]) > 1 for point in points)
+    assert "<svg" in (tmp_path / "it.svg").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((), "was not calibrated, so it has one sparsity; run lte calibrate"),
+        (("--out", "it.txt"), "name a picture, .png or .svg"),
+        (("--out", "none/it.png"), "to write it.png to"),
+        (("--rows", 0), "--rows is 0"),
+        (("--sparsity", "2"), "--sparsity is 2"),
+    ],
+)
+def test_curves_that_cannot_be(words, message, run, lightning, tmp_path):
+    outcome = lightning(tmp_path, None, "curve", run, *words)
+    assert (outcome.code, message in " ".join(outcome.err.split())) == (1, True), outcome.err
+    assert list(tmp_path.glob("*.csv")) == []

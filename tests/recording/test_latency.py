@@ -46,13 +46,13 @@ def trainer():
 
 
 def test_a_decoding_step_computes_what_the_whole_text_does(model, trainer):
-    batches = latency._batches(trainer, 2, torch.device("cpu"))
+    batches = latency.row_batches(trainer.datamodule.val_dataloader()[0], 2, torch.device("cpu"))
     assert [batch.keys() for batch in batches] == [{"input_ids", "attention_mask"}] * 2  # a fifth row has no neighbour
     with torch.inference_mode():
         steps = []
-        assert latency._decode(
-            model, batches, lambda calls: [steps.append(call().logits) or 1.0 for call in calls]
-        ) == [1]
+        assert latency.decode(model, batches, lambda calls: [steps.append(call().logits) or 1.0 for call in calls]) == [
+            1
+        ]
         expected = []
         for batch in batches:
             length = int(batch["attention_mask"].sum(1).min())
@@ -87,4 +87,4 @@ def test_the_dense_twin_is_plain_and_the_sparse_one_skips(model, trainer, tmp_pa
     [("bf16-mixed", "bfloat16"), ("bf16-true", "bfloat16"), ("16-mixed", "float16"), ("32-true", "float32")],
 )
 def test_it_is_timed_in_the_type_of_the_precision(precision, dtype):
-    assert str(latency._dtype(precision)) == f"torch.{dtype}"
+    assert str(latency.run_dtype(precision)) == f"torch.{dtype}"

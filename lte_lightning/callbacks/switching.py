@@ -1,9 +1,11 @@
-"""What one optimizer knows of weights, handed to the next one."""
+"""What a switch of stages changes besides the model: DDP's wrapper, and what the next optimizer knows of weights."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.optim import Optimizer
 
@@ -11,8 +13,14 @@ from lte_lightning.core.model.experts import expert_ffns
 from lte_lightning.core.model.parts import weight_rows
 
 
+def rewrap(trainer: Trainer) -> None:
+    """Has DDP look for trainable parameters anew: those thawed after it wrapped would never be reduced."""
+    if isinstance(trainer.strategy, DDPStrategy):
+        trainer.strategy.model = trainer.strategy._setup_model(trainer.lightning_module)
+
+
 def hand_over(
-    known: Mapping[nn.Parameter, dict[str, Any]], optimizer: Optimizer, model: nn.Module, orders: Sequence[torch.Tensor]
+    known: Mapping[torch.Tensor, dict[str, Any]], optimizer: Optimizer, model: nn.Module, orders: Sequence[torch.Tensor]
 ) -> None:
     """Gives an optimizer the state that another one has of the same parameters.
 
@@ -35,7 +43,7 @@ def hand_over(
                 _reorder(optimizer.state.get(projection.bias), projection.bias, order_F, 0)
 
 
-def _reorder(state: dict[str, Any] | None, parameter: nn.Parameter, order_F: torch.Tensor, dim: int) -> None:
+def _reorder(state: dict[str, Any] | None, parameter: torch.Tensor, order_F: torch.Tensor, dim: int) -> None:
     for name, value in (state or {}).items():
         if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
             state[name] = value.index_select(dim, order_F.to(value.device))  # type: ignore[index]
