@@ -18,6 +18,7 @@ from torch import nn
 from lte_lightning.core.model.experts import require_expert_ffns
 from lte_lightning.core.model.folder import LayoutError, find
 from lte_lightning.errors import UserError
+from lte_lightning.files import whole_file
 
 THRESHOLDS_FILE = "lte_thresholds.json"
 FORMAT = 1
@@ -175,9 +176,8 @@ def owner_of(description: Mapping[str, Any]) -> str | None:
 def write_table(table: ThresholdTable, folder: Path, description: Mapping[str, Any]) -> None:
     """Writes a model's table into its folder."""
     content = {"format": FORMAT, "owner": owner_of(description), **asdict(table)}
-    staging = folder / f".{THRESHOLDS_FILE}"
-    staging.write_text(json.dumps(content, indent=1) + "\n")
-    staging.replace(folder / THRESHOLDS_FILE)
+    with whole_file(folder / THRESHOLDS_FILE) as file:
+        file.write(json.dumps(content, indent=1) + "\n")
 
 
 def save_kept_table(model: nn.Module, folder: Path, description: Mapping[str, Any]) -> None:

@@ -139,7 +139,7 @@ class RouterTrace:
         self, epsilon: float = SEPARABILITY_EPSILON, weights: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Returns equation 5 over the real tokens, at the model's threshold; ``weights`` as for `efficiency_loss`."""
-        threshold = next(iter(self._ffns.values())).threshold
+        threshold = next(iter(self._ffns.values())).trained_threshold
         return separability_loss(list(self.scores().values()), threshold, epsilon, self._by_layer(weights))
 
     def _by_layer(self, weights: torch.Tensor | None) -> torch.Tensor | None:
