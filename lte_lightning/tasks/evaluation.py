@@ -142,30 +142,8 @@ class MeasuredModule(LightningModule):
         self.meters = nn.ModuleDict({name: self.make_metric() for name in names})
         self.sparsity = SparsityMeter([ffn.experts for ffn in expert_ffns(self.net).values()])
 
-    def on_fit_start(self) -> None:
-        """Trains at the threshold that the routers are trained at, wherever the knob of a saved model stood.
-
-        Raises:
-            UserError: If a sparsity to measure at is given, or the model is quantised or is to be.
-        """
-        if self.quantize or is_quantized(self.net):
-            raise UserError(
-                "a quantised model cannot be trained: take the folder that it was made from, leave model.quantize out, "
-                "and give it to lightning test"
-            )
-        if self.set_to is not None:
-            raise UserError(
-                f"model.sparsity {self.set_to} is where a calibrated model is tested; a fit aims at a sparsity by "
-                "model.lte.target_sparsity"
-            )
-        set_sparsity(self.net, None)
-
-    def on_validation_start(self) -> None:
-        """Turns the knob of a calibrated model, where it is validated by itself."""
-        if self.trainer.state.fn == "validate":
-            self._turn_knob()
-
-    def _turn_knob(self) -> None:
+    def turn_knob(self) -> None:
+        """Sets the sparsity of a calibrated model that is measured elsewhere than where its knob stood."""
         if self.set_to is not None:
             set_sparsity(self.net, self.set_to)
 
@@ -226,7 +204,7 @@ class MeasuredModule(LightningModule):
                 "this model was never routed, so there is no sparsity to test: train the router and expert stages "
                 "first, or give a routed model by --ckpt_path or --model.init_from"
             )
-        self._turn_knob()
+        self.turn_knob()
         self._quantize()
         self._skip_by(self.backend)
 
@@ -287,7 +265,7 @@ class MeasuredModule(LightningModule):
         if self.trainer.world_size > 1:
             raise UserError("predictions are written in the order of the data by one process: set trainer.devices to 1")
         set_mode(self.net, self.test_view)
-        self._turn_knob()
+        self.turn_knob()
         self._quantize()
         self._skip_by(self.backend)
 

@@ -1,7 +1,12 @@
 """Losses that are means over a whole optimizer step: over all of its batches, on all devices."""
 
+from typing import Any
+
 import torch
 
+from lte_lightning.core.model.quantized import is_quantized
+from lte_lightning.core.model.thresholds import set_sparsity
+from lte_lightning.errors import UserError
 from lte_lightning.tasks.evaluation import MeasuredModule
 
 
@@ -15,6 +20,29 @@ class StepLosses(MeasuredModule):
 
     step_amounts: torch.Tensor
     step_losses: dict[str, torch.Tensor]
+
+    def on_fit_start(self) -> None:
+        """Trains at the threshold that the routers are trained at, wherever the knob of a saved model stood.
+
+        Raises:
+            UserError: If a sparsity to measure at is given, or the model is quantised or is to be.
+        """
+        if self.quantize or is_quantized(self.net):
+            raise UserError(
+                "a quantised model cannot be trained: take the folder that it was made from, leave model.quantize out, "
+                "and give it to lightning test"
+            )
+        if self.set_to is not None:
+            raise UserError(
+                f"model.sparsity {self.set_to} is where a calibrated model is tested; a fit aims at a sparsity by "
+                "model.lte.target_sparsity"
+            )
+        set_sparsity(self.net, None)
+
+    def on_validation_start(self) -> None:
+        """Turns the knob of a calibrated model, where it is validated by itself."""
+        if self.trainer.state.fn == "validate":
+            self.turn_knob()
 
     def task_amount(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Returns what a batch's task loss is the mean of, a count: of rows, or by the subclass of tokens."""
@@ -41,7 +69,8 @@ class StepLosses(MeasuredModule):
         if batch_idx % accumulate == 0:
             mine = here.clone()  # it is reduced in place
             if accumulate > 1:
-                mine = self.trainer.train_dataloader.take(batch_idx // accumulate).to(here.device)
+                loader: Any = self.trainer.train_dataloader  # a StepLoader
+                mine = loader.take(batch_idx // accumulate).to(here.device)
             self.step_amounts = self.trainer.strategy.reduce(mine, reduce_op="sum")
         # Lightning divides by the number of batches, DDP by that of devices
         weights = here * (accumulate * devices) / self.step_amounts
