@@ -83,7 +83,7 @@ def run_dtype(precision: str) -> torch.dtype:
     return torch.float16 if precision.startswith("16") else torch.float32
 
 
-def row_batches(loader: DataLoader, rows: int, device: torch.device) -> list[dict[str, torch.Tensor]]:
+def row_batches(loader: Any, rows: int, device: torch.device) -> list[dict[str, torch.Tensor]]:
     """Returns the first batches of a loader's rows in an order drawn once, each of so many rows."""
     drawn = DataLoader(
         loader.dataset,
