@@ -12,6 +12,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,8 @@ from lte_lightning.sweep.spec import read_sweep
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 OURS = ("lightning", "lte")
-OTHERS = ("python", "python3", "pip", "nox", "mlflow", "tensorboard")
+LAUNCHERS = ("torchrun", "srun")  # which run one of ours, or its module
+OTHERS = (*LAUNCHERS, "python", "python3", "pip", "nox", "mlflow", "tensorboard")
 STAND_IN = """#!{python}
 import json, os, sys
 with open(os.environ["CALLS"], "a") as file:
@@ -100,9 +102,11 @@ def test_what_a_shell_is_told_is_taken_by_the_commands(name, place, monkeypatch)
     calls = calls_of(block(name, SHELL), place)
     assert calls
     for program, *words in calls:
+        if program in LAUNCHERS:
+            program, *words = words[next(i for i, word in enumerate(words) if word in (*OURS, "lte_lightning")) :]
         if program == "python":
-            assert (ROOT / words[0]).is_file(), words
-        elif program in OURS:
+            assert find_spec(words[1]) if words[0] == "-m" else (ROOT / words[0]).is_file(), words
+        elif program in (*OURS, "lte_lightning"):
             assert words[0] in COMMANDS, words
             assert takes(words, place, monkeypatch) == (0, ""), words
 

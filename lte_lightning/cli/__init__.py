@@ -31,7 +31,7 @@ COMMANDS = {
     "cost": ("lte_lightning.cli.cost", "FLOPs, bytes and speed-up bound of a model at a sparsity"),
     "init": ("lte_lightning.cli.init", "write a configuration for your own data, after looking at them"),
     "configs": ("lte_lightning.cli.configs", "list the configurations and sweeps that come with the package"),
-    "export": ("lte_lightning.cli.export", "write a saved model for other programs: GGUF, or plain dense"),
+    "export": ("lte_lightning.cli.export", "write a saved model for other programs: GGUF, ONNX, OpenVINO"),
     "push": ("lte_lightning.cli.push", "upload a saved model and its card to the Hugging Face hub"),
     "build-kernels": ("lte_lightning.cli.build_kernels", "compile the CPU kernels before they are needed"),
     "harness": ("lte_lightning.cli.harness", "evaluate a saved model on tasks of the lm-evaluation-harness"),
