@@ -22,12 +22,15 @@ if "HF_DATASETS_CACHE" not in os.environ:
     atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 import hypothesis
+import lightning.pytorch  # noqa: F401 - see below
 import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+# Lightning is imported before what the tests import: typing takes Union[int, float] for the first Union of both that it
+# met, and a limit of 0 batches would be read as 0.0.
 # The same examples on every machine, however slow it is.
 hypothesis.settings.register_profile("lte", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("lte")

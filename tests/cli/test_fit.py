@@ -64,7 +64,12 @@ def test_the_card_of_its_model(fitted, tiny):
     assert (
         f"| selected experts | {results['hard']:.4f} | {100 * results['sparsity']:.1f} % | {flops:.4f} |" in card.text
     )
-    for line in ("Data: sst2.", "| base model | model |", "| efficiency_weight | 1.0 |", "| seed | 1 |"):
+    for line in (
+        "Data: sst2.",
+        f"| base model | {tiny.model.parent.name} |",
+        "| efficiency_weight | 1.0 |",
+        "| seed | 1 |",
+    ):
         assert line in card.text
     assert str(tiny.folder) not in card.content  # it may be published
     config = json.loads((fitted.run / "model" / "lte_config.json").read_text())

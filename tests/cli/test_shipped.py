@@ -60,7 +60,8 @@ def installed(tmp_path_factory):
     subprocess.run([*python, "hatchling", "build", "-t", "sdist", "-d", str(wheels)], **quiet)
     (sdist,) = wheels.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
-        archive.extractall(wheels, filter="data")
+        archive.extraction_filter = getattr(tarfile, "data_filter", None)  # Python 3.11.2 has none
+        archive.extractall(wheels)
     (source,) = (path for path in wheels.iterdir() if path.is_dir())
     assert {"LICENSE", "README.md", "CHANGELOG.md", "constraints.txt", "tests"} <= {
         one.name for one in source.iterdir()

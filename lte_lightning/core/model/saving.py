@@ -97,6 +97,7 @@ def save_into(model: PreTrainedModel, folder: Path, **kwargs: Any) -> Path:
     """
     if folder.is_file():
         raise UserError(f"{folder} is a file; a model is saved in a folder")
+    is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
     try:
@@ -118,6 +119,8 @@ def save_into(model: PreTrainedModel, folder: Path, **kwargs: Any) -> Path:
         sync(folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+        if is_new and not any(folder.iterdir()):  # a refusal leaves nothing behind
+            folder.rmdir()
     return folder
 
 

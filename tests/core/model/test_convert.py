@@ -295,7 +295,7 @@ def spoil_the_last_layer(model, kind):
     [
         ({"expert_size": 36}, r"expert_size=36 .* 96 .*: 32, 24, 48"),
         ({"selector": "psychic"}, r"unknown selector 'psychic'; there are router, cats, "),
-        ({"grouping": "kmean"}, r"'kmean'.*kmeans, coactivation, random, contiguous"),
+        ({"grouping": "kmean"}, r"'kmean'.*kmeans, coactivation, use, random, contiguous"),
         ({"grouping": "coactivation"}, r"needs what the neurons do on training rows: convert\(\.\.\., group=False\)"),
     ],
 )

@@ -316,14 +316,15 @@ def test_training_is_refused_by_name(mode, routed, batch):
         model(inputs_embeds=embedded, attention_mask=batch["attention_mask"])
 
 
-def test_it_cannot_be_undone(routed):
+def test_it_cannot_be_undone(routed, tmp_path):
     model = quantize(routed())
     with pytest.raises(UserError, match=r"cannot be made plain again.*set_mode\(model, 'dense'\)"):
         restore(model)
     with pytest.raises(UserError, match="quantised; count before"):
         token_cost(model)
     with pytest.raises(UserError, match="leave out state_dict, max_shard_size"):
-        model.save_pretrained("nowhere", state_dict={}, max_shard_size="1GB")
+        model.save_pretrained(tmp_path / "nowhere", state_dict={}, max_shard_size="1GB")
+    assert not (tmp_path / "nowhere").exists()
 
 
 @pytest.mark.parametrize("way", ["deepcopy", "pickle", "state_dict"])
