@@ -20,7 +20,7 @@ ORDER = (
     ("core.routing",),
     ("core.accounting",),
     ("",),  # the API in lte_lightning/__init__.py
-    ("documents", "network", "options", "shipped", "store", "trainer"),
+    ("documents", "network", "options", "quiet", "shipped", "store", "trainer"),
     ("results",),
     ("data",),
     ("tasks",),

@@ -5,9 +5,7 @@ the time is not.
 """
 
 import inspect
-import logging
 import re
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,8 +20,11 @@ from lte_lightning.core.model.experts import expert_ffns
 from lte_lightning.core.model.folder import find
 from lte_lightning.errors import UserError
 from lte_lightning.export.staging import staged
+from lte_lightning.quiet import without_remarks
 
 _EXAMPLE = {"length": 7, "decoder_length": 5}  # of the text with which the graph is traced; all lengths are open
+
+_EXPORTERS = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")  # which say much of themselves
 
 
 class Graph(nn.Module):
@@ -103,7 +104,7 @@ def to_program(model: PreTrainedModel) -> ExportedProgram:
         "decoder_length": Dim("decoder_length", max=limit),
     }
     shapes = {name: {i: dims[axis] for i, axis in enumerate(axes)} for name, axes in graph.axes().items()}
-    with torch.no_grad(), _finite(model), _quiet():
+    with torch.no_grad(), _finite(model), without_remarks(*_EXPORTERS):
         return torch.export.export(graph, (), graph.example(), dynamic_shapes=shapes, strict=False)
 
 
@@ -122,7 +123,7 @@ def write_onnx(model: PreTrainedModel, source: str, folder: Path) -> None:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
     graph, program = Graph(model), to_program(model)
-    with staged(folder) as staging, _quiet():
+    with staged(folder) as staging, without_remarks(*_EXPORTERS):
         staging.mkdir()
         try:
             onnx_program = torch.onnx.export(
@@ -146,7 +147,7 @@ def write_openvino(model: PreTrainedModel, source: str, folder: Path) -> None:
     with _needs("OpenVINO"):
         import openvino
     graph, program = Graph(model), to_program(model)
-    with staged(folder) as staging, _quiet():
+    with staged(folder) as staging, without_remarks(*_EXPORTERS):
         staging.mkdir()
         converted = openvino.convert_model(program)
         for port, name in zip(converted.inputs, graph.inputs, strict=True):
@@ -189,19 +190,3 @@ def _finite(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for ffn in ffns:
             ffn.guards = True
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps the exporters' warnings about themselves from the user."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

@@ -2,10 +2,7 @@
 
 import contextlib
 import hashlib
-import logging
 import tempfile
-import warnings
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,6 +13,7 @@ from transformers import AutoTokenizer
 from lte_lightning.core.model.checkpoint import from_pretrained
 from lte_lightning.core.model.folder import CONFIG_FILE
 from lte_lightning.errors import UserError
+from lte_lightning.quiet import without_remarks
 
 BATCH = 32  # rows that are answered at a time
 MAX_NEW_TOKENS = 64  # of an answer, unless the parameter says otherwise
@@ -99,7 +97,7 @@ def log_model(client: Any, run_id: str, folder: Path, columns: list[str], kind: 
     from mlflow.entities import LoggedModelOutput, LoggedModelStatus
     from mlflow.exceptions import MlflowException
 
-    with _quiet():
+    with without_remarks("mlflow"):
         from mlflow import pyfunc
         from mlflow.models.model import Model
 
@@ -111,7 +109,7 @@ def log_model(client: Any, run_id: str, folder: Path, columns: list[str], kind: 
     tags = {_DIGEST: digest} | {key: value for key, value in run.data.tags.items() if key.startswith("lte.")}
     # By the client: MLflow's own functions know one store, which is the whole process's
     logged = client.create_logged_model(run.info.experiment_id, "sparse-model", run_id, tags)
-    with tempfile.TemporaryDirectory() as staging, _quiet():
+    with tempfile.TemporaryDirectory() as staging, without_remarks("mlflow"):
         pyfunc.save_model(
             f"{staging}/model",
             loader_module=__name__,
@@ -152,17 +150,3 @@ def _signature(columns: list[str], kind: str) -> tuple[Any, Any]:
         return ModelSignature(inputs, Schema(outputs)), example
     params = ParamSchema([ParamSpec("max_new_tokens", DataType.long, MAX_NEW_TOKENS)])
     return ModelSignature(inputs, Schema(outputs), params), example
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps MLflow's remarks about its own parts from the user."""
-    logger = logging.getLogger("mlflow")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
