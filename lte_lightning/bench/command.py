@@ -87,7 +87,7 @@ def bench(
         value = options[name]
         if value is not None and value < 1:
             raise UserError(f"--{name} is {value}; it must be at least 1")
-    _check_files(csv, picture)
+    check_files(csv, picture)
     where = find_device(device)
     if clock == "cpu" and (threads != 1 or where.type != "cpu"):
         raise UserError("--clock cpu sees one thread of the CPU only: add --threads 1 --device cpu")
@@ -114,7 +114,12 @@ def bench(
             _write(figures, csv, picture, options | {"device": str(where), "cores": named(cores)})
 
 
-def _check_files(csv: Path | None, picture: Path | None) -> None:
+def check_files(csv: Path | None, picture: Path | None) -> None:
+    """Checks where figures and their picture are to be written.
+
+    Raises:
+        UserError: If a file cannot be written there, or its name is of another kind.
+    """
     for path in (csv, picture):
         if path and not path.parent.is_dir():
             raise UserError(f"there is no folder {path.parent} to write {path.name} to")

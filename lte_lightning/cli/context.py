@@ -9,8 +9,6 @@ from lte_lightning.options import call
 if TYPE_CHECKING:
     from lte_lightning.bench.context import Score
 
-PICTURES = (".png", ".svg", ".pdf")
-
 
 def main(args: list[str]) -> None:
     """Runs the command.
@@ -58,6 +56,7 @@ def context(
     Raises:
         UserError: If an option's value is not one, or the folder holds no decoder.
     """
+    from lte_lightning.bench.command import check_files
     from lte_lightning.bench.context import SHORTEST, TASKS, Words, compare
     from lte_lightning.bench.machine import find_device
     from lte_lightning.bench.output import write_table
@@ -73,11 +72,7 @@ def context(
     if unknown := [name for name in names if name not in TASKS]:
         raise UserError(f"--tasks has {unknown[0]!r}; there are {', '.join(TASKS)}")
     settings = None if sparsity is None else read_sparsities(sparsity)
-    for path in filter(None, (csv, picture)):
-        if not path.absolute().parent.is_dir():
-            raise UserError(f"cannot write {path}: there is no folder {path.parent}")
-    if picture and picture.suffix not in PICTURES:
-        raise UserError(f"--picture is {picture}; its name must end in one of {', '.join(PICTURES)}")
+    check_files(csv, picture)
     where, source = find_device(device), find_source(folder)
     if source.config.is_encoder_decoder:
         raise UserError(f"{folder} is an encoder-decoder; name a decoder, whose context is its own text")
