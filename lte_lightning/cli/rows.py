@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -17,8 +16,7 @@ from lte_lightning.core.model.folder import is_lte, read_description
 from lte_lightning.core.routing.prune import Batch
 from lte_lightning.errors import UserError
 from lte_lightning.tasks.base import LteModule
-
-ROWS_APART = 4  # one row of so many of a batch is calibrated on: batches are of rows alike in length
+from lte_lightning.tasks.baselines import sampled
 
 
 @dataclass(frozen=True)
@@ -47,10 +45,8 @@ class Rows:
         return torch.autocast(self.module.net.device.type, dtype=kind)
 
     def calibration(self) -> Iterator[Batch]:
-        """Yields a part of each training batch: what runs the model on it, and its token masks."""
-        for batch in self.data.train_dataloader():
-            here = self.moved({key: value[::ROWS_APART] for key, value in batch.items()})
-            yield partial(self.module.run_model, here), self.module.token_masks(here)
+        """Returns a part of each training batch: what runs the model on it, and its token masks."""
+        return sampled(self.module, self.data.train_dataloader(), self.moved)
 
     def validation(self) -> Iterator[tuple[dict[str, torch.Tensor], int]]:
         """Yields the validation batches, each with the number of its loader."""

@@ -1,7 +1,8 @@
 """What selectors need of a training run besides their losses: imitation, a start, and calibration on training rows."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -20,6 +21,7 @@ from lte_lightning.core.routing.observe import (
     neuron_activations,
     selectors,
 )
+from lte_lightning.core.routing.prune import Batch
 from lte_lightning.core.routing.start import start_routers
 from lte_lightning.errors import UserError
 from lte_lightning.selection import SELECTORS
@@ -149,11 +151,23 @@ def prepare_choice(module: MeasuredModule) -> None:
         )
 
 
-def _runs(module: MeasuredModule) -> Iterator[tuple[Callable[[], object], tuple[torch.Tensor, ...]]]:
-    """A part of each batch: batches are of rows alike in length, and a few of them are no sample."""
-    for batch in module.trainer.datamodule.train_dataloader():
-        here = _moved(module, {key: value[::ROWS_APART] for key, value in batch.items()})
-        yield lambda here=here: module.run_model(here), module.token_masks(here)
+def _runs(module: MeasuredModule) -> Iterator[Batch]:
+    return sampled(module, module.trainer.datamodule.train_dataloader(), partial(_moved, module))
+
+
+def sampled(
+    module: MeasuredModule, batches: Iterable[dict[str, Any]], move: Callable[[dict[str, Any]], dict[str, Any]]
+) -> Iterator[Batch]:
+    """Yields a part of each batch: batches are of rows alike in length, and a few of them are no sample.
+
+    Args:
+        module: What runs them.
+        batches: Training rows.
+        move: Brings a batch to the module's device.
+    """
+    for batch in batches:
+        here = move({key: value[::ROWS_APART] for key, value in batch.items()})
+        yield partial(module.run_model, here), module.token_masks(here)
 
 
 def _moved(module: MeasuredModule, batch: dict[str, Any]) -> dict[str, Any]:
