@@ -6,7 +6,7 @@ import torch
 from lightning.pytorch import LightningModule
 
 from lte_lightning.core.model.experts import expert_ffns
-from lte_lightning.core.routing.control import LIMIT, controlled, follow, gaps, histogram, quantiles, wanted_sparsity
+from lte_lightning.core.routing.control import controlled, distances, follow, histogram, quantiles, wanted_sparsity
 from lte_lightning.core.routing.trace import RouterTrace
 from lte_lightning.errors import UserError
 
@@ -72,7 +72,7 @@ class SparsityControl:
         self._seen = None
         progress = module.stage_progress if module.stage == "router" else 1.0
         wanted = wanted_sparsity(module.net.lte_config.target_sparsity, progress)
-        moved_L = RATES[module.stage] * gaps(module.net, counts_LH, wanted).clamp(-LIMIT, LIMIT)
+        moved_L = RATES[module.stage] * distances(module.net, counts_LH, wanted)
         follow(module.net, moved_L, 1.0)
         if self.range is not None:
             for ffn in expert_ffns(module.net).values():

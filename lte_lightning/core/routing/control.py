@@ -97,15 +97,9 @@ def gaps(model: nn.Module, counts_LH: torch.Tensor, sparsity: float) -> torch.Te
     return math.log(tau / (1.0 - tau)) - quantiles(model, counts_LH, sparsity)
 
 
-def distances(model: nn.Module, trace: RouterTrace, sparsity: float) -> torch.Tensor:
-    """Returns the gaps of one batch, [L], limited to `LIMIT` either way.
-
-    Args:
-        model: A converted model.
-        trace: What its routers decided on a batch.
-        sparsity: The sparsity wanted.
-    """
-    return gaps(model, histogram(model, trace), sparsity).clamp(-LIMIT, LIMIT)
+def distances(model: nn.Module, counts_LH: torch.Tensor, sparsity: float) -> torch.Tensor:
+    """Returns the gaps that one step answers to, [L], limited to `LIMIT` either way; arguments as of `quantiles`."""
+    return gaps(model, counts_LH, sparsity).clamp(-LIMIT, LIMIT)
 
 
 def follow(model: nn.Module, distances_L: torch.Tensor, rate: float) -> None:

@@ -41,7 +41,7 @@ def test_a_few_steps_reach_the_target_in_every_layer(model, target, mode):
     ids_BT, mask_BT = torch.randint(64, (16, 20)), torch.ones(16, 20, dtype=torch.long)
     mask_BT[:, 12:] = 0
     for _ in range(20):
-        follow(model, distances(model, trace_of(model, ids_BT, mask_BT), target), 0.7)
+        follow(model, distances(model, histogram(model, trace_of(model, ids_BT, mask_BT)), target), 0.7)
     counts = trace_of(model, ids_BT, mask_BT).counts()
     ran_L = counts.active_L / (counts.tokens_L * torch.tensor([ffn.experts for ffn in expert_ffns(model).values()]))
     assert (1 - ran_L).tolist() == pytest.approx([target, target], abs=0.01)
@@ -50,16 +50,18 @@ def test_a_few_steps_reach_the_target_in_every_layer(model, target, mode):
 def test_padding_is_not_looked_at(model):
     ids_BT, mask_BT = torch.randint(64, (4, 10)), torch.ones(4, 10, dtype=torch.long)
     mask_BT[:, 6:] = 0
-    first = distances(model, trace_of(model, ids_BT, mask_BT), 0.5)
+    first = distances(model, histogram(model, trace_of(model, ids_BT, mask_BT)), 0.5)
     other_BT = torch.where(mask_BT.bool(), ids_BT, torch.randint(64, (4, 10)))
-    assert distances(model, trace_of(model, other_BT, mask_BT), 0.5).tolist() == pytest.approx(first.tolist(), abs=1e-5)
+    assert distances(model, histogram(model, trace_of(model, other_BT, mask_BT)), 0.5).tolist() == pytest.approx(
+        first.tolist(), abs=1e-5
+    )
 
 
 def test_a_step_is_limited(model):
     for ffn in expert_ffns(model).values():
         ffn.selector.raise_logits(torch.tensor(9.0))
     ids_BT, mask_BT = torch.randint(64, (4, 10)), torch.ones(4, 10, dtype=torch.long)
-    assert distances(model, trace_of(model, ids_BT, mask_BT), 0.5).tolist() == [-LIMIT, -LIMIT]
+    assert distances(model, histogram(model, trace_of(model, ids_BT, mask_BT)), 0.5).tolist() == [-LIMIT, -LIMIT]
 
 
 def test_the_goal_rises_in_the_first_quarter():
