@@ -4,7 +4,7 @@ python benchmarks/training.py                                   # RoBERTa-base's
 python benchmarks/training.py --model llama --batch 4           # SmolLM2-135M's shape, 4 x 128 tokens
 python benchmarks/training.py --dtype bfloat16 --threads 1
 
-The weights are random, and each layer's router is set to the sparsity by its bias. A step is forward, backward and
+The weights are random, and each layer is set to the sparsity by its threshold. A step is forward, backward and
 AdamW. `skips` of kernels/skipping.py rests on the sparsities at which the last column passes 1.
 """
 
@@ -19,7 +19,8 @@ from transformers import AutoModel, LlamaConfig, RobertaConfig
 import lte_lightning
 from lte_lightning.core.model import prepared
 from lte_lightning.core.model.convert import selector_parameters
-from lte_lightning.core.model.experts import ExpertFfn, expert_ffns
+from lte_lightning.core.model.experts import expert_ffns
+from lte_lightning.core.routing.knob import find_thresholds
 
 MODELS = {
     "roberta": lambda layers: RobertaConfig(num_hidden_layers=layers),
@@ -87,24 +88,15 @@ def set_hard(model: torch.nn.Module, skips: bool) -> None:
         ffn.skips_in_training = skips
 
 
-@torch.no_grad()
 def set_sparsity(model: torch.nn.Module, ids_BT: torch.Tensor, sparsity: float) -> None:
-    """Sets each router's bias to the quantile of its own scores."""
-
-    def record(ffn: ExpertFfn, scores_BTE: torch.Tensor, x_BTD: torch.Tensor) -> None:
-        weight_ED, bias_E = ffn.selector.linear()
-        logits = (x_BTD.float() @ weight_ED.float().T).flatten()
-        bias_E.fill_(torch.logit(ffn.tau.cpu()) - logits[torch.randint(len(logits), (99_991,))].quantile(sparsity))
-        if sparsity == 0.0:
-            bias_E.fill_(99.0)
-
-    lte_lightning.set_mode(model, "hard")
-    for ffn in expert_ffns(model).values():
-        ffn.recorder = record
-    for _ in expert_ffns(model):  # a layer's input depends on the layers before
-        model(input_ids=ids_BT)
-    for ffn in expert_ffns(model).values():
-        ffn.recorder = None
+    """Sets each layer's threshold to the quantile of its own scores."""
+    thresholds = [0.0] * len(expert_ffns(model))
+    if sparsity:
+        batch = (lambda: model(input_ids=ids_BT), (torch.ones_like(ids_BT),))
+        (setting,) = find_thresholds(model, [batch], [sparsity], "equal").settings
+        thresholds = setting.thresholds
+    for ffn, threshold in zip(expert_ffns(model).values(), thresholds, strict=True):
+        ffn.threshold = threshold
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def test_gradient_checkpointing_changes_no_weight(tiny, lightning, tmp_path):
 )
 def test_what_lightning_refuses_is_one_line(options, said, tiny, lightning, tmp_path):
     if options[1] == "cuda" and torch.cuda.is_available():
-        pytest.skip("there is one")
+        pytest.skip("there is a GPU, which is not refused")
     fit = lightning(tmp_path, tiny.config(), "fit", *options)
     assert fit.code == 1
     assert said in fit.err

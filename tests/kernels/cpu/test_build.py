@@ -315,7 +315,7 @@ def test_a_folder_that_was_filled_ahead_of_time(cache, counted, tmp_path, monkey
 
 def test_kernels_for_less_than_the_machine_has_are_better_than_none(cache, counted, portable, monkeypatch, caplog):
     if instruction_set() == "portable":
-        pytest.skip("there is nothing less")
+        pytest.skip("this machine has portable kernels alone, and there are none for less")
     monkeypatch.setenv("LTE_KERNELS", str(portable.parent))
     monkeypatch.setenv("PATH", str(cache))
     library.cache_clear()
