@@ -118,11 +118,18 @@ class MeasuredModule(LightningModule):
             ffn.skips_in_training = self.skip_experts and self.stage == "expert" and not self.routers_learn
             ffn.detach_router = self.detach_router
 
-    def _skip_by(self, backend: Backend) -> None:
-        """Has a backend compute the selected experts, and nothing else: not what training skips them by."""
-        set_backend(self.net, backend)
+    def _measure_from_here(self) -> None:
+        """Makes the model what is measured: at its sparsity, rounded, and by the backend, not as training skips."""
+        self.turn_knob()
+        self._quantize()
+        set_backend(self.net, self.backend)
         for ffn in expert_ffns(self.net).values():
             ffn.skips_in_training = False
+
+    def _train_from_here(self) -> None:
+        """Leaves the backend to training again."""
+        set_backend(self.net, "dense-mask")
+        self.apply_stage()
 
     @property
     def routers_learn(self) -> bool:
@@ -204,9 +211,7 @@ class MeasuredModule(LightningModule):
                 "this model was never routed, so there is no sparsity to test: train the router and expert stages "
                 "first, or give a routed model by --ckpt_path or --model.init_from"
             )
-        self.turn_knob()
-        self._quantize()
-        self._skip_by(self.backend)
+        self._measure_from_here()
 
     def _quantize(self) -> None:
         """Rounds the weights if that is asked for; what a token costs is counted of the model as it was."""
@@ -220,8 +225,7 @@ class MeasuredModule(LightningModule):
 
     def on_test_end(self) -> None:
         """Leaves the backend to training again."""
-        set_backend(self.net, "dense-mask")
-        self.apply_stage()
+        self._train_from_here()
 
     def test_step(self, batch: dict[str, torch.Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Measures the model in hard mode, or densely if it was never routed."""
@@ -265,14 +269,11 @@ class MeasuredModule(LightningModule):
         if self.trainer.world_size > 1:
             raise UserError("predictions are written in the order of the data by one process: set trainer.devices to 1")
         set_mode(self.net, self.test_view)
-        self.turn_knob()
-        self._quantize()
-        self._skip_by(self.backend)
+        self._measure_from_here()
 
     def on_predict_end(self) -> None:
         """Leaves the backend to training again."""
-        set_backend(self.net, "dense-mask")
-        self.apply_stage()
+        self._train_from_here()
 
 
 def _without_values(tensor: torch.Tensor) -> torch.Tensor:
