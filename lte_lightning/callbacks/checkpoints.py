@@ -40,6 +40,13 @@ class WholeCheckpointIO(TorchCheckpointIO):
                 raise
 
 
+def keep_checkpoints_in(trainer: Trainer, folder: Path) -> None:
+    """Sends a trainer's checkpoints into a folder, but for those that its user has sent elsewhere."""
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+            callback.dirpath = str(folder)
+
+
 def write_checkpoints_whole(trainer: Trainer) -> None:
     """Lets a trainer write all checkpoints so, unless its user or strategy has another way."""
     if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:

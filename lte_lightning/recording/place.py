@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from lte_lightning.core.model.saving import save_pretrained
 from lte_lightning.files import write_json
+from lte_lightning.results import FILE, read_results
 from lte_lightning.store import RUN_LAYOUT
 
 RUN_FILE = "run.json"
@@ -32,6 +33,12 @@ def how_to_resume(folder: Path) -> str:
     """Returns what to type, to go on from the last checkpoint."""
     config, last = (shlex.quote(str(folder / name)) for name in ("config.yaml", LAST))
     return f"The last finished epoch is kept; resume with\n  lightning fit --config {config} --ckpt_path {last}"
+
+
+def task_suffix(folder: Path, task: str | None) -> str:
+    """Returns what tells the files of a test or prediction on another task from those on the task of the fit."""
+    fitted = read_results(folder).task if (folder / FILE).exists() else task
+    return "" if task == fitted else f"-{task}"
 
 
 def save_model(model: PreTrainedModel, folder: Path, about: dict[str, Any], tokenizer: Any) -> None:

@@ -12,24 +12,25 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger, MLFlowLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from rich.table import Table
 
-from lte_lightning.callbacks.checkpoints import BestCheckpoint, write_checkpoints_whole
+from lte_lightning.callbacks.checkpoints import BestCheckpoint, keep_checkpoints_in, write_checkpoints_whole
+from lte_lightning.callbacks.module import lte_module
+from lte_lightning.core.model.convert import lte_config
 from lte_lightning.core.model.folder import CONFIG_FILE
 from lte_lightning.errors import UserError
 from lte_lightning.recording.latency import measure_latency
 from lte_lightning.recording.loggers import RunLogger, mlflow_of, send_files
 from lte_lightning.recording.memory import expected_memory
 from lte_lightning.recording.pictures import draw_views
-from lte_lightning.recording.place import LAST, RUN_FILE, how_to_resume, save_model, write_run_file
+from lte_lightning.recording.place import LAST, RUN_FILE, how_to_resume, save_model, task_suffix, write_run_file
 from lte_lightning.recording.rows import prediction_rows, write_rows
 from lte_lightning.recording.tables import facts_for_card, make_results, read_floor, results_table, show, test_table
 from lte_lightning.recording.tracking import conclude
-from lte_lightning.results import FILE, PROGRESS, Evaluation, Place, read_results
+from lte_lightning.results import FILE, PROGRESS, Evaluation, Place
 from lte_lightning.store import (
     find_run,
     mlflow_store,
@@ -39,6 +40,8 @@ from lte_lightning.store import (
     shown,
     whole,
 )
+from lte_lightning.tasks.base import LteModule
+from lte_lightning.trainer import declared
 
 STOPPED = (KeyboardInterrupt, SIGTERMException)  # by somebody, and not by an error
 
@@ -89,8 +92,7 @@ class Recorder(Callback):
             raise UserError("run.register_as registers the model that run.log_model false leaves out; drop one of them")
         self.latency_rows, self.mlflow, self.log_model, self.register_as = latency_rows, mlflow, log_model, register_as
         self.root = Path(root).absolute()
-        self.experiment = experiment
-        self.name = name
+        self.experiment, self.name = experiment, name
         self.tracking_uri = mlflow_store(tracking_uri, os.environ.get("MLFLOW_TRACKING_URI"))
         self.floor = read_floor(floor_from) if floor_from else None
         self.parent = parent
@@ -154,11 +156,11 @@ class Recorder(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Makes the run folder and sends the checkpoints there."""
-        if trainer.fast_dev_run:
+        if declared(trainer).fast_dev_run:
             self.folder = None
             return
         write_checkpoints_whole(trainer)
-        if self.floor and (task := getattr(trainer.datamodule, "task", None)) != self.floor.task:
+        if self.floor and (task := getattr(declared(trainer).datamodule, "task", None)) != self.floor.task:
             raise UserError(f"run.floor_from is a floor of {self.floor.task!r}, this run is on {task!r}")
         logger = mlflow_of(trainer)
         if logger is None:
@@ -176,9 +178,7 @@ class Recorder(Callback):
             logger.attach(self.folder)
         # Lightning would say so at every resumed fit
         warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
-        for callback in trainer.checkpoint_callbacks:
-            if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
-                callback.dirpath = str(self.folder / "checkpoints")
+        keep_checkpoints_in(trainer, self.folder / "checkpoints")
 
     @rank_zero_only
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -198,7 +198,7 @@ class Recorder(Callback):
 
     def forget(self, logger: RunLogger | MLFlowLogger | None) -> None:
         """Removes what a run left that was refused; nothing of a run that it continues."""
-        if self._fresh:
+        if self._fresh and self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
         if isinstance(logger, RunLogger) and self.run_id is None:
             logger.forget()
@@ -207,45 +207,47 @@ class Recorder(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Says how much memory the fit is expected to take."""
-        rank_zero_info(f"expected memory per device: {expected_memory(trainer, pl_module)}")
+        rank_zero_info(f"expected memory per device: {expected_memory(trainer, lte_module(pl_module))}")
 
     @rank_zero_only
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leaves word of where the fit stands, for who waits for it."""
         if self.folder is not None:
-            stage, number, epochs = pl_module.schedule.place(trainer.current_epoch)
+            stage, number, epochs = lte_module(pl_module).schedule.place(trainer.current_epoch)
+            assert trainer.max_epochs is not None  # the schedule has set it
             Place(stage, number + 1, epochs, trainer.current_epoch, trainer.max_epochs).write(self.folder)
 
     # Results
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Goes back to the best checkpoint, if the expert stage was reached, and exports model and results."""
-        if trainer.fast_dev_run:
+        if self.folder is None:
             return
+        module = lte_module(pl_module)
         best = next((c.best_model_path for c in trainer.checkpoint_callbacks if isinstance(c, BestCheckpoint)), "")
-        if best and pl_module.stage == "expert":
+        if best and module.stage == "expert":
             checkpoint = torch.load(best, weights_only=True, map_location="cpu")
-            pl_module.load_state_dict(checkpoint["state_dict"])
-            pl_module.measured |= {"hard": checkpoint["lte"]["measured"]["hard"]}
+            module.load_state_dict(checkpoint["state_dict"])
+            module.measured |= {"hard": checkpoint["lte"]["measured"]["hard"]}
         if trainer.is_global_zero:
-            self._export(trainer, pl_module)
+            self._export(trainer, module, self.folder)
 
-    def _export(self, trainer: Trainer, module: LightningModule) -> None:
+    def _export(self, trainer: Trainer, module: LteModule, folder: Path) -> None:
         module.before_export()
         results = make_results(trainer, module, self.floor.floor if self.floor else None)
         about = {"stage": module.stage, "measured": module.measured, **facts_for_card(results, module.hparams)}
-        save_model(module.net, self.folder / "model", about, getattr(trainer.datamodule, "tokenizer", None))
+        save_model(module.net, folder / "model", about, getattr(declared(trainer).datamodule, "tokenizer", None))
         if self.latency_rows and module.stage != "dense":
-            timed = measure_latency(self.folder / "model", trainer, self.latency_rows, module.backend)
+            timed = measure_latency(folder / "model", trainer, self.latency_rows, module.backend)
             results = replace(results, **timed)
-        self.table = results_table(results, getattr(trainer.datamodule, "title", None))
-        self.written = self.folder / FILE
+        self.table = results_table(results, getattr(declared(trainer).datamodule, "title", None))
+        self.written = folder / FILE
         results.write(self.written)
-        (self.folder / PROGRESS).unlink(missing_ok=True)
+        (folder / PROGRESS).unlink(missing_ok=True)
         files = [self.written]
         if views := module.measured.get("hard") or module.measured.get("hard_before"):
-            files += draw_views(views, module.net.lte_config.threshold, self.folder)
-        send_files(trainer, self.folder / "model" / CONFIG_FILE, to="model")
+            files += draw_views(views, lte_config(module.net).threshold, folder)
+        send_files(trainer, folder / "model" / CONFIG_FILE, to="model")
         send_files(trainer, *files)
         conclude(trainer, module, results, self.log_model, self.register_as)
 
@@ -255,25 +257,22 @@ class Recorder(Callback):
 
         A test on another task than the fit's writes ``test-<task>.json``, and leaves what the fit's own has found.
         """
-        found = Evaluation.of(pl_module.measured["test"])
+        module = lte_module(pl_module)
+        found = Evaluation.of(module.measured["test"])
         if self.folder is not None:
-            suffix = self._task_suffix(trainer)
+            suffix = task_suffix(self.folder, getattr(declared(trainer).datamodule, "task", None))
             self.written = self.folder / f"test{suffix}.json"
             found.write(self.written)
             send_files(trainer, self.written)
-            self._write_rows(trainer, f"predictions{suffix}.jsonl", pl_module.predictions)
-        self.table = test_table(getattr(trainer.datamodule, "task", ""), found)
-
-    def _task_suffix(self, trainer: Trainer) -> str:
-        task = getattr(trainer.datamodule, "task", None)
-        fitted = read_results(self.folder).task if (self.folder / FILE).exists() else task
-        return "" if task == fitted else f"-{task}"
+            self._write_rows(trainer, f"predictions{suffix}.jsonl", module.predictions)
+        self.table = test_table(getattr(declared(trainer).datamodule, "task", ""), found)
 
     @rank_zero_only
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Adds to ``samples.jsonl`` the answers that a model wrote for reading."""
-        self._write_rows(trainer, "samples.jsonl", pl_module.samples, append=True)
-        pl_module.samples = []
+        module = lte_module(pl_module)
+        self._write_rows(trainer, "samples.jsonl", module.samples, append=True)
+        module.samples = []
 
     def _write_rows(self, trainer: Trainer, name: str, rows: list[dict[str, Any]], append: bool = False) -> None:
         if self.folder is not None and rows:
@@ -285,9 +284,10 @@ class Recorder(Callback):
         """Writes ``predictions.jsonl``, one row per example in the order of the data; a file for each set of a task."""
         if self.folder is None:
             return
-        name, found = f"predictions{self._task_suffix(trainer)}", trainer.predict_loop.predictions
-        batches_of = found if trainer.predict_loop.num_dataloaders > 1 else [found]
-        for suffix, batches in zip(pl_module.loader_names, batches_of, strict=False):
+        name = f"predictions{task_suffix(self.folder, getattr(declared(trainer).datamodule, 'task', None))}"
+        loop = trainer.predict_loop
+        batches_of = loop.predictions if loop.num_dataloaders > 1 else [loop.predictions]
+        for suffix, batches in zip(lte_module(pl_module).loader_names, batches_of, strict=False):
             self._write_rows(trainer, f"{name}{suffix}.jsonl", prediction_rows(batches))
         self.written = self.folder / f"{name}.jsonl"
 

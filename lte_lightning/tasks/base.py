@@ -2,13 +2,13 @@
 
 import math
 from dataclasses import asdict, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lte_lightning.core.model.config import LteConfig
-from lte_lightning.core.model.convert import group_experts
+from lte_lightning.core.model.convert import group_experts, lte_config
 from lte_lightning.core.model.grouping import Grouping
 from lte_lightning.core.model.names import own_names
 from lte_lightning.core.model.quantize import Quantization
@@ -69,8 +69,6 @@ class LteModule(RouterLosses):
             one; by default it stays where it is. Not for a fit, which has ``lte.target_sparsity``.
         quantize: Round the weights for ``test`` and ``predict`` on a CPU, ``int8`` or ``int4``.
     """
-
-    auto_class: ClassVar[Any]
 
     def __init__(
         self,
@@ -140,7 +138,6 @@ class LteModule(RouterLosses):
         self.measured: dict[str, dict[str, Any]] = {}
         self.predictions: list[dict[str, Any]] = []  # of a test that generates, one entry per example
         self.samples: list[dict[str, Any]] = []  # answers to read, until they are written
-        self.net = None
         self.schedule: Any = None
         self.step_amounts = torch.zeros(0)
         self.step_losses: dict[str, torch.Tensor] = {}
@@ -148,6 +145,11 @@ class LteModule(RouterLosses):
         self._distillation = Distillation(distillation, teacher)
 
     # The task, by the subclass
+
+    @property
+    def auto_class(self) -> Any:
+        """The task's class of models."""
+        raise TypeError(f"{type(self).__name__} must define auto_class")
 
     def model_arguments(self) -> dict[str, Any]:
         """What the task passes to ``from_pretrained``."""
@@ -165,7 +167,7 @@ class LteModule(RouterLosses):
 
     def configure_model(self) -> None:
         """Loads the model and gives it experts; its weights are grouped only when the router stage begins."""
-        if self.net is not None:
+        if self.is_loaded:
             return
         changes = {
             key: self.hparams[key]
@@ -205,14 +207,14 @@ class LteModule(RouterLosses):
         self.apply_stage()
         return [grouping.permutation_F for grouping in groupings]
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]  # overloaded there
         """Names weights as they are in memory: torch knows no others where they are sharded over devices."""
         with own_names():
             return super().state_dict(*args, **kwargs)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps the stage and what was measured so far."""
-        checkpoint["lte"] = {"stage": self.stage, "measured": self.measured, "config": asdict(self.net.lte_config)}
+        checkpoint["lte"] = {"stage": self.stage, "measured": self.measured, "config": asdict(lte_config(self.net))}
         checkpoint["lte"] |= self._distillation.saved() | self.control.saved()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -228,7 +230,7 @@ class LteModule(RouterLosses):
             saved = LteConfig(**checkpoint["lte"]["config"])
         except TypeError as error:
             raise UserError(f"this checkpoint was written by another version of lte-lightning: {error}") from error
-        if saved != self.net.lte_config:
+        if saved != lte_config(self.net):
             give_experts(self.net, saved)
             self._make_meters()
         check_checkpoint(self, checkpoint["state_dict"])

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from lte_lightning.core.model.convert import groups_by_activation
+from lte_lightning.core.model.convert import groups_by_activation, lte_config
 from lte_lightning.core.model.experts import set_mode
 from lte_lightning.core.routing.calibrate import calibrate, needs_calibration
 from lte_lightning.core.routing.control import controlled, rest, wanted_sparsity
@@ -26,6 +26,7 @@ from lte_lightning.core.routing.start import start_routers
 from lte_lightning.errors import UserError
 from lte_lightning.selection import SELECTORS
 from lte_lightning.tasks.evaluation import MeasuredModule, Stage, json_value
+from lte_lightning.trainer import declared
 
 # Calibrated on, or grouped by, so many tokens of the training rows; their neurons' importance is held in memory, a
 # layer's 4 * F bytes each (of TEAL the input, 4 * D; to group by, 2 * F).
@@ -40,12 +41,12 @@ def check_baseline(module: MeasuredModule, stages: Sequence[Stage]) -> None:
     Raises:
         UserError: If not.
     """
-    selector, calibrates = module.net.lte_config.selector, needs_calibration(module.net)
+    selector, calibrates = lte_config(module.net).selector, needs_calibration(module.net)
     alone = calibrates and selectors(module.net)[0].calibrates() != "control"
     if module.trainer.world_size > 1 and (alone or imitates(module.net)):
         raise UserError(f"selector {selector!r} learns and is calibrated in one process; set trainer.devices to 1")
-    if module.trainer.world_size > 1 and module.stage == "dense" and groups_by_activation(module.net.lte_config):
-        grouping = module.net.lte_config.grouping
+    if module.trainer.world_size > 1 and module.stage == "dense" and groups_by_activation(lte_config(module.net)):
+        grouping = lte_config(module.net).grouping
         raise UserError(f"grouping {grouping!r} looks at activations in one process; set trainer.devices to 1")
     learners = sorted(name for name, kind in SELECTORS.items() if kind.learns_with_task())
     if not module.freeze_routers and not learns_with_task(module.net):
@@ -64,11 +65,11 @@ def check_baseline(module: MeasuredModule, stages: Sequence[Stage]) -> None:
 def _check_training(module: MeasuredModule) -> None:
     """Checks that options of how LTE's routers are trained have routers to train."""
     kind, options = selectors(module.net)[0], module.hparams
-    target, drawn = module.net.lte_config.target_sparsity, options["sparsity_range"]
+    target, drawn = lte_config(module.net).target_sparsity, options["sparsity_range"]
     plain = {"router_training": "soft", "router_start": "random", "detach_router": False}
     changed = [f"{name} {options[name]}" for name, default in plain.items() if options[name] != default]
     if changed and kind.learns != "efficiency":
-        selector = module.net.lte_config.selector
+        selector = lte_config(module.net).selector
         raise UserError(f"{', '.join(changed)} is for LTE's routers, not for selector {selector!r}; leave it out")
     if not controlled(module.net) and (drawn is not None or options["router_start"] != "random"):
         name = "sparsity_range" if drawn is not None else "router_start closed-form"
@@ -94,7 +95,7 @@ def imitate(module: MeasuredModule, batch: dict[str, torch.Tensor], weights: tor
 
 def activations_to_group_by(module: MeasuredModule) -> list[torch.Tensor] | None:
     """Returns what the dense model's neurons do on training rows, if the experts are to be grouped by that."""
-    if not groups_by_activation(module.net.lte_config):
+    if not groups_by_activation(lte_config(module.net)):
         return None
     with _looking(module):
         return neuron_activations(module.net, _runs(module), CALIBRATION_TOKENS)
@@ -102,7 +103,7 @@ def activations_to_group_by(module: MeasuredModule) -> list[torch.Tensor] | None
 
 def start_in_closed_form(module: MeasuredModule, stage: Stage) -> None:
     """Starts the routers from what the dense model does, at the sparsity that a stage begins with."""
-    wanted = module.net.lte_config.target_sparsity
+    wanted = lte_config(module.net).target_sparsity or 0.0
     wanted = wanted_sparsity(wanted, 0.0) if stage == "router" else wanted
     with torch.no_grad(), _looking(module):
         batches = list(enough(_runs(module), START_TOKENS // module.trainer.world_size))
@@ -133,7 +134,7 @@ def prepare_choice(module: MeasuredModule) -> None:
     measured = learns_with_task(module.net) and not needs_calibration(module.net)
     if measured and "hard_before" in module.measured:
         return
-    loaders = module.trainer.datamodule.val_dataloader() if module.trainer.limit_val_batches else []
+    loaders = declared(module.trainer).datamodule.val_dataloader() if module.trainer.limit_val_batches else []
     with torch.no_grad(), _looking(module):
         tokens = CALIBRATION_TOKENS // module.trainer.world_size
         calibrate(module.net, _runs(module), tokens, lambda counts: _summed(module, counts))
@@ -152,7 +153,7 @@ def prepare_choice(module: MeasuredModule) -> None:
 
 
 def _runs(module: MeasuredModule) -> Iterator[Batch]:
-    return sampled(module, module.trainer.datamodule.train_dataloader(), partial(_moved, module))
+    return sampled(module, declared(module.trainer).datamodule.train_dataloader(), partial(_moved, module))
 
 
 def sampled(

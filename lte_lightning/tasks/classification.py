@@ -13,6 +13,7 @@ from lte_lightning.data.labels import Labels, classes_of, listed, model_config
 from lte_lightning.errors import UserError
 from lte_lightning.tasks.base import LteModule
 from lte_lightning.tasks.metrics import make_metric, require_metric
+from lte_lightning.trainer import declared
 
 
 class Classification(LteModule):
@@ -37,7 +38,7 @@ class Classification(LteModule):
 
     @property
     def _data(self) -> ClassificationData | None:
-        data = self._trainer.datamodule if self._trainer else None
+        data = declared(self._trainer).datamodule if self._trainer else None
         return data if isinstance(data, ClassificationData) else None
 
     @property
@@ -61,7 +62,7 @@ class Classification(LteModule):
 
     def configure_model(self) -> None:
         """Loads the model, after comparing its classes with those of the data."""
-        if self.net is None:
+        if not self.is_loaded:
             require_metric(self.metric_name, regression=self.labels is None)
             self._compare_classes()
         super().configure_model()
@@ -118,7 +119,7 @@ class Classification(LteModule):
 
     def make_metric(self) -> Metric:
         """Returns the metric, of classes with their confusion matrix."""
-        return make_metric(self.metric_name, self.labels and self.labels.names)
+        return make_metric(self.metric_name, self.labels.names if self.labels else None)
 
     def outputs_for_metric(self, outputs: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns classes, or values for regression, and labels."""

@@ -3,14 +3,15 @@
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
 
+from lte_lightning.core.model.convert import lte_config
 from lte_lightning.core.model.experts import expert_ffns
 from lte_lightning.core.routing.control import controlled, distances, follow, histogram, quantiles, wanted_sparsity
 from lte_lightning.core.routing.trace import RouterTrace
 from lte_lightning.errors import UserError
+from lte_lightning.tasks.evaluation import MeasuredModule, Stage
 
-RATES = {"router": 0.7, "expert": 0.05}
+RATES: dict[Stage, float] = {"router": 0.7, "expert": 0.05}
 """Share of the distance that a step makes up for: routers that learn are followed quickly, frozen ones slowly."""
 GRID = tuple(k / 20 for k in range(1, 20))
 """Sparsities whose thresholds are kept while a range is trained."""
@@ -41,11 +42,11 @@ class SparsityControl:
         self._seen: torch.Tensor | None = None
         self._logits_LK: torch.Tensor | None = None
 
-    def applies(self, module: LightningModule) -> bool:
+    def applies(self, module: MeasuredModule) -> bool:
         """Says whether the current stage has routers to be held."""
         return module.stage in RATES and controlled(module.net)
 
-    def begin(self, module: LightningModule) -> None:
+    def begin(self, module: MeasuredModule) -> None:
         """Sets the thresholds of the sparsity that an optimizer step draws, the same on every device."""
         if self.range is None or self._logits_LK is None or module.stage_mode != "hard" or not self.applies(module):
             return
@@ -58,20 +59,20 @@ class SparsityControl:
         for ffn, threshold in zip(expert_ffns(module.net).values(), logits_L.sigmoid().tolist(), strict=True):
             ffn.threshold = threshold
 
-    def see(self, module: LightningModule, trace: RouterTrace) -> None:
+    def see(self, module: MeasuredModule, trace: RouterTrace) -> None:
         """Takes in what the routers decided on a batch."""
         counts_LH = histogram(module.net, trace)
         self._seen = counts_LH if self._seen is None else self._seen + counts_LH
         module.log("train/sparsity", trace.sparsity())
 
-    def step(self, module: LightningModule) -> None:
+    def step(self, module: MeasuredModule) -> None:
         """Moves the biases by what a step's batches say on all devices."""
         if self._seen is None:
             return
         counts_LH = module.trainer.strategy.reduce(self._seen, reduce_op="sum")
         self._seen = None
         progress = module.stage_progress if module.stage == "router" else 1.0
-        wanted = wanted_sparsity(module.net.lte_config.target_sparsity, progress)
+        wanted = wanted_sparsity(lte_config(module.net).target_sparsity or 0.0, progress)
         moved_L = RATES[module.stage] * distances(module.net, counts_LH, wanted)
         follow(module.net, moved_L, 1.0)
         if self.range is not None:

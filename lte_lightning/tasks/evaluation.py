@@ -2,7 +2,7 @@
 
 import copy
 import math
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from lightning.pytorch import LightningModule
@@ -10,7 +10,7 @@ from torch import nn
 from torchmetrics import Metric
 from transformers import PreTrainedModel
 
-from lte_lightning.core.accounting.cost import GFLOP, speedup_bound, token_cost
+from lte_lightning.core.accounting.cost import GFLOP, cost_beside_dense
 from lte_lightning.core.accounting.skeleton import skeleton
 from lte_lightning.core.model.backend import set_backend
 from lte_lightning.core.model.convert import selector_parameters
@@ -26,9 +26,9 @@ from lte_lightning.tasks.sparsity import SparsityMeter
 Stage = Literal["dense", "router", "expert"]
 STAGES: tuple[Stage, ...] = ("dense", "router", "expert")
 # What a validation measures in each stage; only "hard" epochs compete for the best checkpoint.
-VIEWS = {"dense": ("dense",), "router": ("soft", "hard_before"), "expert": ("hard",)}
+VIEWS: dict[Stage, tuple[str, ...]] = {"dense": ("dense",), "router": ("soft", "hard_before"), "expert": ("hard",)}
 STAGE_MODES: dict[Stage, Mode] = {"dense": "dense", "router": "soft", "expert": "hard"}
-VIEW_MODES = {"dense": "dense", "soft": "soft", "hard_before": "hard", "hard": "hard"}
+VIEW_MODES: dict[str, Mode] = {"dense": "dense", "soft": "soft", "hard_before": "hard", "hard": "hard"}
 
 
 class NonFiniteLossError(UserError):
@@ -41,6 +41,7 @@ class MeasuredModule(LightningModule):
     Attributes:
         net: The model.
         stage: Where its training stands.
+        stage_progress: Share of the current stage that is done.
         measured: What was found so far, by view.
         freeze_routers: Whether the expert stage leaves the routers as they are.
         router_training: Whether the router stage runs all experts, weighted (``soft``), or the selected ones alone.
@@ -48,23 +49,43 @@ class MeasuredModule(LightningModule):
         set_to: The sparsity that a calibrated model is measured at; None for its own.
     """
 
-    metric_name: str
     tests_dense: ClassVar[bool] = False  # whether a test of a model that was never routed makes sense
-    loader_names: tuple[str, ...] = ("",)
     net: PreTrainedModel
+    meters: nn.ModuleDict
+    sparsity: SparsityMeter
     stage: Stage
     measured: dict[str, dict[str, Any]]
     backend: Backend
-    source: str
     quantize: Quantization | None = None
     _counted: tuple[PreTrainedModel, ...] = ()  # what costs are counted of, where that is another model
     skip_experts: bool
     freeze_routers: bool = True
+    stage_progress: float
     router_training: str = "soft"
     detach_router: bool = False
     set_to: float | None = None
 
     # The task, by the subclass
+
+    @property
+    def metric_name(self) -> str:
+        """What is reported."""
+        raise TypeError(f"{type(self).__name__} must define metric_name")
+
+    @property
+    def loader_names(self) -> tuple[str, ...]:
+        """What tells the values of several validation sets apart."""
+        return ("",)
+
+    @property
+    def source(self) -> str:
+        """Where the weights come from."""
+        raise TypeError(f"{type(self).__name__} must define source")
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the model is here yet."""
+        return "net" in self._modules
 
     def make_metric(self) -> Metric:
         """Returns a fresh metric, updated with what `outputs_for_metric` gives."""
@@ -170,7 +191,10 @@ class MeasuredModule(LightningModule):
         else:
             outputs = self.run_model(batch)
         self._require_finite(outputs.loss, "validation")  # before a checkpoint of such weights is written
-        self.meters[f"{view}{self.loader_names[dataloader_idx]}"].update(*self.outputs_for_metric(outputs, batch))
+        self._meter(view, self.loader_names[dataloader_idx]).update(*self.outputs_for_metric(outputs, batch))
+
+    def _meter(self, view: str, suffix: str) -> Metric:
+        return cast(Metric, self.meters[f"{view}{suffix}"])
 
     def on_validation_epoch_end(self) -> None:
         """Logs ``val/<view>/<metric>`` and the sparsity, and remembers them for the results."""
@@ -186,7 +210,7 @@ class MeasuredModule(LightningModule):
         """Returns what a view's meters hold, and empties them."""
         found: dict[str, Any] = {}
         for suffix in self.loader_names:
-            meter = self.meters[f"{view}{suffix}"]
+            meter = self._meter(view, suffix)
             if not meter.update_called:  # MNLI's second set, if the first is held out of the training rows
                 continue
             value = meter.compute()
@@ -200,8 +224,8 @@ class MeasuredModule(LightningModule):
         return found
 
     @property
-    def test_view(self) -> str:
-        """The view that a test measures: hard, or dense where the model was never routed."""
+    def test_view(self) -> Literal["dense", "hard"]:
+        """The view that a test measures, which names its mode: hard, or dense where the model was never routed."""
         return "dense" if self.stage == "dense" else "hard"
 
     def on_test_start(self) -> None:
@@ -249,20 +273,8 @@ class MeasuredModule(LightningModule):
         self.log_dict({f"test/sparsity_layer_{i:02d}": sparsity for i, sparsity in enumerate(per_layer)})
 
     def cost(self, sparsity_per_layer: list[float] | None) -> dict[str, float]:
-        """Returns FLOPs per token as the paper counts them, and bytes moved in bfloat16, sparse and dense.
-
-        ``bound`` is the speed-up that the bytes allow at most. Without sparsities both are those of the dense model.
-        """
-        net = self._counted[0] if self._counted else self.net
-        dense = token_cost(net)
-        sparse = dense if sparsity_per_layer is None else token_cost(net, sparsity_per_layer)
-        return {
-            "flops_per_token": sparse.paper_flops,
-            "dense_flops_per_token": dense.paper_flops,
-            "bytes_per_token": sparse.bytes,
-            "dense_bytes_per_token": dense.bytes,
-            "bound": speedup_bound(dense.bytes, sparse.bytes),
-        }
+        """Returns what a token costs the model, as of `cost_beside_dense`; of quantised weights before they were."""
+        return cost_beside_dense(self._counted[0] if self._counted else self.net, sparsity_per_layer)
 
     def on_predict_start(self) -> None:
         """Predicts in hard mode, or densely if the model was never routed."""

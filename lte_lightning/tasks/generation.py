@@ -12,6 +12,7 @@ from lte_lightning.data.text import is_encoder_decoder
 from lte_lightning.errors import UserError
 from lte_lightning.tasks.evaluation import VIEW_MODES
 from lte_lightning.tasks.language_model import LanguageModel
+from lte_lightning.trainer import declared
 
 
 class Generation(LanguageModel):
@@ -54,8 +55,9 @@ class Generation(LanguageModel):
         Returns:
             For each prompt its ``row``, ``prompt``, ``prediction`` and ``references``.
         """
-        data = self.trainer.datamodule
-        ids_BT = self.net.generate(
+        data = declared(self.trainer).datamodule
+        net: Any = self.net  # of `auto_class`, so it generates
+        ids_BT = net.generate(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
             generation_config=self._generation_config(data.tokenizer, data.max_new_tokens),
@@ -90,7 +92,7 @@ class Generation(LanguageModel):
         """Refuses samples that there is no room for."""
         super().on_fit_start()
         if self.hparams["samples"]:
-            _ = self.trainer.datamodule.prompt_limit
+            _ = declared(self.trainer).datamodule.prompt_limit
 
     def on_validation_epoch_end(self) -> None:
         """Logs the figures, and keeps a few answers of the stage's last view for reading."""
@@ -98,7 +100,7 @@ class Generation(LanguageModel):
         count = self.hparams["samples"]
         if not count or self.trainer.sanity_checking or self.trainer.state.fn != "fit":
             return
-        prompts = self.trainer.datamodule.sample_prompts(count)
+        prompts = declared(self.trainer).datamodule.sample_prompts(count)
         if prompts is None:
             return
         view = self.views[-1]
@@ -130,9 +132,9 @@ class Generation(LanguageModel):
         self.gather_predictions()
         texts = [prediction["prediction"] for prediction in self.predictions]
         found = score_texts(texts, [prediction["references"] for prediction in self.predictions])
-        if skipped := self.trainer.datamodule.skipped:
+        if skipped := declared(self.trainer).datamodule.skipped:
             found["skipped_rows"] = dict(skipped)
-        if cut := self.trainer.datamodule.cut_answers:
+        if cut := declared(self.trainer).datamodule.cut_answers:
             found["cut_answers"] = dict(cut)
         return found
 
@@ -163,7 +165,7 @@ def score_texts(predictions: Sequence[str], references: Sequence[Sequence[str]])
     ]
     # sacrebleu wants the first references of all, then the second ones, ..., and None where there is none
     most = max(map(len, references))
-    streams = [[several[i] if i < len(several) else None for several in references] for i in range(most)]
+    streams: list[Any] = [[several[i] if i < len(several) else None for several in references] for i in range(most)]
     bleu = BLEU(tokenize="13a", lowercase=True).corpus_score(list(predictions), streams).score
     empty = sum(not text.strip() for text in predictions)
     return {

@@ -62,7 +62,6 @@ class LanguageModel(LteModule):
         **kwargs: See `LteModule`.
     """
 
-    auto_class = AutoModelForCausalLM
     metric_name = "perplexity"
     tests_dense = True
     takes_encoder_decoders: ClassVar[bool] = False
@@ -72,9 +71,14 @@ class LanguageModel(LteModule):
         self.save_hyperparameters({"from_scratch": from_scratch, "lora": asdict(lora) if lora else None})
         self.lora = lora
 
+    @property
+    def auto_class(self) -> Any:
+        """A decoder with its head."""
+        return AutoModelForCausalLM
+
     def configure_model(self) -> None:
         """Loads the model, with adapters if wanted, and checks that the data fit it."""
-        fresh = self.net is None
+        fresh = not self.is_loaded
         if fresh:
             self._require_generator()
         super().configure_model()

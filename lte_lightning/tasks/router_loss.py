@@ -9,13 +9,7 @@ from lte_lightning.tasks.steps import StepLosses
 
 
 class RouterLosses(StepLosses):
-    """A module with the routers' losses; `LteModule` has their options.
-
-    Attributes:
-        stage_progress: Share of the current stage that is done.
-    """
-
-    stage_progress: float
+    """A module with the routers' losses; `LteModule` has their options."""
 
     @property
     def efficiency_weight(self) -> float:

@@ -175,6 +175,26 @@ def _ffn_parameters(ffn: ExpertFfn, sparsity: float, with_selector: bool) -> int
     return round(neurons * ffn.computed(sparsity)) + output_bias + ffn.selector.weights_read() * with_selector
 
 
+def cost_beside_dense(model: PreTrainedModel, sparsity_per_layer: Sequence[float] | None) -> dict[str, float]:
+    """Returns FLOPs per token as the paper counts them, and bytes moved in bfloat16, sparse and dense.
+
+    ``bound`` is the speed-up that the bytes allow at most.
+
+    Args:
+        model: A converted model.
+        sparsity_per_layer: Of each FFN, 0 to 1; None for the dense model.
+    """
+    dense = token_cost(model)
+    sparse = dense if sparsity_per_layer is None else token_cost(model, sparsity_per_layer)
+    return {
+        "flops_per_token": sparse.paper_flops,
+        "dense_flops_per_token": dense.paper_flops,
+        "bytes_per_token": sparse.bytes,
+        "dense_bytes_per_token": dense.bytes,
+        "bound": speedup_bound(dense.bytes, sparse.bytes),
+    }
+
+
 def _other_parameters(model: PreTrainedModel, skip: set[int]) -> int:
     """The weights outside the FFNs that are read; of an embedding one row, but a head tied to it is read whole."""
     inside = {id(module) for ffn in require_expert_ffns(model).values() for module in ffn.modules()}
