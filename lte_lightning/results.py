@@ -95,7 +95,11 @@ class Results(Evaluation):
         latency_ms: Milliseconds of a call of the sparse model.
         dense_latency_ms: Milliseconds of a call of its dense twin.
         speedup: Dense time by sparse time.
-        latency_of: What was timed: the call, its rows, the type, the device, its threads and the machine's load.
+        latency_of: What was timed: the call, its rows and real tokens, the type, the device, its threads and the
+            machine's load.
+        title: What people call the data, where its module knows that.
+        options: What was chosen, by dotted names (see `choices`); of the fit whose model this one started from
+            with ``start.`` before them.
         seed: The ``seed_everything`` of the fit.
         versions: Packages, device and machine.
     """
@@ -121,6 +125,8 @@ class Results(Evaluation):
     dense_latency_ms: float | None = None
     speedup: float | None = None
     latency_of: dict[str, Any] | None = None
+    title: str | None = None
+    options: dict[str, Any] | None = None
 
     always: ClassVar[tuple[str, ...]] = (
         *("data", "dense", "soft", "hard_before", "hard", "sparsity", "sparsity_before", "sparsity_per_layer"),

@@ -22,6 +22,7 @@ ORDER = (
     ("",),  # the API in lte_lightning/__init__.py
     ("documents", "network", "options", "quiet", "shipped", "store", "trainer"),
     ("results",),
+    ("choices",),
     ("data",),
     ("tasks",),
     ("callbacks",),

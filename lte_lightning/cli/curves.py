@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from statistics import fmean, median
+from statistics import median
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from lte_lightning.core.model.convert import restore
 from lte_lightning.core.model.experts import set_mode
 from lte_lightning.core.model.thresholds import set_sparsity
 from lte_lightning.files import whole_file
-from lte_lightning.recording.latency import ROUNDS, decode, forward, row_batches, run_dtype
+from lte_lightning.recording.latency import ROUNDS, decode, forward, row_batches, run_dtype, tokens_of
 
 DENSE, TRAINED = "dense", "trained"
 
@@ -71,7 +71,7 @@ def speeds(rows: Rows, sparsities: Sequence[float], size: int) -> dict[Any, floa
         model.eval().requires_grad_(False)
     decodes = sparse.can_generate() and not sparse.config.is_encoder_decoder
     run = decode if decodes else forward
-    tokens = float(size) if decodes else fmean(float(batch["attention_mask"].sum()) for batch in batches)
+    tokens = tokens_of(batches, size, decodes)
     timer: Timer = partial(timed, clock=clock_on(device))
 
     def at(model: PreTrainedModel, sparsity: float | None) -> list[float]:

@@ -37,7 +37,7 @@ def report(
         tracking_uri: Report runs of this MLflow store, a server or sqlite:///mlflow.db, not folders. By default, with
             --experiment, MLFLOW_TRACKING_URI or sqlite:///mlflow.db.
         experiment: Of MLflow: all of its finished fits are reported.
-        bench: What lte bench --csv wrote.
+        bench: What lte bench --csv or lte curve wrote, tables (.csv).
         title: Of the page.
         tolerance: Loss of the metric that counts as none. By default 0.5 for perplexity, 0.05 for ROUGE-L, else 0.01.
         publish: Write each picture as SVG and PDF and each table as CSV and LaTeX into this folder, too.
@@ -59,5 +59,5 @@ def report(
         material = collect_tracked(tracking_uri, experiment, sources, bench)
     from lte_lightning.report.page import write_report
 
-    heading = title or f"Quality and sparsity: {', '.join(material.tasks)}"
+    heading = title or f"Quality and sparsity: {'; '.join(map(material.title, material.tasks))}"
     print(write_report(material, out, heading, tolerance, publish), flush=True)

@@ -23,6 +23,7 @@ from lte_lightning.callbacks import (
     StageProgressBar,
     StageSchedule,
 )
+from lte_lightning.choices import options_by_name
 from lte_lightning.cli import refuse
 from lte_lightning.cli.guard import MODE, guard_configurations
 from lte_lightning.cli.parser import LteParser
@@ -51,7 +52,9 @@ class SaveConfig(SaveConfigCallback):
         name = "config.yaml" if stage == "fit" else f"config-{TrainerFn(stage).value}.yaml"
         if stage != "fit" or not (recorder.folder / name).exists():
             write_text(recorder.folder / name, text)
-        announce(trainer, pl_module, yaml.safe_load(text))
+        config = yaml.safe_load(text)
+        recorder.options = options_by_name(config)
+        announce(trainer, pl_module, config)
         send_files(trainer, recorder.folder / name)
 
 

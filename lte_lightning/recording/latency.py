@@ -67,12 +67,18 @@ def measure_latency(folder: Path, trainer: Trainer, rows: int, backend: Backend)
         "latency_of": {
             "call": "decoding step" if decodes else "forward pass",
             "rows": rows,
+            "tokens": tokens_of(batches, rows, decodes),
             "dtype": str(dtype).removeprefix("torch."),
             "device": str(device),
             "threads": torch.get_num_threads(),
             "load": round(os.getloadavg()[0], 2),
         },
     }
+
+
+def tokens_of(batches: Sequence[dict[str, torch.Tensor]], rows: int, decodes: bool) -> float:
+    """Returns how many real tokens a call computes, on average: of a decoding step one for each row."""
+    return float(rows) if decodes else fmean(float(batch["attention_mask"].sum()) for batch in batches)
 
 
 def run_dtype(precision: str) -> torch.dtype:

@@ -100,6 +100,7 @@ class Recorder(Callback):
         self.run_id: str | None = None
         self._named_by: Path | None = None  # the file that names the store
         self._fresh = False
+        self.options: dict[str, Any] | None = None  # of the fit, by name
         self.table: Table | None = None
         self.written: Path | None = None
 
@@ -162,8 +163,7 @@ class Recorder(Callback):
         write_checkpoints_whole(trainer)
         if self.floor and (task := getattr(declared(trainer).datamodule, "task", None)) != self.floor.task:
             raise UserError(f"run.floor_from is a floor of {self.floor.task!r}, this run is on {task!r}")
-        logger = mlflow_of(trainer)
-        if logger is None:
+        if (logger := mlflow_of(trainer)) is None:
             require_writable(self.place)
         if self.folder is None:
             run_id = (logger and logger.run_id) or time.strftime("%Y-%m-%d_%H-%M-%S-") + uuid.uuid4().hex[:4]
@@ -234,13 +234,13 @@ class Recorder(Callback):
 
     def _export(self, trainer: Trainer, module: LteModule, folder: Path) -> None:
         module.before_export()
-        results = make_results(trainer, module, self.floor.floor if self.floor else None)
+        results = make_results(trainer, module, self.floor.floor if self.floor else None, self.options)
         about = {"stage": module.stage, "measured": module.measured, **facts_for_card(results, module.hparams)}
         save_model(module.net, folder / "model", about, getattr(declared(trainer).datamodule, "tokenizer", None))
         if self.latency_rows and module.stage != "dense":
             timed = measure_latency(folder / "model", trainer, self.latency_rows, module.backend)
             results = replace(results, **timed)
-        self.table = results_table(results, getattr(declared(trainer).datamodule, "title", None))
+        self.table = results_table(results)
         self.written = folder / FILE
         results.write(self.written)
         (folder / PROGRESS).unlink(missing_ok=True)

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lte_lightning.callbacks.stages import StageSchedule
+from lte_lightning.choices import options_of_start
 from lte_lightning.core.accounting.cost import GFLOP
 from lte_lightning.core.model.card import public_name
 from lte_lightning.core.model.convert import lte_config
@@ -22,13 +23,16 @@ from lte_lightning.tasks.base import LteModule
 from lte_lightning.tasks.evaluation import VIEW_MODES
 
 
-def make_results(trainer: Trainer, module: LteModule, floor: float | None = None) -> Results:
+def make_results(
+    trainer: Trainer, module: LteModule, floor: float | None = None, options: dict[str, Any] | None = None
+) -> Results:
     """Collects what a fit has found.
 
     Args:
         trainer: With a `StageSchedule` among its callbacks.
         module: After the fit, with the weights that count.
         floor: The task's floor, if it was measured elsewhere.
+        options: The fit's, by name, if they are known.
     """
     data: Any = getattr(trainer, "datamodule", None)
     measured, callbacks = module.measured, getattr(trainer, "callbacks", [])
@@ -40,6 +44,7 @@ def make_results(trainer: Trainer, module: LteModule, floor: float | None = None
     found: dict[str, Any] = {
         "task": getattr(data, "task", type(module).__name__.lower()),
         "data": getattr(data, "source", None),
+        "title": getattr(data, "title", None),
         "metric": module.metric_name,
         **views,
         **{key: hardest.get(key) for key in ("sparsity", "sparsity_per_layer", "union_sparsity")},
@@ -50,6 +55,7 @@ def make_results(trainer: Trainer, module: LteModule, floor: float | None = None
         "seed": schedule.seed,
         "versions": versions(trainer),
         "floor": floor,
+        "options": options and options | options_of_start(module.hparams["init_from"]),
     }
     for key, name in (("skipped_rows", "skipped"), ("cut_answers", "cut_answers")):
         found[key] = dict(getattr(data, name, None) or {}) or None
@@ -118,9 +124,9 @@ def facts_for_card(results: Results, options: Mapping[str, Any]) -> dict[str, An
     }
 
 
-def results_table(results: Results, title: str | None = None) -> Table:
+def results_table(results: Results) -> Table:
     """Lays the results out for reading, under the data's title or the task's name."""
-    title = f"{title or results.task}: {results.metric} on the validation rows"
+    title = f"{results.title or results.task}: {results.metric} on the validation rows"
     table = Table(title=title, title_justify="left")
     table.add_column("")
     for column in (results.metric, "sparsity", "GFLOPs/token", "MB/token", "bound"):

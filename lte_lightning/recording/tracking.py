@@ -8,14 +8,13 @@ from typing import Any
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
+from lte_lightning.choices import options_by_name
 from lte_lightning.core.model.card import public_name
 from lte_lightning.recording.loggers import RunLogger, mlflow_of
 from lte_lightning.recording.machine import code
 from lte_lightning.results import Results
 from lte_lightning.store import shown
 from lte_lightning.trainer import declared
-
-_HIDDEN = ("tracking_uri", "password", "token")  # of the options, what an address or a secret may be in
 
 
 class Rates(Callback):
@@ -74,22 +73,6 @@ def end_tags(results: Results, stage: str) -> dict[str, str]:
     return {"lte.stage": stage, "mlflow.note.content": note}
 
 
-def options(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns the options of a run's four parts by dotted names: data, model, stages, trainer, and the run's own."""
-    found: dict[str, Any] = {}
-    for key, value in config.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            inner = value.get("init_args")
-            nested = value if inner is None else {"class": str(value["class_path"]).rpartition(".")[2], **inner}
-            found |= options(nested, f"{name}.")
-        elif isinstance(value, list) and any(isinstance(each, Mapping) for each in value):
-            found |= options({str(i): each for i, each in enumerate(value)}, f"{name}.")
-        elif value is not None and not any(word in key for word in _HIDDEN):
-            found[name] = shown(value) if isinstance(value, str) else value
-    return found
-
-
 def data_input(data: Any) -> dict[str, Any] | None:
     """Returns the data set of a run, as MLflow's inputs name it: where it is from, its rows and its fingerprint."""
     source, ready = getattr(data, "source", None), getattr(data, "_ready", None)
@@ -124,7 +107,7 @@ def announce(trainer: Trainer, module: Any, config: Mapping[str, Any]) -> None:
     kept = ("data", "model", "stages", "trainer", "run", "seed_everything")
     own = {key: value for key, value in config.items() if key in kept}
     logger.tell(tags=tags(module, data))
-    logger.options = options(own)
+    logger.options = options_by_name(own)
     if (found := data_input(data)) is not None:
         logger.tell(data=found)
 

@@ -1,8 +1,8 @@
-"""Reads what ``lte bench --csv`` wrote."""
+"""Reads what ``lte bench --csv`` and ``lte curve`` wrote."""
 
 import csv
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +21,17 @@ NUMBERS = {
 }
 # Older files may lack these
 MORE_NUMBERS = {"threads": (1, ANY), "router_ms": (0, ANY), "share_of_bound": (0, ANY), "load": (0, ANY)}
+# Of lte curve, which has one column more: the metric
+POINT = {"sparsity": (0, 1), "gflops_per_token": (LEAST, ANY), "tokens_per_second": (LEAST, ANY)}
 # What rows of one picture have in common
 SAME = ("file", "shape", "scope", "phase", "device", "dtype", "threads", "tokens")
 
 
 def read_bench(file: Path) -> list[dict[str, Any]]:
-    """Returns the rows of a benchmark, numbers as such, each with its ``file``.
+    """Returns the rows of a benchmark or a curve, numbers as such, each with its ``file``.
 
     Raises:
-        UserError: If the file is none of ``lte bench``, holds no row, or a value in it cannot be.
+        UserError: If the file is none of ``lte bench`` or ``lte curve``, holds no row, or a value in it cannot be.
     """
     rows: list[dict[str, Any]] = []
     number = 1
@@ -37,8 +39,9 @@ def read_bench(file: Path) -> list[dict[str, Any]]:
         with file.open(newline="", encoding="utf-8-sig") as lines:
             reader = csv.reader(lines)
             heads = next(reader, [])
-            if missing := {*WORDS, *NUMBERS} - set(heads):
-                raise UserError(f"{file} is no CSV file of lte bench: it has no column {', '.join(sorted(missing))}")
+            command = "lte curve" if "setting" in heads else "lte bench"
+            if missing := ({"setting", *POINT} if command == "lte curve" else {*WORDS, *NUMBERS}) - set(heads):
+                raise UserError(f"{file} is no CSV file of {command}: it has no column {', '.join(sorted(missing))}")
             for cells in reader:
                 number = reader.line_num
                 if not cells:
@@ -46,33 +49,45 @@ def read_bench(file: Path) -> list[dict[str, Any]]:
                 if len(cells) != len(heads):
                     raise UserError(
                         f"{file}, line {number}: {len(cells)} fields ({','.join(cells)[:80]}), but {len(heads)} "
-                        "columns; is it cut off? Run lte bench again, or remove the line"
+                        f"columns; is it cut off? Run {command} again, or remove the line"
                     )
                 row = dict(zip(heads, cells, strict=True))
-                rows.append({"file": str(file)} | {key: _value(file, number, key, row[key]) for key in row})
+                rows.append(
+                    {"file": str(file)}
+                    | {key: _value(file, number, key, row[key], command == "lte curve") for key in row}
+                )
     except csv.Error as error:
         raise UserError(f"{file}, after line {number}: {error}; is it a CSV file of lte bench?") from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the benchmark {file}: {error}") from error
     if not rows:
-        raise UserError(f"{file} has columns, but no figures; run lte bench again, or leave it out of --bench")
+        raise UserError(f"{file} has columns, but no figures; run {command} again, or leave it out of --bench")
     return rows
 
 
-def _value(file: Path, line: int, key: str, text: str) -> Any:
+def _value(file: Path, line: int, key: str, text: str, is_point: bool) -> Any:
     if key in WORDS and not text.strip():
         raise UserError(f"{file}, line {line}: {key} is empty; run lte bench again, or remove the line")
-    if key not in NUMBERS and (key not in MORE_NUMBERS or not text):
+    known: dict[str, tuple[float, float]] = {key: (-ANY, ANY)} | POINT if is_point else dict(NUMBERS)
+    known |= {} if is_point or not text else MORE_NUMBERS
+    if key not in known or key == "setting":
         return text
-    low, high = (NUMBERS | MORE_NUMBERS)[key]
+    low, high = known[key]
     try:
         value = float(text)
     except ValueError:
         value = math.nan
     if not low <= value <= high or math.isinf(value):
-        least = "above 0" if low == LEAST else f"of at least {low}" if math.isinf(high) else f"from {low} to {high}"
-        raise UserError(f"{file}, line {line}: {key} is {text!r}; it must be a finite number {least}")
+        least = {LEAST: " above 0", -ANY: ""}.get(
+            low, f" of at least {low}" if math.isinf(high) else f" from {low} to {high}"
+        )
+        raise UserError(f"{file}, line {line}: {key} is {text!r}; it must be a finite number{least}")
     return value
+
+
+def metric_of(point: Mapping[str, Any]) -> str:
+    """Returns the name of the metric in a point of ``lte curve``."""
+    return next(key for key in point if key not in (*POINT, "setting", "file"))
 
 
 def groups(rows: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from lte_lightning.choices import options_by_name
 from lte_lightning.documents import check_yaml
 from lte_lightning.errors import UserError
 from lte_lightning.files import read_json, read_text
@@ -17,7 +18,7 @@ from lte_lightning.report.methods import method_name
 from lte_lightning.report.run import Run, Setting
 from lte_lightning.report.sweeps import SweptFolder, read_swept
 from lte_lightning.report.tested import tested
-from lte_lightning.results import FILE, read_results
+from lte_lightning.results import FILE, Results, read_results
 from lte_lightning.store import read_run_file
 from lte_lightning.sweep.folder import SWEEP_FILE
 from lte_lightning.sweep.table import NO_CHOICE, newest
@@ -34,7 +35,7 @@ def collect(sources: Iterable[str | Path], bench: Iterable[str | Path] = ()) -> 
     Raises:
         UserError: If a source is none of them, holds no finished run, or was written by another version.
     """
-    _flat.cache_clear()  # files may have changed
+    _configured.cache_clear()  # files may have changed
     material, sweeps, seen = Material(), {}, set()
     for source in sources:
         path = Path(source).absolute()
@@ -72,8 +73,12 @@ def finish(material: Material, bench: Iterable[str | Path]) -> Material:
         raise UserError(f"none of the runs counts: {name} is {reason}; start the sweep again, or name others")
     material.runs += [other for run in material.runs for other in tested(run)]
     settle(material)
-    for file in bench:
-        material.bench += read_bench(Path(file))
+    for file in map(str, bench):
+        rows = read_bench(Path(file))
+        if "setting" in rows[0]:
+            material.curves[file] = rows
+        else:
+            material.bench += rows
     return material
 
 
@@ -121,7 +126,7 @@ def read_run(
         UserError: If it is damaged, or of another version.
     """
     about, results = read_run_file(folder), read_results(folder)
-    model, options = _json(folder / "model" / "lte_config.json"), _options(folder / "config.yaml")
+    model, options = _json(folder / "model" / "lte_config.json"), _options(folder, results)
     measured = model.get("about", {}).get("measured", {})
     views = measured.get("hard") or measured.get("hard_before") or {}
     known = {key.removeprefix("model.lte."): value for key, value in options.items() if key.startswith("model.lte.")}
@@ -153,18 +158,15 @@ def _json(file: Path) -> dict[str, Any]:
         return {}
 
 
-def _options(file: Path) -> dict[str, Any]:
-    """A run's choices, its configuration flat and named as on the command line; empty if there is none.
-
-    Those of the run whose model it starts from, if that lies beside it, are named ``start.`` and so on.
-    """
-    known = _flat(file)
-    found = {key: value for key, value in known.items() if _is_choice(key)}
-    origin = Path(str(known.get("model.init_from") or ""))
-    if origin.name == "model":
-        start = _flat(file.parents[1] / origin.parent.name / "config.yaml")
-        found |= {f"start.{key}": value for key, value in start.items() if _is_choice(key)}
-    return found
+def _options(folder: Path, results: Results) -> dict[str, Any]:
+    """Returns a run's choices by name, and those of the fit that it starts from with ``start.``, as far as is known."""
+    known = results.options
+    if known is None:  # of an earlier version, or fitted without a configuration
+        known = _configured(folder)
+        origin = Path(str(known.get("model.init_from") or ""))
+        start = _configured(folder.parent / origin.parent.name) if origin.name == "model" else {}
+        known = known | {f"start.{key}": value for key, value in start.items()}
+    return {key: value for key, value in known.items() if _is_choice(key.removeprefix("start."))}
 
 
 def _is_choice(key: str) -> bool:
@@ -172,18 +174,10 @@ def _is_choice(key: str) -> bool:
 
 
 @lru_cache(maxsize=512)
-def _flat(file: Path) -> dict[str, Any]:
-    def flatten(value: Any, path: str) -> Iterable[tuple[str, Any]]:
-        if isinstance(value, dict):
-            for key, inner in value.items():
-                name = "" if key == "init_args" else f".{key}"
-                yield from flatten(inner, f"{path}{name}".removeprefix("."))
-        else:
-            yield path, value
-
+def _configured(folder: Path) -> dict[str, Any]:
     try:
-        text = read_text(file)
+        text = read_text(folder / "config.yaml")
         check_yaml(text)
-        return dict(flatten(yaml.load(text, yaml.CSafeLoader), ""))
-    except (UserError, yaml.YAMLError, ValueError):
+        return options_by_name(yaml.load(text, yaml.CSafeLoader))
+    except (UserError, yaml.YAMLError, ValueError, AttributeError):
         return {}

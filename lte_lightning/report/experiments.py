@@ -6,6 +6,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from lte_lightning.report.material import Material
+from lte_lightning.report.names import title_of
 from lte_lightning.report.run import GFLOP, Run, setting_key
 from lte_lightning.sweep.table import newest
 
@@ -32,7 +33,7 @@ def settle(material: Material) -> None:
 def name_experiments(runs: list[Run]) -> None:
     """Gives each run the name of its experiment, ``Run.task``: as much of task, metric and model as is needed."""
     keys = {id(run): _experiment(run, runs) for run in runs}
-    names: dict[Hashable, str] = {}
+    names: dict[tuple[Any, ...], str] = {}
     for key in keys.values():
         task, metric, *_ = key
         same_task = {other for other in keys.values() if other[0] == task}
@@ -44,8 +45,15 @@ def name_experiments(runs: list[Run]) -> None:
         if name in taken:  # a path that ends alike in all that can be read
             name = names[model] = f"{name} ({len(taken)})"
         taken[name] = model
+    titled: dict[Hashable, str] = {}
     for run in runs:
-        run.task = names[keys[id(run)]]
+        key = keys[id(run)]
+        run.task = names[key]
+        if key not in titled:
+            metrics = {other[1] for other in names if other[0] == key[0]}
+            title = title_of(run.results, key[2], key[4], metrics)
+            titled[key] = title if title not in titled.values() else f"{title}: {run.task}"
+        run.title = titled[key]
 
 
 def _experiment(run: Run, runs: Iterable[Run]) -> tuple[Any, ...]:

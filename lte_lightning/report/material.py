@@ -22,6 +22,7 @@ class Material:
     Args:
         runs: The runs that count.
         bench: Rows of ``lte bench``.
+        curves: Points of ``lte curve``, by file.
         missing: Points of sweeps that are not done.
         left_out: Names of runs that were found and do not count, each with why.
         about: What the sweeps say of themselves.
@@ -30,6 +31,7 @@ class Material:
 
     runs: list[Run] = field(default_factory=list)
     bench: list[dict[str, Any]] = field(default_factory=list)
+    curves: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     missing: list[Missing] = field(default_factory=list)
     left_out: list[tuple[str, str]] = field(default_factory=list)
     about: list[str] = field(default_factory=list)
@@ -70,6 +72,10 @@ class Material:
     def tasks(self) -> dict[str, str]:
         """The experiments, a task, metric and model each, with their metrics."""
         return {run.task: run.results.metric for run in self.runs}
+
+    def title(self, task: str) -> str:
+        """Returns what people call an experiment."""
+        return next(run.title for run in self.runs if run.task == task)
 
     # What the points are read against
 
@@ -151,7 +157,10 @@ class Material:
             return [name for name in RIVALS if name not in {describe(run.lte).rival for run in points}]
 
         everywhere = lacking(None)
-        of_tasks = [(f"on {task} ", [name for name in lacking(task) if name not in everywhere]) for task in self.tasks]
+        of_tasks = [
+            (f"on {self.title(task)} ", [name for name in lacking(task) if name not in everywhere])
+            for task in self.tasks
+        ]
         return [(where, names) for where, names in [("", everywhere), *of_tasks] if names]
 
     def parts(self) -> Counter[tuple[str, str]]:

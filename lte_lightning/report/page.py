@@ -18,7 +18,7 @@ from lte_lightning.report.sections import detail_sections, main_sections, names_
 from lte_lightning.report.tables import Table
 
 # What a report's pictures are called
-OURS = re.compile(r"(quality|flops|span|layers|scores|union|latency)-.*\.png")
+OURS = re.compile(r"(quality|flops|speed|span|layers|scores|union|latency|curve)-.*\.png")
 
 
 def write_report(
@@ -47,7 +47,7 @@ def write_report(
         .render(
             title=title,
             about=material.about,
-            summary=tables.summary(material, tolerance),
+            summary={material.title(task): tables.summary(material, task, tolerance) for task in material.tasks},
             not_run=tables.not_run(material),
             sections=sections,
             details=details,
@@ -92,4 +92,4 @@ def _here() -> Table:
     names = ("lte-lightning", "matplotlib", "numpy")
     system = [["system", platform.platform(terse=True)], ["machine", platform.machine()]]
     rows = [["python", platform.python_version()], *([name, version(name)] for name in names), *system]
-    return Table(["", "here"], rows)
+    return Table(["", "here"], rows, "Versions and machine that wrote this page")

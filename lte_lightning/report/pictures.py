@@ -1,8 +1,9 @@
-"""The pictures of a report, each in a light and a dark version."""
+"""The pictures of a report, each in a light and a dark version; here those of quality."""
 
 import io
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
@@ -12,26 +13,50 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
 
-from lte_lightning.report.bench import title
+from lte_lightning.report.bench import metric_of
 from lte_lightning.report.material import Material
-from lte_lightning.report.methods import describe
-from lte_lightning.report.run import Run, Setting
-from lte_lightning.report.style import DARK, KNOWN, LIGHT, Style
+from lte_lightning.report.names import in_words, is_unbounded
+from lte_lightning.report.run import Setting
+from lte_lightning.report.style import DARK, LIGHT, STRONG, Style
 from lte_lightning.results import better
 
 # In inches and points. A phone shows a picture 358 px wide; letters are 11.8 px high there
 WIDTH, LETTERS, DPI = 4.2, 10, 200
 HEIGHT = 3.3  # without the legend
 LINE = 0.175  # of text
-LEGEND_LETTERS, NAME_LETTERS = 22, 22  # before a label is broken
+LEGEND_LETTERS, NAME_LETTERS, TITLE_LETTERS = 22, 22, 44  # before a label is broken
+DENSE = Style("ink", "s", "")
 MADE_BY = "lte report"  # in each picture, so that it can be told from other people's
 # How far below the floor a picture goes on, as a share of the span from floor to dense; and of how many settings, at
 # most, it may leave out what lies below that; and how many times as far away as the others a floor is left out
 BELOW, HIDDEN, FAR = 0.15, 0.15, 5
 
-Draw = Callable[[Figure], None]
+Draw = Callable[[Figure], str]  # draws, and says what there is to see
+
+
+@dataclass(frozen=True)
+class Axis:
+    """What settings are drawn against.
+
+    Args:
+        key: Of `Setting.values`.
+        label: Of the axis.
+        unit: Behind a value in words.
+        scale: What a value is multiplied by.
+        least: How much of the axis is seen at least: what differs by less is not drawn as if it were far apart.
+    """
+
+    key: str
+    label: str
+    unit: str = "\N{NO-BREAK SPACE}%"
+    scale: float = 100.0
+    least: float = 20.0
+
+
+SPARSITY = Axis("sparsity", "FFN sparsity (%)")
+FLOPS = Axis("flops_share", "FLOPs per token (% of dense)")
+SPEED = Axis("tokens_per_second", "tokens per second, measured", "\N{NO-BREAK SPACE}tokens/s", 1.0, 0.0)
 
 
 def _style(theme: dict[str, str]) -> dict[str, Any]:
@@ -42,61 +67,61 @@ def _style(theme: dict[str, str]) -> dict[str, Any]:
     return ink | paper | lines | sizes | {"font.size": LETTERS, "legend.fontsize": LETTERS, "axes.axisbelow": True}
 
 
-def render(draw: Draw) -> tuple[bytes, bytes]:
-    """Returns two PNGs of a picture, one for light pages and one for dark ones."""
-    found = []
-    for theme in (LIGHT, DARK):
-        with matplotlib.rc_context(_style(theme)):  # type: ignore[arg-type]  # its keys are a list of words
-            figure, buffer = Figure(figsize=(WIDTH, HEIGHT), layout="constrained"), io.BytesIO()
-            draw(figure)
-            figure.savefig(buffer, dpi=DPI, metadata={"Software": MADE_BY})
-            found.append(buffer.getvalue())
-    return found[0], found[1]
+def render(draw: Draw) -> tuple[bytes, bytes, str]:
+    """Returns two PNGs of a picture, one for light pages and one for dark ones, and what is to be seen in words."""
+    (light, words), (dark, _) = (
+        _saved(draw, _style(theme), format="png", dpi=DPI, metadata={"Software": MADE_BY}) for theme in (LIGHT, DARK)
+    )
+    return light, dark, words
 
 
 def vector(draw: Draw, form: str) -> bytes:
     """Returns a picture for print, on white: ``svg`` or ``pdf``, the same bytes each time."""
-    fixed: dict[str, Any] = {"Date": None} if form == "svg" else {"CreationDate": None}
+    fixed = {"Date": None} if form == "svg" else {"CreationDate": None}
     options = _style(LIGHT) | {"savefig.facecolor": "white", "svg.hashsalt": MADE_BY, "pdf.fonttype": 42}
-    with matplotlib.rc_context(options):  # type: ignore[arg-type]
+    return _saved(draw, options, format=form, metadata={"Creator": MADE_BY, **fixed})[0]
+
+
+def _saved(draw: Draw, options: dict[str, Any], **form: Any) -> tuple[bytes, str]:
+    with matplotlib.rc_context(options):  # type: ignore[arg-type]  # its keys are a list of words
         figure, buffer = Figure(figsize=(WIDTH, HEIGHT), layout="constrained"), io.BytesIO()
-        draw(figure)
-        figure.savefig(buffer, format=form, metadata={"Creator": MADE_BY, **fixed})
-    return buffer.getvalue()
+        words = draw(figure)
+        figure.savefig(buffer, **form)
+    return buffer.getvalue(), words
 
 
 def quality(
-    material: Material, task: str, looks: Mapping[str, Style], key: str = "value", by_flops: bool = False
+    material: Material, task: str, looks: Mapping[str, Style], key: str = "value", across: Axis = SPARSITY
 ) -> Draw:
-    """Draws quality, or the share of the span kept, against sparsity or FLOPs: means, and the range over the seeds.
+    """Draws quality, or the share of the span kept, against sparsity or cost: means, and the range over the seeds.
 
     Args:
         material: What is reported.
         task: Whose points.
         looks: Of the methods; drawn in this order, the first above the others.
         key: ``value`` or ``span_kept``.
-        by_flops: Whether the horizontal axis is the share of the dense model's FLOPs per token.
+        across: The horizontal axis.
     """
-    scale = 100 if key == "span_kept" else 1
-    across = "flops_share" if by_flops else "sparsity"
+    is_span, metric = key == "span_kept", material.tasks[task]
+    scale = 100 if is_span else 1
     drawn: dict[str, list[Setting]] = {}
     for setting in material.settings(task):
-        if setting.values(key) and setting.values(across) and not setting.undefined:
+        if setting.values(key) and setting.values(across.key) and not setting.undefined:
             drawn.setdefault(setting.method, []).append(setting)
 
-    def draw(figure: Figure) -> None:
+    def draw(figure: Figure) -> str:
         axes, handles, ink = figure.add_subplot(), [], matplotlib.rcParams["text.color"]
-        references = _references(material, task, key)
+        references, said = _references(material, task, key), []
         dense, floor = (float(np.mean(values)) if values else None for values in references)
         values = {method: [scale * value for s in mine for value in s.values(key)] for method, mine in drawn.items()}
         limits = None
-        is_span = key == "span_kept" or better(material.tasks[task], dense or 0.0, floor or 0.0)
-        if values and dense is not None and floor is not None and is_span:
+        has_span = is_span or better(metric, dense or 0.0, floor or 0.0)
+        if values and dense is not None and floor is not None and has_span:
             own = values.get(next(iter(looks)), [])
             limits = _limits([value for found in values.values() for value in found], own, dense, floor)
         for i, method in enumerate(name for name in looks if name in drawn):
             mine, options = drawn[method], looks[method].options | {"zorder": 9 - i / 100}
-            means = [(100 * fmean(s.values(across)), scale * fmean(s.values(key)), s) for s in mine]
+            means = [(across.scale * fmean(s.values(across.key)), scale * fmean(s.values(key)), s) for s in mine]
             points = sorted(means, key=lambda point: point[:2])
             axes.plot([x for x, _, _ in points], [mean for _, mean, _ in points], **options)
             for x, _, setting in points:
@@ -106,20 +131,43 @@ def quality(
             outside = limits and not any(limits[0] <= mean <= limits[1] for _, mean, _ in points)
             label = mine[0].called + " (beyond the picture)" * bool(outside)
             handles.append(Line2D([], [], **options, label=label))
-        for reference, line in zip(references, ("--", ":"), strict=True):
+            said.append(ends(mine[0].called, [point[:2] for point in points], across.unit))
+        for reference, line, name in zip(references, ("--", ":"), ("dense", "floor"), strict=True):
             if reference:
                 axes.axhline(fmean(reference), color=ink, linestyle=line, linewidth=1.2)
                 axes.axhspan(min(reference), max(reference), color=ink, alpha=0.08, linewidth=0)
+                said.append(f"{name} {fmean(reference):.3g}")
         if limits:
             axes.set_ylim(*limits)
+        _widen(axes, "y", 5.0 if is_span else 0.1 * abs(dense or 0.0) if is_unbounded(metric) else 0.05)
+        _widen(axes, "x", across.least)
+        if across is SPEED:
+            axes.set_xlim(left=0)
         _name_references(axes, dense, floor)
-        label = material.tasks[task] if key == "value" else "dense-to-floor span kept (%)"
-        below = "FLOPs per token (% of dense)" if by_flops else "FFN sparsity (%)"
-        axes.set(xlabel=below, ylabel=label, title=task)
+        title = textwrap.fill(material.title(task).replace(" layer", "\N{NO-BREAK SPACE}layer"), TITLE_LETTERS)
+        axes.set(
+            xlabel=across.label, ylabel="dense-to-floor span kept (%)" if is_span else in_words(metric), title=title
+        )
         axes.grid(visible=True)
-        _legend(figure, handles)
+        legend(figure, handles)
+        return "; ".join(said)
 
     return draw
+
+
+def ends(name: str, points: Sequence[tuple[float, float]], unit: str) -> str:
+    """Says where a line begins and ends."""
+    (first, start), (last, end) = points[0], points[-1]
+    where = [f"{x:.0f}" if x >= 100 else f"{x:.3g}" for x in (first, last)]
+    return f"{name} {start:.3g} at {where[0]}{unit}" + f" to {end:.3g} at {where[1]}{unit}" * (len(points) > 1)
+
+
+def _widen(axes: Axes, which: str, least: float) -> None:
+    """Lets an axis span at least so much, about its middle: what hardly differs must not look far apart."""
+    low, high = getattr(axes, f"get_{which}lim")()
+    if abs(high - low) < least:
+        middle, half = (low + high) / 2, least / 2
+        getattr(axes, f"set_{which}lim")(middle - half, middle + half)
 
 
 def _references(material: Material, task: str, key: str) -> tuple[list[float], list[float]]:
@@ -160,7 +208,7 @@ def _name_references(axes: Axes, dense: float | None, floor: float | None) -> No
             tick.set_verticalalignment("bottom" if tick.get_text() == upper else "top")
 
 
-def _legend(figure: Figure, handles: Sequence[Artist]) -> None:
+def legend(figure: Figure, handles: Sequence[Artist]) -> None:
     """Puts the legend below the axes, in two columns, and makes the figure as much higher."""
     labels = [textwrap.fill(str(handle.get_label()), LEGEND_LETTERS) for handle in handles]
     if not labels:
@@ -178,99 +226,35 @@ def named(setting: Setting) -> str:
     return f"{setting.called}, {100 * setting.sparsity:.0f}\N{NO-BREAK SPACE}%"
 
 
-def layers(settings: Sequence[Setting]) -> Draw:
-    """Draws the sparsity of each layer (the paper's figure 16), a row for each setting."""
-
-    def draw(figure: Figure) -> None:
-        names = [textwrap.fill(named(setting), NAME_LETTERS) for setting in settings]
-        figure.set_figheight(1.2 + sum(0.1 + LINE * (name.count("\n") + 1) for name in names))
-        axes = figure.add_subplot()
-        grid = [100 * np.mean(setting.values("sparsity_per_layer"), axis=0) for setting in settings]
-        image = axes.imshow(grid, aspect="auto", cmap="viridis", vmin=0, vmax=100, interpolation="nearest")
-        axes.set_yticks(range(len(names)), names)
-        axes.set(xlabel="layer")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        figure.colorbar(image, label="FFN sparsity (%)", orientation="horizontal", fraction=0.35 / len(names))
-
-    return draw
-
-
-def scores(settings: Sequence[Setting], looks: Mapping[str, Style]) -> Draw:
-    """Draws how scores are distributed (the paper's figure 3), over all layers and seeds; dashed are the thresholds."""
-
-    def draw(figure: Figure) -> None:
-        axes, handles, least = figure.add_subplot(), [], 0.1
-        for setting in settings:
-            counts = np.sum([np.sum(run.histogram, axis=0) for run in setting.runs if run.histogram], axis=0)
-            shares = np.where(counts > 0, 100 * counts / counts.sum(), np.nan)
-            least = min(least, np.nanmin(shares))
-            options = looks[setting.method].options | {"marker": ""}
-            line = {key: options[key] for key in ("color", "linestyle", "linewidth")}
-            axes.stairs(shares, np.linspace(0, 1, len(counts) + 1), baseline=None, **line)
-            handles.append(Line2D([], [], **options, label=named(setting)))
-        for threshold in sorted({run.lte["threshold"] for s in settings for run in s.runs if has_threshold(run)}):
-            axes.axvline(threshold, color=matplotlib.rcParams["text.color"], linestyle="--", linewidth=1)
-        axes.set(xlabel="score", ylabel="share of scores (%)", yscale="log", xlim=(0, 1), ylim=(least / 1.5, 150))
-        # 10^-2 has letters too small to read
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.minorticks_off()
-        _legend(figure, handles)
-
-    return draw
-
-
-def has_threshold(run: Run) -> bool:
-    """Says whether experts of a run were chosen by a threshold on their score."""
-    description = describe(run.lte)
-    return description.graded and not description.scales and "threshold" in run.lte
-
-
-def union(settings: Sequence[Setting], looks: Mapping[str, Style]) -> Draw:
-    """Draws the share of experts that no token of a batch needs, against its rows (the paper's figure 15)."""
-
-    def draw(figure: Figure) -> None:
-        axes, handles, ticks = figure.add_subplot(), [], set()
-        for setting in settings:
-            found = setting.values("union_sparsity")
-            sizes = sorted({int(size) for one in found for size in one})
-            means = [100 * np.mean([one[str(size)] for one in found if str(size) in one]) for size in sizes]
-            options = looks[setting.method].options
-            axes.plot(sizes, means, **options)
-            handles.append(Line2D([], [], **options, label=named(setting)))
-            ticks |= set(sizes)
-        axes.set(xlabel="rows of a batch", ylabel="experts that no token needs (%)", xscale="log", ylim=(0, 100))
-        axes.set_xticks(sorted(ticks), [str(size) for size in sorted(ticks)])
-        axes.minorticks_off()
-        axes.grid(visible=True)
-        _legend(figure, handles)
-
-    return draw
-
-
-def latency(rows: Sequence[dict[str, Any]], several_files: bool = False) -> Draw:
-    """Draws how many times as fast as dense each backend is, against sparsity, and the bound that memory sets.
+def curve(points: Sequence[Mapping[str, Any]], heading: str) -> Draw:
+    """Draws the quality of one calibrated model against the tokens per second that were measured.
 
     Args:
-        rows: Of one group of `bench.groups`.
-        several_files: Whether the title names the file.
+        points: Of ``lte curve``: the dense model, the trained threshold, and the sparsities that were asked for.
+        heading: The picture's title.
     """
+    metric = metric_of(points[0])
 
-    def means(key: str, backend: str | None = None) -> tuple[list[float], list[float]]:
-        mine = [row for row in rows if backend in (None, row["backend"])]
-        at = sorted({row["sparsity"] for row in mine})
-        return [100 * x for x in at], [np.mean([row[key] for row in mine if row["sparsity"] == x]) for x in at]
-
-    def draw(figure: Figure) -> None:
-        axes, handles, ink = figure.add_subplot(), [], matplotlib.rcParams["text.color"]
-        looks = list(KNOWN.values())
-        for i, backend in enumerate(dict.fromkeys(row["backend"] for row in rows)):
-            handles += axes.plot(*means("ratio", backend), **looks[i % len(looks)].options, label=backend)
-        handles += axes.plot(*means("bound"), ":", color=ink, label="bound", linewidth=1.2)
-        axes.axhline(1, color=ink, linestyle="--", linewidth=1)
-        heading = textwrap.fill(title(rows, several_files), 44)
-        axes.set(xlabel="sparsity (%)", ylabel="times as fast as dense", ylim=(0, None))
-        axes.set_title(heading, fontsize=LETTERS)
+    def draw(figure: Figure) -> str:
+        axes, said = figure.add_subplot(), []
+        line = sorted((p for p in points if p["setting"] != "dense"), key=lambda point: point["sparsity"])
+        for mine, look, label in ((line, STRONG, "sparse"), ([p for p in points if p not in line], DENSE, "dense")):
+            found = [(p["tokens_per_second"], p[metric]) for p in mine]
+            if found:
+                axes.plot(*zip(*found, strict=True), **look.options, label=label)
+                shares = [f"{100 * p['sparsity']:.0f}\N{NO-BREAK SPACE}%" for p in mine]
+                for share, at in list(zip(shares, found, strict=True)) * (label == "sparse"):
+                    axes.annotate(share, at, (0, 7), textcoords="offset points", ha="center")
+                said += [
+                    f"{label}, {share}: {y:.3g} at {x:.0f} tokens/s"
+                    for share, (x, y) in zip(shares, found, strict=True)
+                ]
+        axes.set(xlabel=SPEED.label, ylabel=in_words(metric), xlim=(0, 1.1 * axes.get_xlim()[1]))
+        axes.margins(y=0.15)
+        _widen(axes, "y", 0.1 * abs(points[0][metric]) if is_unbounded(metric) else 0.05)
+        axes.set_title(textwrap.fill(heading, TITLE_LETTERS), fontsize=LETTERS)
         axes.grid(visible=True)
-        _legend(figure, handles)
+        legend(figure, list(axes.lines))
+        return "; ".join(said)
 
     return draw

@@ -10,7 +10,7 @@ from pathlib import Path
 from lte_lightning.errors import UserError
 from lte_lightning.files import whole_file
 from lte_lightning.report import pictures
-from lte_lightning.report.sections import Section
+from lte_lightning.report.sections import Section, safe
 from lte_lightning.report.tables import Table
 
 _LATEX = {
@@ -59,13 +59,12 @@ def _files(sections: Sequence[Section]) -> Iterator[tuple[str, bytes]]:
         for picture in section.pictures:
             for form in ("svg", "pdf"):
                 yield f"{picture.name}.{form}", pictures.vector(picture.draw, form)
-        tables = [(section.title, table) for table in section.tables] + section.folded
-        for title, table in tables:
-            name = re.sub(r"\W+", "-", title.lower()).strip("-")
+        for table in section.tables + section.folded:
+            name = safe(table.name)
             used[name] += 1
             name += f"-{used[name]}" if used[name] > 1 else ""
             yield f"{name}.csv", csv_of(table).encode()
-            yield f"{name}.tex", latex_of(table, title).encode()
+            yield f"{name}.tex", latex_of(table).encode()
 
 
 def csv_of(table: Table) -> str:
@@ -75,7 +74,7 @@ def csv_of(table: Table) -> str:
     return text.getvalue()
 
 
-def latex_of(table: Table, caption: str) -> str:
+def latex_of(table: Table) -> str:
     """Returns a table for LaTeX with the package booktabs: the first column is text, numbers stand on the right."""
 
     def line(cells: Sequence[str]) -> str:
@@ -85,7 +84,7 @@ def latex_of(table: Table, caption: str) -> str:
         [
             r"\begin{table}",
             r"\centering",
-            rf"\caption{{{_escaped(caption)}}}",
+            rf"\caption{{{_escaped(table.caption)}}}",
             rf"\begin{{tabular}}{{l{'r' * (len(table.heads) - 1)}}}",
             r"\toprule",
             line(table.heads),

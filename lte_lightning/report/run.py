@@ -33,6 +33,7 @@ class Run:
         family: The ``model_type`` of its model, if known.
         test: The file of the test that its figures are of; None of the fit's own.
         task: The experiment that it belongs to: task, metric and model, by the shortest name that tells them apart.
+        title: The same for people, such as ``STS-B, MiniLM (6 layers)``.
         span_kept: What it keeps of the span from floor to dense, with those of its seed in the report.
         lost: What it lost of its seed's dense figure; negative where it is better.
     """
@@ -50,6 +51,7 @@ class Run:
     family: str | None = None
     test: str | None = None
     task: str = ""
+    title: str = ""
     span_kept: float | None = None
     lost: float | None = None
 
@@ -83,10 +85,24 @@ class Run:
         return self.results.flops_per_token / dense if dense else None
 
     @property
+    def tokens_per_second(self) -> float | None:
+        """Real tokens that the sparse model computes in a second, as its fit has measured."""
+        return self._speed(self.results.latency_ms)
+
+    @property
+    def dense_tokens_per_second(self) -> float | None:
+        """The same of its dense twin."""
+        return self._speed(self.results.dense_latency_ms)
+
+    def _speed(self, ms: float | None) -> float | None:
+        tokens = (self.results.latency_of or {}).get("tokens")  # an earlier version did not count them
+        return 1000 * tokens / ms if tokens and ms else None
+
+    @property
     def inner_sparsity(self) -> float | None:
         """Sparsity without the last layer, if a classifier reads one token of that layer alone; else None."""
         layers = self.results.sparsity_per_layer
-        classifies = str(self.options.get("model.class_path")).endswith("Classification")
+        classifies = str(self.options.get("model.class")).endswith("Classification")
         reads_one = classifies and reads_first_token(self.family)
         return statistics.fmean(layers[:-1]) if reads_one and layers and len(layers) > 1 else None
 

@@ -2,16 +2,20 @@
 
 import base64
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import fmean
+from pathlib import Path
+from typing import Any
 
-from lte_lightning.report import bench, pictures, tables
+from lte_lightning.report import bench, claims, details, pictures, tables
 from lte_lightning.report.material import Material
 from lte_lightning.report.methods import describe
+from lte_lightning.report.names import counted, in_words
+from lte_lightning.report.pictures import FLOPS, SPARSITY, SPEED
 from lte_lightning.report.run import Run, Setting
 from lte_lightning.report.style import Style, ours, selectors, styles
 from lte_lightning.report.tables import Table, pick
+from lte_lightning.sweep.table import mean_text
 
 # Where methods are compared at one sparsity, and how far a setting may lie from it to be compared
 AT, REACH = 0.8, 0.15
@@ -20,7 +24,7 @@ OWN_ROWS = 16  # of LTE in a heat map
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture, its title, what it shows for who cannot see it, and what draws it again."""
+    """A picture, its caption, what it shows for who cannot see it, and what draws it again."""
 
     name: str
     text: str
@@ -42,29 +46,32 @@ class Picture:
 
 @dataclass
 class Section:
-    """A heading, what it is about, pictures, tables, and tables that are shown when asked for, each with its name."""
+    """A heading, what it is about, pictures, tables, and tables that are shown when asked for."""
 
     title: str
     text: str = ""
     pictures: list[Picture] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
-    folded: list[tuple[str, Table]] = field(default_factory=list)
+    folded: list[Table] = field(default_factory=list)
 
 
 def main_sections(material: Material, tolerance: float | None) -> list[Section]:
     """Returns what a reader sees first."""
     looks, found = styles(material), []
     for task, metric in material.tasks.items():
-        if not material.settings(task):
+        if not (settings := material.settings(task)):
             continue
-        section = Section(f"Quality against sparsity and cost: {task}", _how_to_read(material, task))
-        for name, axis, by_flops in (("quality", "FFN sparsity", False), ("flops", "FLOPs per token", True)):
-            draw = pictures.quality(material, task, looks, by_flops=by_flops)
-            alt = _shown(material, task, looks, by_flops)
-            section.pictures.append(_picture(f"{name}-{task}", f"{metric} of {task} against {axis}", draw, alt))
+        title = material.title(task)
+        section = Section(f"Quality against sparsity and cost: {title}", _how_to_read(material, task))
+        axes = [("quality", "FFN sparsity", SPARSITY), ("flops", "FLOPs per token", FLOPS)]
+        if any(setting.values(SPEED.key) for setting in settings):
+            axes.append(("speed", "measured tokens per second", SPEED))
+        for name, against, axis in axes:
+            draw = pictures.quality(material, task, looks, across=axis)
+            what = f"{_capital(in_words(metric))} on {title} against {against}"
+            section.pictures.append(_picture(f"{name}-{task}", what, claims.within(settings, tolerance, axis), draw))
         section.tables.append(tables.levels(material, task))
-        table = tables.everything(material, task)
-        section.folded.append((f"All {len(table.rows)} settings of {task}", table))
+        section.folded.append(tables.everything(material, task))
         found.append(section)
     found.append(
         Section(
@@ -84,13 +91,19 @@ def _how_to_read(material: Material, task: str) -> str:
         spread = "one seed each, so no spread is known"
     undefined = [pictures.named(setting) for setting in settings if setting.undefined]
     rows = "the rows of lightning test" if any(run.test for run in material.of(task)) else "the validation rows"
-    return (
-        f"{_subject(material, task)} Means of {material.tasks[task]} on {rows}; {spread}. Cost is FLOPs per token of "
-        "the layers' projections, routers and predictors included, as a share of the dense model's: what a method pays "
-        "to know what it may skip shows only there, and oracles pay nothing. Thin lines: the reference "
+    text = (
+        f"{_subject(material, task)} Means of {in_words(material.tasks[task])} on {rows}; {spread}. Cost is FLOPs per "
+        "token of the layers' projections, routers and predictors included, as a share of the dense model's: what a "
+        "method pays to know what it may skip shows only there, and oracles pay nothing. Thin lines: the reference "
         f"({material.dense_kind(task)}), dashed, and the floor, every FFN expert off and {material.floor_kind(task)}, "
         "dotted; a curve says as much as it stands above the floor, and what lies far below is beyond the picture."
-    ) + (f" Not drawn, for a seed's figure is undefined: {', '.join(undefined)}." if undefined else "")
+    )
+    if speeds := [s for run in material.of(task) if (s := run.dense_tokens_per_second)]:
+        text += (
+            " Speed is of the whole model and was measured at the end of each fit, beside its dense twin: "
+            f"{mean_text(speeds, digits=0)} tokens/s dense."
+        )
+    return text + (f" Not drawn, for a seed's figure is undefined: {', '.join(undefined)}." if undefined else "")
 
 
 def _subject(material: Material, task: str) -> str:
@@ -106,16 +119,18 @@ def detail_sections(material: Material) -> list[Section]:
     """Returns what explains the first sections: spans, layers, scores, batches, and measured time."""
     looks, found = styles(material), []
     for task in material.tasks:
-        settings = material.settings(task)
+        settings, title = material.settings(task), material.title(task)
         if any(setting.values("span_kept") for setting in settings):
+            kept = [(s, mean) for s in nearest(settings)[0] if (mean := s.mean("span_kept")) is not None]
+            shares = [(f"{s.called} at {100 * s.sparsity:.0f}\N{NO-BREAK SPACE}%:", 100 * mean) for s, mean in kept]
+            claim = f"Kept by {claims.ranked(shares)}." if shares else ""
             draw = pictures.quality(material, task, looks, "span_kept")
-            picture = _picture(f"span-{task}", f"share of the span kept on {task}", draw)
+            picture = _picture(f"span-{task}", f"Share of the span kept on {title}", claim, draw)
             text = "How much is left of what the FFNs are good for: the floor is 0, the reference 100 %."
-            found.append(Section(f"Span kept: {task}", text, [picture]))
-        found += _layers(task, settings)
-        found += _scores(task, settings, looks)
-        found += _union(task, settings, looks)
-    return found + _latency(material)
+            found.append(Section(f"Span kept: {title}", text, [picture]))
+        for make in (_layers, _scores, _union):
+            found += make(task, title, settings, looks)
+    return found + _latency(material) + _curves(material)
 
 
 def nearest(settings: Sequence[Setting], shown: str | None = None) -> tuple[list[Setting], str]:
@@ -137,7 +152,7 @@ def nearest(settings: Sequence[Setting], shown: str | None = None) -> tuple[list
     return chosen, text
 
 
-def _layers(task: str, settings: Sequence[Setting]) -> list[Section]:
+def _layers(task: str, title: str, settings: Sequence[Setting], looks: Mapping[str, Style]) -> list[Section]:
     # all runs of an experiment have as many layers
     has = [setting for setting in settings if setting.values("sparsity_per_layer")]
     if not has:
@@ -147,11 +162,16 @@ def _layers(task: str, settings: Sequence[Setting]) -> list[Section]:
     if own:
         text += f" {own[0].method} at {'all its settings' if len(own) < OWN_ROWS else 'settings evenly spread'}."
     rows = own + [setting for setting in chosen if setting.method != ours(has)]
-    picture = _picture(f"layers-{task}", f"sparsity per layer on {task}", pictures.layers(rows))
-    return [Section(f"Sparsity per layer: {task}", f"Means over the seeds. {text}", [picture])]
+    picture = _picture(
+        f"layers-{task}",
+        f"Sparsity per layer on {title}",
+        claims.by_layer(rows[: len(own) or 1], AT),
+        details.layers(rows),
+    )
+    return [Section(f"Sparsity per layer: {title}", f"Means over the seeds. {text}", [picture])]
 
 
-def _scores(task: str, settings: Sequence[Setting], looks: Mapping[str, Style]) -> list[Section]:
+def _scores(task: str, title: str, settings: Sequence[Setting], looks: Mapping[str, Style]) -> list[Section]:
     def scored(run: Run) -> bool:
         return describe(run.lte).graded and sum(map(sum, run.histogram)) > 0
 
@@ -160,16 +180,16 @@ def _scores(task: str, settings: Sequence[Setting], looks: Mapping[str, Style]) 
         return []
     chosen, text = nearest(has)
     text = f"Of all layers and seeds. {text}"
-    if any(map(pictures.has_threshold, (run for setting in chosen for run in setting.runs))):
+    if any(map(details.has_threshold, (run for setting in chosen for run in setting.runs))):
         text += " Dashed: LTE's threshold; a well separated selection has few scores near it."
     if any(describe(run.lte).scales for setting in chosen for run in setting.runs):
         text += " Softmax and sigma-MoE keep the top experts and have no threshold; gates of the others are 0."
     text += " Other methods have no scores, only a choice."
-    picture = _picture(f"scores-{task}", f"scores on {task}", pictures.scores(chosen, looks))
-    return [Section(f"Distribution of the scores: {task}", text, [picture])]
+    picture = _picture(f"scores-{task}", f"Scores on {title}", claims.separated(chosen), details.scores(chosen, looks))
+    return [Section(f"Distribution of the scores: {title}", text, [picture])]
 
 
-def _union(task: str, settings: Sequence[Setting], looks: Mapping[str, Style]) -> list[Section]:
+def _union(task: str, title: str, settings: Sequence[Setting], looks: Mapping[str, Style]) -> list[Section]:
     # pruned weights are the same for all tokens, and no expert is off
     has = [s for s in settings if any(s.values("union_sparsity")) and not describe(s.runs[0].lte).prunes]
     if not has:
@@ -180,8 +200,10 @@ def _union(task: str, settings: Sequence[Setting], looks: Mapping[str, Style]) -
         "classification, one token of each row where a model generates. Means over layers and seeds, on validation "
         f"rows. {choice}"
     )
-    picture = _picture(f"union-{task}", f"union sparsity on {task}", pictures.union(chosen, looks))
-    return [Section(f"Union sparsity: {task}", text, [picture])]
+    picture = _picture(
+        f"union-{task}", f"Union sparsity on {title}", claims.together(chosen), details.union(chosen, looks)
+    )
+    return [Section(f"Union sparsity: {title}", text, [picture])]
 
 
 def _latency(material: Material) -> list[Section]:
@@ -194,13 +216,44 @@ def _latency(material: Material) -> list[Section]:
     section = Section("Latency against sparsity", text)
     groups, several = bench.groups(material.bench), len({row["file"] for row in material.bench}) > 1
     for i, group in enumerate(groups):
-        label = f"speed-up of {bench.title(group, several)}"
-        section.pictures.append(_picture(f"latency-{i}", label, pictures.latency(group, several)))
-    heads = list(dict.fromkeys(key for row in material.bench for key in row))
-    heads = heads if several else [key for key in heads if key != "file"]
-    cells = [[_cell(row.get(key)) for key in heads] for group in groups for row in group]
-    section.folded.append((f"All {len(cells)} figures", Table(heads, cells)))
+        best = max(group, key=lambda row: row["ratio"])
+        claim = f"Fastest: {best['backend']}, {best['ratio']:.2f} times at {100 * best['sparsity']:.0f} %."
+        what = f"Speed-up of {bench.title(group, several)}"
+        section.pictures.append(_picture(f"latency-{i}", what, claim, details.latency(group, several)))
+    rows = [row for group in groups for row in group]
+    caption = f"All figures of lte bench: {counted(len(rows), 'row')}"
+    section.folded.append(_grid(rows, () if several else ("file",), caption, "latency"))
     return [section]
+
+
+def _curves(material: Material) -> list[Section]:
+    """Returns what ``lte curve`` measured: quality against tokens per second of one model at several sparsities."""
+    if not material.curves:
+        return []
+    text = (
+        "One calibrated model at the sparsities that stand at its points, beside its dense twin: all were measured by "
+        "turns. Quality is that of all validation rows, speed that of the whole model."
+    )
+    section = Section("Quality against measured tokens per second", text)
+    for i, (file, points) in enumerate(material.curves.items()):
+        metric = bench.metric_of(points[0])
+        name = Path(file).stem
+        section.pictures.append(
+            _picture(
+                f"curve-{i}",
+                f"{_capital(in_words(metric))} of {name}",
+                claims.fastest(points),
+                pictures.curve(points, name),
+            )
+        )
+        caption = f"All figures of {name}: {counted(len(points), 'row')}"
+        section.folded.append(_grid(points, ("file",), caption, f"curve-{i}"))
+    return [section]
+
+
+def _grid(rows: Sequence[Mapping[str, Any]], without: Collection[str], caption: str, name: str) -> Table:
+    heads = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in without]
+    return Table(heads, [[_cell(row.get(key)) for key in heads] for row in rows], caption, name)
 
 
 def _cell(value: object) -> str:
@@ -218,23 +271,16 @@ def names_of_runs(runs: Sequence[Run]) -> list[str]:
     return [f"{name} ({run.folder.name})" if count[name] > 1 else name for name, run in zip(names, runs, strict=True)]
 
 
-def _picture(name: str, text: str, draw: Callable[..., None], alt: str = "") -> Picture:
-    safe = "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in name)
-    return Picture(safe, text, f"{text}{alt}", draw, *pictures.render(draw))
+def _picture(name: str, what: str, claim: str, draw: pictures.Draw) -> Picture:
+    """Makes a picture, with what it is and what it is to show as its caption."""
+    light, dark, shown = pictures.render(draw)
+    return Picture(safe(name), f"{what}. {claim}".strip(), f"{what}: {shown}", draw, light, dark)
 
 
-def _shown(material: Material, task: str, looks: Mapping[str, Style], by_flops: bool) -> str:
-    """Returns what a picture of quality shows, in words: each method's ends, and the two references."""
-    across = "flops_share" if by_flops else "sparsity"
-    parts = []
-    for method in looks:
-        mine = [s for s in material.settings(task) if s.method == method and s.values("value") and s.values(across)]
-        ends = sorted((100 * fmean(s.values(across)), fmean(s.values("value"))) for s in mine if not s.undefined)
-        if ends:
-            (first, best), (last, worst) = ends[0], ends[-1]
-            reach = f" to {worst:.3g} at {last:.0f} %" if len(ends) > 1 else ""
-            parts.append(f"{mine[0].called} {best:.3g} at {first:.0f} %{reach}")
-    for name in ("dense", "floor"):
-        if values := material.reference(task, name):
-            parts.append(f"{name} {fmean(values):.3g}")
-    return f": {'; '.join(parts)}" if parts else ""
+def safe(name: str) -> str:
+    """Returns a name as a file's."""
+    return "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in name)
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from lte_lightning.report.material import Material
 from lte_lightning.report.methods import marked
+from lte_lightning.report.names import counted, in_words
 from lte_lightning.report.run import GFLOP, Setting
 from lte_lightning.report.tolerance import percent, tolerance_of, tolerated
 from lte_lightning.report.words import sentences
@@ -14,16 +15,18 @@ from lte_lightning.results import better
 from lte_lightning.sweep.table import mean_text
 
 # Percent, two points below the sparsities that one asks a method for, since a calibrated one lands beside them
-LEVELS = (48, 68, 78, 88)
+LEVELS, AT_LEVELS = (48, 68, 78, 88), "50, 70, 80 and 90 %"
 INNER = "sparsity without the last layer"
 
 
 @dataclass(frozen=True)
 class Table:
-    """Heads and rows of text; the first column names the row."""
+    """Heads and rows of text, of which the first names its row; what they show; and what its files are called."""
 
     heads: list[str]
     rows: list[list[str]]
+    caption: str = ""
+    name: str = "table"
 
 
 def flops(material: Material, tolerance: float | None) -> Table:
@@ -32,14 +35,17 @@ def flops(material: Material, tolerance: float | None) -> Table:
     A method's name bears what its figures must not be read without: that it is an oracle, or skips weights.
     """
     tasks = list(material.tasks)
-    heads = ["", *(f"{task} (≤ {tolerance_of(material.tasks[task], tolerance):g} lost)" for task in tasks)]
+    heads = [
+        "",
+        *(f"{material.title(task)} (≤ {tolerance_of(material.tasks[task], tolerance):g} lost)" for task in tasks),
+    ]
     dense = {task: material.of(task)[0].results.dense_flops_per_token for task in tasks}
     rows = [["dense", *(f"{dense[task] / GFLOP:.4g}" for task in tasks)]]
     of_tasks = {task: material.methods(task) for task in tasks}
     for method, settings in material.methods().items():
         cells = [_cheapest(of_tasks[task].get(method, []), tolerance, dense[task]) for task in tasks]
         rows.append([marked(method, settings[-1].runs[0].lte), *cells])
-    return Table(heads, rows)
+    return Table(heads, rows, "GFLOPs (2³⁰) per token, of dense by that, and the FFN sparsity", "flops")
 
 
 def _cheapest(settings: list[Setting], tolerance: float | None, dense: float) -> str:
@@ -68,7 +74,12 @@ def levels(material: Material, task: str) -> Table:
         return f"{chosen.figure} at {100 * chosen.sparsity:.0f} %"
 
     rows = [[s[0].called, *(best(s, level) for level in LEVELS)] for s in material.methods(task).values()]
-    return Table(["best mean at FFN sparsity", *(f"≥ {level} % off" for level in LEVELS)], rows)
+    caption = (
+        f"Best {in_words(material.tasks[task])} at about {AT_LEVELS} FFN sparsity or more on {material.title(task)}"
+    )
+    return Table(
+        ["best mean at FFN sparsity", *(f"≥ {level} % off" for level in LEVELS)], rows, caption, f"levels-{task}"
+    )
 
 
 def everything(material: Material, task: str) -> Table:
@@ -95,7 +106,9 @@ def everything(material: Material, task: str) -> Table:
         "measured": any(setting.values("speedup") for setting in settings),
     }
     shown = {head: text for head, text in columns.items() if wanted.get(head, True)}
-    return Table(list(shown), [[text(setting) for text in shown.values()] for setting in settings])
+    rows = [[text(setting) for text in shown.values()] for setting in settings]
+    caption = f"All settings of {material.title(task)}: {counted(len(rows), 'row')}"
+    return Table(list(shown), rows, caption, f"settings-{task}")
 
 
 def versions(material: Material) -> Table:
@@ -105,13 +118,14 @@ def versions(material: Material) -> Table:
     counts = Counter(
         tuple("–" if (v := versions.get(name)) is None else str(v) for name in names) for versions in found
     )
-    heads = ["", *(f"{count} runs" for count in counts.values())]
-    return Table(heads, [[name, *(key[i] for key in counts)] for i, name in enumerate(names)])
+    heads = ["", *(counted(count, "run") for count in counts.values())]
+    rows = [[name, *(key[i] for key in counts)] for i, name in enumerate(names)]
+    return Table(heads, rows, "Versions and machine of the runs", "versions")
 
 
-def summary(material: Material, tolerance: float | None) -> list[str]:
-    """Says what was found, a sentence or two for each task and method."""
-    return sentences("summary", material, tolerance)
+def summary(material: Material, task: str, tolerance: float | None) -> list[str]:
+    """Says what was found on a task: of the reference, of each method, and in one sentence of those that lose more."""
+    return sentences("summary", material, task, tolerance)
 
 
 def not_run(material: Material) -> list[str]:

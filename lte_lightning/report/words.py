@@ -4,6 +4,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from lte_lightning.report.names import counted, in_words
 from lte_lightning.report.tolerance import percent, tolerated
 from lte_lightning.sweep.table import mean_text
 
@@ -14,6 +15,7 @@ def environment(markup: bool) -> Environment:
     made = Environment(
         loader=loader, autoescape=markup, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    made.globals |= {"counted": counted, "in_words": in_words}
     made.filters |= {"mean_text": mean_text, "percent": percent, "tolerated": tolerated}
     return made
 

@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+import yaml
 from huggingface_hub import ModelCard
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -13,7 +14,7 @@ import lte_lightning
 KEYS = {
     "task", "metric", "dense", "soft", "hard_before", "hard", "sparsity", "sparsity_per_layer", "flops_per_token",
     "dense_flops_per_token", "bytes_per_token", "dense_bytes_per_token", "bound", "data", "sparsity_before",
-    "seconds_per_stage", "grouping", "seed", "versions", "union_sparsity",
+    "seconds_per_stage", "grouping", "seed", "versions", "union_sparsity", "options",
 }  # fmt: skip
 
 
@@ -38,6 +39,16 @@ def test_results(fitted):
     assert results["bound"] == results["dense_bytes_per_token"] / results["bytes_per_token"] > 1
     assert list(results["seconds_per_stage"]) == ["dense", "grouping", "router", "expert"]
     assert results["versions"]["torch"] == torch.__version__
+
+
+def test_results_hold_what_was_chosen(fitted):
+    """A report asks nothing else what a fit is."""
+    options = json.loads((fitted.run / "results.json").read_text())["options"]
+    config = yaml.safe_load((fitted.run / "config.yaml").read_text())
+    assert options["model.class"] == config["model"]["class_path"].rpartition(".")[2]
+    assert options["stages.router.epochs"] == config["stages"]["router"]["epochs"]
+    assert options["data.tokenizer"] == config["data"]["init_args"]["tokenizer"]
+    assert not any("uri" in name for name in options)
 
 
 def test_its_path_is_printed_last_below_a_table(fitted):
@@ -102,7 +113,7 @@ def test_the_model_folder_is_read_by_us_and_by_transformers(fitted):
 def test_the_kept_configuration_repeats_the_run(fitted, lightning, tmp_path):
     again = lightning(tmp_path, None, "fit", "--config", fitted.run / "config.yaml", "--trainer.logger", "false")
     assert again.code == 0, again.err
-    figures = [{**outcome.results, "seconds_per_stage": None} for outcome in (fitted, again)]
+    figures = [{**outcome.results, "seconds_per_stage": None, "options": None} for outcome in (fitted, again)]
     assert figures[0] == figures[1]
 
 

@@ -3,8 +3,10 @@
 import pytest
 
 from lte_lightning.errors import UserError
-from lte_lightning.report import bench, pictures
+from lte_lightning.report import bench, details, pictures
 from lte_lightning.report.bench import read_bench
+from lte_lightning.report.collect import collect
+from lte_lightning.report.sections import detail_sections
 
 HEADS = (
     "shape,scope,phase,dtype,tokens,sparsity,backend,threads,dense_ms,ms,ratio,router_ms,bound,share_of_bound,load\n"
@@ -100,8 +102,42 @@ def test_a_latency_picture(tmp_path, watch):
     rows += [line(sparsity="0.5", backend="reference", ratio="1", bound="0.5")]
     (group,) = bench.groups(read_bench(write(tmp_path, *rows)))
     with watch() as figures:
-        pictures.render(pictures.latency(group))
+        pictures.render(details.latency(group))
     lines = {one.get_label(): one.get_xydata().tolist() for one in figures[0].axes[0].lines}
     assert lines["cpu"] == [[50, 2], [90, 4]]
     assert lines["reference"] == [[50, 1]]
     assert lines["bound"] == [[50, 0.5], [90, 0.9]]
+
+
+CURVE = """setting,sparsity,accuracy,gflops_per_token,tokens_per_second
+dense,0.0,0.91,0.02,1000
+trained,0.6,0.9,0.012,1500
+0.8,0.8,0.89,0.008,2000
+"""
+
+
+def test_a_curve_is_quality_against_tokens_per_second(swept, tmp_path, watch):
+    """What `lte curve` writes is read by the same option."""
+    (tmp_path / "own-model.csv").write_text(CURVE)
+    material = collect([swept], [tmp_path / "own-model.csv"])
+    assert material.bench == []
+    with watch() as figures:
+        (section,) = [s for s in detail_sections(material) if "tokens per second" in s.title]
+    (picture,) = section.pictures
+    lines = {one.get_label(): one.get_xydata().tolist() for one in figures[-1].axes[0].lines}
+    assert lines == {"sparse": [[1500, 0.9], [2000, 0.89]], "dense": [[1000, 0.91]]}
+    assert picture.text == (
+        "Accuracy of own-model. Fastest: 2000 tokens/s at 80 % sparsity, 2.00 times dense, with accuracy 0.89 in place "
+        "of 0.91."
+    )
+    assert "sparse, 80\xa0%: 0.89 at 2000 tokens/s" in picture.alt
+    assert len(section.folded[0].rows) == 3
+
+
+def test_a_curve_that_cannot_be_is_refused(tmp_path):
+    (tmp_path / "curve.csv").write_text(CURVE.replace("2000", "fast"))
+    with pytest.raises(UserError, match="line 4: tokens_per_second is 'fast'; it must be a finite number above 0"):
+        read_bench(tmp_path / "curve.csv")
+    (tmp_path / "curve.csv").write_text("setting,sparsity\n0.8,0.8\n")
+    with pytest.raises(UserError, match="is no CSV file of lte curve: it has no column gflops_per_token, tokens_per"):
+        read_bench(tmp_path / "curve.csv")

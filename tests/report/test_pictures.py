@@ -10,7 +10,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from lte_lightning.cli import main
-from lte_lightning.report import pictures, sections
+from lte_lightning.report import details, pictures, sections
 from lte_lightning.report.collect import collect
 from lte_lightning.report.style import DARK, KNOWN, LIGHT, STRONG, styles
 
@@ -90,7 +90,9 @@ def test_variants_of_lte_are_told_apart(compared):
 
 @pytest.mark.parametrize("by_flops", [False, True])
 def test_quality_of_fifteen_methods(by_flops, material):
-    figure = draw(pictures.quality(material, "stsb", styles(material), by_flops=by_flops))
+    figure = draw(
+        pictures.quality(material, "stsb", styles(material), across=pictures.FLOPS if by_flops else pictures.SPARSITY)
+    )
     (axes,) = figure.axes
     assert labels(figure) == list(styles(material))
     line = next(line for line in axes.lines if line.get_color() == STRONG.colour)
@@ -114,6 +116,57 @@ def test_quality_of_fifteen_methods(by_flops, material):
     assert legend.x1 <= figure.bbox.x1
     assert legend.y0 >= 0
     assert axes.bbox.height > 0.55 * pictures.HEIGHT * figure.dpi
+
+
+@pytest.mark.parametrize(
+    ("metric", "values", "least"), [("accuracy", (0.9, 0.9001), 0.05), ("perplexity", (12.0, 12.1), 1.2)]
+)
+def test_what_hardly_differs_is_not_drawn_far_apart(metric, values, least, make_points, figures, tmp_path):
+    rows = [
+        {"name": str(i), "seed": 0, "variant": "LTE", "parameters": {"rate": i}}
+        | {"results": figures(value, 0.5 + i / 100, dense=values[0]) | {"metric": metric}}
+        for i, value in enumerate(values)
+    ]
+    material = collect([make_points(tmp_path / "near", rows)])
+    (axes,) = draw(pictures.quality(material, "sst2", styles(material))).axes
+    low, high = axes.get_ylim()
+    assert high - low == pytest.approx(least)
+    assert low < min(values) < max(values) < high
+    assert np.ptp(axes.get_xlim()) == pytest.approx(20)
+    assert axes.get_title().startswith("SST-2")
+    assert axes.get_ylabel() == metric
+
+
+def test_quality_against_tokens_per_second(make_points, figures, tmp_path):
+    """Where fits have measured it, and counted the tokens of a call."""
+    rows = [
+        {"name": str(s), "seed": 0, "variant": "LTE", "parameters": {"rate": s}}
+        | {"results": figures(0.9, s, latency_ms=10 * (1 - s), dense_latency_ms=10.0, latency_of={"tokens": 32.0})}
+        for s in (0.5, 0.8)
+    ]
+    material = collect([make_points(tmp_path / "timed", rows)])
+    (axes,) = draw(pictures.quality(material, "sst2", styles(material), across=pictures.SPEED)).axes
+    np.testing.assert_allclose(axes.lines[0].get_xdata(), [6400, 16000])
+    assert axes.get_xlim()[0] == 0
+    (section, _) = sections.main_sections(material, None)
+    assert [picture.name for picture in section.pictures] == ["quality-sst2", "flops-sst2", "speed-sst2"]
+    assert "LTE 16000\xa0tokens/s" in section.pictures[-1].text
+    assert "dense twin: 3200 ± 0 tokens/s dense" in section.text
+
+
+def test_captions_say_what_is_to_be_seen(material):
+    found = [picture for section in sections.main_sections(material, None) for picture in section.pictures]
+    found += [picture for section in sections.detail_sections(material) for picture in section.pictures]
+    claims = {picture.name: picture.text.partition(". ")[2].replace("\xa0", " ") for picture in found}
+    assert claims["quality-stsb"] == "Within 0.01 of the reference up to: LTE 50 %. No other method stays within it."
+    assert claims["flops-stsb"].startswith("Within 0.01 of the reference down to: LTE 67 %.")
+    assert claims["span-stsb"].startswith("Kept by LTE at 80 %: 93 %, narrower dense at 80 %: 89 %,")
+    assert claims["layers-stsb"] == "LTE, 80 %: from 70 % in layer 0 to 90 % in layer 2."
+    assert claims["scores-stsb"] == "Scores within 0.1 of the threshold: LTE 17.8 %."
+    assert claims["union-stsb"].startswith("No token of 64 rows needs: LTE 27 %, narrower dense 19 %,")
+    alts = {picture.name: picture.alt.replace("\xa0", " ") for picture in found}
+    assert "LTE, 80 %: 70, 80, 90 %; LTE, 90 %: 80, 90, 100 %" in alts["layers-stsb"]
+    assert "LTE, 80 %: 78 % for 1 row, 27 % for 64 rows" in alts["union-stsb"]
 
 
 def test_settings_that_tie_are_drawn(make_points, figures, tmp_path):
@@ -208,10 +261,10 @@ def test_details_compare_methods_near_one_sparsity(material):
 
 
 def test_the_heat_map_has_lte_at_all_settings(material):
-    (section,) = sections._layers("stsb", material.settings("stsb"))
+    (section,) = sections._layers("stsb", "STS-B", material.settings("stsb"), {})
     assert section.pictures[0].name == "layers-stsb"
     rows = [s for s in material.settings("stsb") if s.method in ("LTE", "TEAL")]
-    figure = draw(pictures.layers(rows))
+    figure = draw(details.layers(rows))
     names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     assert names == [f"{name}, {s}\xa0%" for name in ("LTE", "TEAL") for s in (50, 70, 80, 90)]
     np.testing.assert_allclose(figure.axes[0].images[0].get_array()[0], [40, 50, 60])
@@ -242,7 +295,7 @@ def test_only_scores_are_drawn_as_scores(compared, watch):
     for run in material.runs:
         run.lte["threshold"] = 0.3
     with watch() as figures:
-        (section,) = sections._scores("stsb", material.settings("stsb"), styles(material))
+        (section,) = sections._scores("stsb", "STS-B", material.settings("stsb"), styles(material))
     assert labels(figures[0]) == ["LTE, 80 %", "noisy top-k softmax, 80 %", "sigma-MoE, 80 %"]
     (axes,) = figures[0].axes
     assert [line.get_xdata() for line in axes.lines] == [[0.3, 0.3]]
@@ -255,7 +308,7 @@ def test_only_scores_are_drawn_as_scores(compared, watch):
 
 def test_union_sparsity_leaves_pruned_weights_out(material, watch):
     with watch() as figures:
-        sections._union("stsb", material.settings("stsb"), styles(material))
+        sections._union("stsb", "STS-B", material.settings("stsb"), styles(material))
     assert labels(figures[0])[:2] == ["LTE, 80 %", "narrower dense, 80 %"]
     assert not any("Wanda" in label for label in labels(figures[0]))
     np.testing.assert_allclose(figures[0].axes[0].lines[0].get_ydata(), [80 / (1 + size * 0.03) for size in (1, 8, 64)])

@@ -18,10 +18,10 @@ def test_pictures_and_tables_are_published(compared, tmp_path):
     assert {f"{name}.{form}" for name in pictures for form in ("svg", "pdf")} <= files
     assert xml.parse(tmp_path / "paper" / "quality-stsb.svg").getroot().tag == "{http://www.w3.org/2000/svg}svg"
     assert (tmp_path / "paper" / "quality-stsb.pdf").read_bytes().startswith(b"%PDF-")
-    with (tmp_path / "paper" / "all-54-settings-of-stsb.csv").open() as file:
+    with (tmp_path / "paper" / "settings-stsb.csv").open() as file:
         rows = list(csv.reader(file))
     assert len(rows) == 54 + 1
-    text = (tmp_path / "paper" / "all-54-settings-of-stsb.tex").read_text()
+    text = (tmp_path / "paper" / "settings-stsb.tex").read_text()
     assert text.count(r" \\") == 54 + 1
 
     html = (tmp_path / "page" / "index.html").read_text()
@@ -29,13 +29,13 @@ def test_pictures_and_tables_are_published(compared, tmp_path):
     assert len(re.findall("<caption>", html)) == len(re.findall("<table>", html))
     assert not re.search("<th>", html)  # each says whose head it is
     assert html.count('<th scope="row">') >= 54
-    (alt,) = re.findall(r'alt="(pearson of stsb against FFN sparsity[^"]*)"', html)
-    assert re.search(r": LTE [\d.]+ at \d+ % to [\d.]+ at \d+ %; .*dense [\d.]+; floor [\d.]+", alt), alt
+    (alt,) = re.findall(r'alt="(Pearson correlation on STS-B \(3 layers\) against FFN sparsity[^"]*)"', html)
+    assert re.search(r": LTE [\d.]+ at \d+\xa0% to [\d.]+ at \d+\xa0%; .*dense [\d.]+; floor [\d.]+", alt), alt
 
 
 def test_a_table_in_latex_and_csv():
-    table = Table(["", "loss (≤ 0.5 %)"], [["a_b & {c}", "1.0 ± 0.2"], ["x^2", 'say "-"']])
-    text = latex_of(table, "50 % of it")
+    table = Table(["", "loss (≤ 0.5 %)"], [["a_b & {c}", "1.0 ± 0.2"], ["x^2", 'say "-"']], "50 % of it")
+    text = latex_of(table)
     assert r"\caption{50 \% of it}" in text
     assert r"\begin{tabular}{lr}" in text
     assert r" & loss ($\le$ 0.5 \%) \\" in text

@@ -88,23 +88,23 @@ def test_what_the_sweep_says_is_text_and_no_markup(page):
 
 
 def test_the_summary(material):
-    lines = tables.summary(material, None)
+    lines = tables.summary(material, "sst2", None)
     assert lines[0] == (
-        "sst2: the reference (dense, not trained on) reaches accuracy 0.9100 ± 0.0100; with every FFN expert off and "
+        "The reference (dense, not trained on) reaches accuracy 0.9100 ± 0.0100; with every FFN expert off and "
         "adapted alike, the floor, 0.6100 ± 0.0100."
     )
     # LTE loses 0.04 s^4: 0.0096 at 0.7, 0.0164 at 0.8; the others lose more than 0.01 at 0.5
     kept = 100 * (0.3 - 0.04 * 0.7**4) / 0.3
     assert lines[1] == (
-        "sst2: LTE loses at most 0.01 up to 70 % FFN sparsity (accuracy 0.9004 ± 0.0100) and keeps "
+        "LTE loses at most 0.01 up to 70 % FFN sparsity (accuracy 0.9004 ± 0.0100) and keeps "
         f"{kept:.0f} ± 0 % of the span from floor to dense."
     )
-    assert lines[2] == "sst2: TEAL loses more than 0.01 at every setting that was run."
+    assert lines[2] == "More than 0.01 is lost at every setting that was run by: TEAL; <b>KLA & Co.</b> (oracle)."
 
 
 def test_the_flops_table_is_the_papers(material):
     table = tables.flops(material, 0.05)
-    assert table.heads == ["", "sst2 (≤ 0.05 lost)"]
+    assert table.heads == ["", "SST-2 (3 layers) (≤ 0.05 lost)"]
     # 4 + 8 (1 - s): LTE loses 0.026 at 0.9, TEAL 0.0375 at 0.5, KLA 0.049 at 0.7
     assert table.rows == [
         ["dense", "12"],
@@ -171,8 +171,8 @@ def test_a_reference_that_was_not_trained_on_is_said_to_be_surpassed(make_points
         {"name": "LTE-a", "seed": 0, "variant": "LTE", "results": figures(0.95, 0.5)},
     ]
     assert (
-        "some settings are better than the reference"
-        in tables.summary(collect([make_points(tmp_path / "trial", rows)]), None)[1]
+        "Some settings are better than the reference"
+        in tables.summary(collect([make_points(tmp_path / "trial", rows)]), "sst2", None)[1]
     )
 
 

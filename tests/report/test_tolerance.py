@@ -27,7 +27,7 @@ def column(material, head):
 
 
 def said(material, method):
-    (line,) = (line for line in tables.summary(material, None) if line.startswith(f"sst2: {method} "))
+    (line,) = (line for line in tables.summary(material, "sst2", None) if line.startswith(f"{method} "))
     return line
 
 
@@ -45,7 +45,7 @@ def test_a_seed_is_read_against_its_own_dense_figure(material_of, start, figures
     """0.905 is near the mean of 0.90, 0.91 and 0.92, but its own seed's dense model has 0.92."""
     material = material_of(*map(start, range(3)), ("KLA", "kla", figures(0.905, 0.8, 2)))
     assert column(material, "lost") == ["0.0150"]
-    assert said(material, "KLA") == "sst2: KLA (oracle) loses more than 0.01 at every setting that was run."
+    assert said(material, "KLA") == "KLA (oracle) loses more than 0.01 at every setting that was run."
     assert tables.flops(material, None).rows[1] == ["KLA (oracle)", "none within"]
 
 
@@ -67,7 +67,7 @@ def test_an_undefined_figure_is_no_good_one(material_of, start, figures):
     }
     (cats,) = (setting for setting in material.settings() if setting.method == "CATS")
     assert cats.mean("value") is None  # so that no picture has the mean of the other seeds
-    assert said(material, "KLA") == "sst2: KLA (oracle) has an undefined accuracy at every setting that was run."
+    assert said(material, "KLA") == "KLA (oracle) has an undefined accuracy at every setting that was run."
     assert "undefined" in said(material, "CATS")
     assert "loses at most 0.01 up to 50 %" in said(material, "without")
     cells = dict(tables.flops(material, None).rows)
@@ -95,12 +95,12 @@ def test_dense_is_what_was_trained_on_as_long(material_of, start, figures):
     material = material_of(*points, *trained)
     assert material.dense("sst2") == {0: 0.95, 1: 0.93}
     assert material.reference("sst2", "dense") == [0.95, 0.93]
-    lines = tables.summary(material, None)
+    lines = tables.summary(material, "sst2", None)
     assert lines[0].startswith(
-        "sst2: the reference (dense, trained on as long as the others) reaches accuracy 0.9400 ± 0.0141, before that "
+        "The reference (dense, trained on as long as the others) reaches accuracy 0.9400 ± 0.0141, before that "
         "0.9050 ± 0.0071"
     )
-    assert not any("sst2: dense, trained on" in line for line in lines)
+    assert not any(line.startswith("dense, trained on") for line in lines)
     assert [setting.method for setting in material.settings()] == ["KLA"]
     assert [row[0] for row in tables.flops(material, None).rows] == ["dense", "KLA (oracle)"]
     assert column(material, "method") == ["dense, trained on", "KLA (oracle)"]
@@ -131,24 +131,24 @@ def test_models_that_were_not_trained_on_equally_long_are_named(make_points, fig
         {"name": "on", "seed": 0, "variant": "on", "selector": "narrow", "results": figures(0.95, 0.0, floor=0.6)},
     ]
     alike = collect([make_points(tmp_path / "alike", [row | {"adapted": 2} for row in rows])])
-    assert "adapted alike" in tables.summary(alike, None)[0]
+    assert "adapted alike" in tables.summary(alike, "sst2", None)[0]
     assert alike.dense_kind("sst2") == "dense, trained on as long as the others"
     rows += [
         {"name": "dv", "seed": 0, "variant": "Deja Vu", "selector": "dejavu", "results": figures(0.9, 0.5, floor=0.6)}
     ]
     longer = [row | {"adapted": 3 if row["name"] == "lte" else 1} for row in rows]
     unlike = collect([make_points(tmp_path / "unlike", longer)])
-    lines = tables.summary(unlike, None)
+    lines = tables.summary(unlike, "sst2", None)
     assert "adapted for 1 epoch, the floor" in lines[0]
     assert lines[1] == (
-        "sst2: not all models were trained on equally long, which may help by itself: 1 epoch (floor, on, Deja Vu); "
+        "Not all models were trained on equally long, which may help by itself: 1 epoch (floor, on, Deja Vu); "
         "3 epochs (LTE)."
     )
     assert unlike.dense_kind("sst2") == "dense, trained on for 1 epoch"
     for file in (tmp_path / "unlike").glob("*/config.yaml"):
         file.unlink()
     unknown = collect([tmp_path / "unlike"])
-    assert "every FFN expert off and adapted, the floor" in tables.summary(unknown, None)[0]
+    assert "every FFN expert off and adapted, the floor" in tables.summary(unknown, "sst2", None)[0]
     assert unknown.dense_kind("sst2") == "dense, trained on"
 
 
@@ -167,9 +167,9 @@ def test_each_start_has_its_own_figure(material_of, figures):
         ("KLA", "kla", figures(0.8, 0.5, 1)),
     )
     assert (
-        "sst2: the methods start from different dense models, none trained on: 0.9050 ± 0.0071 (LTE, KLA); "
+        "The methods start from different dense models, none trained on: 0.9050 ± 0.0071 (LTE, KLA); "
         "0.7200 ± 0.0141 (MoEfication)."
-    ) in tables.summary(material, None)
+    ) in tables.summary(material, "sst2", None)
     assert column(material, "dense start") == ["0.9050 ± 0.0071", "0.7200 ± 0.0141", "0.9100"]
 
 
@@ -179,8 +179,7 @@ def test_up_to_means_that_all_below_hold_too(material_of, start, figures):
 
     ends = material_of(start(0), *kla((0.5, 0.9), (0.7, 0.85), (0.8, 0.895), (0.9, 0.8)))
     assert said(ends, "KLA") == (
-        "sst2: KLA (oracle) loses at most 0.01 up to 50 % FFN sparsity (accuracy 0.9000); at 80 % too, though not in "
-        "between."
+        "KLA (oracle) loses at most 0.01 up to 50 % FFN sparsity (accuracy 0.9000); at 80 % too, though not in between."
     )
     assert tables.flops(ends, None).rows[1] == ["KLA (oracle)", "5.6 (2.14x, 80 % off, though not at 70 %)"]
 
@@ -188,7 +187,7 @@ def test_up_to_means_that_all_below_hold_too(material_of, start, figures):
 def test_a_method_that_fails_at_its_least_sparse_setting(material_of, start, figures):
     material = material_of(start(0), ("KLA", "kla", figures(0.8, 0.5)), ("KLA", "kla", figures(0.9, 0.7)))
     assert said(material, "KLA") == (
-        "sst2: KLA (oracle) loses at most 0.01 at 70 % FFN sparsity, though more at 50 % (accuracy 0.9000)."
+        "KLA (oracle) loses at most 0.01 at 70 % FFN sparsity, though more at 50 % (accuracy 0.9000)."
     )
 
 
@@ -210,9 +209,9 @@ def test_marks_follow_from_the_selector(material_of, figures):
 
 def test_one_seed_has_no_spread(material_of, start, figures):
     material = material_of(start(0), ("LTE", "router", figures(0.9, 0.5, floor=0.6)))
-    assert "±" not in " ".join(tables.everything(material, "sst2").rows[0] + tables.summary(material, None))
+    assert "±" not in " ".join(tables.everything(material, "sst2").rows[0] + tables.summary(material, "sst2", None))
     assert column(material, "seeds") == ["0"]
-    assert "One seed only, so no spread is known: 1 of 1 settings." in tables.not_run(material)
+    assert "One seed only, so no spread is known: 1 of 1 setting." in tables.not_run(material)
 
 
 def test_an_encoder_s_classifier_reads_one_token_of_the_last_layer(make_points, figures, tmp_path):
@@ -223,7 +222,9 @@ def test_an_encoder_s_classifier_reads_one_token_of_the_last_layer(make_points, 
         config.write_text(config.read_text().replace("model:", f"model:\n  class_path: lte_lightning.tasks.{task}"))
     classified = collect([tmp_path / "yes"])
     assert column(classified, "sparsity without the last layer") == ["40.0 %"]
-    assert any("reads the first token of the last layer alone" in line for line in tables.summary(classified, None))
+    assert any(
+        "reads the first token of the last layer alone" in line for line in tables.summary(classified, "sst2", None)
+    )
     other = collect([tmp_path / "no"])
     assert "sparsity without the last layer" not in tables.everything(other, "sst2").heads
-    assert not any("last layer" in line for line in tables.summary(other, None))
+    assert not any("last layer" in line for line in tables.summary(other, "sst2", None))
