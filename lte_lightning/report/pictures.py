@@ -244,7 +244,7 @@ def curve(points: Sequence[Mapping[str, Any]], heading: str) -> Draw:
                 axes.plot(*zip(*found, strict=True), **look.options, label=label)
                 shares = [f"{100 * p['sparsity']:.0f}\N{NO-BREAK SPACE}%" for p in mine]
                 for share, at in list(zip(shares, found, strict=True)) * (label == "sparse"):
-                    axes.annotate(share, at, (0, 7), textcoords="offset points", ha="center")
+                    axes.annotate(share, at, (7, 3), textcoords="offset points")
                 said += [
                     f"{label}, {share}: {y:.3g} at {x:.0f} tokens/s"
                     for share, (x, y) in zip(shares, found, strict=True)

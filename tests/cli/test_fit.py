@@ -47,7 +47,7 @@ def test_results_hold_what_was_chosen(fitted):
     config = yaml.safe_load((fitted.run / "config.yaml").read_text())
     assert options["model.class"] == config["model"]["class_path"].rpartition(".")[2]
     assert options["stages.router.epochs"] == config["stages"]["router"]["epochs"]
-    assert options["data.tokenizer"] == config["data"]["init_args"]["tokenizer"]
+    assert options["data.max_length"] == config["data"]["init_args"]["max_length"]
     assert not any("uri" in name for name in options)
 
 
