@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from lte_lightning.errors import UserError
+from lte_lightning.errors import UserError, meant_path
 
 
 @contextmanager
@@ -49,6 +49,20 @@ def whole_file(path: Path, mode: str = "w", **how: Any) -> Iterator[IO[Any]]:
         raise
 
 
+def require_place(path: Path) -> None:
+    """Checks that a file can be written, before the work whose result it is to hold.
+
+    Raises:
+        UserError: If its folder is not there, it is a folder itself, or it cannot be written.
+    """
+    if not path.parent.is_dir():
+        raise UserError(f"there is no folder {path.parent} to write {path.name} to{meant_path(path.parent)}")
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; name the file to write")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UserError(f"{path} cannot be written")
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes a text file that is there whole or not at all."""
     with whole_file(path) as file:
@@ -74,7 +88,8 @@ def read_text(path: Path) -> str:
             "latin1 -t utf-8 OLD > NEW"
         ) from error
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+        near = meant_path(path) if isinstance(error, FileNotFoundError) else ""
+        raise UserError(f"cannot read {path}: {error.strerror or error}{near}") from error
 
 
 def read_json(path: Path, way_out: str = "", **how: Any) -> dict[str, Any]:

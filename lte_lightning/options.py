@@ -47,7 +47,7 @@ def cause(message: str, options: Iterable[str] = ()) -> str:
     return "\n  ".join(causes + given[:1])
 
 
-def call(function: Callable[..., Any], program: str, args: Sequence[str], positional: str | None = None) -> Any:
+def call(function: Callable[..., Any], program: str, args: Sequence[str], positional: str | Sequence[str] = ()) -> Any:
     """Calls a function with the options of a command line, and returns its result.
 
     Args:
@@ -57,24 +57,26 @@ def call(function: Callable[..., Any], program: str, args: Sequence[str], positi
         args: The command line without the command. ``--batch-size`` is ``--batch_size``, an option of type ``bool``
             may stand alone, and one of type ``list`` takes all the words behind it, or a single one as long as the
             positional word is to come.
-        positional: The parameter that words without an option are for, if they are for one.
+        positional: The parameter that words without an option are for, or several, one word each in their order. The
+            last may be of type ``list``, and takes the rest.
     """
-    words = list(_plain(function, args, positional))
+    words = list(_plain(function, args, [positional] if isinstance(positional, str) else positional))
     return auto_cli(function, words, as_positional=False, prog=program, parser_class=ShortErrors, allow_abbrev=False)
 
 
-def _plain(function: Callable[..., Any], args: Sequence[str], positional: str | None) -> Iterator[str]:
+def _plain(function: Callable[..., Any], args: Sequence[str], positional: Sequence[str]) -> Iterator[str]:
     """Yields the command line as jsonargparse takes it: every option with one value."""
     types = {f"--{name}": parameter.annotation for name, parameter in inspect.signature(function).parameters.items()}
-    takes_words, takes_several = positional is not None, types.get(f"--{positional}") == list[str]
-    rest = list(args)
-    if not takes_several and any(word.partition("=")[0] == f"--{positional}" for word in rest):
-        takes_words = False  # or a stray word would replace what the option names
+    rest, several = list(args), {name for name in positional if types[f"--{name}"] == list[str]}
+    named = {word.partition("=")[0] for word in rest}
+    # a stray word does not replace what an option names
+    places = [name for name in positional if name in several or f"--{name}" not in named]
     while rest:
         word = rest.pop(0)
-        if takes_words and not word.startswith("--") and word != "-h":
-            yield f"--{positional}{'+' * takes_several}={word}"
-            takes_words = takes_several  # a second word is one too many, and refused as such
+        if places and not word.startswith("--") and word != "-h":
+            yield f"--{places[0]}{'+' * (places[0] in several)}={word}"
+            if places[0] not in several:
+                places.pop(0)  # a word for which there is no place is one too many, and refused as such
             continue
         option, equals, value = word.partition("=")
         if option.startswith("--"):
@@ -84,7 +86,7 @@ def _plain(function: Callable[..., Any], args: Sequence[str], positional: str | 
         if wanted is bool and not equals and not (values and values[0] in ("true", "false")):
             yield f"{option}=true"
         elif wanted == list[str] and not equals and values:
-            values = values[:1] if takes_words and not takes_several else values  # the next is the positional word
+            values = values[:1] if places and places[0] not in several else values  # the next is the positional word
             yield from (f"{option}+={value}" for value in values)
             del rest[: len(values)]
         elif positional and values and not equals:  # or its value would be taken for such a word

@@ -29,7 +29,7 @@ from transformers import (
 
 import lte_lightning
 from lte_lightning import LteConfig
-from lte_lightning.cli import COMMANDS, main, push
+from lte_lightning.cli import COMMANDS, main
 from lte_lightning.sweep.spec import read_sweep
 
 ROOT = Path(__file__).parents[1]
@@ -115,13 +115,13 @@ def takes(words: list[str], place: Path, monkeypatch: pytest.MonkeyPatch) -> tup
     """The exit code of a command that is told not to run, and what it says on standard error."""
     if words[0] == "sweep":
         words = [*words, "--dry-run"] if "--dry-run" not in words else words
-    elif words[0] not in ("configs", "push") and not any("help" in word for word in words):
+    elif words[0] != "configs" and not any("help" in word for word in words):
         words = [*words, "--print_config"]
     monkeypatch.setattr(sys, "argv", ["lte", *words])
     said, code = io.StringIO(), 0
     with contextlib.chdir(place), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
         try:
-            push._parser().parse_args(words[1:]) if words[0] == "push" else main()
+            main()
         except SystemExit as stop:
             code = stop.code or 0
     return code, said.getvalue()

@@ -79,6 +79,14 @@ OPTIONS = {
         "json": False,
     },
     "export": {"folder": "FOLDER", "to": "gguf", "out": None, "dtype": "auto"},
+    "push": {
+        "folder": "FOLDER",
+        "repository": "OWNER/NAME",
+        "private": False,
+        "revision": None,
+        "message": "Upload model",
+        "pull_request": False,
+    },
     "sweep": {
         "sweep": "FILE",
         "folder": None,
@@ -100,6 +108,7 @@ REQUIRED = {
     "generate": ["FOLDER"],
     "export": ["FOLDER", "--to", "gguf"],
     "harness": ["--model", "FOLDER", "--tasks", "piqa"],
+    "push": ["FOLDER", "OWNER/NAME"],
     "sweep": ["FILE"],
 }
 
@@ -126,6 +135,9 @@ def test_options_are_these(command, capsys):
         (["cost", "--model", "x", "--json", "maybe"], "error: "),
         (["cost", "x", "y"], "unknown option y"),
         (["generate", "x", "--folder", "y"], "unknown option x"),
+        (["push", "x", "a/b", "y"], "unknown option y"),
+        (["push", "x"], "the following arguments are required: repository"),
+        (["push", "--folder", "x", "a/b", "y"], "unknown option y"),
         (["generate"], "the following arguments are required: folder"),
         (["generate", "x", "--prompt", "two", "words"], "unknown option words"),
         (["generate", "x", "--temperature", "hot"], "Got value: hot"),
@@ -155,6 +167,11 @@ def places(folder: str, text: str = "-") -> tuple:
     return folder, text
 
 
+def sends(folder: str, place: str, files: list[str], quick: bool = False) -> tuple:
+    """Sends options."""
+    return folder, place, files, quick
+
+
 def wants(names: list[str], quick: bool = False) -> tuple:
     """Wants options."""
     return names, quick
@@ -178,6 +195,20 @@ def test_words(words, expected):
 def test_a_word_without_an_option_and_text_as_it_is(text):
     for words in (["f", "--text", text], ["--text", text, "f"], ["--folder", "f", f"--text={text}"]):
         assert call(places, "lte places", words, positional="folder") == ("f", text)
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["a b c d --quick", "--quick a b c d", "a --place b c --quick d", "--place=b a c d --quick", "b --folder a c d"],
+)
+def test_words_of_several_places(words):
+    quick = "--quick" in words
+    assert call(sends, "lte sends", words.split(), positional=("folder", "place", "files")) == (
+        "a",
+        "b",
+        ["c", "d"],
+        quick,
+    )
 
 
 @pytest.mark.parametrize("word", ["-h", "--help"])

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lte_lightning.errors import UserError
+from lte_lightning.files import require_place
 
 if TYPE_CHECKING:
     from lte_lightning.bench.figure import Figure
@@ -121,12 +122,8 @@ def check_files(csv: Path | None, picture: Path | None) -> None:
         UserError: If a file cannot be written there, or its name is of another kind.
     """
     for path in (csv, picture):
-        if path and not path.parent.is_dir():
-            raise UserError(f"there is no folder {path.parent} to write {path.name} to")
-        if path and path.is_dir():
-            raise UserError(f"{path} is a folder; name the file to write")
-        if path and not os.access(path if path.exists() else path.parent, os.W_OK):
-            raise UserError(f"{path} cannot be written")
+        if path:
+            require_place(path)
     if picture and picture.suffix not in PICTURES:
         raise UserError(f"--picture is {picture}; its name must end in {', '.join(PICTURES)}")
     if csv and csv.suffix in PICTURES:

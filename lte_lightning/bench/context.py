@@ -27,7 +27,7 @@ from rich.progress import track
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lte_lightning.core.model.experts import set_mode
-from lte_lightning.core.model.thresholds import set_sparsity
+from lte_lightning.core.model.thresholds import require_settings, set_sparsity
 from lte_lightning.core.routing.trace import RouterTrace
 from lte_lightning.errors import UserError
 
@@ -202,8 +202,7 @@ def compare(
     settings: list[tuple[str, float | None]] = [("dense", None)]
     if skips:
         settings += [("sparse", None)] if sparsities is None else [(f"{100 * s:g} %", s) for s in sparsities]
-        for wanted in sparsities or ():
-            set_sparsity(model, wanted)
+        require_settings(model, sparsities or ())
     scores = []
     for setting, sparsity in track(settings, "measuring", console=Console(stderr=True), transient=True):
         if skips:

@@ -13,8 +13,8 @@ from lte_lightning.cli.complete import TRAINING, asked, complete
 from lte_lightning.cli.help import show_help
 from lte_lightning.errors import UserError
 
-# Name: module, help. The module's main(arguments) runs the command; it is imported only for its own command, so what
-# needs no training starts without Lightning.
+# Name: module, help. The module's main(arguments) runs the command. It is imported for its own command alone, so that
+# commands without training start without Lightning.
 COMMANDS = {
     "fit": (TRAINING, "train a model through the stages: dense, router, expert"),
     "validate": (TRAINING, "measure a model on the validation rows, as a fit does"),
@@ -39,10 +39,10 @@ COMMANDS = {
 
 
 def main(args: list[str] | None = None) -> None:
-    """Runs the command line; what the user can put right is said in one message, with exit code 1."""
+    """Runs the command line; an error that the user can put right is one message and exit code 1."""
     try:
         _run(args)
-    except KeyboardInterrupt:  # before training, or outside of it: Lightning ends a fit itself
+    except KeyboardInterrupt:  # before or outside training; Lightning itself ends a fit
         print("\nInterrupted.", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
 

@@ -1,4 +1,4 @@
-"""Reads command lines of fits without running them: ``lte sweep`` asks it, in a process that may import Lightning.
+"""Reads command lines of fits without running them, for ``lte sweep``, in a process that may import Lightning.
 
 echo '[["fit", "--config", "a.yaml"]]' | python -m lte_lightning.cli.check
 """
@@ -13,14 +13,14 @@ from lte_lightning.cli.training import LteCLI, make_cli, user_error
 
 
 class _Checked(Exception):
-    """Everything was read; there is nothing to run."""
+    """Raised once a command line is read, so that nothing runs."""
 
 
 class _Check(LteCLI):
     """Reads many command lines with one parser, and makes what each describes, except for a trainer."""
 
     def parse_arguments(self, parser: Any, args: Any) -> None:
-        """Leaves without anything being run."""
+        """Raises before anything runs."""
         raise _Checked([self._check(parser, words) for words in args])
 
     def _check(self, parser: Any, words: list[str]) -> dict[str, Any]:
@@ -40,7 +40,7 @@ class _Check(LteCLI):
 
 
 def check_commands(commands: list[list[str]]) -> list[dict[str, Any]]:
-    """Says of each command line what is wrong with it, or None, and whether it records in MLflow and where."""
+    """Returns for each command line its error or None, whether it records in MLflow, and where."""
     try:
         make_cli([words[1:] for words in commands], run=False, cli_class=_Check)
     except _Checked as checked:

@@ -1,4 +1,4 @@
-"""What a shell may complete: commands, and then the options of one. argcomplete asks, by the environment."""
+"""Completion in a shell: commands, and then the options of a command. argcomplete asks through the environment."""
 
 import argparse
 import os
@@ -10,7 +10,7 @@ TRAINING = "lte_lightning.cli.training"
 
 
 def asked() -> bool:
-    """Says whether a shell asks for completions, in place of running a command."""
+    """Says whether a shell asks for completions instead of running a command."""
     return "_ARGCOMPLETE" in os.environ
 
 
@@ -20,7 +20,7 @@ def complete(
     run: Callable[[list[str]], object],
     help_of: Callable[[str], str],
 ) -> None:
-    """Writes the completions of the line that is being typed where argcomplete's script wants them, and exits.
+    """Writes the completions of the typed line to where argcomplete's script reads them, and exits.
 
     Args:
         parser: Of the commands.
@@ -36,7 +36,7 @@ def complete(
         argcomplete.autocomplete(parser)
     module = import_module(commands[words[1]]) if commands[words[1]] != TRAINING else None
     start = int(os.environ.pop("_ARGCOMPLETE"))
-    # argcomplete fails on Lightning's parser, whose help has its options and is kept
+    # argcomplete fails on Lightning's parser; its help text is cached and lists the options
     options = _options_in(help_of(words[1])) if module is None else None
     os.environ["_ARGCOMPLETE"] = str(start + 1)  # the command's name is no argument of it
     if options:

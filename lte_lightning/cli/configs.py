@@ -13,7 +13,7 @@ def main(args: list[str]) -> None:
     """Runs the command; its only word may be a name.
 
     Raises:
-        UserError: There is none of that name.
+        UserError: If there is no configuration of that name.
     """
     call(configs, "lte configs", ["--name", *args] if args and not args[0].startswith("-") else args)
 
@@ -34,7 +34,7 @@ def configs(name: str | None = None) -> None:
 
 
 def _about(text: str) -> str:
-    """Returns what a file says of itself: a sweep by its key, a configuration by the comment that it begins with."""
+    """Returns a file's description: the ``about`` of a sweep, the first comment of a configuration."""
     first = text.partition("\n")[0]
     about = first.removeprefix("#") if first.startswith("#") else str(yaml.safe_load(text).get("about", ""))
     return textwrap.shorten(about, 80, placeholder=" ...")

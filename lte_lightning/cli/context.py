@@ -1,4 +1,4 @@
-"""``lte context``: what a sparse language model still finds in long contexts, beside its dense function."""
+"""``lte context``: retrieval from long contexts by a sparse language model, beside its dense function."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,10 +35,10 @@ def context(
 
     lte context RUN --tokens 128,512,1024 --sparsity 0.5,0.8
 
-    Routers see one token at a time, and the loss of ordinary text tells little of what stands far back. Rows are random
+    Routers see one token at a time, and the loss on ordinary text says little about distant tokens. Rows are random
     words. copy asks for the words of a second copy, retrieve for the values of some keys, count for the commonest of
     four words (one in four by chance). A score is the share of answers that the model ranks first, with its standard
-    error over rows. Rows are the same for every setting.
+    error over rows. Every setting gets the same rows.
 
     Args:
         folder: A saved language model or a run's folder, plain or sparse, named without the option's name.
@@ -48,7 +48,7 @@ def context(
         tasks: copy, retrieve, count, or some of them by commas.
         rows: Rows of each task and length.
         batch_size: Rows at a time.
-        seed: Another one gives other rows.
+        seed: Seed of the rows.
         device: cpu, cuda or cuda:1; auto takes a CUDA device where there is one.
         csv: Where to write the scores.
         picture: Where to draw them, .png, .svg or .pdf.

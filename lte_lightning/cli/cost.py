@@ -1,4 +1,4 @@
-"""``lte cost``: what a token costs a model at a sparsity, without loading its weights."""
+"""``lte cost``: the cost of a token at a sparsity, without loading the model's weights."""
 
 from json import dumps
 
@@ -24,7 +24,7 @@ def cost(
     precision: str = "bf16-mixed",
     json: bool = False,
 ) -> None:
-    """Shows what a token costs a model, dense and at a sparsity, and the memory that training needs.
+    """Shows the cost of a token, dense and at a sparsity, and the memory that training needs.
 
     lte cost RUN/model
 
@@ -33,7 +33,7 @@ def cost(
 
     Args:
         model: Folder (plain or LTE), hub id, or config.json; the option's name may be left out.
-        sparsity: Share of the FFN neurons that do not run, in every layer. By default what a saved LTE model measured.
+        sparsity: Share of the FFN neurons that do not run, in every layer. By default as a saved LTE model measured.
         dtype: Of weights and KV cache: bf16, fp16, fp32.
         context: Tokens attended to. By default 1024, or all that the model allows.
         expert_size: Neurons per expert of a plain model. By default 32.

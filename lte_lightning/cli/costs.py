@@ -1,4 +1,4 @@
-"""What ``lte cost`` works out, and the tables that it prints."""
+"""The computation of ``lte cost``, and its tables."""
 
 from dataclasses import asdict
 from typing import Any
@@ -74,7 +74,7 @@ def work_out(
 def figures(
     model: PreTrainedModel, dense: TokenCost, sparse: TokenCost, sparsity_per_layer: list[float]
 ) -> dict[str, Any]:
-    """Returns the figures of a dense and of a sparse token side by side, as ``--json`` prints them."""
+    """Returns the costs of a dense and of a sparse token side by side, as ``--json`` prints them."""
     ffns = list(require_expert_ffns(model).values())
     neurons = [ffn.neurons for ffn in ffns]
     running = sum(n * (1.0 - s) for n, s in zip(neurons, sparsity_per_layer, strict=True))
@@ -89,7 +89,7 @@ def figures(
         "flops_per_token": {"dense": dense.flops, "sparse": sparse.flops},
         "parameters_per_token": {"dense": dense.parameters, "sparse": sparse.parameters},
         "bytes_per_token": {"dense": dense.bytes, "sparse": sparse.bytes},
-        # an FFN of which nothing runs and nothing is read has no bound: JSON knows no infinity
+        # an FFN that runs and reads nothing has no bound, and JSON has no infinity
         **{key: {"dense": 1.0, "sparse": value if value < float("inf") else None} for key, value in bounds.items()},
         "router_share_of_ffn_flops": router,
     }

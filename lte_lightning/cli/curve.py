@@ -25,13 +25,13 @@ def curve(
     rows: int = 1,
     device: str = "auto",
 ) -> None:
-    """Draws what a calibrated model is worth at each sparsity: quality, FLOPs per token, and tokens per second.
+    """Draws a calibrated model's quality, FLOPs per token and tokens per second over its sparsity.
 
     lte curve RUN --out curve.png
 
-    The same figures are written as a table beside the picture (curve.csv), the dense model's and those at the trained
-    threshold among them. Quality is that of all validation rows. Speed is that of forward passes, of a language model
-    of decoding steps. All settings take turns.
+    A table beside the picture (curve.csv) has the same values, with those of the dense model and of the trained
+    threshold. Quality is measured on all validation rows. Speed is that of forward passes; for a language model, of
+    decoding steps. All settings take turns.
 
     Args:
         folder: A saved LTE model that lte calibrate has given a table, or its run, named without the option's name.
@@ -50,12 +50,11 @@ def curve(
     from lte_lightning.cli.curves import draw, qualities, speeds
     from lte_lightning.cli.rows import load_rows
     from lte_lightning.core.model.thresholds import kept_table
-    from lte_lightning.files import whole_file
+    from lte_lightning.files import require_place, whole_file
 
     if out.suffix not in (".png", ".svg"):
         raise UserError(f"--out is {out}; name a picture, .png or .svg")
-    if not out.absolute().parent.is_dir():
-        raise UserError(f"no folder {out.absolute().parent} to write {out.name} to")
+    require_place(out)
     if rows < 1:
         raise UserError(f"--rows is {rows}; it must be at least 1")
     given = None if sparsity is None else read_sparsities(sparsity)

@@ -1,4 +1,4 @@
-"""What ``lte curve`` measures and draws."""
+"""The measurements and the picture of ``lte curve``."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -57,17 +57,17 @@ def speeds(rows: Rows, sparsities: Sequence[float], size: int) -> dict[Any, floa
 
     Args:
         rows: The model's folder and rows.
-        sparsities: To be timed, beside the dense model and the trained threshold.
+        sparsities: The settings to time, beside the dense model and the trained threshold.
         size: Rows of a call: a decoding step of a language model, else a forward pass.
     """
     device, dtype = rows.module.net.device, run_dtype(rows.precision)
     loaders: Any = rows.data.val_dataloader()
     batches = row_batches(loaders[0] if isinstance(loaders, list) else loaders, size, device)
     sparse = from_pretrained(rows.folder, dtype=dtype)
-    # with weights of its own: those of the sparse one are laid out for its kernels
+    # with its own weights: the sparse model's are laid out for its kernels
     dense = restore(from_pretrained(rows.folder, dtype=dtype, backend="dense-mask"))
     for model in (sparse, dense):
-        nn.Module.to(model, device)  # transformers' own hides its types
+        nn.Module.to(model, device)  # the decorator of transformers hides its types
         model.eval().requires_grad_(False)
     decodes = sparse.can_generate() and not sparse.config.is_encoder_decoder
     run = decode if decodes else forward
@@ -86,7 +86,7 @@ def speeds(rows: Rows, sparsities: Sequence[float], size: int) -> dict[Any, floa
 
 
 def draw(points: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draws each figure of the points over their sparsity: the dense model's as a line, a star where it was trained."""
+    """Draws each value over the sparsity: the dense model is a line, the trained threshold a star."""
     from matplotlib.figure import Figure
 
     names = [name for name in points[0] if name not in ("setting", "sparsity")]

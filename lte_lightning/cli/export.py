@@ -8,7 +8,7 @@ from lte_lightning.options import call
 
 
 def main(args: list[str]) -> None:
-    """Runs the command; the path of what was written is printed.
+    """Runs the command, and prints the path of the export.
 
     Raises:
         UserError: If an argument is wrong, a package is missing, or the format has no place for the model.
@@ -24,13 +24,13 @@ def export(
     lte export RUN --to gguf
 
     dense is an ordinary Hugging Face folder of the dense function: every neuron runs. gguf is the dense function of a
-    decoder for llama.cpp. onnx and openvino are folders with the sparse function: the values of the selected experts,
-    computed by masks and so without their speed.
+    decoder for llama.cpp. onnx and openvino are folders with the sparse function: masks give the values of the selected
+    experts, and no speed-up.
 
     Args:
         folder: A saved LTE model, a run's folder, or a hub id, named without the option's name.
         to: The format.
-        out: Where to; nothing may be there. By default beside the model, as model.gguf, model-onnx, ...
+        out: Path of the export, where nothing may be yet. By default beside the model, as model.gguf, model-onnx, ...
         dtype: Of a GGUF file's matrices: fp32, fp16, bf16, q8_0 or q4_0; auto is the type that they were saved in.
 
     Raises:

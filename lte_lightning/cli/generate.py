@@ -1,4 +1,4 @@
-"""``lte generate``: text of a language model in the shell, as it is made, with its speed and its sparsity."""
+"""``lte generate``: streams a language model's text to the shell, with its speed and its sparsity."""
 
 import math
 import os
@@ -9,16 +9,16 @@ from lte_lightning.options import call
 
 
 def main(args: list[str]) -> None:
-    """Runs the command; the text goes to standard output, all that is said about it to standard error.
+    """Runs the command. The text goes to standard output, speed and sparsity to standard error.
 
     Raises:
         UserError: If an argument is wrong; no weights are loaded then.
     """
     try:
         call(generate, "lte generate", args, positional="folder")
-    except BrokenPipeError:  # the reader has seen enough, `head` for one; Python would complain again as it ends
+    except BrokenPipeError:  # a reader such as `head` closed the pipe; Python would complain again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)  # as a shell names an end by SIGPIPE
+        sys.exit(141)  # a shell's code for SIGPIPE
 
 
 def generate(
@@ -35,21 +35,21 @@ def generate(
     sparsity: float | None = None,
     threads: int | None = None,
 ) -> None:
-    """Lets a language model go on from a prompt, in the mode that it was saved in: text, tokens per second, sparsity.
+    """Continues a prompt in the mode that the model was saved in, and shows tokens per second and sparsity.
 
     lte generate RUN --prompt "Once upon a time"
 
     Args:
         folder: A saved LTE model, a run's folder, or a plain model's folder or hub id, named without the option's name.
-        prompt: The text to go on from; - is standard input.
-        max_new_tokens: It may end earlier.
-        temperature: Of sampling. 0 is greedy: always the most probable token.
+        prompt: The text to continue; - is standard input.
+        max_new_tokens: Most tokens to write; the model may end earlier.
+        temperature: Temperature of sampling. 0 always takes the most probable token.
         backend: auto, dense-mask, reference, cpu or triton.
         dtype: Of the weights: bf16, fp16, fp32; auto is the type that they were saved in.
         quantize: int8 or int4: round the weights of an LTE model, to decode faster on a CPU.
         device: cpu, cuda or cuda:1; auto takes a CUDA device where there is one, and no quantised weights.
-        chat: Give the prompt as a user's message, in the tokenizer's chat template.
-        dense: Let the same model write a second time with every neuron, to compare.
+        chat: Send the prompt as a user's message, in the tokenizer's chat template.
+        dense: Write a second time with every neuron, to compare.
         sparsity: Where to set the knob of a model that lte calibrate has given one. By default it stays where it is.
         threads: torch's threads. By default torch's own choice.
 
@@ -111,7 +111,7 @@ def generate(
     share += f", {kind}" if kind else ""
     print(f"{text}, {share}", file=sys.stderr)
     if dense:
-        if kind:  # it cannot be made plain
+        if kind:  # its dense weights are gone
             set_mode(model, "dense")
         else:
             restore(model)
@@ -125,7 +125,7 @@ def _read(prompt: str) -> str:
         if prompt == "-":
             if sys.stdin.isatty():
                 print("the prompt, ended by Ctrl-D:", file=sys.stderr)
-            prompt = sys.stdin.read().removesuffix("\n")  # echo's: a text goes on otherwise after it
+            prompt = sys.stdin.read().removesuffix("\n")  # echo adds it, and it would change the continuation
         prompt.encode()
     except UnicodeError as error:
         raise UserError(f"the prompt is not UTF-8 text: {error}") from error

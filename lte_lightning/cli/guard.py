@@ -1,4 +1,4 @@
-"""Configurations from anybody: they are checked before they are read, and see nothing of the environment."""
+"""Guards against foreign configurations: check them before reading, and hide the environment from them."""
 
 import os
 import re
@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lte_lightning.documents import DocumentError, check_yaml
-from lte_lightning.errors import UserError
+from lte_lightning.errors import UserError, meant_path
 from lte_lightning.files import read_text
 
 MOST_CHARACTERS = 1_000_000  # of an option whose references are followed
@@ -22,7 +22,7 @@ MODE = "omegaconf+"  # of the parser: options may refer to each other, across fi
 
 
 class CheckedLoader:
-    """Reads a configuration after a look at what it would become.
+    """Reads a configuration after checking its size and depth.
 
     Args:
         load: Makes the values of a text.
@@ -45,7 +45,7 @@ class CheckedLoader:
 
 
 def guard_configurations() -> None:
-    """Lets every configuration be checked before it is read, and keeps the environment from what it says.
+    """Has every configuration checked before it is read, and hides the environment from it.
 
     A configuration may refer to other options (``${data.task}``). What it would take from the environment could be a
     password, and would be kept in the run's files: LTE_CONFIG_ENV=1 allows it.
@@ -61,14 +61,18 @@ def guard_configurations() -> None:
 
 
 def check_files(words: Sequence[str]) -> None:
-    """Looks at the configurations that a command line names, so that what is wrong is said with the file's name.
+    """Checks the configurations that a command line names, so that errors name the file.
 
     Raises:
-        UserError: If one is no text in UTF-8 or no YAML.
+        UserError: If one is missing, no text in UTF-8 or no YAML.
     """
     named = [word for flag, word in pairwise(words) if flag in ("-c", "--config")]
     named += [word.partition("=")[2] for word in words if word.startswith("--config=")]
-    for file in filter(Path.is_file, map(Path, named)):
+    for file in map(Path, named):
+        if file.suffix in (".yaml", ".yml", ".json") and not file.exists():  # a configuration may be given as text
+            raise UserError(f"no file {file}{meant_path(file)}")
+        if not file.is_file():
+            continue
         try:
             check_yaml(read_text(file))
         except yaml.YAMLError as error:
@@ -87,7 +91,7 @@ def _environment(name: str, *default: Any) -> Any:
 
 
 def check_references(options: dict[str, Any]) -> None:
-    """Refuses options whose references to each other would become an enormous text; what is wrong else is said later.
+    """Refuses options whose references to each other would expand to an enormous text; other errors come later.
 
     Raises:
         UserError: If one would have more than a million characters.
@@ -96,7 +100,7 @@ def check_references(options: dict[str, Any]) -> None:
 
     def size(path: tuple[str, ...], value: Any) -> int:
         if path not in sizes:
-            sizes[path] = 0  # one that contains itself is no affair of this check
+            sizes[path] = 0  # a reference to itself is not this check's concern
             if isinstance(value, dict):
                 sizes[path] = sum(size((*path, str(key)), inner) for key, inner in value.items())
             elif isinstance(value, list):
@@ -130,7 +134,7 @@ def _find(options: Any, path: tuple[str, ...]) -> Any:
 
 @contextmanager
 def references() -> Iterator[None]:
-    """Says in one line what is wrong with options that refer to others."""
+    """Turns the errors of options that refer to others into one line."""
     try:
         yield
     except (OmegaConfBaseException, RecursionError) as error:

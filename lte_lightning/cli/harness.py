@@ -7,8 +7,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from lte_lightning.errors import UserError
-from lte_lightning.files import write_text
+from lte_lightning.errors import UserError, meant_path
+from lte_lightning.files import require_place, write_text
 from lte_lightning.options import call
 
 
@@ -53,9 +53,10 @@ def harness(
 
     source = find_model(model)
     if not is_lte(source):
-        raise UserError(f"{model} is no saved LTE model; the harness's own command evaluates a plain model")
-    if out and not out.absolute().parent.is_dir():
-        raise UserError(f"no folder {out.absolute().parent} to write {out.name} to")
+        near = "" if Path(source).exists() else meant_path(source)
+        raise UserError(f"{model} is no saved LTE model{near}; the harness's own command evaluates a plain model")
+    if out:
+        require_place(out)
     names = [name for word in tasks for name in word.split(",") if name]
     results = evaluate_saved(source, names, include, batch_size, num_fewshot=num_fewshot, limit=limit)
     text = dumps(results, indent=2, default=str)

@@ -1,4 +1,4 @@
-"""Help texts of the commands, made once: the parser of a fit imports torch and Lightning, which takes seconds."""
+"""Cached help texts of the commands: the parser of a fit imports torch and Lightning, which takes seconds."""
 
 import contextlib
 import hashlib
@@ -19,7 +19,7 @@ WRITTEN_BY = ("docstring-parser", "jsonargparse", "lightning", "omegaconf", "tor
 
 
 def show_help(command: str, make: Callable[[], object]) -> None:
-    """Prints a command's help. The text is kept until this package or what it is made with changes.
+    """Prints a command's help. The text is cached until this package or a package behind its parser changes.
 
     Each program's name and each width of a terminal has a text of its own.
 

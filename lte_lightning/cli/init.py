@@ -1,4 +1,4 @@
-"""``lte init``: a configuration for one's own data, after looking at them."""
+"""``lte init``: a configuration for your own data, after looking at them."""
 
 from pathlib import Path
 from typing import Literal
@@ -35,10 +35,10 @@ def init(
     It looks at the data's columns, classes and lengths and at the model's sizes, and fails where a fit would.
 
     Args:
-        folder: Where to; made if it is not there. A config.yaml is never overwritten.
+        folder: Folder of the configuration; it is made if it is missing. A config.yaml is never overwritten.
         data: File, folder or hub id. Files are csv, tsv, jsonl, json or parquet, and txt or md of running text.
         model: Folder or hub id. By default MiniLM for classification, else SmolLM2-135M.
-        task: What to train: a classifier, answers to prompts, or a language model. By default by the columns.
+        task: A classifier, answers to prompts, or a language model. By default the columns decide.
         text: Column of the text to classify, or of running text. By default the one with the longest texts.
         label: Column of the classes. By default one with a name such as label or stars, or with few values.
     """

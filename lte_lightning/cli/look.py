@@ -1,4 +1,4 @@
-"""What data look like, and the configuration that suits them."""
+"""Looks at data, and writes a configuration that suits them."""
 
 import json
 from collections import Counter
@@ -207,7 +207,7 @@ def _some(rows: int) -> list[int]:
 
 
 def _fitting(tokens: np.ndarray, limit: int) -> dict[str, Any]:
-    """Returns a length that nearly all rows fit, and what is said of their lengths."""
+    """Returns a length that nearly all rows fit, and a remark on their lengths."""
     wanted = int(-(-np.percentile(tokens, 99) // 8) * 8)
     length = min(max(wanted, 16), limit)
     cut = float((tokens > length).mean())

@@ -1,4 +1,4 @@
-"""What is said of an option that is wrong: the cause and the nearest name, not the whole usage."""
+"""Errors of options: the cause and the nearest name, without the whole usage."""
 
 import contextlib
 import inspect
@@ -27,16 +27,16 @@ load_all("lte_lightning.tasks", "lte_lightning.data")  # jsonargparse knows the 
 class LteParser(ShortErrors, LightningArgumentParser):
     """Lightning's parser with shorter errors, which knows the configurations that come with the package.
 
-    It can tell what was given from what follows from it.
+    It tells given options from those that links derive.
 
     Attributes:
-        before_links: What was read last, with defaults, before links replaced anything.
+        before_links: The options read last, with defaults, before links replaced any.
     """
 
     before_links = Namespace()
 
     def _parse_common(self, cfg: Namespace, *more: Any, **how: Any) -> Namespace:
-        # jsonargparse offers no other way to what links replace. Files, classes and commands are read by other calls
+        # jsonargparse gives no other access to values before links. Other calls read files, classes and commands
         if "subcommand" not in cfg and not how.keys() & {"skip_required", "fail_no_subcommand"}:
             LteParser.before_links = cfg.clone()
         with references():
@@ -45,7 +45,7 @@ class LteParser(ShortErrors, LightningArgumentParser):
             return super()._parse_common(cfg, *more, **how)
 
     def in_files(self, words: Sequence[str]) -> Namespace:
-        """Returns what the configurations of a command line say themselves, without defaults."""
+        """Returns the options that the configurations of a command line set, without defaults."""
         files = [word for flag, word in pairwise(words) if flag in ("-c", "--config")]
         files += [word.partition("=")[2] for word in words if word.startswith("--config=")]
         command = [word for word in words[:1] if not word.startswith("-")]
@@ -68,7 +68,7 @@ class LteParser(ShortErrors, LightningArgumentParser):
 
 
 def explain(message: str, options: Iterable[str] = ()) -> str:
-    """Cuts jsonargparse's account of an error down to its cause, and says which name was probably meant.
+    """Cuts jsonargparse's account of an error down to its cause, and suggests the nearest name.
 
     Args:
         message: Of jsonargparse.
@@ -101,7 +101,7 @@ def _classes() -> list[str]:
 
 
 def _elsewhere(name: str) -> str:
-    """Says whose name it is, if it is right but in the wrong place: another part's, or another class's."""
+    """Returns a remark on which part or class has the name, if another has it."""
     for part, base in (("data", LightningDataModule), ("model", LteModule)):
         if classes := sorted(cls.__name__ for cls in _subclasses(base) if name in _parameters(cls)):
             return f"; it is --{part}.{name} of {', '.join(classes)}"
@@ -109,7 +109,7 @@ def _elsewhere(name: str) -> str:
 
 
 def _parameters(cls: type) -> set[str]:
-    """Names that a class takes, those that it hands on to its bases included."""
+    """Returns the names that a class takes, including those that it passes on to its bases."""
     ours = [base for base in cls.__mro__ if base.__module__.startswith("lte_lightning.")]
     makers = [vars(base)["__init__"] for base in ours if "__init__" in vars(base)]
     return {name for maker in makers for name in inspect.signature(maker).parameters} - {"self", "kwargs"}

@@ -1,55 +1,62 @@
 """``lte push``: a saved model to the Hugging Face hub."""
 
-import argparse
-from pathlib import Path
-
-from huggingface_hub.errors import HTTPError
-
-from lte_lightning.core.model.checkpoint import from_pretrained
-from lte_lightning.core.model.folder import is_lte
-from lte_lightning.core.model.hub import push_folder
 from lte_lightning.errors import UserError
+from lte_lightning.options import call
 
 
 def main(args: list[str]) -> None:
-    """Runs the command; the address of the commit is printed.
+    """Runs the command.
+
+    Raises:
+        UserError: See `push`.
+    """
+    call(push, "lte push", args, positional=("folder", "repository"))
+
+
+def push(
+    folder: str,
+    repository: str,
+    private: bool = False,
+    revision: str | None = None,
+    message: str = "Upload model",
+    pull_request: bool = False,
+) -> None:
+    """Uploads a saved LTE model to the Hugging Face hub, with its routers and its model card.
+
+    lte push RUN OWNER/NAME
+
+    Args:
+        folder: A saved LTE model or a run's folder, named without the option's name.
+        repository: OWNER/NAME on the hub, named second without the option's name; it is made if there is none.
+        private: Make a new repository private.
+        revision: Branch to upload to; main by default.
+        message: The commit's message.
+        pull_request: Open a pull request and leave the branch as it is.
 
     Raises:
         UserError: If the folder holds no saved LTE model or a damaged one, or the hub refuses it or is out of reach.
     """
-    options = _parser().parse_args(args)
-    folder = Path(options.folder)
-    if not folder.is_dir() or not is_lte(folder):
-        raise UserError(f"{folder} is no folder of a saved LTE model (a run's folder model/ is one)")
-    from_pretrained(folder, backend="dense-mask")  # what others could not load is not published
+    from huggingface_hub.errors import HTTPError
+
+    from lte_lightning.core.model.checkpoint import from_pretrained
+    from lte_lightning.core.model.folder import find_saved
+    from lte_lightning.core.model.hub import push_folder
+
+    saved = find_saved(folder)
+    from_pretrained(saved, backend="dense-mask")  # what others could not load is not published
     try:
         address = push_folder(
-            folder,
-            options.repository,
-            private=options.private or None,
-            commit_message=options.message,
-            revision=options.revision,
-            create_pr=options.pull_request,
+            saved,
+            repository,
+            private=private or None,
+            commit_message=message,
+            revision=revision,
+            create_pr=pull_request,
         )
     except (HTTPError, OSError, ValueError) as error:
         first = str(error).strip().partition("\n")[0] or type(error).__name__
         raise UserError(
-            f"cannot upload to {options.repository}: {first} (log in by `hf auth login` or HF_TOKEN, and leave "
-            "HF_HUB_OFFLINE unset)"
+            f"cannot upload to {repository}: {first} (log in by `hf auth login` or HF_TOKEN, and leave HF_HUB_OFFLINE "
+            "unset)"
         ) from error
     print(address)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="lte push",
-        description="Uploads a saved LTE model to the Hugging Face hub, with its routers and its model card.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("folder", help="folder of a saved LTE model, such as RUN/model")
-    parser.add_argument("repository", help="OWNER/NAME on the hub; it is made if there is none")
-    parser.add_argument("--private", action="store_true", help="make a new repository private")
-    parser.add_argument("--revision", help="branch to upload to (default: main)")
-    parser.add_argument("--message", default="Upload model", help="the commit's message (default: Upload model)")
-    parser.add_argument("--pull-request", action="store_true", help="open a pull request and leave the branch as it is")
-    return parser

@@ -1,4 +1,4 @@
-"""``lte report``: a page of what sweeps and runs found."""
+"""``lte report``: a page about sweeps and runs."""
 
 from pathlib import Path
 
@@ -37,8 +37,8 @@ def report(
         tracking_uri: Report runs of this MLflow store, a server or sqlite:///mlflow.db, not folders. By default, with
             --experiment, MLFLOW_TRACKING_URI or sqlite:///mlflow.db.
         experiment: Of MLflow: all of its finished fits are reported.
-        bench: What lte bench --csv or lte curve wrote, tables (.csv).
-        title: Of the page.
+        bench: Tables (.csv) of lte bench --csv or lte curve.
+        title: Title of the page.
         tolerance: Loss of the metric that counts as none. By default 0.5 for perplexity, 0.05 for ROUGE-L, else 0.01.
         publish: Write each picture as SVG and PDF and each table as CSV and LaTeX into this folder, too.
 
@@ -54,7 +54,7 @@ def report(
 
         material = collect(sources, bench)
     else:
-        from lte_lightning.report.tracked import collect_tracked  # MLflow, which takes its time
+        from lte_lightning.report.tracked import collect_tracked  # MLflow is slow to import
 
         material = collect_tracked(tracking_uri, experiment, sources, bench)
     from lte_lightning.report.page import write_report

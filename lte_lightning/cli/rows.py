@@ -1,4 +1,4 @@
-"""A saved model with rows to run it on, for commands that look at what it does: ``lte calibrate``, ``lte curve``."""
+"""A saved model with the rows that it was trained on, for ``lte calibrate`` and ``lte curve``."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -12,9 +12,9 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
 from lte_lightning.cli.training import LteCLI, make_cli, user_error
-from lte_lightning.core.model.folder import is_lte, read_description
+from lte_lightning.core.model.folder import find_saved, read_description
 from lte_lightning.core.routing.prune import Batch
-from lte_lightning.errors import UserError
+from lte_lightning.errors import UserError, meant_path
 from lte_lightning.tasks.base import LteModule
 from lte_lightning.tasks.baselines import sampled
 
@@ -24,11 +24,11 @@ class Rows:
     """A saved model, in hard mode, and the data that it was trained on or others.
 
     Args:
-        folder: The model's.
+        folder: The model's folder.
         module: The task's module; its ``net`` is on the device.
         data: Set up for training and validation rows.
-        source: Where the rows are from, for people.
-        precision: As of the trainer.
+        source: The origin of the rows, for messages.
+        precision: The trainer's precision.
     """
 
     folder: Path
@@ -45,7 +45,7 @@ class Rows:
         return torch.autocast(self.module.net.device.type, dtype=kind)
 
     def calibration(self) -> Iterator[Batch]:
-        """Returns a part of each training batch: what runs the model on it, and its token masks."""
+        """Returns a part of each training batch: a call that runs the model on it, and its token masks."""
         return sampled(self.module, self.data.train_dataloader(), self.moved)
 
     def validation(self) -> Iterator[tuple[dict[str, torch.Tensor], int]]:
@@ -64,7 +64,7 @@ class _Parts(LteCLI):
     """Makes the module and its data, and no trainer."""
 
     def before_instantiate_classes(self) -> None:
-        """Leaves options that only a fit reads unnamed."""
+        """Does not name options that only a fit reads."""
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Returns None."""
@@ -81,14 +81,12 @@ def load_rows(folder: str, data: str | None, device: torch.device) -> Rows:
         folder: A saved LTE model, or a run.
         data: A configuration with ``data`` and ``model``, or a text for a language model, a file or a folder; None for
             the configuration of the run that the model is of.
-        device: Where to.
+        device: Device of the model.
 
     Raises:
         UserError: If there is no such model, no rows are known, or they do not fit.
     """
-    path = next((path for path in (Path(folder), Path(folder, "model")) if path.is_dir() and is_lte(path)), None)
-    if path is None:
-        raise UserError(f"{folder} is no folder of a saved LTE model, nor of a run that has one (RUN/model)")
+    path = find_saved(folder)
     if (mode := read_description(path)["mode"]) != "hard":
         raise UserError(
             f"{folder} was saved in mode {mode!r}, where every expert runs: its expert stage is missing, and "
@@ -97,7 +95,7 @@ def load_rows(folder: str, data: str | None, device: torch.device) -> Rows:
     words, source = _words(path, data)
     words += ["--model.init_from", str(path), "--trainer.logger", "false"]
     try:
-        with patch("sys.argv", ["lte"]):  # or Lightning warns that both it and its argument hold a command line
+        with patch("sys.argv", ["lte"]):  # Lightning warns if both sys.argv and its argument hold a command line
             cli = make_cli(["fit", *words], cli_class=_Parts)
     except Exception as error:
         if (cause := user_error(error)) is None:
@@ -115,7 +113,7 @@ def load_rows(folder: str, data: str | None, device: torch.device) -> Rows:
 
 
 def _words(folder: Path, data: str | None) -> tuple[list[str], str]:
-    """The command line that describes the module and its data, and what they are, for people."""
+    """Returns the command line that describes the module and its data, and their origin for messages."""
     if data is None:
         config = next((path for path in (folder / "config.yaml", folder.parent / "config.yaml") if path.exists()), None)
         if config is None:
@@ -126,7 +124,7 @@ def _words(folder: Path, data: str | None) -> tuple[list[str], str]:
         return ["--config", str(config)], str(config)
     if data.endswith((".yaml", ".yml")):
         if not Path(data).is_file():
-            raise UserError(f"no file {data}")
+            raise UserError(f"no file {data}{meant_path(data)}")
         return ["--config", data], data
     return [
         *("--model", "lte_lightning.tasks.LanguageModel", "--model.pretrained", str(folder)),

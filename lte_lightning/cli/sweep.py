@@ -1,4 +1,4 @@
-"""``lte sweep``: runs the fits of a sweep file, those that are missing."""
+"""``lte sweep``: runs the missing fits of a sweep file."""
 
 import json
 import shlex
@@ -38,7 +38,7 @@ class Asked:
             sweep sweeps/minilm-sst2.yaml --data.source FOLDER
         folder: Where runs and state are kept; runs/sweep-NAME if not given.
         workers: Fits at a time; 1 if not given, or all that a Ray cluster has room for.
-        seeds: Instead of the file's, such as 0,1,2.
+        seeds: Seeds instead of the file's, such as 0,1,2.
         only: Variants to run alone, or points whose names begin so; may be repeated.
         dry_run: Print the commands, run nothing.
         ray_address: Run on a Ray cluster: host:port, auto, or local for one of this machine.
@@ -100,14 +100,14 @@ def main(args: list[str]) -> None:
 
 
 def _all_points(sweep: Sweep, folder: SweepFolder) -> tuple[list[Point], int]:
-    """All points of a sweep, those that were not chosen now and the trials among them; how many others there are."""
+    """Returns all points of a sweep, chosen now or not, with trials; and how many other fits there are."""
     mine = sweep.points()
     remembered, others = Known(folder, sweep).others(mine)
     return mine + remembered, others
 
 
 def _write(sweep: Sweep, folder: SweepFolder, trials: Trials | None, draw: bool) -> list[Path]:
-    """Writes what there is to say about a sweep into its folder: tables, the front of a search, the report."""
+    """Writes the tables, the front of a search and the report into the sweep's folder."""
     points, others = _all_points(sweep, folder)
     if others:
         print(f"{others} finished fits in {folder.path} belong to other options; the tables leave them out")
@@ -115,7 +115,7 @@ def _write(sweep: Sweep, folder: SweepFolder, trials: Trials | None, draw: bool)
     if trials:
         try:
             files.append(trials.write_front(folder.path / FRONT))
-        except UserError as error:  # the storage is gone, which has stopped the sweep
+        except UserError as error:  # the storage is out of reach, which stopped the sweep
             print(error, file=sys.stderr)
     return [*files, folder.path / COPY, *(_draw(folder) if draw else [])]
 
@@ -124,8 +124,7 @@ def check(sweep: Sweep, folder: SweepFolder, points: list[Point]) -> dict[str, A
     """Reads the command lines of all points that are not done, in another process, before any is run.
 
     Raises:
-        UserError: If one names an option that there is not, or a value that it does not take, or a run of one, done or
-            not, was written by another version.
+        UserError: If a point names an unknown option or a wrong value, or if another version wrote a run of a point.
     """
     attempts = folder.attempts()
     for point in points:
@@ -168,7 +167,7 @@ def _seeds(text: str | None) -> list[int] | None:
 
 
 def _split(args: list[str]) -> tuple[list[str], dict[str, Any]]:
-    """This command's own words, and the options of every fit: ``--key value`` or ``--key=value``, with a dot in it."""
+    """Splits this command's words from options of every fit, ``--key value`` or ``--key=value`` with a dot."""
     mine: list[str] = []
     extra: dict[str, Any] = {}
     rest = list(args)
@@ -223,7 +222,7 @@ def _show(sweep: Sweep, folder: SweepFolder, points: list[Point]) -> None:
 
 def _draw(folder: SweepFolder) -> list[Path]:
     """Writes the sweep's report, and returns its files."""
-    from lte_lightning.report.page import write_report  # matplotlib, which takes its time
+    from lte_lightning.report.page import write_report  # matplotlib is slow to import
 
     page = write_report(collect([folder.path]), folder.path / "report", f"Sweep {folder.about['name']}")
     return sorted(page.parent.iterdir())

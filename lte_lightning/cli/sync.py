@@ -1,4 +1,4 @@
-"""``lte sync``: sends to MLflow what it did not take while fits ran."""
+"""``lte sync``: sends MLflow the data that it did not take while fits ran."""
 
 import argparse
 from pathlib import Path
@@ -7,7 +7,7 @@ from lte_lightning.recording.unsent import sync
 
 
 def main(args: list[str]) -> int:
-    """Sends what waits in the folders of runs."""
+    """Sends the waiting data of run folders."""
     for run in _parser().parse_args(args).runs:
         count = sync(Path(run).absolute())
         print(f"{run}: {count} entries sent" if count else f"{run}: nothing waits")

@@ -28,7 +28,7 @@ from lte_lightning.cli import refuse
 from lte_lightning.cli.guard import MODE, guard_configurations
 from lte_lightning.cli.parser import LteParser
 from lte_lightning.cli.unused import Given, check_given
-from lte_lightning.errors import UserError
+from lte_lightning.errors import UserError, meant_path
 from lte_lightning.files import write_text
 from lte_lightning.recording.loggers import send_files
 from lte_lightning.recording.recorder import Recorder
@@ -37,7 +37,7 @@ from lte_lightning.selection import import_selector
 from lte_lightning.tasks.base import LteModule
 from lte_lightning.trainer import declared
 
-EXTRAS = ("tensorboard", "wandb")  # with what loggers need
+EXTRAS = ("tensorboard", "wandb")  # with the packages of loggers
 
 
 class SaveConfig(SaveConfigCallback):
@@ -74,7 +74,7 @@ class LteCLI(LightningCLI):
         return {wanted: every[wanted]} if wanted in every else every
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds ``stages`` and ``run``, and ties together what must agree."""
+        """Adds ``stages`` and ``run``, and links the options that must agree."""
         parser.add_lightning_class_args(StageSchedule, "stages")
         parser.add_lightning_class_args(Recorder, "run")
         sources = ("model.init_args.init_from", "model.init_args.pretrained")
@@ -96,10 +96,13 @@ class LteCLI(LightningCLI):
         path = config.get("ckpt_path")
         if path and not is_zipfile(path):
             what = "a folder" if Path(path).is_dir() else "damaged" if Path(path).exists() else "missing"
-            raise UserError(f"{path} is {what}; --ckpt_path needs a checkpoint, such as RUN/checkpoints/last.ckpt")
+            near = "" if Path(path).exists() else meant_path(path)
+            raise UserError(
+                f"{path} is {what}{near}; --ckpt_path needs a checkpoint, such as RUN/checkpoints/last.ckpt"
+            )
 
     def before_instantiate_classes(self) -> None:
-        """Names the options that have no effect, and refuses what a checkpoint or a link would replace."""
+        """Names the options without effect, and refuses those that a checkpoint or a link would replace."""
         config = self.config[self.config.subcommand] if "subcommand" in self.config else self.config
         check_given(Given(self._given, self._in_files, self._words), config, self.config.get("subcommand"))
 
@@ -117,23 +120,23 @@ class LteCLI(LightningCLI):
         if config.run.mlflow if config.run.mlflow is not None else named in (None, True):
             kwargs["logger"] = [config.run.make_logger(run_name(config.model, config.data)), *loggers]
         elif named in (None, True):
-            kwargs["logger"] = False  # or Lightning makes one of its own
+            kwargs["logger"] = False  # or Lightning makes its own
         callbacks = config.trainer.callbacks or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
         own: list[Callback] = [EpochLines(), Rates()]
         if config.trainer.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
-            own.append(StageProgressBar())  # before the recorder: it stops the bar before that one has its last word
+            own.append(StageProgressBar())  # before the recorder, so that the bar stops before the recorder prints
         kwargs["callbacks"] = [*own, *callbacks]
         try:
             return super().instantiate_trainer(**kwargs)
-        except Exception as error:  # a device that is not there, for example
+        except Exception as error:  # for example a missing device
             config.run.forget(kwargs["logger"][0] if kwargs.get("logger") else None)
-            if isinstance(error, ValueError) and not isinstance(error, UserError):  # what Lightning says of its options
+            if isinstance(error, ValueError) and not isinstance(error, UserError):  # of Lightning's options
                 raise UserError(str(error)) from error
             raise
 
     def before_test(self) -> None:
-        """Leaves the figures to our table: Lightning's has a column for each loader, and every layer's sparsity."""
+        """Prints our table alone: Lightning's has a column for each loader, and the sparsity of every layer."""
         self.config_init["test"]["verbose"] = False
 
     def after_run(self) -> None:
@@ -166,7 +169,7 @@ def _seed(value: bool | int) -> int:
 
 
 def main(args: list[str] | None = None) -> None:
-    """Runs a command; what the user can put right is said in one message, with exit code 1."""
+    """Runs a command; an error that the user can put right is one message and exit code 1."""
     try:
         make_cli(args)
     except Exception as error:
@@ -174,15 +177,15 @@ def main(args: list[str] | None = None) -> None:
             raise
         refuse(cause)
     except SIGTERMException:
-        sys.exit(128 + signal.SIGTERM)  # Lightning's own exit says that all went well
+        sys.exit(128 + signal.SIGTERM)  # Lightning's own exit code would be 0
 
 
 def user_error(error: BaseException) -> BaseException | None:
-    """Returns what is meant for the user among an error and its causes, if anything is."""
+    """Returns the message for the user among an error and its causes; None if there is none."""
     # jsonargparse wraps what a class says when it is made; Lightning has its own error for what users can put right
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, UserError | MisconfigurationException):
-        if isinstance(cause, ModuleNotFoundError):  # of a logger, a profiler or a callback that the user named
+        if isinstance(cause, ModuleNotFoundError):  # the package of a logger or callback
             line = str(cause).partition("\n")[0].removesuffix(".")
             extra = next((name for name in EXTRAS if name in line), None)
             return UserError(line + (f' (pip install "lte-lightning[{extra}]")' if extra else ""))
@@ -194,11 +197,11 @@ def make_cli(args: list[Any] | None = None, run: bool = True, cli_class: type[Lt
     """Parses a command line and, if asked, runs its subcommand (without ``run`` there is none, and no trainer.fit)."""
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     guard_configurations()
-    # What Lightning says at every start of a fit, and no user can mend: it asks torch 2.13 for the type of a LeafSpec,
+    # Lightning warns of these at every fit, and no user can mend them: it asks torch 2.13 for the type of a LeafSpec,
     # and its summary of the model counts megabytes in 32 bits
     warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
     warnings.filterwarnings("ignore", "Precision .* is not supported by the model summary")
-    # nor do advertisements for its maker's services belong into the log of an experiment
+    # advertisements do not belong in the log of an experiment
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "💡 Tip" not in str(record.msg))
     words = sys.argv[1:] if args is None else args
     LteCLI.wanted = words[0] if run and words and isinstance(words[0], str) else None

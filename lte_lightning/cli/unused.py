@@ -1,4 +1,4 @@
-"""Options that do not take effect: those that would change the meaning of a command are refused, others are named."""
+"""Options without effect: refuse those that would change the meaning of a command, name the others."""
 
 import inspect
 import sys
@@ -18,7 +18,7 @@ from lte_lightning.tasks.evaluation import STAGES
 from lte_lightning.trainer import is_first_process
 
 MODEL, LTE = "model.init_args.", "model.init_args.lte."
-# What a model is trained by; what it computes once it is trained does not depend on it
+# Options of training, on which a trained model's output does not depend
 ROUTERS = ("router_training", "router_start", "detach_router", "sparsity_range")
 TRAINING = (
     *(f"{MODEL}{name}_weight" for name in ("efficiency", "separability", "balance")),
@@ -42,12 +42,12 @@ DEFAULTS = {
 
 @dataclass(frozen=True)
 class Given:
-    """What a command line says.
+    """The options of a command line.
 
     Args:
-        everything: What was read, with defaults.
-        in_files: What the configurations say themselves.
-        words: Of the command line.
+        everything: All options, with defaults.
+        in_files: Options that the configurations set.
+        words: The command line.
     """
 
     everything: Namespace
@@ -60,7 +60,7 @@ class Given:
         return any(f"{_name(key)}.".startswith(f"{_name(name)}.") for name in names)
 
     def options(self, config: Namespace) -> dict[str, Any]:
-        """Returns what was given, of a class with its path only where there are subclasses; ``config`` is of those."""
+        """Returns the given options; a class has its path only where there are subclasses."""
         in_files = dict(_leaves(self.in_files, config))
         return {
             key: value
@@ -70,11 +70,11 @@ class Given:
 
 
 def check_given(given: Given, config: Namespace, command: str | None) -> None:
-    """Compares what was given with what a command will use, and names every option that has no part in it.
+    """Compares the given options with those that a command will use, and names every option without effect.
 
     Args:
-        given: What the command line says.
-        config: What the command will use: after links, and after what a checkpoint lays over it.
+        given: The given options.
+        config: The options that the command will use, after links and a checkpoint's own.
         command: ``fit``, ``test`` and so on; None for that of a parser without commands.
 
     Raises:
@@ -101,7 +101,7 @@ def check_given(given: Given, config: Namespace, command: str | None) -> None:
 
 
 def _unread_by_a_fit(config: Namespace) -> Iterator[tuple[list[str], str]]:
-    """Yields which options, as patterns, a fit does not read, and why; not those of a stage that was skipped."""
+    """Yields patterns of options that a fit does not read, and why; not those of a skipped stage."""
     selector = _at(config, f"{LTE}selector") or "router"
     skipped = {
         stage for stage in STAGES if 0 in (_at(config, f"stages.{stage}.{unit}") for unit in ("epochs", "steps"))

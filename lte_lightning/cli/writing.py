@@ -1,4 +1,4 @@
-"""What ``lte generate`` does: it finds and loads a language model, lets it write, and measures that."""
+"""The work of ``lte generate``: find and load a language model, let it write, and measure."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,14 +34,14 @@ from lte_lightning.kernels.dispatch import Backend
 
 @dataclass(frozen=True)
 class Source:
-    """A model that goes on from a text, not loaded yet.
+    """A model that continues text, not loaded yet.
 
     Args:
         name: Its folder, or hub id.
         config: The plain model's.
         architecture: The plain model's class.
-        mode: The one that an LTE model was saved in, None for a plain model.
-        quantized: int8 or int4, of a folder whose weights are.
+        mode: The mode that an LTE model was saved in, None for a plain model.
+        quantized: int8 or int4 for a folder of quantised weights, else None.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Source:
             if self.mode is not None:
                 loaded = from_pretrained(self.name, backend=backend, quantize=quantize, dtype=dtype)
                 return moved(loaded, device).eval()
-            # With this option it returns two things, which its signature does not say
+            # With this option it returns a pair, unlike its signature
             both: Any = self.architecture.from_pretrained(self.name, output_loading_info=True, dtype=dtype)
             model: PreTrainedModel = both[0]
             info: dict[str, list[str]] = both[1]
@@ -81,7 +81,7 @@ def find_source(folder: str) -> Source:
     """Finds a model by its folder, a run's folder, or a hub id; no weights are read.
 
     Raises:
-        UserError: If there is no such model, or it goes on from no text.
+        UserError: If there is no such model, or it does not continue text.
     """
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
@@ -124,11 +124,11 @@ def encode(
     """Returns a prompt's ``input_ids`` and ``attention_mask``, both [1, T].
 
     Args:
-        source: What they are for.
-        tokenizer: Its own.
+        source: The model that reads them.
+        tokenizer: The model's tokenizer.
         prompt: The text.
         chat: Whether it is a user's message, for the tokenizer's chat template.
-        max_new_tokens: Tokens that there must be room for.
+        max_new_tokens: Tokens to leave room for.
 
     Raises:
         UserError: If the prompt is empty or too long, or there is no chat template, or it refuses the prompt.
@@ -162,7 +162,7 @@ def encode(
 
 
 class TimedStreamer(TextStreamer):
-    """Prints a text as it is made, without the prompt and special tokens, and notes when each of its tokens came."""
+    """Prints a text while it is generated, without prompt and special tokens, and records each token's time."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -170,14 +170,14 @@ class TimedStreamer(TextStreamer):
         self.start = perf_counter()
 
     def put(self, value: torch.Tensor) -> None:
-        """Takes the prompt, and then token after token; they are on the CPU, so the device has made them."""
+        """Takes the prompt, and then token after token. They arrive on the CPU, so the device has finished them."""
         if not self.next_tokens_are_prompt:
             self.times.append(perf_counter())
         super().put(value)
 
     @property
     def rate(self) -> float:
-        """Tokens per second after the first, for which the prompt was read; 0 if there is no second."""
+        """Tokens per second after the first token, which includes the prompt; 0 without a second token."""
         return (len(self.times) - 1) / max(self.times[-1] - self.times[0], 1e-9)
 
     def __str__(self) -> str:
@@ -187,13 +187,13 @@ class TimedStreamer(TextStreamer):
 
 
 def choose_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, temperature: float) -> None:
-    """Tells a model to sample at a temperature, or greedily at 0; penalties and forced tokens stay the model's own."""
+    """Sets sampling at a temperature, greedy at 0; penalties and forced tokens stay the model's own."""
     own: Any = model.generation_config
     ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
     own.update(
         do_sample=temperature > 0,
         temperature=temperature or None,
-        num_beams=1,  # a text that streams is one
+        num_beams=1,  # a streamer takes a single text
         num_return_sequences=1,
         return_dict_in_generate=False,
         eos_token_id=sorted({tokenizer.eos_token_id, *(end for end in ends if end is not None)}),
@@ -204,9 +204,9 @@ def choose_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, te
 def write(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, inputs: BatchEncoding, max_new_tokens: int
 ) -> tuple[torch.Tensor, TimedStreamer]:
-    """Prints what a model makes of a prompt, and returns its tokens, as ``generate`` does, and their times.
+    """Prints a model's continuation of a prompt, and returns its tokens, as ``generate`` does, and their times.
 
-    Two tokens are made before and not counted: kernels are built when they are first used.
+    Two uncounted tokens come first, because kernels are built at their first use.
     """
     generate: Any = model.generate
     generate(**{name: value_BT[:, :1] for name, value_BT in inputs.items()}, max_new_tokens=2)
@@ -216,9 +216,9 @@ def write(
 
 @torch.no_grad()
 def used_sparsity(model: PreTrainedModel, inputs: BatchEncoding, ids_BT: torch.Tensor) -> float:
-    """Returns the FFN sparsity at the tokens that new ones were made from; of an encoder-decoder the decoder's.
+    """Returns the FFN sparsity at the tokens that predicted a new token; for an encoder-decoder, the decoder's.
 
-    The routers are read in one more pass over the whole text, so that nothing is counted while it is timed.
+    One more pass over the whole text reads the routers, so that counting does not disturb the timing.
 
     Args:
         model: In hard mode.

@@ -1,4 +1,4 @@
-"""What the data modules of all tasks share: reading splits, holding rows out, batches of similar length."""
+"""Base of all data modules: reading splits, holding rows out, batches of similar length."""
 
 import functools
 import warnings
@@ -24,7 +24,7 @@ Collate = Callable[[list[dict[str, Any]]], dict[str, Any]]
 
 
 class TextData(LightningDataModule):
-    """Rows of text from the hub or from a folder; a subclass says what a row is and how it is tokenised.
+    """Rows of text from the hub or a folder; a subclass defines a row and tokenises it.
 
     Args:
         task: Name of the task, for the results.
@@ -47,12 +47,12 @@ class TextData(LightningDataModule):
     validation_splits: tuple[str, ...] = ("validation",)
     test_splits: tuple[str, ...] = ("test",)
     columns: tuple[str, ...] = ()
-    targets: tuple[str, ...] = ()  # the columns that rows to predict need not have
-    title: str | None = None  # of the data in tables, where the task's name says something else
-    hint = ""  # what to do about a column that is missing
+    targets: tuple[str, ...] = ()  # columns that rows to predict may lack
+    title: str | None = None  # in tables, where the name of the task differs from that of the data
+    hint = ""  # advice for a missing column
     formats: tuple[str, ...] = TABLES
     generates = False  # whether the tokenizer is a language model's
-    predict_role = "test"  # whose rows are predicted
+    predict_role = "test"  # splits to predict
 
     def __init__(
         self,
@@ -103,7 +103,7 @@ class TextData(LightningDataModule):
         raise TypeError(f"{type(self).__name__} must define collate")
 
     def check_rows(self, rows: Dataset, name: str) -> None:
-        """Checks the rows of a split, after their number and columns were checked."""
+        """Checks the rows of a split, whose number and columns are checked already."""
 
     def has_targets(self, rows: Dataset) -> bool:
         """Says whether a test split can be scored."""
@@ -152,7 +152,7 @@ class TextData(LightningDataModule):
         return Path(self.source).is_file()
 
     def setup(self, stage: str) -> None:
-        """Read, check and tokenise what the stage needs and no earlier one has prepared."""
+        """Read, check and tokenise the rows of the stage that no earlier stage has prepared."""
         roles = {"fit": ("train", "validation"), "validate": ("validation",), "predict": (self.predict_role,)}
         for role in roles.get(stage, ("test",)):
             if role not in self._ready:
@@ -161,7 +161,7 @@ class TextData(LightningDataModule):
     def rows(self, role: str) -> list[Dataset]:
         """Returns the checked rows of a role.
 
-        Of one file the rows to predict are all, and those of the test are what is held out, or all if nothing is.
+        With a single file, every row is predicted. The test takes the held-out rows, or all rows without any.
         """
         splits = self._splits
         if role == "train":
@@ -227,7 +227,7 @@ class TextData(LightningDataModule):
         return rows.select(np.sort(chosen)), rows.select(np.sort(order[:held_out]))
 
     def shuffled(self, rows: Dataset, held_out: int) -> np.ndarray:
-        """Returns the training rows in the order in which they are chosen: first those that are held out."""
+        """Returns the training rows in the order of choice, held-out rows first."""
         return np.random.default_rng(self.seed).permutation(len(rows))
 
     def _skip(self, what: str, rows: int, skipped: int, why: str) -> None:
@@ -241,7 +241,7 @@ class TextData(LightningDataModule):
     # Batches
 
     def train_dataloader(self) -> Loader:
-        """Shuffled batches, other ones in each epoch."""
+        """Shuffled batches, drawn anew in each epoch."""
         return self.loader(self._ready["train"][0], self.batch_size, shuffle=True)
 
     def val_dataloader(self) -> Loader | list[Loader]:
@@ -276,12 +276,12 @@ class TextData(LightningDataModule):
         )
 
     def processes(self) -> tuple[int, int]:
-        """Returns how many processes share the rows, and which of them this is."""
+        """Returns how many processes share the rows, and the rank of this process."""
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
 
 
 def one_or_all(loaders: list[Loader]) -> Loader | list[Loader]:
-    """Returns the only loader, or all."""
+    """Returns the only loader, or the list of all."""
     return loaders[0] if len(loaders) == 1 else loaders
 
 

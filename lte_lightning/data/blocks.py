@@ -12,7 +12,7 @@ from lte_lightning.data.padding import pad_prompts
 
 
 class PackedBlocks(TorchDataset[dict[str, Any]]):
-    """Blocks of a stream of tokens, each of which begins with the last token of the one before.
+    """Blocks of a stream of tokens; each block begins with the last token of the block before.
 
     Args:
         rows: With columns `ids` and `words`, lists of each row's tokens and of the words that begin in them.
@@ -40,7 +40,7 @@ class PackedBlocks(TorchDataset[dict[str, Any]]):
         return lengths
 
     def __getitem__(self, block: int) -> dict[str, Any]:
-        """Returns a block's tokens, and the number of words that begin in all but the first of them."""
+        """Returns a block's tokens, and how many words begin in them, the first token aside."""
         first = block * (self.size - 1)
         last = min(first + self.size, self.tokens)
         words = self._cut(self._words, first + 1, last).sum(dtype=np.int64)

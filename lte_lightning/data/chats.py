@@ -1,4 +1,4 @@
-"""Instructions and conversations, however they are written down, as lists of messages."""
+"""Instructions and conversations of several forms, as lists of messages."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ Messages = list[dict[str, str]]
 
 @dataclass(frozen=True)
 class Form:
-    """Which columns a row has.
+    """The columns of a row.
 
     Args:
         columns: One of conversations, two of a prompt and its answer, or three of an instruction, its input and the
@@ -44,7 +44,7 @@ class Form:
         """Returns a row as a conversation.
 
         Raises:
-            DataError: It is none.
+            DataError: If it is no conversation.
         """
         if self.is_conversation:
             return conversation(row[self.columns[0]])
@@ -60,11 +60,11 @@ FORMS = (Form(("messages",)), Form(("conversations",)), ALPACA, Form(("prompt", 
 
 
 def find_form(splits: Iterable[Sequence[str]]) -> Form:
-    """Returns the form of the rows of a source by the columns of its splits; Alpaca's if it is none that is known."""
+    """Returns the form of a source's rows by the columns of its splits; Alpaca's if no form is recognised."""
     columns = [set(names) for names in splits]
     if {"instruction", "output"} in columns and not any("input" in names for names in columns):
         return Form(("instruction", "output"))
-    # By what stands first: what to predict has no answers, and a column that is missing is named later.
+    # The first column decides: rows to predict have no answers, and a later check names missing columns.
     return next((form for form in FORMS if any(form.columns[0] in names for names in columns)), ALPACA)
 
 
@@ -75,7 +75,7 @@ def conversation(turns: Any) -> Messages:
         turns: A list of messages, or a mapping of lists, as Hugging Face's older data sets have it.
 
     Raises:
-        DataError: It is no such thing; the message goes behind the name of its row and column.
+        DataError: If it is no conversation; the caller puts row and column before the message.
     """
     if isinstance(turns, dict) and all(isinstance(values, list) for values in turns.values()):
         turns = [dict(zip(turns, values, strict=True)) for values in zip(*turns.values(), strict=True)]
@@ -97,7 +97,7 @@ def conversation(turns: Any) -> Messages:
 
 
 def answered(messages: Messages) -> Messages:
-    """Returns a conversation that ends with an answer: an empty one, which a prediction takes the place of."""
+    """Returns a conversation that ends with an empty answer, to be filled by a prediction."""
     return messages if messages[-1]["role"] == "assistant" else messages + _answer("")
 
 

@@ -1,4 +1,4 @@
-"""What is checked of options and rows: each complaint names the value and the place."""
+"""Checks of options and rows; each error names the value and the place."""
 
 from collections.abc import Sequence
 

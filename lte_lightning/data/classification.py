@@ -1,4 +1,4 @@
-"""Classification and regression of anything: texts and labels from a file, a folder or the hub."""
+"""Classification and regression: texts and labels from a file, a folder or the hub."""
 
 import functools
 import re
@@ -46,7 +46,7 @@ class ClassificationData(TextData):
         **kwargs: See `TextData`.
 
     Attributes:
-        metric: What is reported if the model names no metric.
+        metric: The reported metric if the model names none.
     """
 
     hint = "; name yours by data.text and data.label"
@@ -145,7 +145,7 @@ class ClassificationData(TextData):
             require_labels(rows, self.label, self.classes, self.expected(), name)
 
     def shuffled(self, rows: Dataset, held_out: int) -> np.ndarray:
-        """Returns the training rows in the order in which they are chosen; what is held out has each class's share."""
+        """Returns the training rows in the order of choice; the held-out rows keep each class's share."""
         order = super().shuffled(rows, held_out)
         if self.regression or not self.stratifies:
             return order
@@ -179,7 +179,7 @@ class ClassificationData(TextData):
         return self.labels is None or self.labels.values == tuple(range(len(self.labels)))
 
     def collate(self) -> Collate:
-        """Pads, and makes the labels a tensor."""
+        """Pads the texts, and puts the labels into a tensor."""
         return Collate(self.tokenizer, torch.float32 if self.regression else torch.long)
 
 
@@ -192,6 +192,6 @@ def task_name(source: str, subset: str | None = None) -> str:
 
 
 def _as_given(classes: tuple[str, ...], values: tuple[Any, ...]) -> Labels:
-    """Returns the classes that were given, as the data write them: whole numbers come from the command line as text."""
+    """Returns the given classes in the data's type: the command line gives whole numbers as text."""
     like = {str(value): value for value in values}
     return Labels(tuple(like.get(str(name), name) for name in classes), tuple(map(str, classes)))

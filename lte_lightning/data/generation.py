@@ -14,7 +14,7 @@ from lte_lightning.errors import meant
 
 @dataclass(frozen=True)
 class GenerationTask:
-    """What a generation task looks like.
+    """Columns, prompt and source of a generation task.
 
     Args:
         columns: Names of the input's and the answer's column.
@@ -42,8 +42,8 @@ class GenerationData(PromptData):
     """E2E or XSum, tokenised once, in batches of similar length.
 
     A decoder reads `prompt answer EOS` with the loss on answer and EOS; an encoder-decoder reads the prompt with its
-    encoder. An input that is too long is cut at its end, never the words around it, so that prompt and `max_new_tokens`
-    fit `max_length`: alike in training and generation. Rows with the same input are one example of several references
+    encoder. An input that is too long loses its end, and the words around it stay, so that prompt and `max_new_tokens`
+    fit `max_length`, in training as in generation. Rows with the same input are one example of several references
     when something is generated.
 
     Args:
@@ -97,11 +97,11 @@ class GenerationData(PromptData):
         require_text(rows, rows.column_names, name)
 
     def has_targets(self, rows: Dataset) -> bool:
-        """Says whether a split has answers: some test splits come with empty ones."""
+        """Says whether a split has answers; some test splits have empty ones."""
         return super().has_targets(rows) and any(rows[self.columns[1]][:])
 
     def recipe(self) -> list[Any]:
-        """The prompt, and how much of it is kept."""
+        """Returns the prompt, and how much of it is kept."""
         return [self._prompt, self.prompt_limit]
 
     def examples(self, rows: list[dict[str, Any]]) -> list[Example]:

@@ -14,12 +14,12 @@ from lte_lightning.errors import meant
 
 @dataclass(frozen=True)
 class GlueTask:
-    """What a GLUE task looks like.
+    """Columns, classes, metric and splits of a GLUE task.
 
     Args:
         text_columns: One sentence, or two that are read as a pair.
         classes: Their names in the order of their numbers; none where the label is a number.
-        metric: What is reported.
+        metric: The reported metric.
         validation_splits: Names of the labelled splits that are not for training.
     """
 
@@ -57,7 +57,7 @@ def glue_task(name: str) -> GlueTask:
     """Look up a task by name.
 
     Raises:
-        DataError: There is no such task.
+        DataError: If there is no such task.
     """
     if name not in GLUE_TASKS:
         raise DataError(f"unknown GLUE task {name!r}{meant(name, GLUE_TASKS)}; known are {', '.join(GLUE_TASKS)}")
@@ -85,7 +85,7 @@ class GlueData(ClassificationData):
     """
 
     hint = ""
-    stratifies = False  # a seed's rows stay what they were
+    stratifies = False  # a seed keeps its rows
 
     def __init__(
         self,

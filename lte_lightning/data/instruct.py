@@ -20,9 +20,9 @@ class InstructData(PromptData):
 
     Rows have one of these forms, found by their columns: `messages`, lists of a `role` (system, user, assistant) and
     its `content`; ShareGPT's `conversations`, lists of `from` (human, gpt) and `value`; Alpaca's `instruction`, `input`
-    and `output`; or `prompt` and `completion`. Every answer of a conversation carries loss, and the token that ends it.
-    Rows are written by the tokenizer's chat template where it has one; else a prompt and its completion stand as they
-    are, and all others as Alpaca's prompt, which further turns of a conversation repeat. Rows whose answers lie beyond
+    and `output`; or `prompt` and `completion`. Every answer of a conversation carries loss, and so does the token that
+    ends it. The tokenizer's chat template writes the rows. Without a template a prompt and its completion stay as they
+    are, and Alpaca's prompt writes all others, once for each turn of a conversation. Rows whose answers lie beyond
     `max_length` are left out, counted and reported.
 
     Args:
@@ -78,7 +78,7 @@ class InstructData(PromptData):
         self.form, self.columns, self.targets = form, form.columns, form.answer
 
     def load_splits(self) -> dict[str, Dataset]:
-        """Read every split, and see which form the rows have."""
+        """Read every split, and recognise the form of the rows."""
         splits = super().load_splits()
         if not self._named:
             names = [rows.column_names for rows in splits.values()]
@@ -88,7 +88,7 @@ class InstructData(PromptData):
         return splits
 
     def rows(self, role: str) -> list[Dataset]:
-        """Returns the checked rows of a role; those to predict need no answer, and may end with what is asked."""
+        """Returns the checked rows of a role. Rows to predict need no answer, and may end with the question."""
         name = "train" if self.is_file else "test"
         if role != "predict" or name not in self._splits:
             return super().rows(role)
@@ -132,7 +132,7 @@ class InstructData(PromptData):
         return self.prompt == "plain" or (self.prompt == "auto" and self.form.plain and not self.chat)
 
     def recipe(self) -> list[Any]:
-        """How conversations are written."""
+        """Returns how conversations are written."""
         if self.plain_text:
             return ["plain", self.columns]
         return ["chat" if self.chat else "alpaca", *(self.columns if self.columns != ALPACA.columns else ())]

@@ -1,4 +1,4 @@
-"""The classes of a classification: found in the rows, named, in the order of the model that knows them."""
+"""The classes of a classification: collected from the rows, named, in the order of a fine-tuned model."""
 
 import math
 from collections import Counter
@@ -11,6 +11,7 @@ import numpy as np
 from datasets import ClassLabel, Dataset
 from transformers import AutoConfig, PreTrainedConfig
 
+from lte_lightning.core.model.head import classifies
 from lte_lightning.data.packaged import DataError, resolve
 from lte_lightning.errors import meant
 
@@ -22,8 +23,8 @@ class Labels:
     """Classes in the order of a model's outputs.
 
     Args:
-        values: What stands for each class in the data: texts, whole numbers or truth values.
-        names: What people call it; the value itself if not given.
+        values: Each class as the data write it: texts, whole numbers or truth values.
+        names: Names for people; by default the values.
     """
 
     values: tuple[Any, ...]
@@ -43,7 +44,7 @@ class Labels:
         return {value: number for number, value in enumerate(self.values)}
 
     def in_order_of(self, names: Sequence[str] | None) -> "Labels":
-        """Returns the classes that a model knows, in its order, if all of these are among them; else itself.
+        """Returns the model's classes in the model's order if they contain all of these; else these.
 
         Args:
             names: The model's classes; None if it names none.
@@ -62,22 +63,22 @@ class Labels:
 
 
 def listed(names: Iterable[Any]) -> str:
-    """Returns names in a row, the first ones of many."""
+    """Returns names in a list for messages; of many names the first."""
     names = [str(name) for name in names]
     return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
 
 
 def is_missing(label: Any) -> bool:
-    """Says whether a row has no label: none, an empty one, or a number that is none."""
+    """Says whether a row has no label: None, an empty text, or NaN."""
     return label is None or (isinstance(label, float) and math.isnan(label)) or label == ""
 
 
 def cleaned(rows: Dataset, column: str) -> Dataset:
-    """Returns rows whose labels are without white space around them, and whole where they are whole numbers."""
+    """Returns the rows with labels stripped of white space, and whole numbers as integers."""
     labels = rows[column][:]
     feature = rows.features[column]
     named = isinstance(feature, ClassLabel)
-    if named:  # Hugging Face marks what is not labelled by -1
+    if named:  # Hugging Face marks rows without a label by -1
         clean = [None if label == -1 else label for label in labels]
     elif any(isinstance(label, str) for label in labels):
         clean = [label.strip() or None if isinstance(label, str) else label for label in labels]
@@ -98,7 +99,7 @@ def require_labels(rows: Dataset, column: str, classes: Labels | None, expected:
         rows: A split.
         column: Of the labels.
         classes: None if labels are finite numbers.
-        expected: What the message says a label should be.
+        expected: Description of a right label, for the message.
         where: Name of the split.
     """
     labels = rows[column][:]
@@ -112,10 +113,10 @@ def require_labels(rows: Dataset, column: str, classes: Labels | None, expected:
 
 
 def find_classes(rows: Dataset, column: str, where: str) -> Labels:
-    """Returns the classes that rows are labelled with: a hub data set's own, or the values in their order.
+    """Returns the classes of labelled rows: those that a hub data set declares, or the sorted values.
 
     Raises:
-        DataError: A label is not a class, but a number with a fraction or a list.
+        DataError: If a label is a number with a fraction, or a list.
     """
     feature = rows.features[column]
     if isinstance(feature, ClassLabel):
@@ -148,11 +149,11 @@ def stratified(labels: Sequence[Any], order: np.ndarray, count: int, where: str)
     Args:
         labels: Class of each row.
         order: A random order of the rows.
-        count: How many are wanted, about.
+        count: Approximate number of rows.
         where: Name of the rows.
 
     Raises:
-        DataError: A class has one row only, which cannot be both trained on and held out.
+        DataError: If a class has a single row, which cannot be both trained on and held out.
     """
     sizes = Counter(labels)
     single = [label for label, size in sizes.items() if size == 1]
@@ -178,16 +179,16 @@ def model_config(name: str) -> PreTrainedConfig | None:
     try:
         return AutoConfig.from_pretrained(folder)
     except (OSError, ValueError):
-        return None  # whoever loads the model says what is wrong
+        return None  # loading the model reports the error
 
 
 def classes_of(config: PreTrainedConfig | None) -> tuple[int, list[str] | None] | None:
-    """Returns how many classes a model was fine-tuned for, and their names if they are more than numbers.
+    """Returns how many classes a model was fine-tuned for, and their names unless these are mere numbers.
 
     Args:
-        config: Of the model; None gives None, as a model does that was not fine-tuned for classification.
+        config: The model's configuration. None gives None, and so does a model that classifies nothing.
     """
-    if config is None or not any(name.endswith("ForSequenceClassification") for name in config.architectures or []):
+    if config is None or not any(map(classifies, config.architectures or [])):
         return None
     labels = {int(number): str(name) for number, name in (config.id2label or {}).items()}
     names = [labels[number] for number in range(len(labels))]
@@ -200,5 +201,5 @@ def _is_number(label: Any) -> bool:
 
 
 def _value_like(value: Any, name: str) -> Any:
-    """Returns the value of a class that the data do not have, by its name in the model, in the data's terms."""
+    """Returns the value of a class that the data lack, from its name in the model, in the data's type."""
     return int(name) if isinstance(value, int) and name.lstrip("-").isdigit() else name

@@ -26,8 +26,8 @@ _WORD = re.compile(r"\S+")
 class LanguageModelData(StreamingData):
     """Running text as one stream of tokens, cut into blocks, for training and for perplexity.
 
-    An EOS token stands before, between and after documents. Attention does not stop at it: a block may hold the end of
-    one document and the beginning of the next, as is usual when GPT-2 and LLaMA are fine-tuned. Each block begins with
+    An EOS token stands before, between and after documents. Attention crosses it: a block may hold the end of
+    one document and the beginning of the next, as is usual in fine-tuning GPT-2 and LLaMA. Each block begins with
     the token that the block before ends with, so that every token of the text, and the EOS behind each document, is
     predicted exactly once, from at most `block_size` - 1 tokens before it. Perplexity per word divides the same loss by
     the number of words of the raw text, as split at white space. Tokens stay on disk, mapped into memory.
@@ -124,7 +124,7 @@ class LanguageModelData(StreamingData):
         return rows if is_named else rows.rename_column("text", self.text)
 
     def _joined(self, files: list[Path]) -> Dataset:
-        """Returns the rows of several files, with what begins a document: a file of text, or each row of a table."""
+        """Returns the rows of several files, and whether each begins a document: a file of text, a row of a table."""
         parts = []
         for file in files:
             rows = self._read(file)
@@ -143,7 +143,7 @@ class LanguageModelData(StreamingData):
             raise DataError(f"{name} has no text")
 
     def shuffled(self, rows: Dataset, held_out: int) -> np.ndarray:
-        """Returns the training rows in the order in which they are chosen: of running text first its end."""
+        """Returns the training rows in the order of choice; running text gives its end first."""
         if self.documents == "row":
             return super().shuffled(rows, held_out)
         return np.roll(np.arange(len(rows)), held_out)
@@ -207,7 +207,7 @@ class LanguageModelData(StreamingData):
         return found
 
     def collate(self) -> CollateBlocks:
-        """Pads the one block that is shorter."""
+        """Pads the last block, which may be shorter."""
         return CollateBlocks(self.tokenizer.pad_token_id)
 
     def loader(self, rows: Any, batch_size: int, shuffle: bool = False) -> Loader:
@@ -226,7 +226,7 @@ def count_words(text: str, offsets: list[tuple[int, int]]) -> np.ndarray:
     """Returns how many words begin in each token, [T] int8.
 
     Args:
-        text: What was tokenised.
+        text: The tokenised text.
         offsets: Where each token begins and ends in it; tokens within one character share its place.
     """
     starts = np.array([match.start() for match in _WORD.finditer(text)], dtype=np.int64)

@@ -20,7 +20,7 @@ class MmluData(TextData):
     """MMLU questions behind their subject's examples, for evaluation alone.
 
     A prompt is a headline with the subject, `shots` answered questions of the subject's `dev` rows, and the question,
-    as MMLU's authors write it; where that is longer than `max_length`, the last of the examples are left out, counted
+    as MMLU's authors write it; where that exceeds `max_length`, the last examples are left out, counted
     and reported. Rows whose answer is none of the four, or that have not four choices, are left out, counted and
     reported.
 

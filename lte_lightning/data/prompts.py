@@ -1,4 +1,4 @@
-"""Prompts and answers as tokens: what carries the loss, what is cut or left out."""
+"""Prompts and answers as tokens: where the loss is, and which rows are cut or left out."""
 
 import functools
 from collections.abc import Iterator, Sequence
@@ -17,7 +17,7 @@ from lte_lightning.data.padding import CollateAnswers, CollatePrompts
 from lte_lightning.data.streaming import Mark, StreamingData
 from lte_lightning.data.text import Loader, fingerprint, is_encoder_decoder
 
-_ENCODING = 2  # part of the cache's key: to be raised when the same rows are to give other tokens
+_ENCODING = 2  # part of the cache's key; raise it when the same rows shall give other tokens
 
 
 class PromptData(StreamingData):
@@ -45,7 +45,7 @@ class PromptData(StreamingData):
         raise TypeError(f"{type(self).__name__} must define examples")
 
     def recipe(self) -> list[Any]:
-        """Returns what the text depends on besides the rows, for the cache's key."""
+        """Returns what the text depends on besides the rows, for the key of the cache."""
         return []
 
     # Tokens
@@ -57,7 +57,7 @@ class PromptData(StreamingData):
 
     @property
     def prompt_limit(self) -> int:
-        """Tokens that a prompt may have if something is to be generated."""
+        """Tokens that a prompt may have, to leave room for generation."""
         room = self.max_length if self.encoder_decoder else self.max_length - self.max_new_tokens
         if room < 1:
             raise DataError(
@@ -67,7 +67,7 @@ class PromptData(StreamingData):
         return room
 
     def prompt_ids(self, example: Example) -> list[int]:
-        """Returns the tokens that something is generated from."""
+        """Returns the tokens to generate from."""
         if self.encoder_decoder:
             return self.tokenizer(example.prompt)["input_ids"]
         ids = self.tokenizer(example.prompt, add_special_tokens=False)["input_ids"]
@@ -133,7 +133,7 @@ class PromptData(StreamingData):
     def prepare(self, role: str) -> list[Dataset]:
         """Tokenises prompts with their answers; for the test also every distinct prompt, with all its answers.
 
-        For predictions there are the prompts alone.
+        Predictions need the prompts alone.
         """
         if role in ("test", "predict"):
             _ = self.prompt_limit  # before anything is read
@@ -157,7 +157,7 @@ class PromptData(StreamingData):
         return [*parts, self._prompts(sets[0], role)] if role == "test" else parts
 
     def encode_pass(self, mark: Mark) -> Iterator[tuple[Mark, dict[str, Any]]]:
-        """Yields rows with their answers, and counts those that are left out."""
+        """Yields rows with their answers, and counts the rows left out."""
         for first, rows in self.chunks(*mark):
             encoded = self._encode(rows[:])
             usable = [count > 0 for count in encoded["answer_tokens"]]
@@ -222,7 +222,7 @@ class PromptData(StreamingData):
         return Dataset.from_list(prompts)
 
     def _fitting(self, rows: Dataset, answered: bool) -> tuple[list[dict[str, Any]], int]:
-        """Returns the distinct prompts that leave room to generate, and how many others there are."""
+        """Returns the distinct prompts that leave room to generate, and the number of others."""
         found: dict[str, dict[str, Any]] = {}
         for row, example in enumerate(self.examples(rows.to_list())):
             reference = self.plain(example)
@@ -239,7 +239,7 @@ class PromptData(StreamingData):
         return prompts, len(found) - len(prompts)
 
     def plain(self, example: Example) -> str:
-        """Returns the last answer as text, without what a chat template puts around it."""
+        """Returns the last answer as text, without the chat template's frame."""
         if not example.verbatim:
             return example.answer.strip()
         return self.decode(self.tokenizer(example.answer, add_special_tokens=False)["input_ids"])

@@ -1,4 +1,4 @@
-"""Training rows that are read and tokenised on the way, for sets that do not fit in memory or on the disk."""
+"""Training rows that are read and tokenised during the fit, for sets that fit neither in memory nor on the disk."""
 
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -22,8 +22,8 @@ class StreamedBatches(TorchStream[list[dict[str, Any]]]):
     """Batches of an endless stream of tokenised rows.
 
     The stream is cut into buffers. A buffer is shuffled and cut into batches of similar length, as `BucketBatchSampler`
-    does it with a whole data set. What a batch holds depends on the seed and the batch's number alone, so that any
-    batch can be gone to. Every process reads the whole stream and takes its own batches.
+    does it with a whole data set. A batch depends on the seed and its number alone, so a resumed fit can start at any
+    batch. Every process reads the whole stream and takes its own batches.
 
     Args:
         rows: `rows(mark)` tokenises from a mark on: it yields each row, a dictionary with its `length`, behind its own
@@ -33,7 +33,7 @@ class StreamedBatches(TorchStream[list[dict[str, Any]]]):
         batch_size: Rows per batch and process.
         seed: With the number of the buffer, decides the shuffling.
         replicas: Number of processes.
-        rank: Which of them this is.
+        rank: The number of this process.
     """
 
     def __init__(
@@ -86,20 +86,20 @@ class StreamedBatches(TorchStream[list[dict[str, Any]]]):
         return self._held[1]
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the buffers begin that were read, so that a resumed fit need not tokenise what lies before."""
+        """Where the buffers read so far begin, so that a resumed fit need not tokenise the rows before."""
         return {"size": self._size, "marks": {number: list(mark) for number, mark in self._marks.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes over where buffers begin, unless they are of another size."""
+        """Restores where buffers begin, unless their size differs."""
         if state["size"] == self._size:
             self._marks |= {number: tuple(mark) for number, mark in state["marks"].items()}
 
 
 class StreamingData(TextData):
-    """Rows of text whose training split may be streamed; a subclass says how a pass over it is tokenised.
+    """Rows of text whose training split may be streamed; a subclass tokenises a pass over it.
 
     Args:
-        streaming: Read and tokenise the training rows on the way, again and again, instead of all of them before: for
+        streaming: Read and tokenise the training rows during the fit, pass after pass, instead of before it: for
             sets that do not fit on the disk. Stages are then given in steps.
         shuffle_buffer: Rows of a stream to shuffle at a time; they are in memory, tokenised.
         **kwargs: See `TextData`.
@@ -187,7 +187,7 @@ class StreamingData(TextData):
         """Read, check and tokenise what the stage needs; of a stream only its beginning."""
         if self.streaming and stage == "fit" and self._stream is None:
             _ = self._splits
-            next(self.encode((0, *self.first)))  # what is wrong with the first rows is said now
+            next(self.encode((0, *self.first)))  # errors in the first rows come now
             order = (self.shuffle_buffer, self.batch_size, self.seed, *self.processes())
             self._stream = StreamedBatches(self.encode, (0, *self.first), *order)
             self._ready["train"] = []

@@ -13,8 +13,9 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import AutoConfig, AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase
 
 from lte_lightning.data.packaged import DataError, resolve
+from lte_lightning.errors import meant_path
 
-# Of rows as the data module tokenised them, which its collate function makes batches of
+# Loader of tokenised rows; the data module's collate function makes the batches
 Loader = DataLoader[Any]
 
 _MEGA_BATCH = 50
@@ -33,7 +34,7 @@ class BucketBatchSampler(Sampler[list[int]]):
         seed: With the epoch, decides the shuffling.
         num_replicas: Number of processes that share the rows. Training batches wrap around, so that each process gets
             equally many. Evaluation rows are dealt out without repetition, at least one to each process.
-        rank: Which of them this is.
+        rank: The number of this process.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class BucketBatchSampler(Sampler[list[int]]):
         self.begin(epoch, 0)
 
     def begin(self, epoch: int, batch: int) -> None:
-        """Choose the shuffling of the next iteration, and with which of this process's training batches it begins."""
+        """Choose the shuffling and the first batch of this process's next iteration."""
         self.epoch = epoch
         self.first = batch
 
@@ -117,16 +118,16 @@ def load_tokenizer(name: str, generates: bool = False) -> PreTrainedTokenizerBas
     """
     folder = resolve(name)
     if folder.startswith((".", "/")) and not Path(folder).is_dir():
-        raise DataError(f"no tokenizer folder {folder}")
+        raise DataError(f"no tokenizer folder {folder}{meant_path(folder)}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    # Anything, for damaged files come out as whatever the parser of the day stumbles over, KeyError for one.
+    # Damaged files raise whatever the parser stumbles over, KeyError for example.
     except Exception as error:
         tried = "its files are damaged or missing"
         if not Path(folder).is_dir():
             tried = "no such folder, and not found as a hub id; offline, only what was downloaded before is found"
         raise DataError(f"cannot load tokenizer {name!r} ({tried}): {error!r}") from error
-    # transformers 5 makes up an empty tokenizer from a folder that has a config.json but no tokenizer files.
+    # transformers 5 invents an empty tokenizer for a folder with a config.json and no tokenizer files.
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise DataError(
             f"tokenizer {name!r} has no vocabulary: are its files (tokenizer.json, vocab.txt) in the folder?"
@@ -150,7 +151,7 @@ def load_tokenizer(name: str, generates: bool = False) -> PreTrainedTokenizerBas
 
 
 def is_encoder_decoder(name: str) -> bool:
-    """Says whether the configuration in a model's folder is an encoder-decoder's; False where there is none."""
+    """Says whether a model's folder holds an encoder-decoder; False without a configuration."""
     folder = resolve(name)
     if folder.startswith((".", "/")) and not Path(folder).is_dir():
         raise DataError(f"no model folder {folder}")
@@ -180,7 +181,7 @@ def tokenize(
         DataError: `max_length` leaves no room for text, or is more than the tokenizer allows.
     """
     special = tokenizer.num_special_tokens_to_add(pair=len(text_columns) == 2)
-    # Below this the tokenizer would not truncate at all, and not say so.
+    # Below this the tokenizer would silently not truncate.
     if max_length < special + len(text_columns):
         raise DataError(
             f"max_length is {max_length}, but {special} special tokens and one token of each of "
@@ -204,15 +205,15 @@ def tokenize(
 
 
 def fingerprint(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *parts: Any) -> str:
-    """Returns the name under which the cache of `datasets` finds what a tokenizer made of a data set.
+    """Returns the name under which the cache of `datasets` finds a tokenised data set.
 
     Args:
         dataset: The rows.
         tokenizer: A fast tokenizer; its settings of the moment (truncation, padding) do not matter.
-        *parts: Whatever else the result depends on, as JSON types.
+        *parts: All else that the result depends on, as JSON types.
     """
     content = json.loads(tokenizer.backend_tokenizer.to_str())
-    # What the last call left behind.
+    # the last call's settings
     content["truncation"] = content["padding"] = None
     whole = [dataset._fingerprint, content, tokenizer.model_input_names, tokenizer.truncation_side, *parts]
     return hashlib.sha256(json.dumps(whole).encode()).hexdigest()[:32]

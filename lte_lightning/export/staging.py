@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lte_lightning.errors import UserError
+from lte_lightning.files import require_place
 
 
 @contextmanager
@@ -37,5 +38,4 @@ def require_free(path: Path) -> None:
     """Refuses a place where something is, or whose folder is not there."""
     if path.exists():
         raise UserError(f"{path} is there already; choose another place, or remove it")
-    if not path.absolute().parent.is_dir():
-        raise UserError(f"there is no folder {path.absolute().parent} to write {path.name} to")
+    require_place(path)

@@ -1,4 +1,4 @@
-"""The dense-mask backend: every expert is computed, and what each adds is scaled; differentiable."""
+"""The dense-mask backend: computes every expert and scales its output; differentiable."""
 
 import torch
 from torch.nn import functional
@@ -12,8 +12,8 @@ def scale_experts(hidden_BTF: torch.Tensor, factor_BTE: torch.Tensor) -> torch.T
 
     Args:
         hidden_BTF: Activations whose neurons are ordered by expert, F = E * S.
-        factor_BTE: What to scale each expert by, scores (equation 3); or which to keep, a mask of type bool (equation
-            2), which clears what is not finite, too.
+        factor_BTE: Scores that scale each expert (equation 3), or a boolean mask of the experts to keep (equation 2),
+            which also clears values that are not finite.
 
     Returns:
         The scaled activations, [B, T, F], in their own type.
@@ -32,10 +32,10 @@ def dense_hidden(x_ND: torch.Tensor, weights: ExpertWeights) -> torch.Tensor:
 
 
 def run_dense_mask(x_ND: torch.Tensor, mask_NE: torch.Tensor, weights: ExpertWeights) -> torch.Tensor:
-    """Computes every expert in matrix products of the weights' own type, and clears what was not selected.
+    """Computes every expert in matrix products of the weights' own type, and clears the unselected ones.
 
-    A row of weights that is not finite would spoil all tokens, by the product with a cleared activation: then only what
-    a token selected is computed, expert by expert (`run_views`).
+    A row of weights that is not finite would spoil all tokens through the product with a cleared activation. Such
+    weights are computed expert by expert, for the tokens that selected them (`run_views`).
 
     Args:
         x_ND: Input of N tokens, of the weights' type.

@@ -1,4 +1,4 @@
-"""Which backend computes the selected experts, and why."""
+"""The choice of the backend that computes the selected experts."""
 
 import logging
 from dataclasses import dataclass
@@ -29,23 +29,23 @@ _said: set[str] = set()
 
 @dataclass(frozen=True)
 class Choice:
-    """A backend that computes, and what kept a faster one, or the one that was asked for, from it; "" if nothing."""
+    """The chosen backend, and why it is no faster one or not the requested one; "" without a reason."""
 
     backend: Backend
     fallback: str = ""
 
 
 def choose(backend: Backend, x: torch.Tensor, weight: torch.Tensor, gradient: bool = False) -> Choice:
-    """Chooses by device, type and gradient; the number of tokens is each backend's own affair.
+    """Chooses by device, type and gradient; each backend adapts to the number of tokens itself.
 
     Args:
-        backend: What was asked for.
+        backend: The requested backend.
         x: The input.
         weight: Any of the expert weights.
         gradient: Whether the result must be differentiable.
 
     Returns:
-        What computes it. What cannot be had is replaced by ``dense-mask``, never by an error.
+        The choice. ``dense-mask`` replaces an unavailable backend; there is no error.
     """
     if backend == "dense-mask":
         return Choice("dense-mask")
@@ -122,7 +122,7 @@ def run_experts(
     """Computes the selected experts' output by the backend that was chosen.
 
     Under autocast the result has its type, as the dense FFN's has. Few tokens are computed in the weights' own type, in
-    place, which is faster than any conversion; for many the weights are converted at each call, as autocast does.
+    place, which is faster than a conversion. For many tokens each call converts the weights, as autocast does.
 
     Args:
         backend: Any but ``auto``; ``skipping`` is differentiable.

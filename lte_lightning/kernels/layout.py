@@ -1,4 +1,4 @@
-"""How the kernels see an FFN's weights: one contiguous block of rows per expert."""
+"""The layout of an FFN's weights for the kernels: one contiguous block of rows per expert."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -18,7 +18,7 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 def hidden_activations(
     activation: Callable[[torch.Tensor], torch.Tensor], up: torch.Tensor, gate: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns what the down projection is given, and the activated half of it: the one place of gate times up.
+    """Returns the down projection's input and its activated half; the only place that computes gate times up.
 
     Args:
         activation: The FFN's.
@@ -39,8 +39,8 @@ def hidden_activations(
 class ExpertWeights:
     """The weights of one FFN by expert, views of the model's own parameters wherever these are stored like this.
 
-    An expert's neurons are rows in every projection, the down projection's too (it is stored transposed), so that what
-    one expert needs is read in one piece, and what no token selected is not read at all.
+    An expert's neurons are rows in every projection, the down projection's too (it is stored transposed), so that one
+    expert's weights are read in one piece, and those of an unselected expert not at all.
 
     Args:
         up_ESD: Up projection.
@@ -49,7 +49,7 @@ class ExpertWeights:
         gate_ESD: Gate projection of a gated FFN, ``down(activation(gate(x)) * up(x))``.
         up_bias_ES: Bias of the up projection.
         gate_bias_ES: Bias of the gate projection.
-        down_bias_D: Bias of the output, added whatever runs.
+        down_bias_D: Bias of the output, always added.
     """
 
     up_ESD: torch.Tensor

@@ -1,4 +1,4 @@
-"""What an FFN must cost on a GPU by its bytes and products alone: predicted figures, to read measured ones against.
+"""Predicted times of an FFN on a GPU, from its bytes and products alone, to compare measured times with.
 
 A prediction is a floor: it knows neither launches (the triton backend makes five for a decoded token, router included)
 nor the share of the bandwidth that a kernel reaches. Never report one without the word "predicted".
@@ -71,10 +71,11 @@ def predict(
 ) -> Prediction:
     """Predicts the time of one FFN from bytes and products.
 
-    Weights are read once, inputs and outputs once; what kernels hand to each other is taken to stay in the cache.
+    Weights are read once, inputs and outputs once; data that kernels pass to each other are assumed to stay in the
+    cache.
 
     Args:
-        gpu: A row of `GPUS`, or figures of your own.
+        gpu: A row of `GPUS`, or your own values.
         width: D.
         neurons: F.
         expert_size: S.

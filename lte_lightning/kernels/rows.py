@@ -1,4 +1,4 @@
-"""A row of a batch computed to the bit as it is alone, for those who need equal bits more than speed."""
+"""Batches whose rows have the same bits as alone, for users who need equal bits more than speed."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,12 +12,12 @@ aten, ours = torch.ops.aten, torch.ops.lte_lightning
 
 
 class equal_rows(TorchDispatchMode):
-    """Within it no sequence's bits depend on the sequences beside it in a batch: ``with equal_rows(): model(**batch)``.
+    """Keeps a sequence's bits independent of the others in its batch: ``with equal_rows(): model(**batch)``.
 
-    The number of tokens chooses how torch and the kernels of this package multiply, and with that the order of a sum.
-    Here matrix products and expert FFNs are called for one token at a time, attention for one sequence. That costs a
-    call for each. It holds on a CPU, for sequences that are padded to the same length, and for the backends ``cpu`` and
-    ``dense-mask``.
+    torch and the kernels of this package choose a way to multiply by the number of tokens, and with it the order of a
+    sum. In this context, matrix products and expert FFNs run one token at a time, attention one sequence at a time, at
+    the cost of a call for each. It holds on a CPU, for sequences that are padded to the same length, and for the
+    backends ``cpu`` and ``dense-mask``.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -37,7 +37,7 @@ def _addmm(func: Any, bias: torch.Tensor, a_NK: torch.Tensor, b_KM: torch.Tensor
 
 
 def _bmm(func: Any, a_BNK: torch.Tensor, b_BKM: torch.Tensor) -> torch.Tensor:
-    # a lone sequence may come as a view in another layout, by which torch would multiply otherwise
+    # a lone sequence may be a view with other strides, which torch multiplies in another way
     pairs = zip(a_BNK.contiguous(), b_BKM.contiguous(), strict=True)
     return torch.stack([_mm(aten.mm.default, a_NK, b_KM) for a_NK, b_KM in pairs])
 

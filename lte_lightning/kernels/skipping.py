@@ -1,7 +1,7 @@
 """Training without the experts that no token selected: forward and backward in plain torch, expert by expert.
 
 With frozen routers a batch's selection is fixed before its forward pass, and the gradients of equation 2 of the paper
-need no expert that a token did not run. An expert gathers its tokens, and adds what it gives to theirs. Shapes: N
+need no expert that a token did not run. An expert gathers its tokens and adds its output to theirs. Shapes: N
 tokens, P pairs of a token and an expert that it runs, E experts of S neurons, D width.
 """
 
@@ -38,12 +38,12 @@ def skips(mask_NE: torch.Tensor, dtype: torch.dtype) -> bool:
 def run_skipping(x_ND: torch.Tensor, mask_NE: torch.Tensor, weights: ExpertWeights) -> torch.Tensor:
     """Computes the selected experts' output, differentiable once for the input, weights and biases.
 
-    Sums over experts are float32. For the backward pass it keeps the activations of the pairs alone.
+    Sums over experts are float32. The backward pass keeps the activations of the pairs alone.
 
     Args:
         x_ND: Input of N tokens, of the weights' type.
         mask_NE: True where a token runs an expert.
-        weights: The FFN; views that are not contiguous will do.
+        weights: The FFN; its views need not be contiguous.
 
     Returns:
         The output [N, D] in the type of ``x_ND``.
@@ -58,7 +58,7 @@ def run_skipping(x_ND: torch.Tensor, mask_NE: torch.Tensor, weights: ExpertWeigh
 
 
 class _Chunk:
-    """Which experts run which of some neighbouring tokens, and their activations, one pair behind the other."""
+    """The pairs of some neighbouring tokens and the experts that they run, and the activations of each pair."""
 
     def __init__(self, mask_NE: torch.Tensor, tokens: slice) -> None:
         self.tokens = tokens
@@ -200,7 +200,7 @@ def _add_product(sums: torch.Tensor, left: torch.Tensor, right: torch.Tensor) ->
 
 
 def _on_all_threads(compute: Callable[[T], None], parts: Sequence[T]) -> None:
-    """Computes each part on one thread, as many at a time as torch has: its own products are too small to be shared."""
+    """Computes each part on one thread, as many at a time as torch has: a part's products are too small to share."""
     threads = torch.get_num_threads()
     if threads == 1 or len(parts) < 2:
         for part in parts:

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 
 from lte_lightning.core.model.checkpoint import from_pretrained
 from lte_lightning.core.model.folder import CONFIG_FILE
+from lte_lightning.core.model.head import classifies
 from lte_lightning.errors import UserError
 from lte_lightning.quiet import without_remarks
 
@@ -32,7 +33,7 @@ class LteModel:
         self.model = from_pretrained(folder).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         kind = type(self.model).__name__
-        if not kind.endswith("ForSequenceClassification") and not self.model.can_generate():
+        if not classifies(kind) and not self.model.can_generate():
             raise UserError(f"{folder} is a {kind}: MLflow serves classifiers and models that write")
 
     def predict(self, model_input: Any, params: dict[str, Any] | None = None) -> Any:
@@ -55,7 +56,7 @@ class LteModel:
 
     @torch.inference_mode()
     def _answer(self, columns: list[list[str]], params: dict[str, Any]) -> list[dict[str, Any]]:
-        if self.model.can_generate() and not type(self.model).__name__.endswith("ForSequenceClassification"):
+        if self.model.can_generate() and not classifies(type(self.model).__name__):
             return [{"text": self._write(text, params)} for text in columns[0]]
         limit = min(self.tokenizer.model_max_length, getattr(self.model.config, "max_position_embeddings", 512))
         batch = self.tokenizer(*columns, truncation=True, max_length=limit, padding=True, return_tensors="pt")

@@ -2,7 +2,7 @@
 
 from lightning.pytorch import Trainer
 
-from lte_lightning.core.accounting.memory import PRECISIONS, training_memory
+from lte_lightning.core.accounting.memory import PRECISIONS, kept_per_weight, training_memory
 from lte_lightning.tasks.base import LteModule
 from lte_lightning.trainer import declared
 
@@ -10,7 +10,8 @@ from lte_lightning.trainer import declared
 def expected_memory(trainer: Trainer, module: LteModule) -> str:
     """Describes what a fit holds at its peak on one device, if all texts are as long as the data lets them be.
 
-    The data say so by their ``batch_size`` and ``max_length``; where they have none, activations are left out.
+    The data say so by their ``batch_size`` and ``max_length``; where they have none, activations are left out. The
+    optimizer is that of the stage which the fit begins with.
     """
     precision, net = str(trainer.precision), module.net
     if precision not in PRECISIONS:
@@ -20,5 +21,7 @@ def expected_memory(trainer: Trainer, module: LteModule) -> str:
     at = f"at most {batch} x {length} tokens" if tokens else "activations aside, as the length of a batch is unknown"
     checkpointing = any(getattr(part, "gradient_checkpointing", False) for part in net.modules())
     saving = ", gradient checkpointing" if checkpointing else ""
-    memory = training_memory(net, tokens, precision).describe(checkpointing)
-    return f"{memory}; {precision}{saving}, {at}"
+    optimizer = trainer.optimizers[0]
+    memory = training_memory(net, tokens, precision, kept_per_weight(optimizer))
+    listed = memory.describe(checkpointing, type(optimizer).__name__)
+    return f"{listed}; {precision}{saving}, {at}"

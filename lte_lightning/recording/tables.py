@@ -16,7 +16,7 @@ from lte_lightning.choices import options_of_start
 from lte_lightning.core.accounting.cost import GFLOP
 from lte_lightning.core.model.card import public_name
 from lte_lightning.core.model.convert import lte_config
-from lte_lightning.errors import UserError
+from lte_lightning.errors import UserError, meant_path
 from lte_lightning.recording.machine import code, machine
 from lte_lightning.results import Evaluation, Results, read
 from lte_lightning.tasks.base import LteModule
@@ -98,7 +98,8 @@ def read_floor(path: str) -> Results:
     try:
         results = read(Results, Path(path), way_out)
     except OSError as error:
-        raise UserError(f"{path} gives no floor ({error!r}); {way_out}") from error
+        cause = f"{error.strerror or error}{meant_path(path)}"
+        raise UserError(f"{path} gives no floor: {cause}; {way_out}") from error
     if results.floor is None:
         raise UserError(f"{path} gives no floor, its fit had none; {way_out}")
     return results

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
 from lte_lightning.choices import options_by_name
 from lte_lightning.core.model.card import public_name
+from lte_lightning.core.model.head import classifies
 from lte_lightning.recording.loggers import RunLogger, mlflow_of
 from lte_lightning.recording.machine import code
 from lte_lightning.results import Results
@@ -140,6 +141,6 @@ def conclude(trainer: Trainer, module: Any, results: Results, log_model: bool, r
 def served(trainer: Trainer, module: Any) -> tuple[list[str], str] | None:
     """Returns the columns of texts that a task reads, and what it answers; None for a task that MLflow cannot serve."""
     columns = list(getattr(getattr(trainer, "datamodule", None), "text_columns", None) or ["text"])
-    if type(module.net).__name__.endswith("ForSequenceClassification"):
+    if classifies(type(module.net).__name__):
         return columns, "regression" if module.net.config.num_labels == 1 else "classification"
     return (["text"], "text") if module.net.can_generate() else None

@@ -9,7 +9,7 @@ import yaml
 
 from lte_lightning.choices import options_by_name
 from lte_lightning.documents import check_yaml
-from lte_lightning.errors import UserError
+from lte_lightning.errors import UserError, meant_path
 from lte_lightning.files import read_json, read_text
 from lte_lightning.report.bench import read_bench
 from lte_lightning.report.experiments import OLDER, settle
@@ -41,7 +41,7 @@ def collect(sources: Iterable[str | Path], bench: Iterable[str | Path] = ()) -> 
         path = Path(source).absolute()
         if not path.is_dir():
             raise UserError(
-                f"there is no folder {source}; give a sweep's folder, or folders of runs; ids of "
+                f"there is no folder {source}{meant_path(source)}; give a sweep's folder, or folders of runs; ids of "
                 "MLflow runs are read with --tracking-uri"
             )
         for folder in sorted(file.parent for file in path.rglob(SWEEP_FILE)):

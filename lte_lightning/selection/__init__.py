@@ -1,7 +1,7 @@
-"""Which experts run for a token: LTE's router and what it is compared with.
+"""Which experts run for a token: LTE's router and the methods beside it.
 
-A `Selector` is a module that maps what it reads, mostly the FFN input ``x_BTD``, to ``scores_BTE`` in [0, 1], in
-float32, and says what it is, needs, learns from and is charged for. To add one, write a file beside these, with
+A `Selector` is a module that maps its input, mostly the FFN input ``x_BTD``, to ``scores_BTE`` in [0, 1], in
+float32. Its attributes say what it needs, how it learns and what it costs. To add one, write a file beside these, with
 `register_selector` above the class, and name the file below. Another package calls `register_selector` by itself.
 """
 

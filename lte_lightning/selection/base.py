@@ -1,7 +1,7 @@
-"""The protocol of a selector: what it says about itself, and what it is asked to do.
+"""The protocol of a selector: its attributes and its methods.
 
-Class attributes say what a selector is; the methods have defaults for everything that most selectors do not need. The
-rest of the package asks these attributes and methods, and never which class a selector is. `register_selector` gives a
+Class attributes describe a selector. Methods that most selectors do not need have defaults. The rest of the package
+reads these attributes and methods, and never asks for the class of a selector. `register_selector` gives a
 selector its name. Shapes: B batch, T tokens, N real tokens of a batch, D width of the model, F neurons, E experts, and
 I inputs, O outputs of one projection.
 """
@@ -19,7 +19,7 @@ Learns = Literal["never", "imitation", "efficiency", "balance"]
 Calibration = Literal["none", "dense", "sequential", "common", "pruning", "control"]
 Scope = Literal["none", "ffn", "layers"]
 
-# What a selector with this attribute must define itself
+# Methods that a selector with this attribute must define
 _PROMISED = {
     ("learns", "imitation"): ("imitation_loss",),
     ("learns", "balance"): ("balance_loss",),
@@ -35,15 +35,15 @@ class Selector(nn.Module):
 
     Attributes:
         label: Name for people, in tables and legends; the class's name if empty.
-        caveat: What its results must not be read without, shown beside the label.
-        oracle: Whether it reads what it is to save, and is charged nothing for that.
+        caveat: Caveat shown beside the label.
+        oracle: Whether it reads the activations that it saves, and is charged nothing for them.
         reads: What `forward` is given: the FFN's ``input`` x_BTD; its ``gate`` activations, activation(gate(x)), or of
             a plain FFN activation(up(x)), [B, T, F]; or its ``hidden`` activations, the down projection's input.
         scales: Whether an expert's output is multiplied by its score in hard mode, too; those that do not run score 0.
         graded: Whether scores are more than a yes or no.
         needs_expert_size: The only expert size that it works with; None for any.
-        no_target: Why it takes no ``target_sparsity``; empty if it takes one.
-        optional_target: Whether it works without a ``target_sparsity``, too.
+        no_target: The reason why it takes no ``target_sparsity``; empty if it does.
+        optional_target: Whether it also works without a ``target_sparsity``.
         sparsity_of: What its sparsity is a share of: ``experts``, or ``weights``.
         keeps_order: Whether neurons must keep the order that they have in the model, so that they are not grouped.
         learns: How the router stage trains it: ``never``; by ``imitation`` of the dense model, alone (see
@@ -80,12 +80,12 @@ class Selector(nn.Module):
 
     @classmethod
     def rival(cls, expert_size: int | None) -> str:
-        """Returns the name under which a report lists the method as missing; "" if it never does."""
+        """Returns the name under which a report lists the method as missing; "" if it is never listed."""
         return cls.label
 
     @classmethod
     def describe(cls, expert_size: int | None, target_sparsity: float | None) -> Description:
-        """Returns what a report must know of it."""
+        """Returns the description that a report reads."""
         return Description(
             label=cls.called(expert_size, target_sparsity),
             caveat=cls.caveat,
@@ -117,7 +117,7 @@ class Selector(nn.Module):
         """Checks a configuration that names this selector.
 
         Raises:
-            UserError: If it cannot work with that.
+            UserError: If the selector cannot work with it.
         """
         name, target, size = options.selector, options.target_sparsity, cls.needs_expert_size
         lacks = target is None and not cls.optional_target
@@ -144,7 +144,7 @@ class Selector(nn.Module):
         """Checks a model before it is converted.
 
         Raises:
-            UserError: If the selector cannot work with that.
+            UserError: If the selector cannot work with the model.
         """
 
     @classmethod
@@ -174,12 +174,12 @@ class Selector(nn.Module):
     def linear(self) -> tuple[torch.Tensor, torch.Tensor | None] | None:
         """Returns weight [E, D] and bias [E] if scores are the sigmoid of one linear layer, which a kernel may compute.
 
-        None if `forward` has to be asked.
+        None if only `forward` gives the scores.
         """
         return None
 
     def thin(self, x_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns what gate and up projection are given of the input in hard mode: all of it, unless it is thinned."""
+        """Returns the input of gate and up projection in hard mode; TEAL sets a part of it to 0."""
         return x_BTD, x_BTD
 
     # What it costs
@@ -192,30 +192,30 @@ class Selector(nn.Module):
         return None
 
     def flops_per_token(self) -> int:
-        """Returns what this selector itself is charged per token: two FLOPs per multiply-add."""
+        """Returns the FLOPs of the selector itself per token: two for each multiply-add."""
         raise NotImplementedError(f"{type(self).__name__} must say its flops_per_token")
 
     def weights_read(self) -> int:
-        """Returns how many weights of its own it reads for a token."""
+        """Returns how many of its own weights it reads for a token."""
         # random routers have no parameters, but weights
         return max(sum(parameter.numel() for parameter in self.parameters()), self.flops_per_token() // 2)
 
     def whole_projections(self) -> int:
         """Returns how many of the FFN's projections are computed whole, for every neuron, before the choice.
 
-        One whose ``reads`` is ``gate`` needs that, or of a plain FFN the up projection. One that reads ``hidden`` is
-        charged nothing: it must be an oracle, or say here what it computes.
+        A selector that reads ``gate`` needs the gate projection, or the up projection of a plain FFN. A selector that
+        reads ``hidden`` is charged nothing: it must be an oracle, or return here what it computes.
         """
         return int(self.reads == "gate")
 
     # How it learns
 
     def imitation_loss(self, activity: Activity) -> torch.Tensor:
-        """Returns how wrong the selector is about what the dense FFN does, a scalar; for ``learns = "imitation"``."""
+        """Returns the selector's error in predicting the dense FFN, a scalar; for ``learns = "imitation"``."""
         raise NotImplementedError(f"{type(self).__name__} must define imitation_loss")
 
     def balance_loss(self, x_ND: torch.Tensor, scores_NE: torch.Tensor) -> torch.Tensor:
-        """Returns how unevenly the experts are used, a scalar; for ``learns = "balance"``.
+        """Returns the unevenness of the experts' use, a scalar; for ``learns = "balance"``.
 
         Args:
             x_ND: The FFN's input.
@@ -240,7 +240,7 @@ class Selector(nn.Module):
         return self.calibration
 
     def sample(self, activity: Activity) -> torch.Tensor:
-        """Returns what `calibrate` wants to know of N training tokens, [N, ...]."""
+        """Returns what `calibrate` needs from N training tokens, [N, ...]."""
         raise NotImplementedError(f"{type(self).__name__} must define sample")
 
     def calibrate(self, sample: torch.Tensor, ffn: Ffn | None = None) -> None:
@@ -263,7 +263,7 @@ class Selector(nn.Module):
         return "none"
 
     def least_important(self, weight_OI: torch.Tensor, norms_I: torch.Tensor) -> torch.Tensor:
-        """Returns True for the weights [O, I] that go.
+        """Returns True for the weights [O, I] to prune.
 
         Args:
             weight_OI: A projection's weights, a row per output.

@@ -1,4 +1,4 @@
-"""Routers that choose by chance."""
+"""Routers that are never trained."""
 
 import math
 

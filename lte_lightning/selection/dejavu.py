@@ -19,9 +19,9 @@ class DejaVu(Predictor):
     ICML 2023, arXiv 2310.17157; of its predictors the one for MLP blocks: logits W_2 W_1 x, one per neuron.
 
     As in the authors' code the network is two matrices without biases or an inner activation. Their models have ReLU,
-    and so has the loss two forms. With ReLU it is theirs, binary cross-entropy towards "is not 0", the rarer answer
-    weighing more. Of any other activation no neuron is 0, and it is as the paper (see `Router`) describes its Deja Vu,
-    "low-rank predictors estimate neuron values": squared error on |activation| in units of the layer's mean.
+    so the loss has two forms. With ReLU it is theirs: binary cross-entropy towards "is not 0", with more weight on the
+    rarer answer. With any other activation no neuron is 0, and the loss is as the paper (see `Router`) describes its
+    Deja Vu, "low-rank predictors estimate neuron values": squared error on |activation| in units of the layer's mean.
 
     Meant for experts of one neuron; of larger ones it predicts whether one of them is active, or the sum. They keep
     what exceeds 0.5; here it is the number that the sparsity asks for. The rank is D / 12, as theirs is in OPT-175B

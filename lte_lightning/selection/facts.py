@@ -1,4 +1,4 @@
-"""What a selector is told, and what it tells: sizes, activations, options, and its description for reports."""
+"""What a selector receives and returns: sizes, activations, options, and its description for reports."""
 
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -7,7 +7,7 @@ import torch
 
 
 class Options(Protocol):
-    """What a selector may ask of the configuration; `LteConfig` has these fields, and documents them."""
+    """The fields of the configuration that a selector may read; `LteConfig` documents them."""
 
     selector: Any
     expert_size: int
@@ -39,7 +39,7 @@ class FfnShape:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What a selector may check of a whole model before it is converted.
+    """Facts of a whole model that a selector may check before conversion.
 
     Args:
         name: The model's class.
@@ -58,12 +58,12 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class Activity:
-    """What an FFN does in the dense model on N real tokens.
+    """An FFN's activations in the dense model on N real tokens.
 
     Args:
         x_ND: Its input.
         gate_NF: activation(gate(x)), or of a plain FFN activation(up(x)).
-        hidden_NF: What the down projection is given.
+        hidden_NF: The input of the down projection.
         first_FD: The weights whose product with the input is activated: the gate's, or the up projection's.
         down_FD: The down projection's weights, a row per neuron.
     """
@@ -87,17 +87,17 @@ class Ffn(Protocol):
 
 @dataclass(frozen=True)
 class Description:
-    """What a report must know of a method; saved with a model, so that a report needs no code of its author.
+    """A method's description for reports; it is saved with the model, so that a report needs no code of its author.
 
     Args:
         label: The method's name for people.
-        caveat: What its results must not be read without; "" for nothing.
+        caveat: Caveat shown beside the label; "" for none.
         rival: The name under which a report lists it as missing.
         learns_with_task: Whether the router stage trains the model's weights, too.
         scales: Whether an expert's output is multiplied by its score.
         graded: Whether scores are more than a yes or no.
-        oracle: Whether it reads what it saves, and so cannot be run faster.
-        prunes: Whether weights are gone for every token.
+        oracle: Whether it reads the activations that it saves, and so cannot run faster.
+        prunes: Whether it removes weights for every token.
     """
 
     label: str

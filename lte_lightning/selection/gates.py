@@ -1,4 +1,4 @@
-"""Routers of mixtures of experts: trained with the task, and what an expert gives is scaled by its gate."""
+"""Routers of mixtures of experts: they train with the task, and a gate scales its expert's output."""
 
 import torch
 from torch import nn
@@ -8,10 +8,10 @@ from lte_lightning.selection.ranking import Ranking
 
 
 class Gates(Ranking):
-    """Keeps, per token, the experts whose logits x W_g are largest, and scales what each of them gives by its gate.
+    """Keeps, per token, the experts whose logits x W_g are largest, and scales the output of each by its gate.
 
-    The gates scale in hard mode too, as in both originals. They learn with the task in the router stage, where there
-    is a balance loss besides; from then on they are frozen, and neither noise nor dropout disturbs them. Charged D * E
+    The gates scale in hard mode too, as in both originals. They learn with the task and
+    a balance loss in the router stage. After it they are frozen, without noise or dropout. Charged D * E
     multiply-adds per token, like LTE's router. No oracle.
     """
 

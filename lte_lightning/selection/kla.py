@@ -27,5 +27,5 @@ class KeepLargest(Magnitude):
 
     @classmethod
     def rival(cls, expert_size: int | None) -> str:
-        """Returns which of the two it is."""
+        """Returns the name of the method for this expert size."""
         return "KLA of single neurons" if expert_size in (1, None) else "MoEfication's ground truth"

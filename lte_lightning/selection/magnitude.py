@@ -1,4 +1,4 @@
-"""What ranks experts by activations that are there already, and needs no training."""
+"""Ranking of experts by activations, without training."""
 
 import torch
 
@@ -6,7 +6,7 @@ from lte_lightning.selection.ranking import Ranking
 
 
 class Magnitude(Ranking):
-    """Ranks experts by the sum of the magnitudes of what the selector reads."""
+    """Ranks experts by the sum of magnitudes of the activations that the selector reads."""
 
     def importance(self, given: torch.Tensor) -> torch.Tensor:
         """Returns the sum of |activation| over each expert."""

@@ -8,7 +8,7 @@ from lte_lightning.selection.registry import register_selector
 class Narrow(Magnitude):
     """A narrower dense FFN: for every token the experts whose activations are largest on average on training rows.
 
-    The honest alternative to any selection per token, with nothing to be charged for. No oracle. No published method:
+    The baseline for any selection per token: it is charged nothing. No oracle. It is no published method, but
     structured pruning by the mean |activation|.
     """
 

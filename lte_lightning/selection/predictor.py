@@ -1,4 +1,4 @@
-"""What learns to predict, from the FFN's input, what its neurons will do; the model stays as it is."""
+"""Networks that learn to predict the activity of an FFN's neurons from its input; the model stays as it is."""
 
 from typing import Any
 
@@ -11,10 +11,11 @@ from lte_lightning.selection.ranking import Ranking
 
 
 class Predictor(Ranking):
-    """A ranking by a network of two matrices that is trained, in the router stage, on what the dense model does.
+    """A ranking by a network of two matrices, trained in the router stage on the dense model's activations.
 
     Charged both its matrices for every token. No oracle: it reads the FFN's input. A subclass defines `inner_width` and
-    `imitation_loss`. There are no biases; a model that was saved when two methods had one at the output keeps it.
+    `imitation_loss`. There are no biases, except in saved models of an earlier version, which had a bias at the output
+    of two methods.
 
     Args:
         shape: The FFN's sizes.

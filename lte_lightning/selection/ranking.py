@@ -1,4 +1,4 @@
-"""Selectors that rank experts by an importance and keep the first: by number per token, or above a level per layer."""
+"""Selectors that rank experts by importance and keep the first: a number per token, or those above a level."""
 
 from typing import ClassVar, Literal
 
@@ -15,11 +15,11 @@ _CALIBRATION: dict[Rule, Calibration] = {"top": "none", "level": "sequential", "
 class Ranking(Selector):
     """Keeps the most important experts; a subclass says how important each is.
 
-    The rule ``top`` keeps the same number for every token. ``level`` keeps those above a level of the layer, which
-    `calibrate` sets to a quantile seen on training rows; ``common`` those that reach one level of all layers, which
-    ``core/routing/calibrate.py`` looks for; before that every expert runs. ``fixed`` keeps for all tokens those that
-    are most important on average over training rows. The rule decides how a subclass is calibrated, unless that says
-    so itself.
+    The rule ``top`` keeps the same number for every token. ``level`` keeps the experts above a level of the layer,
+    which `calibrate` sets to a quantile of training rows. ``common`` keeps the experts that reach one level of all
+    layers, which ``core/routing/calibrate.py`` searches; until then every expert runs. ``fixed`` keeps the same experts
+    for all tokens: those with the largest mean importance over training rows. The rule decides how a subclass is
+    calibrated, unless the subclass does.
 
     Args:
         shape: The FFN's sizes.
@@ -73,12 +73,12 @@ class Ranking(Selector):
             return (importance > self.level).float()
         if self.rule == "common":
             return (importance >= self.level).float()
-        best = importance.topk(self.keep, dim=-1, sorted=False).indices  # sorted takes twice as long
+        best = importance.topk(self.keep, dim=-1, sorted=False).indices  # sorting would take twice as long
         return torch.zeros_like(importance).scatter_(-1, best, 1.0)
 
     @property
     def reachable(self) -> bool:
-        """Whether the sparsity asked for leaves an expert to run: at least one does, by any rule but ``level``."""
+        """Whether the target sparsity leaves an expert to run; every rule but ``level`` runs at least one."""
         if self.rule == "common":  # the largest share of a token is 1, and exceeds every level
             return (1.0 - self.sparsity) * self.shape.experts > 1.0 - 1e-6
         return self.rule == "level" or self.keep > 0
@@ -87,7 +87,7 @@ class Ranking(Selector):
         """Checks that the sparsity leaves an expert to run.
 
         Raises:
-            UserError: If not; the message says which sparsity would.
+            UserError: If not; the message names a sparsity that does.
         """
         if self.reachable:
             return

@@ -16,7 +16,7 @@ S = TypeVar("S", bound=type[Selector])
 
 
 def register_selector(name: str) -> Callable[[S], S]:
-    """Makes a selector known by a name: ``model.lte.selector`` and `LteConfig` accept it from then on.
+    """Registers a selector under a name that ``model.lte.selector`` and `LteConfig` then accept.
 
     >>> @register_selector("first")
     ... class First(Ranking):
@@ -56,7 +56,7 @@ def selector_class(name: str) -> type[Selector]:
     """Returns the selector of a name.
 
     Raises:
-        UserError: If there is none; the message lists those that there are.
+        UserError: If there is none; the message lists the known names.
     """
     if name not in _selectors:
         for entry in entry_points(group=ENTRY_POINTS, name=name):
@@ -75,9 +75,9 @@ def selector_names() -> list[str]:
 
 
 def import_selector(name: str) -> None:
-    """Imports a selector that is named by a class path, such as ``my_module.MySelector``, and registers it by that.
+    """Imports a selector by its class path, such as ``my_module.MySelector``, and registers it under that name.
 
-    For names that a user has typed: a class path imports code, so files are never a reason to call this.
+    For names that a user typed: a class path imports code, so never call this for a name from a file.
 
     Raises:
         UserError: If there is no such class.

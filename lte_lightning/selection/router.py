@@ -84,13 +84,13 @@ class Router(Selector):
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
         """Returns scores [B, T, E] in (0, 1), float32 whatever the input's type.
 
-        The sigmoid is taken in float32: one in half precision lands exactly on the threshold, where the separability
-        loss has its pole.
+        The sigmoid is computed in float32: in half precision it would land exactly on the threshold, where the
+        separability loss has its pole.
         """
         return torch.sigmoid(self.logits(x_BTD))
 
     def logits(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        """Returns what the sigmoid is taken of, [B, T, E], float32."""
+        """Returns the input of the sigmoid, [B, T, E], float32."""
         bias_E = None if self.bias is None else self.bias.to(x_BTD.dtype)
         return nn.functional.linear(x_BTD, self.weight.to(x_BTD.dtype), bias_E).float()
 

@@ -22,7 +22,7 @@ class SigmaMoe(Gates):
 
     While the gates learn, each is dropped for a token with a probability of 0.05 (set to zero before the choice, and
     nothing is scaled up for it). The balance loss is the negative entropy of the mean over tokens of
-    ``softmax(x W_g)``, at a weight of 0.001. Both figures are those that the authors recommend. As in theirs the rows
+    ``softmax(x W_g)``, at a weight of 0.001. Both values are the authors' recommendations. As in theirs the rows
     of W_g start with equal norms, here 1, so that inputs of unit root mean square give logits of standard deviation 1.
     The original trains its experts from scratch; here they are those of the dense model. Charged D * E
     multiply-adds. No oracle.

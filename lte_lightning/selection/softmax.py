@@ -21,8 +21,8 @@ class NoisySoftmax(Gates):
     there only while the gates learn. Both matrices start at zero. The balance loss is the original's importance loss,
     the squared coefficient of variation of the experts' summed gates, at its weight of 0.1. With gates around 1/k a
     dense model's experts are scaled down to nearly nothing from the first step: the failure that the paper describes.
-    The load loss, which for the same purpose estimates how many tokens each expert gets, is left out: the authors
-    found that either does. Charged D * E multiply-adds. No oracle.
+    The load loss, which estimates how many tokens each expert gets, is left out: the authors found either loss
+    sufficient. Charged D * E multiply-adds. No oracle.
     """
 
     label = "noisy top-k softmax"

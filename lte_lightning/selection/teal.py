@@ -1,4 +1,4 @@
-"""TEAL: thresholds on what each matrix is given, its sparsity allocated greedily between the matrices of a block."""
+"""TEAL: thresholds on the inputs of each matrix, with the sparsity allocated greedily between matrices."""
 
 from collections.abc import Callable, Sequence
 
@@ -14,7 +14,7 @@ STEP = 0.025  # by which the sparsity of a block grows at a time
 
 @register_selector("teal")
 class Teal(Magnitude):
-    """TEAL: each matrix is given only those of its inputs whose magnitude exceeds its threshold.
+    """TEAL: each matrix reads only those of its inputs whose magnitude exceeds its threshold.
 
     Source: James Liu, Pragaash Ponnusamy, Tianle Cai, Han Guo, Yoon Kim, Ben Athiwaratkun: "Training-Free Activation
     Sparsity in Large Language Models", ICLR 2025, arXiv 2408.14690; an input is x where |x| > t, else 0,
@@ -54,7 +54,7 @@ class Teal(Magnitude):
         return given[0], given[-1]
 
     def used(self, x_BTD: torch.Tensor, scores_BTE: torch.Tensor) -> torch.Tensor:
-        """Returns the mean over the matrices of the share of inputs that each is given, [B, T, 1]."""
+        """Returns the share of inputs that a matrix reads, a mean over the matrices, [B, T, 1]."""
         size_BTD = x_BTD.abs().float()
         shares = [(size_BTD > level).float().mean(-1, keepdim=True) for level in self.input_levels]
         return torch.stack([*shares, scores_BTE.mean(-1, keepdim=True)]).mean(0)

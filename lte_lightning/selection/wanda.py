@@ -1,4 +1,4 @@
-"""Wanda: nothing is selected per token, weights are gone for all of them."""
+"""Wanda: no selection per token; the same weights are pruned for all tokens."""
 
 import torch
 
@@ -17,15 +17,15 @@ class Wanda(Ranking):
     Language Models", ICLR 2024, arXiv 2306.11695, equation 1. Compared in Table 2 of the paper (see `Router`).
 
     A weight competes within its row (the weights of one output), or with its neighbours in a pattern such as 2:4. As in
-    the authors' code int(sparsity * row) weights of a row go, of equal ones the first. They calibrate on 128 texts of
-    2,048 tokens of C4, padding unknown; here it is real tokens of training rows, see ``core/routing/prune.py``.
+    the authors' code int(sparsity * row) weights of a row are pruned, among equal weights the first. They calibrate on
+    128 texts of 2,048 tokens of C4; here it is real tokens of training rows, see ``core/routing/prune.py``.
 
-    Every expert runs, with the weights that are left. Sparsity is the share of the FFN's weights that is gone, and
-    FLOPs are those of the others, as if hardware skipped every zero (docs/baselines.md says which does). No oracle.
+    Every expert runs, with the remaining weights. Sparsity is the pruned share of the FFN's weights. FLOPs count the
+    remaining weights, as if hardware skipped every zero (docs/baselines.md says which hardware does). No oracle.
 
     Args:
         shape: The FFN's sizes.
-        sparsity: Share of each row that goes.
+        sparsity: Pruned share of each row.
         generator: Not used.
         pattern: ``unstructured``, or ``2:4`` and the like: of each 4 neighbours.
         scope: What is pruned, the ``ffn`` or the whole ``layers``.
@@ -109,7 +109,7 @@ class Wanda(Ranking):
         return self.scope
 
     def least_important(self, weight_OI: torch.Tensor, norms_I: torch.Tensor) -> torch.Tensor:
-        """Returns True for the weights [O, I] that go, given the norms [I] of the inputs."""
+        """Returns True for the weights [O, I] to prune, given the norms [I] of the inputs."""
         score_OI = weight_OI.abs().float() * norms_I
         row = self._row(score_OI.shape[1])
         score_OGR = score_OI.unflatten(1, (-1, row))

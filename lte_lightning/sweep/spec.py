@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from lte_lightning.documents import LimitError, check_yaml
-from lte_lightning.errors import UserError, meant
+from lte_lightning.errors import UserError, meant, meant_path
 from lte_lightning.results import MEASURED, OBJECTIVES
 from lte_lightning.sweep.points import Block, Search, Sweep
 
@@ -41,7 +41,8 @@ def read_sweep(path: str | Path, extra: dict[str, Any] | None = None, seeds: lis
         check_yaml(text)
         content = yaml.safe_load(text)
     except OSError as error:
-        raise UserError(f"cannot read the sweep file {path}: {error.strerror}") from error
+        near = meant_path(path) if isinstance(error, FileNotFoundError) else ""
+        raise UserError(f"cannot read the sweep file {path}: {error.strerror}{near}") from error
     except LimitError as error:
         raise UserError(
             f"{path} cannot be read: something in it contains itself, or is too deep or too large: {error}"
@@ -83,7 +84,10 @@ def _block(entry: dict[str, Any], base: Block, path: Path, where: str) -> Block:
     files = [os.path.normpath(path.parent / str(name)) for name in configs]
     for file in files:
         if not Path(file).is_file():
-            raise UserError(f"{path}: {where} names {file}, which is not there; paths are relative to the sweep file")
+            raise UserError(
+                f"{path}: {where} names {file}, which is not there; paths are relative to the sweep file"
+                f"{meant_path(file)}"
+            )
     overrides = _mapping(entry.get("overrides"), path, f"overrides of {where}")
     _check_options(overrides, path, f"overrides of {where}")
     points = [a | b for a, b in itertools.product(base.points, _points(entry, path, where))]

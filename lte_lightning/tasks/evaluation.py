@@ -204,7 +204,7 @@ class MeasuredModule(LightningModule):
             if not self.trainer.sanity_checking or self.trainer.num_sanity_val_steps == math.inf:
                 self.measured[view] = {key: json_value(value) for key, value in found.items()}
             scalars = {key: value for key, value in found.items() if isinstance(value, float)}
-            self.log_dict({f"val/{view}/{key}": value for key, value in scalars.items()})
+            self.log_dict({f"val/{view}/{key}": value for key, value in scalars.items()}, sync_dist=True)
 
     def read_meters(self, view: str) -> dict[str, Any]:
         """Returns what a view's meters hold, and empties them."""
@@ -264,13 +264,13 @@ class MeasuredModule(LightningModule):
         if dense:
             found |= {"sparsity": 0.0, "sparsity_per_layer": per_layer}
         self.measured["test"] = {key: json_value(value) for key, value in found.items()} | cost
-        self.log_dict({f"test/{key}": value for key, value in found.items() if isinstance(value, float)})
-        self.log("test/gflops_per_token", cost["flops_per_token"] / GFLOP)
-        self.log("test/megabytes_per_token", cost["bytes_per_token"] / 1e6)
-        self.log("test/bound", cost["bound"])
-        unions = found.get("union_sparsity", {})
-        self.log_dict({f"test/union_sparsity_{size}": share for size, share in unions.items()})
-        self.log_dict({f"test/sparsity_layer_{i:02d}": sparsity for i, sparsity in enumerate(per_layer)})
+        scalars = {key: value for key, value in found.items() if isinstance(value, float)}
+        scalars["gflops_per_token"] = cost["flops_per_token"] / GFLOP
+        scalars |= {"megabytes_per_token": cost["bytes_per_token"] / 1e6, "bound": cost["bound"]}
+        scalars |= {f"union_sparsity_{size}": share for size, share in found.get("union_sparsity", {}).items()}
+        scalars |= {f"sparsity_layer_{i:02d}": sparsity for i, sparsity in enumerate(per_layer)}
+        # meters hold what all devices saw; without sync_dist Lightning warns as if each logged its own
+        self.log_dict({f"test/{key}": value for key, value in scalars.items()}, sync_dist=True)
 
     def cost(self, sparsity_per_layer: list[float] | None) -> dict[str, float]:
         """Returns what a token costs the model, as of `cost_beside_dense`; of quantised weights before they were."""

@@ -16,7 +16,7 @@ from lte_lightning.core.model.checks import listed, require_complete, require_fi
 from lte_lightning.core.model.config import LteConfig
 from lte_lightning.core.model.convert import convert, lte_config, restore
 from lte_lightning.core.model.experts import expert_ffns
-from lte_lightning.core.model.folder import is_lte, read_description
+from lte_lightning.core.model.folder import find_model, is_lte, read_description
 from lte_lightning.core.model.names import plain_names
 from lte_lightning.errors import UserError
 
@@ -52,6 +52,10 @@ def load(
         UserError: If it cannot be loaded, or was routed with another configuration.
     """
     about: dict[str, Any] = {}
+    try:
+        find_model(source)
+    except UserError as error:
+        raise UserError(f"cannot load the model {source!r}: {error}") from error
     arguments = arguments | {"dtype": torch.float32}  # a half-precision checkpoint would train in half precision
     with _quiet():
         try:

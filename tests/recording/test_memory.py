@@ -1,7 +1,9 @@
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.optim import SGD, Adagrad, AdamW
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lte_lightning import LteConfig, convert
@@ -16,8 +18,9 @@ def model():
         return convert(LlamaForCausalLM(config), LteConfig(32, "contiguous"), progress=False)
 
 
-def described(model, precision="bf16-mixed", **data):
-    trainer = SimpleNamespace(precision=precision, datamodule=SimpleNamespace(**data))
+def described(model, precision="bf16-mixed", optimizer=AdamW, **data):
+    optimizers = [optimizer([torch.nn.Parameter(torch.zeros(1))], lr=0.1)]
+    trainer = SimpleNamespace(precision=precision, datamodule=SimpleNamespace(**data), optimizers=optimizers)
     return expected_memory(trainer, SimpleNamespace(net=model))
 
 
@@ -27,6 +30,16 @@ def test_the_batch_and_the_precision_count(model):
     assert line == f"{memory.describe()}; 32-true, at most 4 x 512 tokens"
     assert f"activations {memory.activations / 2**30:.2f})" in line
     assert memory.activations > 2**28
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "name", "values"),
+    [(AdamW, "AdamW", 2), (SGD, "SGD", 0), (partial(SGD, momentum=0.9), "SGD", 1), (Adagrad, "Adagrad", 1)],
+)
+def test_the_optimizer_counts_by_its_name_and_what_it_keeps(optimizer, name, values, model):
+    line = described(model, "32-true", optimizer)
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    assert f", {name} {4 * values * weights / 2**30:.2f}," in line
 
 
 def test_gradient_checkpointing_is_seen(model):

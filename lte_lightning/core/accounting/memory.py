@@ -1,8 +1,12 @@
 """What training needs in memory, before it starts."""
 
 from dataclasses import dataclass
+from inspect import signature
+from typing import Any
 
+import torch
 from torch import nn
+from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from lte_lightning.core.model.experts import expert_ffns
@@ -10,7 +14,8 @@ from lte_lightning.core.model.parts import Projection, find_layers, weight_rows
 from lte_lightning.errors import UserError
 
 GIB = 2**30
-# Bytes of a weight (of its gradient, and of each of AdamW's two moments), and of an activation; autocast casts as well.
+# Bytes of a weight (of its gradient, and of each value that the optimizer keeps of it), and of an activation; autocast
+# casts as well.
 PRECISIONS = {
     "64-true": (8, 8),
     "32-true": (4, 4),
@@ -28,7 +33,7 @@ class TrainingMemory:
     Args:
         weights: The weights; under autocast with the half-precision copies of the projections.
         gradients: Of the trainable weights.
-        optimizer: AdamW's two moments of each trainable weight.
+        optimizer: What the optimizer keeps of each trainable weight, AdamW its two moments.
         activations: What a forward pass keeps for the backward pass.
         activations_checkpointed: The same with gradient checkpointing.
     """
@@ -44,20 +49,35 @@ class TrainingMemory:
         activations = self.activations_checkpointed if checkpointing else self.activations
         return self.weights + self.gradients + self.optimizer + activations
 
-    def describe(self, checkpointing: bool = False) -> str:
-        """Returns one line for people, in GiB."""
+    def describe(self, checkpointing: bool = False, optimizer: str = "AdamW") -> str:
+        """Returns one line for people, in GiB, where the optimizer has its name."""
         activations = self.activations_checkpointed if checkpointing else self.activations
         parts = {
             "weights": self.weights,
             "gradients": self.gradients,
-            "AdamW": self.optimizer,
+            optimizer: self.optimizer,
             "activations": activations,
         }
         listed = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
         return f"{self.total(checkpointing) / GIB:.2f} GiB ({listed})"
 
 
-def training_memory(model: PreTrainedModel, tokens: int, precision: str = "bf16-mixed") -> TrainingMemory:
+def kept_per_weight(optimizer: Optimizer) -> float:
+    """Returns how many values an optimizer keeps of each weight, from a step on a small one: AdamW 2, plain SGD 0."""
+    weight = nn.Parameter(torch.zeros(64, 64))
+    weight.grad = torch.zeros(64, 64)
+    options = optimizer.defaults | {"capturable": False}  # which is for a GPU, and the trial is not on one
+    taken = signature(type(optimizer)).parameters
+    make: Any = type(optimizer)
+    trial = make([weight], **{name: value for name, value in options.items() if name in taken})
+    trial.step()
+    state = [value for value in trial.state[weight].values() if isinstance(value, torch.Tensor)]
+    return sum(value.numel() for value in state if value.dim()) / weight.numel()
+
+
+def training_memory(
+    model: PreTrainedModel, tokens: int, precision: str = "bf16-mixed", optimizer_values: float = 2.0
+) -> TrainingMemory:
     """Estimates what training needs on each device, under data parallelism (every device holds the whole model).
 
     With P weights of which Q are trainable, b_w and b_a bytes per weight and activation (``bf16-mixed``: 4 and 2,
@@ -81,6 +101,7 @@ def training_memory(model: PreTrainedModel, tokens: int, precision: str = "bf16-
         model: A converted model, the parameters to train with ``requires_grad``.
         tokens: N, tokens in one device's batch, padding included; 0 if unknown.
         precision: Lightning's name of it.
+        optimizer_values: How many values the optimizer keeps of each weight.
 
     Raises:
         UserError: If the precision is unknown, or the number of tokens negative.
@@ -102,7 +123,7 @@ def training_memory(model: PreTrainedModel, tokens: int, precision: str = "bf16-
     return TrainingMemory(
         weights=weights,
         gradients=weight_bytes * trainable,
-        optimizer=2 * weight_bytes * trainable,
+        optimizer=round(optimizer_values * weight_bytes * trainable),
         activations=activation_bytes * tokens * sum(per_token) + logits,
         activations_checkpointed=activation_bytes * tokens * (inputs + max(per_token)) + logits,
     )

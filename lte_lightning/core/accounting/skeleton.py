@@ -24,7 +24,7 @@ from lte_lightning.core.model.config import LteConfig
 from lte_lightning.core.model.convert import convert
 from lte_lightning.core.model.folder import is_lte, read_lte_config
 from lte_lightning.core.model.parts import row_of
-from lte_lightning.errors import UserError
+from lte_lightning.errors import UserError, meant_path
 
 
 def skeleton(source: str | os.PathLike[str], expert_size: int | None = None) -> PreTrainedModel:
@@ -47,7 +47,8 @@ def skeleton(source: str | os.PathLike[str], expert_size: int | None = None) -> 
         if path.exists():
             raise UserError(f"cannot read the model configuration {source}: {error}") from error
         raise UserError(
-            f"no folder or file {source}, and no model of that name in the cache or on the hub ({_first_line(error)})"
+            f"no folder or file {source}{meant_path(source)}, and no model of that name in the cache or on the hub "
+            f"({_first_line(error)})"
         ) from error
     row_of(config)  # before anything of an unknown family is built
     lte = LteConfig(expert_size=32 if expert_size is None else expert_size)

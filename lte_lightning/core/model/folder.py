@@ -49,7 +49,7 @@ def find_model(source: str | os.PathLike[str]) -> str:
     """
     path, name = Path(source), str(source)
     if path.is_dir():
-        for inner in (path, path / "model"):
+        for inner in _places(path):
             if any((inner / file).is_file() for file in ("config.json", CONFIG_FILE)):
                 return str(inner)
         raise LayoutError(f"{name} holds no model: it has no config.json, and no model/config.json as a run has")
@@ -58,6 +58,24 @@ def find_model(source: str | os.PathLike[str]) -> str:
     if name.startswith((".", "/", "~")) or name.count("/") > 1:  # or else a hub id
         raise LayoutError(f"no folder {name}{meant_path(path)}")
     return name
+
+
+def find_saved(source: str | os.PathLike[str]) -> Path:
+    """Returns the folder on this machine that a saved LTE model lies in: the one that is named, or a run's ``model/``.
+
+    Raises:
+        LayoutError: If there is none, or it is a plain model's.
+    """
+    for folder in _places(Path(source)):
+        if folder.is_dir() and is_lte(folder):
+            return folder
+    near = "" if Path(source).exists() else meant_path(source)
+    raise LayoutError(f"{source} is no folder of a saved LTE model, nor of a run that has one (RUN/model){near}")
+
+
+def _places(folder: Path) -> tuple[Path, Path]:
+    """Where a folder may hold a model: itself, or as a run's folder in ``model/``."""
+    return folder, folder / "model"
 
 
 @contextmanager

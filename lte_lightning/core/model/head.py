@@ -1,4 +1,4 @@
-"""A decoder's loss without the logits that no label asks for."""
+"""Heads: which models classify, and a decoder's loss from the logits that have a label."""
 
 from typing import Any
 
@@ -6,6 +6,11 @@ import torch
 from torch.nn import functional
 
 IGNORED = -100  # the label of what carries no loss
+
+
+def classifies(kind: str) -> bool:
+    """Says whether a model of transformers tells classes apart, or predicts a number, by the name of its class."""
+    return kind.endswith("ForSequenceClassification")
 
 
 def run_where_asked(model: Any, batch: dict[str, torch.Tensor]) -> Any:

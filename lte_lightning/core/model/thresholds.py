@@ -6,13 +6,13 @@
 import hashlib
 import json
 import logging
-import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from lte_lightning.core.model.experts import require_expert_ffns
@@ -87,10 +87,7 @@ class ThresholdTable:
         return Setting(
             sparsity,
             between(below.reached, above.reached),
-            tuple(
-                _sigmoid(between(_logit(one), _logit(other)))
-                for one, other in zip(below.thresholds, above.thresholds, strict=True)
-            ),
+            tuple(torch.lerp(_logits(below), _logits(above), share).sigmoid().tolist()),
             tuple(map(between, below.per_layer, above.per_layer)),
         )
 
@@ -119,19 +116,8 @@ def set_sparsity(model: nn.Module, sparsity: float | None) -> float | None:
             ffn.threshold = ffn.trained_threshold
         _set_chosen(model, None)
         return None
-    table = kept_table(model)
-    if table is None:
-        raise UserError(
-            "this model has no table of thresholds, which a sparsity is looked up in; make one by `lte calibrate "
-            "FOLDER`, and load the folder again"
-        )
+    table = require_settings(model, [sparsity])
     setting = table.at(sparsity)
-    modes = {ffn.mode for ffn in ffns.values()}
-    if modes != {"hard"}:
-        raise UserError(
-            f"this model is in mode {'/'.join(sorted(modes))!r}, where every expert runs whatever its threshold; "
-            "set_mode(model, 'hard') first"
-        )
     if setting not in table.settings:
         near = [each.sparsity for each in table.settings]
         below, above = max(s for s in near if s < sparsity), min(s for s in near if s > sparsity)
@@ -140,6 +126,29 @@ def set_sparsity(model: nn.Module, sparsity: float | None) -> float | None:
         ffn.threshold = threshold
     _set_chosen(model, sparsity)
     return setting.reached
+
+
+def require_settings(model: nn.Module, sparsities: Sequence[float]) -> ThresholdTable:
+    """Returns a model's table of thresholds, after a check that `set_sparsity` takes all of these sparsities.
+
+    Raises:
+        UserError: As of `set_sparsity`.
+    """
+    table = kept_table(model)
+    if table is None:
+        raise UserError(
+            "this model has no table of thresholds, which a sparsity is looked up in; make one by `lte calibrate "
+            "FOLDER`, and load the folder again"
+        )
+    for sparsity in sparsities:
+        table.at(sparsity)
+    modes = {ffn.mode for ffn in require_expert_ffns(model).values()}
+    if modes != {"hard"}:
+        raise UserError(
+            f"this model is in mode {'/'.join(sorted(modes))!r}, where every expert runs whatever its threshold; "
+            "set_mode(model, 'hard') first"
+        )
+    return table
 
 
 def kept_table(model: nn.Module) -> ThresholdTable | None:
@@ -258,10 +267,5 @@ def _set_chosen(model: nn.Module, sparsity: float | None) -> None:
         model.__dict__[_KEPT] = (replace(table, chosen=sparsity), owner)
 
 
-def _logit(threshold: float) -> float:
-    threshold = min(max(threshold, 1e-12), 1.0 - 1e-12)
-    return math.log(threshold) - math.log1p(-threshold)
-
-
-def _sigmoid(logit: float) -> float:
-    return 1.0 / (1.0 + math.exp(-logit))
+def _logits(setting: Setting) -> torch.Tensor:
+    return torch.logit(torch.tensor(setting.thresholds, dtype=torch.float64), eps=1e-12)

@@ -94,7 +94,7 @@ def quantiles(model: nn.Module, counts_LH: torch.Tensor, sparsity: float) -> tor
 def gaps(model: nn.Module, counts_LH: torch.Tensor, sparsity: float) -> torch.Tensor:
     """Returns how far the logits' quantiles lie below the threshold, [L]; arguments as of `quantiles`."""
     tau = next(iter(expert_ffns(model).values())).trained_threshold
-    return math.log(tau / (1.0 - tau)) - quantiles(model, counts_LH, sparsity)
+    return torch.logit(torch.tensor(tau, dtype=torch.float64)).item() - quantiles(model, counts_LH, sparsity)
 
 
 def distances(model: nn.Module, counts_LH: torch.Tensor, sparsity: float) -> torch.Tensor:

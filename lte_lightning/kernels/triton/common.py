@@ -1,4 +1,4 @@
-"""What the Triton kernels share: the activation, products in float32, and the check of what they are given."""
+"""Shared by the Triton kernels: activations, products in float32, and checks of the input."""
 
 import functools
 
@@ -14,19 +14,19 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INTERPRETED: bool = knobs.runtime.interpret
 """Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1 before the first import)."""
 
-# Interpreted tl.dot on bfloat16 multiplies bit patterns, without a word.
+# Interpreted tl.dot on bfloat16 silently multiplies bit patterns.
 UPCAST = tl.constexpr(INTERPRETED)
 
 
 def check_device(x_ND: torch.Tensor, others: dict[str, torch.Tensor | None]) -> None:
-    """Refuses an input, or weights beside it, that kernels cannot take.
+    """Refuses an input or weights that the kernels cannot take.
 
     Args:
         x_ND: The input.
         others: Weights by name; these must be contiguous.
 
     Raises:
-        ValueError: It says which tensor, and what to do.
+        ValueError: If a tensor does not fit; the message names it and a remedy.
     """
     if x_ND.dtype not in DTYPES:
         raise ValueError(f"the triton backend takes {', '.join(map(str, DTYPES))}, and x_ND is {x_ND.dtype}")
@@ -48,7 +48,7 @@ def is_hopper() -> bool:
 
 
 def dependent() -> dict[str, bool]:
-    """Returns the options of a launch that may start before the one ahead has ended: from Hopper on, none elsewhere."""
+    """Returns the options of a launch that may start before the one ahead ends: from Hopper on; empty elsewhere."""
     return {"PDL": True, "launch_pdl": True} if is_hopper() else {"PDL": False}
 
 
@@ -65,7 +65,7 @@ def multiprocessors(device: torch.device) -> int:
 
 @triton.jit
 def wait_for_last(PDL: tl.constexpr):
-    """Waits for the launch ahead, all its writes included; nothing that it or an earlier one writes is read before."""
+    """Waits for the launch ahead and all its writes. Read nothing that it or an earlier launch writes before this."""
     if PDL:
         gdc_wait()
 

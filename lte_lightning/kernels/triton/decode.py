@@ -1,4 +1,4 @@
-"""A few tokens: each expert of the union is streamed once for all tokens, whatever the number that chose it.
+"""A few tokens: each expert of the union is read once for all tokens.
 
 Four launches: the list of active experts; their hidden activations; partial sums of the down projection; their sum.
 All grids are sized by E, D and N; a program past the count of active experts, which only the device knows, ends at

@@ -1,8 +1,8 @@
 """Keep NaN and infinity in experts that no token of a block selected out of a dense down projection's output.
 
-The library's product multiplies all rows of the down projection, and zero times NaN is NaN. Looking for them in the
-weights is dear; looking at the output is not. The device looks, and computes only the spoilt blocks again, so that the
-host neither waits nor decides.
+The library's product multiplies all rows of the down projection, and zero times NaN is NaN. A search in the weights is
+expensive, and a search in the output is cheap. The device checks the output and computes only the spoilt blocks again,
+so that the host neither waits nor decides.
 """
 
 import torch
