@@ -90,6 +90,7 @@ class Results(Evaluation):
         hard: The metric with the selected experts alone, after the expert stage.
         floor: The metric with every expert off, adapted alike.
         sparsity_before: The sparsity of ``hard_before``; 0 to 1.
+        target_sparsity: The sparsity that was asked for; 0 to 1.
         grouping: Inertia of the grouping, and that of a random one.
         seconds_per_stage: Seconds that each stage, and the grouping, took.
         latency_ms: Milliseconds of a call of the sparse model.
@@ -113,6 +114,7 @@ class Results(Evaluation):
     hard: float | None
     sparsity: float | None = field()  # in a fit's file, unlike in a test's, this and the next ones are always there
     sparsity_before: float | None = None
+    target_sparsity: float | None = None
     sparsity_per_layer: list[float] | None = field()
     flops_per_token: float = field()
     dense_flops_per_token: float = field()

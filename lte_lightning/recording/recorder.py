@@ -22,13 +22,13 @@ from lte_lightning.callbacks.module import lte_module
 from lte_lightning.core.model.convert import lte_config
 from lte_lightning.core.model.folder import CONFIG_FILE
 from lte_lightning.errors import UserError
+from lte_lightning.recording import tables
 from lte_lightning.recording.latency import measure_latency
 from lte_lightning.recording.loggers import RunLogger, mlflow_of, send_files
 from lte_lightning.recording.memory import expected_memory
 from lte_lightning.recording.pictures import draw_views
 from lte_lightning.recording.place import LAST, RUN_FILE, how_to_resume, save_model, task_suffix, write_run_file
 from lte_lightning.recording.rows import prediction_rows, write_rows
-from lte_lightning.recording.tables import facts_for_card, make_results, read_floor, results_table, show, test_table
 from lte_lightning.recording.tracking import conclude
 from lte_lightning.results import FILE, PROGRESS, Evaluation, Place
 from lte_lightning.store import (
@@ -94,7 +94,7 @@ class Recorder(Callback):
         self.root = Path(root).absolute()
         self.experiment, self.name = experiment, name
         self.tracking_uri = mlflow_store(tracking_uri, os.environ.get("MLFLOW_TRACKING_URI"))
-        self.floor = read_floor(floor_from) if floor_from else None
+        self.floor = tables.read_floor(floor_from) if floor_from else None
         self.parent = parent
         self.folder: Path | None = None
         self.run_id: str | None = None
@@ -226,21 +226,20 @@ class Recorder(Callback):
         module = lte_module(pl_module)
         best = next((c.best_model_path for c in trainer.checkpoint_callbacks if isinstance(c, BestCheckpoint)), "")
         if best and module.stage == "expert":
-            checkpoint = torch.load(best, weights_only=True, map_location="cpu")
-            module.load_state_dict(checkpoint["state_dict"])
-            module.measured |= {"hard": checkpoint["lte"]["measured"]["hard"]}
+            kept = torch.load(best, weights_only=True, map_location="cpu")
+            module.load_state_dict(kept["state_dict"])
+            module.measured |= {"hard": kept["lte"]["measured"]["hard"]}
         if trainer.is_global_zero:
             self._export(trainer, module, self.folder)
 
     def _export(self, trainer: Trainer, module: LteModule, folder: Path) -> None:
         module.before_export()
-        results = make_results(trainer, module, self.floor.floor if self.floor else None, self.options)
-        about = {"stage": module.stage, "measured": module.measured, **facts_for_card(results, module.hparams)}
+        results = tables.make_results(trainer, module, self.floor.floor if self.floor else None, self.options)
+        about = {"stage": module.stage, "measured": module.measured, **tables.facts_for_card(results, module.hparams)}
         save_model(module.net, folder / "model", about, getattr(declared(trainer).datamodule, "tokenizer", None))
         if self.latency_rows and module.stage != "dense":
-            timed = measure_latency(folder / "model", trainer, self.latency_rows, module.backend)
-            results = replace(results, **timed)
-        self.table = results_table(results)
+            results = replace(results, **measure_latency(folder / "model", trainer, self.latency_rows, module.backend))
+        self.table = tables.results_table(results, tables.warn_of_missed_target(results, lte_config(module.net)))
         self.written = folder / FILE
         results.write(self.written)
         (folder / PROGRESS).unlink(missing_ok=True)
@@ -265,7 +264,7 @@ class Recorder(Callback):
             found.write(self.written)
             send_files(trainer, self.written)
             self._write_rows(trainer, f"predictions{suffix}.jsonl", module.predictions)
-        self.table = test_table(getattr(declared(trainer).datamodule, "task", ""), found)
+        self.table = tables.test_table(getattr(declared(trainer).datamodule, "task", ""), found)
 
     @rank_zero_only
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -295,6 +294,6 @@ class Recorder(Callback):
     def report(self) -> None:
         """Prints the table of a fit or a test, and last the path of what was written."""
         if self.table is not None:
-            show(self.table)
+            tables.show(self.table)
         if self.written is not None:
             print(self.written, flush=True)

@@ -1,5 +1,6 @@
 """The results of a fit and of a test: collected from the module, and laid out for people."""
 
+import logging
 import platform
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -15,12 +16,18 @@ from lte_lightning.callbacks.stages import StageSchedule
 from lte_lightning.choices import options_of_start
 from lte_lightning.core.accounting.cost import GFLOP
 from lte_lightning.core.model.card import public_name
+from lte_lightning.core.model.config import LteConfig
 from lte_lightning.core.model.convert import lte_config
 from lte_lightning.errors import UserError, meant_path
 from lte_lightning.recording.machine import code, machine
 from lte_lightning.results import Evaluation, Results, read
+from lte_lightning.selection import selector_class
 from lte_lightning.tasks.base import LteModule
 from lte_lightning.tasks.evaluation import VIEW_MODES
+
+logger = logging.getLogger("lte_lightning")
+NEAR = 0.01
+"""A target counts as reached within one point of sparsity."""
 
 
 def make_results(
@@ -49,6 +56,7 @@ def make_results(
         **views,
         **{key: hardest.get(key) for key in ("sparsity", "sparsity_per_layer", "union_sparsity")},
         "sparsity_before": measured.get("hard_before", {}).get("sparsity"),
+        "target_sparsity": lte_config(module.net).target_sparsity if hardest else None,
         **module.cost(hardest.get("sparsity_per_layer")),
         "grouping": measured.get("grouping"),
         "seconds_per_stage": {stage: round(seconds, 1) for stage, seconds in schedule.seconds.items()},
@@ -112,8 +120,8 @@ def facts_for_card(results: Results, options: Mapping[str, Any]) -> dict[str, An
         results: What the fit has found.
         options: The module's options.
     """
-    kept = ("task", "metric", *VIEW_MODES, "floor", "sparsity", "sparsity_before", "sparsity_per_layer", "seed")
-    kept += ("flops_per_token", "dense_flops_per_token", "seconds_per_stage")
+    kept = ("task", "metric", *VIEW_MODES, "floor", "sparsity", "sparsity_before", "target_sparsity")
+    kept += ("sparsity_per_layer", "seed", "flops_per_token", "dense_flops_per_token", "seconds_per_stage")
     content = results.content()
     packages = ("python", "lte-lightning", "torch", "transformers", "commit", "code", "precision")
     versions = {key: results.versions[key] for key in packages if results.versions.get(key) is not None}
@@ -125,8 +133,31 @@ def facts_for_card(results: Results, options: Mapping[str, Any]) -> dict[str, An
     }
 
 
-def results_table(results: Results) -> Table:
-    """Lays the results out for reading, under the data's title or the task's name."""
+def warn_of_missed_target(results: Results, config: LteConfig) -> str | None:
+    """Warns that a fit ended further than `NEAR` from the sparsity that it was asked for, and what to do.
+
+    Args:
+        results: What the fit has found.
+        config: Of its model.
+
+    Returns:
+        The warning; None where the target was reached, or there is none.
+    """
+    wanted, reached = results.target_sparsity, results.sparsity
+    if wanted is None or reached is None or abs(reached - wanted) <= NEAR:
+        return None
+    missed = f"Target missed: {100 * wanted:.1f} % sparsity was asked for, {100 * reached:.1f} % reached."
+    kind = selector_class(config.selector)
+    if kind.graded and not kind.scales:
+        missed += f" `lte calibrate RUN --sparsity {wanted:g}` moves the threshold there, without training."
+    else:
+        missed += f" Selector {config.selector!r} has no threshold to move: fit again with another target_sparsity."
+    logger.warning(missed)
+    return missed
+
+
+def results_table(results: Results, remark: str | None = None) -> Table:
+    """Lays the results out for reading, under the data's title or the task's name, a remark below the table."""
     title = f"{results.title or results.task}: {results.metric} on the validation rows"
     table = Table(title=title, title_justify="left")
     table.add_column("")
@@ -165,6 +196,7 @@ def results_table(results: Results) -> Table:
             f"{of['rows']} rows ({of['dtype']}, {of['device']}, {of['threads']} threads, load {of['load']})."
         )
     times = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in results.seconds_per_stage.items())
+    notes += [remark] if remark else []
     table.caption = "\n".join([*notes, f"Time: {times}."])
     table.caption_justify = "left"
     return table

@@ -43,9 +43,11 @@ def method(module: Any) -> str:
 
 def run_name(module: Any, data: Any) -> str:
     """Returns a name that tells a run from its neighbours: task, method, target, seed."""
-    target = module.lte.target_sparsity if module.lte else None
+    target = lte.target_sparsity if (lte := module.lte) else None
+    budget = lte.budget if lte else None
     weight = module.hparams.get("efficiency_weight")
     dial = f"{100 * target:g} %" if target is not None else f"eta {weight:g}" if weight is not None else None
+    dial = f"{100 * budget[1]:g} % of {budget[0]}" if budget else dial
     parts = [getattr(data, "task", None), method(module), dial, f"seed {module.hparams['seed']}"]
     return ", ".join(part for part in parts if part)
 

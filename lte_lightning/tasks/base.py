@@ -104,10 +104,10 @@ class LteModule(RouterLosses):
                 f"separability_start {separability_start} and separability_end {separability_end} are shares of the "
                 "router stage: 0 <= start <= end <= 1"
             )
-        target = None if lte is None or lte.selector != "router" else lte.target_sparsity
-        if target is not None and efficiency_weight:
+        if lte is not None and lte.selector == "router" and lte.has_target and efficiency_weight:
+            name, target = lte.budget or ("sparsity", lte.target_sparsity)
             raise UserError(
-                f"lte.target_sparsity {target} and efficiency_weight {efficiency_weight} are two dials of one thing; "
+                f"lte.target_{name} {target} and efficiency_weight {efficiency_weight} are two dials of one thing; "
                 "leave one out (--model.efficiency_weight null)"
             )
         for name, value, known in (

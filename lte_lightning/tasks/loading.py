@@ -6,11 +6,13 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
+from lte_lightning.core.accounting.budget import meet_budget
 from lte_lightning.core.model.checkpoint import from_pretrained
 from lte_lightning.core.model.checks import listed, require_complete, require_finite, require_sound_routers
 from lte_lightning.core.model.config import LteConfig
@@ -81,7 +83,7 @@ def load(
         if about.get("stage", "dense") == "dense":
             give_experts(model, config)
         else:
-            _require_same(source, lte_config(model), config)
+            _require_same(source, lte_config(model), _targeted(model, config))
     return model.train(), about  # Hugging Face loads in eval mode, and Lightning would keep it so
 
 
@@ -181,7 +183,16 @@ def give_experts(model: PreTrainedModel, config: LteConfig) -> None:
     """Converts a model for training: new experts and routers, its neurons not yet grouped."""
     if expert_ffns(model):
         restore(model)
-    convert(model, config, group=False)
+    convert(model, _targeted(model, config), group=False)
+
+
+def _targeted(model: PreTrainedModel, config: LteConfig) -> LteConfig:
+    if config.budget is None:
+        return config
+    targeted = meet_budget(model, config)
+    name, share = config.budget
+    rank_zero_info(f"target_{name} {share:g} of the dense model's is a sparsity of {targeted.target_sparsity:.4f}")
+    return targeted
 
 
 def _require_same(source: str, saved: LteConfig, wanted: LteConfig) -> None:

@@ -36,3 +36,19 @@ def test_it_needs_the_bias(tiny, lightning, tmp_path):
     fit = lightning(tmp_path, config, "fit")
     assert fit.code != 0
     assert "is held by the routers' biases, and router_bias is false" in " ".join(fit.err.split())
+
+
+def test_a_budget_in_flops_is_met(tiny, lightning, tmp_path, caplog):
+    config = controlled(tiny, None, **{"model.init_args.lte.target_flops": 0.85})
+    fit = lightning(tmp_path, config, "fit")
+    assert fit.code == 0, fit.err
+    results = json.loads((fit.run / "results.json").read_text())
+    assert results["flops_per_token"] / results["dense_flops_per_token"] == pytest.approx(0.85, abs=0.02)
+    assert f"target_flops 0.85 of the dense model's is a sparsity of {results['target_sparsity']:.4f}" in caplog.text
+
+
+def test_a_budget_and_eta_are_refused(tiny, lightning, tmp_path):
+    config = controlled(tiny, None, **{"model.init_args.lte.target_bytes": 0.8, "model.init_args.efficiency_weight": 1})
+    fit = lightning(tmp_path, config, "fit")
+    assert fit.code != 0
+    assert "lte.target_bytes 0.8 and efficiency_weight 1.0 are two dials of one thing" in " ".join(fit.err.split())

@@ -28,8 +28,8 @@ OPTIONS = {
     "separability_end separability_epsilon balance_weight distillation teacher freeze_routers router_training "
     "router_start detach_router sparsity_range activation layers gradient_checkpointing backend sparsity skip_experts "
     "quantize",
-    "model.lte": "expert_size grouping selector target_sparsity sparsity_per_layer threshold router_bias "
-    "router_margin router_scale wanda_pattern wanda_scope seed",
+    "model.lte": "expert_size grouping selector target_sparsity target_flops target_bytes sparsity_per_layer threshold "
+    "router_bias router_margin router_scale wanda_pattern wanda_scope seed",
     "data": "task source max_length batch_size eval_batch_size holdout train_rows",
     "stages": "dense router expert keep_optimizer",
     **{f"stages.{stage}": " ".join(PLAN) for stage in ("dense", "router", "expert")},

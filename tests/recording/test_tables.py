@@ -4,8 +4,9 @@ import json
 import pytest
 from rich.console import Console
 
+from lte_lightning.core.model.config import LteConfig
 from lte_lightning.errors import UserError
-from lte_lightning.recording.tables import read_floor, results_table
+from lte_lightning.recording.tables import read_floor, results_table, warn_of_missed_target
 from lte_lightning.results import Results
 
 RESULTS = {
@@ -53,6 +54,30 @@ def test_table():
     for words in ("Data: my/folder.", "FLOPs saved: 70.0 %", "2^30", "dense 12 s, grouping 1 s"):
         assert words in text
     assert "floor" not in text
+
+
+@pytest.mark.parametrize(("reached", "missed"), [(0.791, False), (0.809, False), (0.785, True), (0.83, True)])
+def test_a_target_that_was_missed_by_more_than_a_point_is_said(reached, missed, caplog):
+    results = Results.of(RESULTS | {"target_sparsity": 0.8, "sparsity": reached})
+    said = warn_of_missed_target(results, LteConfig(target_sparsity=0.8))
+    assert (said is not None) == missed == bool(caplog.records)
+    if missed:
+        wanted = f"80.0 % sparsity was asked for, {100 * reached:.1f} % reached"
+        assert wanted in said
+        assert "lte calibrate RUN --sparsity 0.8" in said
+        assert said in caplog.text
+        assert results_table(results, said).caption.splitlines()[-2] == said
+
+
+def test_without_a_target_nothing_is_missed():
+    assert warn_of_missed_target(Results.of(RESULTS), LteConfig()) is None
+
+
+def test_of_a_selector_without_a_threshold_no_knob_is_promised():
+    results = Results.of(RESULTS | {"target_sparsity": 0.5})
+    said = warn_of_missed_target(results, LteConfig(selector="narrow", target_sparsity=0.5))
+    assert "calibrate" not in said
+    assert "fit again with another target_sparsity" in said
 
 
 def test_table_of_a_fit_without_adaptation():

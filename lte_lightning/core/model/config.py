@@ -1,6 +1,6 @@
 """What a converted model is made of; how it is trained is the task's affair."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from lte_lightning.errors import UserError
@@ -24,6 +24,10 @@ class LteConfig:
         target_sparsity: Share of the experts that shall not run; for ``teal`` and ``wanda`` share of the
             weights that shall not be used. For LTE's own router, in place of ``efficiency_weight``: it is held while
             the routers and the model train. Without it, LTE's sparsity follows from ``efficiency_weight``.
+        target_flops: In place of ``target_sparsity``: the share, 0 to 1, of the dense model's FLOPs per token that the
+            sparse model shall take, attention, routers and predictors included. A fit that loads its model turns it
+            into the sparsity that costs as much (`core.accounting.budget`).
+        target_bytes: The same with the bytes that a token moves at batch 1.
         sparsity_per_layer: How layers share LTE's ``target_sparsity``: ``equal`` gives it to each; ``free`` holds it
             over all layers together, which may then differ; a list gives every layer its own, whose mean is the target.
         threshold: An expert runs when its score exceeds this (tau in the paper).
@@ -43,6 +47,8 @@ class LteConfig:
     grouping: Literal["kmeans", "coactivation", "use", "random", "contiguous"] = "kmeans"
     selector: str = "router"
     target_sparsity: float | None = None
+    target_flops: float | None = None
+    target_bytes: float | None = None
     sparsity_per_layer: Literal["equal", "free"] | list[float] = "equal"
     threshold: float = 0.5
     router_bias: bool = True
@@ -57,18 +63,52 @@ class LteConfig:
             raise UserError(f"expert_size is {self.expert_size}; it must be at least 1 (the paper uses 32)")
         if not 0.0 < self.threshold < 1.0:
             raise UserError(f"threshold is {self.threshold}; it must lie in (0, 1), as scores do (the paper uses 0.5)")
-        selector_class(self.selector).check(self)
+        self._check_budget()
+        # a budget becomes a target once the model is there; until then any stands for it
+        selector_class(self.selector).check(self if self.budget is None else self.with_target(0.5))
         self._check_layers()
         if not self.router_scale > 0.0:
             raise UserError(
                 f"router_scale is {self.router_scale}; it must be positive, or all scores start equal and stay so"
             )
 
+    @property
+    def budget(self) -> tuple[str, float] | None:
+        """``flops`` or ``bytes``, and their share of the dense model's; None if a sparsity is asked for, or nothing."""
+        return next(((name, share) for name, share in self._targets()[1:] if share is not None), None)
+
+    @property
+    def has_target(self) -> bool:
+        """Whether a sparsity is asked for, or what comes to one."""
+        return any(share is not None for _, share in self._targets())
+
+    def with_target(self, sparsity: float) -> "LteConfig":
+        """Returns the configuration with this target sparsity in place of its budget."""
+        return replace(self, target_sparsity=sparsity, target_flops=None, target_bytes=None)
+
+    def _targets(self) -> list[tuple[str, float | None]]:
+        return [("sparsity", self.target_sparsity), ("flops", self.target_flops), ("bytes", self.target_bytes)]
+
+    def _check_budget(self) -> None:
+        given = [f"target_{name} {share}" for name, share in self._targets() if share is not None]
+        if len(given) > 1:
+            raise UserError(f"{' and '.join(given)} are dials of one thing; leave one in")
+        if self.budget is None:
+            return
+        name, share = self.budget
+        if not 0.0 < share < 1.0:
+            raise UserError(f"target_{name} is {share}; it is a share of the dense model's {name}, above 0 and below 1")
+        if isinstance(self.sparsity_per_layer, list):
+            raise UserError(
+                f"sparsity_per_layer gives every layer's sparsity, so target_{name} {share} has nothing to decide; "
+                "leave one out"
+            )
+
     def _check_layers(self) -> None:
         layers, target = self.sparsity_per_layer, self.target_sparsity
         if layers == "equal":
             return
-        if target is None or not selector_class(self.selector).optional_target:
+        if not self.has_target or not selector_class(self.selector).optional_target:
             raise UserError(
                 f"sparsity_per_layer is {layers}, and there is no target_sparsity that LTE's routers are held at; set "
                 "target_sparsity, or leave it out"
@@ -78,7 +118,7 @@ class LteConfig:
                 raise UserError(f"sparsity_per_layer is {layers!r}; it is equal, free, or a list of shares")
         elif not layers or not all(0.0 <= share < 1.0 for share in layers):
             raise UserError(f"sparsity_per_layer is {layers}; each must be at least 0 and below 1")
-        elif abs((mean := sum(layers) / len(layers)) - target) > 0.001:
+        elif target is not None and abs((mean := sum(layers) / len(layers)) - target) > 0.001:
             raise UserError(
                 f"sparsity_per_layer has the mean {mean:.4g}, and target_sparsity is {target}; set that to {mean:.4g}"
             )

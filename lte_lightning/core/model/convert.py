@@ -53,6 +53,11 @@ def convert(
     config = config or LteConfig()
     if expert_ffns(model):
         raise UserError(f"this {type(model).__name__} has expert FFNs already; restore() it first")
+    if config.budget is not None:
+        raise UserError(
+            f"target_{config.budget[0]} is not a sparsity yet; give convert() what core.accounting.budget.meet_budget("
+            "model, config) returns"
+        )
     sites = [(layer, stack) for stack, layers in enumerate(find_stacks(model)) for layer in layers]
     row = find_row(model.config.model_type)
     all_parts = [find_parts(layer, row) for layer, _ in sites]
