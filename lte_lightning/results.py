@@ -1,6 +1,7 @@
 """What a fit and a test leave, ``results.json`` and ``test.json``: one type each, written and read here alone."""
 
 import json
+import math
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from functools import cache
 from pathlib import Path
@@ -21,6 +22,12 @@ def better(metric: str, one: float, other: float) -> bool:
     return one < other if metric.startswith(LOWER_IS_BETTER) else one > other
 
 
+def json_value(value: Any) -> Any:
+    """Returns the value, or None for what JSON cannot say."""
+    # JSON has no NaN, which a correlation of constant predictions is
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 @dataclass(kw_only=True)
 class Evaluation:
     """What a test leaves (``test.json``). A value that was not measured, or is not defined, is None.
@@ -29,6 +36,8 @@ class Evaluation:
         sparsity: Share of the FFN neurons that do not run, over real tokens and layers; 0 to 1.
         sparsity_per_layer: The same of each FFN, in the model's order.
         union_sparsity: Share of the experts that no token of a batch needs, by the batch's rows; 0 to 1.
+        draws: The metric on rows drawn anew, with replacement; draw k takes the same rows in every evaluation of as
+            many. None of what several processes measured.
         score_histogram: How many scores of each FFN fell in each of 50 bins of [0, 1].
         flops_per_token: FLOPs as the paper counts them (the layers' projections, routers included).
         dense_flops_per_token: FLOPs of the dense model, counted alike.
@@ -43,6 +52,7 @@ class Evaluation:
     sparsity: float | None = None
     sparsity_per_layer: list[float] | None = None
     union_sparsity: dict[str, float] | None = None
+    draws: list[float | None] | None = None
     score_histogram: list[list[int]] | None = None
     flops_per_token: float | None = None
     dense_flops_per_token: float | None = None

@@ -54,7 +54,7 @@ def make_results(
         "title": getattr(data, "title", None),
         "metric": module.metric_name,
         **views,
-        **{key: hardest.get(key) for key in ("sparsity", "sparsity_per_layer", "union_sparsity")},
+        **{key: hardest.get(key) for key in ("sparsity", "sparsity_per_layer", "union_sparsity", "draws")},
         "sparsity_before": measured.get("hard_before", {}).get("sparsity"),
         "target_sparsity": lte_config(module.net).target_sparsity if hardest else None,
         **module.cost(hardest.get("sparsity_per_layer")),

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from lte_lightning.files import whole_file, write_text
-from lte_lightning.results import FILE, read_results
+from lte_lightning.results import FILE, Results, read_results
 from lte_lightning.sweep.folder import SweepFolder
+from lte_lightning.sweep.paired import Fits, comparisons
 from lte_lightning.sweep.points import NEUTRAL, Point
 
 # Options that are no choice of a fit's: its seed, its place, and what is shown of it
@@ -38,9 +39,12 @@ def newest(run: Path) -> tuple[int, int, str]:
 def write_tables(folder: SweepFolder, points: Sequence[Point]) -> list[Path]:
     """Writes ``table.csv``, a row for each fit, and ``table.md``, means and deviations over the seeds.
 
-    Of several finished runs of a fit the newest counts, as in a report. A figure that is not defined is ``nan``.
+    Beside them ``differences.md``, if there is something to compare: what the first variant's values are above the
+    others', paired. Of several finished runs of a fit the newest counts, as in a report. A figure that is not defined
+    is ``nan``.
     """
     attempts, rows = folder.attempts(), []
+    found: dict[str, Results] = {}
     keys = list(dict.fromkeys(key for point in points for key in point.parameters))
     labels = _labels(folder, points)
     runs = {point.name: _newest(attempts.get(point.name, [])) for point in points}
@@ -50,7 +54,7 @@ def write_tables(folder: SweepFolder, points: Sequence[Point]) -> list[Path]:
         run, known = runs[point.name], folder.record(point.name)
         row["status"] = "done" if run else (known and known.status) or "missing"
         if run:
-            results = read_results(run)
+            results = found[point.name] = read_results(run)
             if results.floor is None and point.floor and (beside := runs.get(point.floor)):
                 results = replace(results, floor=read_results(beside).floor)
             row |= {key: getattr(results, key) for key in ("task", "metric", *VALUES)}
@@ -64,7 +68,11 @@ def write_tables(folder: SweepFolder, points: Sequence[Point]) -> list[Path]:
         writer = csv.DictWriter(file, names, restval="")
         writer.writeheader()
         writer.writerows(rows)
-    write_text(files[1], _markdown([row | {"label": labels[row["name"]]} for row in rows], keys))
+    rows = [row | {"label": labels[row["name"]]} for row in rows]
+    write_text(files[1], _markdown(rows, keys))
+    if differences := _differences(rows, keys, found):
+        files.append(folder.path / "differences.md")
+        write_text(files[2], _lines(differences))
     return files
 
 
@@ -109,7 +117,7 @@ def _markdown(rows: list[dict[str, Any]], keys: list[str]) -> str:
             groups.setdefault(group, []).append(row)
     heads = ["task", "metric", "variant", *keys, "seeds", "dense", "hard", "sparsity", "floor"]
     heads += ["span kept, of the dense start", "FLOPs", "hard before"]
-    lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
+    table = [heads]
     for group, members in groups.items():
         cells = [*group, ", ".join(str(row["seed"]) for row in members)]
         cells += [mean_text([row[key] for row in members]) for key in ("dense", "hard")]
@@ -118,10 +126,32 @@ def _markdown(rows: list[dict[str, Any]], keys: list[str]) -> str:
         cells.append(span_text([row["span_kept"] for row in members]))
         cells.append(mean_text([row["flops_per_token"] for row in members], 2.0**-30, " G"))
         cells.append(mean_text([row["hard_before"] for row in members]))
-        lines.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
+        table.append(cells)
     lost = [row["name"] for row in rows if row["status"] != "done"]
     tail = f"\n{len(lost)} of {len(rows)} fits are not done: {', '.join(lost)}\n" if lost else ""
-    return "\n".join(lines) + "\n" + tail
+    return _lines(table) + tail
+
+
+def _differences(rows: list[dict[str, Any]], keys: list[str], found: dict[str, Results]) -> list[list[str]]:
+    """Returns heads and rows of the comparisons; nothing if there are none."""
+    fits: dict[tuple[str, str], dict[tuple[str, str], dict[int, Results]]] = {}
+    for row in rows:
+        if row["status"] == "done" and row["role"] == "point":
+            setting = ", ".join(f"{key.split('.')[-1]} {row[key]}" for key in keys if row[key] not in ("", None))
+            group = fits.setdefault((row["task"], row["metric"]), {}).setdefault((row["label"], setting), {})
+            group[row["seed"]] = found[row["name"]]
+    table = [["task", "metric", "value of", "less that of", "seeds", "difference, 95 % interval"]]
+    for experiment, groups in fits.items():
+        settings = [Fits(*names, by_seed) for names, by_seed in groups.items()]
+        for ours, theirs, difference in comparisons(settings):
+            table.append([*experiment, ours.called, theirs.called, str(difference.seeds), difference.text()])
+    return table if len(table) > 1 else []
+
+
+def _lines(table: list[list[str]]) -> str:
+    """Returns a table, its first row the heads, in Markdown."""
+    heads, *rows = [f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |" for cells in table]
+    return "\n".join([heads, f"|{'---|' * len(table[0])}", *rows]) + "\n"
 
 
 def mean_text(values: Sequence[float | None], scale: float = 1.0, unit: str = "", digits: int = 4) -> str:

@@ -258,6 +258,12 @@ class LteModule(RouterLosses):
         if self.ends_step(batch_idx):
             self.control.step(self)
 
+    def on_validation_start(self) -> None:
+        """Brings the sparsity to the target before an epoch of the expert stage is measured."""
+        super().on_validation_start()
+        if self.trainer.state.fn == "fit":
+            self.control.settle(self)
+
     def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
         """Returns the stage's loss: the task's, with equation 6's two terms or a balance loss where routers learn.
 

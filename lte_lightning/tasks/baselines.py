@@ -24,14 +24,16 @@ from lte_lightning.core.routing.observe import (
 from lte_lightning.core.routing.prune import Batch
 from lte_lightning.core.routing.start import start_routers
 from lte_lightning.errors import UserError
+from lte_lightning.results import json_value
 from lte_lightning.selection import SELECTORS
-from lte_lightning.tasks.evaluation import MeasuredModule, Stage, json_value
+from lte_lightning.tasks.evaluation import MeasuredModule, Stage
 from lte_lightning.trainer import declared
 
 # Calibrated on, or grouped by, so many tokens of the training rows; their neurons' importance is held in memory, a
 # layer's 4 * F bytes each (of TEAL the input, 4 * D; to group by, 2 * F).
 CALIBRATION_TOKENS = 4096
 START_TOKENS = 16_384  # a closed form is solved on so many
+SETTLING = 3  # passes over these after an epoch: control has kept the sparsity near
 ROWS_APART = 4  # one row of so many is looked at
 
 
@@ -110,6 +112,18 @@ def start_in_closed_form(module: MeasuredModule, stage: Stage) -> None:
         start_routers(module.net, batches, lambda sums: _summed(module, sums))
         set_mode(module.net, "soft" if stage == "router" and module.router_training == "soft" else "hard")
         rest(module.net, batches, wanted, lambda counts: _summed(module, counts))
+
+
+def settle(module: MeasuredModule) -> torch.Tensor:
+    """Holds a trained model at its target on training rows, as it will be used.
+
+    Returns:
+        By how much each layer's logits were moved, [L].
+    """
+    tokens, target = CALIBRATION_TOKENS // module.trainer.world_size, lte_config(module.net).target_sparsity or 0.0
+    with torch.no_grad(), _looking(module):
+        batches = list(enough(_runs(module), tokens))
+        return rest(module.net, batches, target, lambda counts: _summed(module, counts), SETTLING)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from lte_lightning.core.model.experts import expert_ffns
 from lte_lightning.core.routing.control import controlled, distances, follow, histogram, quantiles, wanted_sparsity
 from lte_lightning.core.routing.trace import RouterTrace
 from lte_lightning.errors import UserError
+from lte_lightning.tasks.baselines import settle
 from lte_lightning.tasks.evaluation import MeasuredModule, Stage
 
 RATES: dict[Stage, float] = {"router": 0.7, "expert": 0.05}
@@ -81,6 +82,14 @@ class SparsityControl:
             now_LK = torch.stack([quantiles(module.net, counts_LH, share) for share in GRID], 1).float()
             before_LK = now_LK.cpu() if self._logits_LK is None else self._logits_LK
             self._logits_LK = before_LK.lerp(now_LK.cpu(), MEMORY) + moved_L.float().cpu().unsqueeze(1)
+
+    def settle(self, module: MeasuredModule) -> None:
+        """Moves the biases until training rows have the target, after an epoch of frozen routers."""
+        epoch_ends = module.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        if module.stage == "expert" and self.applies(module) and epoch_ends and not module.trainer.sanity_checking:
+            moved_L = settle(module)
+            if self._logits_LK is not None:
+                self._logits_LK = self._logits_LK + moved_L.unsqueeze(1)
 
     def saved(self) -> dict[str, Any]:
         """Returns what a checkpoint must keep."""

@@ -21,6 +21,8 @@ from lte_lightning.core.model.thresholds import set_sparsity
 from lte_lightning.core.routing.trace import RouterTrace
 from lte_lightning.errors import UserError
 from lte_lightning.kernels.dispatch import Backend
+from lte_lightning.results import json_value
+from lte_lightning.tasks.draws import RowDraws
 from lte_lightning.tasks.sparsity import SparsityMeter
 
 Stage = Literal["dense", "router", "expert"]
@@ -53,6 +55,7 @@ class MeasuredModule(LightningModule):
     net: PreTrainedModel
     meters: nn.ModuleDict
     sparsity: SparsityMeter
+    draws: RowDraws
     stage: Stage
     measured: dict[str, dict[str, Any]]
     backend: Backend
@@ -94,6 +97,10 @@ class MeasuredModule(LightningModule):
     def outputs_for_metric(self, outputs: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """Returns what the metric is updated with, predictions and targets for most."""
         raise TypeError(f"{type(self).__name__} must define outputs_for_metric")
+
+    def by_rows(self, found: Any, outputs: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """Returns what `outputs_for_metric` found with a value per row in each tensor, [B]."""
+        return cast(tuple[torch.Tensor, ...], found)
 
     def run_model(self, batch: dict[str, torch.Tensor], net: Any = None) -> Any:
         """Returns the outputs of the model, or of another one, with their loss."""
@@ -168,6 +175,7 @@ class MeasuredModule(LightningModule):
     def _make_meters(self) -> None:
         names = [f"{view}{suffix}" for view in VIEW_MODES for suffix in self.loader_names]
         self.meters = nn.ModuleDict({name: self.make_metric() for name in names})
+        self.draws = RowDraws(self.make_metric(), self.metric_name)
         self.sparsity = SparsityMeter([ffn.experts for ffn in expert_ffns(self.net).values()])
 
     def turn_knob(self) -> None:
@@ -191,10 +199,10 @@ class MeasuredModule(LightningModule):
         else:
             outputs = self.run_model(batch)
         self._require_finite(outputs.loss, "validation")  # before a checkpoint of such weights is written
-        self._meter(view, self.loader_names[dataloader_idx]).update(*self.outputs_for_metric(outputs, batch))
-
-    def _meter(self, view: str, suffix: str) -> Metric:
-        return cast(Metric, self.meters[f"{view}{suffix}"])
+        found = self.outputs_for_metric(outputs, batch)
+        cast(Metric, self.meters[f"{view}{self.loader_names[dataloader_idx]}"]).update(*found)
+        if view == "hard" and dataloader_idx == 0:
+            self.draws.update(*self.by_rows(found, outputs, batch))
 
     def on_validation_epoch_end(self) -> None:
         """Logs ``val/<view>/<metric>`` and the sparsity, and remembers them for the results."""
@@ -203,14 +211,14 @@ class MeasuredModule(LightningModule):
             # a sanity check of a few rows is no measurement
             if not self.trainer.sanity_checking or self.trainer.num_sanity_val_steps == math.inf:
                 self.measured[view] = {key: json_value(value) for key, value in found.items()}
-            scalars = {key: value for key, value in found.items() if isinstance(value, float)}
-            self.log_dict({f"val/{view}/{key}": value for key, value in scalars.items()}, sync_dist=True)
+            scalars = {f"val/{view}/{key}": value for key, value in found.items() if isinstance(value, float)}
+            self.log_dict(scalars, sync_dist=True)
 
     def read_meters(self, view: str) -> dict[str, Any]:
         """Returns what a view's meters hold, and empties them."""
         found: dict[str, Any] = {}
         for suffix in self.loader_names:
-            meter = self._meter(view, suffix)
+            meter = cast(Metric, self.meters[f"{view}{suffix}"])
             if not meter.update_called:  # MNLI's second set, if the first is held out of the training rows
                 continue
             value = meter.compute()
@@ -219,7 +227,7 @@ class MeasuredModule(LightningModule):
                 found[f"{name}{suffix}"] = figure if isinstance(figure, dict) else float(figure)
             meter.reset()
         if VIEW_MODES[view] == "hard":
-            found |= self.sparsity.compute()
+            found |= self.sparsity.compute() | (self.draws.compute() if view == "hard" else {})
             self.sparsity.reset()
         return found
 
@@ -283,17 +291,9 @@ class MeasuredModule(LightningModule):
         set_mode(self.net, self.test_view)
         self._measure_from_here()
 
-    def on_predict_end(self) -> None:
-        """Leaves the backend to training again."""
-        self._train_from_here()
+    on_predict_end = on_test_end
 
 
 def _without_values(tensor: torch.Tensor) -> torch.Tensor:
     empty = tensor.detach().to("meta")
     return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
-
-
-def json_value(value: Any) -> Any:
-    """Returns the value, or None for what JSON cannot say."""
-    # JSON has no NaN, which a correlation of constant predictions is
-    return None if isinstance(value, float) and not math.isfinite(value) else value

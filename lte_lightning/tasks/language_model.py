@@ -5,6 +5,7 @@ from dataclasses import asdict
 from typing import Any, ClassVar
 
 import torch
+from torch import nn
 from torchmetrics import Metric
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -31,9 +32,12 @@ class Perplexity(Metric):
         self.add_state("words", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, loss_sum: torch.Tensor, tokens: torch.Tensor, words: torch.Tensor | None = None) -> None:
-        """Adds a batch: the sum of its tokens' losses (natural logarithm), how many they are, and words if known."""
-        self.loss_sum += loss_sum.double()
-        self.tokens += tokens
+        """Adds a batch: the sum of its tokens' losses (natural logarithm), how many they are, and words if known.
+
+        Each may be that of the batch, a scalar, or those of its rows.
+        """
+        self.loss_sum += loss_sum.double().sum()
+        self.tokens += tokens.sum()
         if words is not None:
             self.words += words.sum()
 
@@ -154,6 +158,15 @@ class LanguageModel(LteModule):
         tokens = self.task_amount(batch)
         found = (outputs.loss.detach() * tokens, tokens)
         return (*found, batch["words"]) if "words" in batch else found
+
+    def by_rows(self, found: Any, outputs: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """Returns the sum of each row's losses, and how many tokens it has that have one, [B]; and words if known."""
+        labels_BT = batch["labels"] if self.net.config.is_encoder_decoder else batch["labels"][:, 1:]
+        asked_BT = labels_BT != IGNORED
+        logits_NV = self.kept_logits(outputs, batch).float()
+        loss_N = nn.functional.cross_entropy(logits_NV, labels_BT[asked_BT], reduction="none")
+        loss_BT = torch.zeros(asked_BT.shape, device=loss_N.device).masked_scatter(asked_BT, loss_N)
+        return loss_BT.sum(1), asked_BT.sum(1), *found[2:]
 
     def gather_predictions(self) -> None:
         """Makes ``predictions`` those of all processes, in the order of their rows."""

@@ -1,7 +1,7 @@
 """MMLU: which of four letters a model finds most likely."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torchmetrics import Metric
@@ -81,6 +81,10 @@ class Mmlu(LanguageModel):
                 }
             )
         return chosen_B, batch["answer"], batch["subject"]
+
+    def by_rows(self, found: Any, outputs: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """Returns what was found: an answer per row."""
+        return cast(tuple[torch.Tensor, ...], found)
 
     def on_test_start(self) -> None:
         """Begins without predictions."""

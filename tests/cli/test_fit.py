@@ -13,7 +13,7 @@ import lte_lightning
 
 KEYS = {
     "task", "metric", "dense", "soft", "hard_before", "hard", "sparsity", "sparsity_per_layer", "flops_per_token",
-    "dense_flops_per_token", "bytes_per_token", "dense_bytes_per_token", "bound", "data", "sparsity_before",
+    "dense_flops_per_token", "bytes_per_token", "dense_bytes_per_token", "bound", "data", "sparsity_before", "draws",
     "seconds_per_stage", "grouping", "seed", "versions", "union_sparsity", "options",
 }  # fmt: skip
 
@@ -49,6 +49,13 @@ def test_results_hold_what_was_chosen(fitted):
     assert options["stages.router.epochs"] == config["stages"]["router"]["epochs"]
     assert options["data.max_length"] == config["data"]["init_args"]["max_length"]
     assert not any("uri" in name for name in options)
+
+
+def test_its_rows_are_drawn_anew_for_comparisons(fitted):
+    draws = fitted.results["draws"]
+    assert len(draws) == 100
+    assert sum(draws) / 100 == pytest.approx(fitted.results["hard"], abs=0.05)
+    assert len(set(draws)) > 3
 
 
 def test_its_path_is_printed_last_below_a_table(fitted):

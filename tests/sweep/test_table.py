@@ -91,3 +91,26 @@ def test_the_newest_run_of_a_point_is_in_the_table(bench):
         for file in folder.iterdir():
             os.utime(file, (seconds, seconds))
     assert cells(tables_of(mine, swept)[1], "seeds", "hard") == [["0", "0.5000"]]
+
+
+def test_the_first_variant_is_compared_with_the_others(bench):
+    dense = {"overrides": {"model.lte.target_sparsity": 0.0}}
+    mine = bench(seeds=[0, 1, 2], variants={"A": {}, "B": {}, "dense": dense, "far": {}})
+    swept = mine.run()
+    for seed, value in enumerate((0.80, 0.81, 0.82)):
+        change(swept, f"A-s{seed}", hard=value, sparsity=0.8)
+        change(swept, f"B-s{seed}", hard=value - 0.05, sparsity=0.79)
+        change(swept, f"far-s{seed}", hard=0.5, sparsity=0.7)
+        change(swept, f"dense-s{seed}", hard=0.81, sparsity=0.0)
+    table = tables_of(mine, swept)[2]
+    assert table.name == "differences.md"
+    assert cells(table, "value of", "less that of", "seeds", "difference, 95 % interval") == [
+        ["A (80.0 %)", "B (79.0 %)", "3", "+0.0500 (+0.0500 to +0.0500, seeds): better"],
+        ["A (80.0 %)", "dense (0.0 %)", "3", "+0.0000 (-0.0248 to +0.0248, seeds): not told apart"],
+    ]
+
+
+def test_one_method_alone_has_nothing_to_be_compared_with(bench):
+    mine = bench(seeds=[0], variants={"LTE": {}})
+    swept = mine.run()
+    assert [file.name for file in tables_of(mine, swept)] == ["table.csv", "table.md"]

@@ -43,7 +43,7 @@ def meet_budget(model: PreTrainedModel, config: LteConfig) -> LteConfig:
     high, low = most[f"{name}_per_token"] / dense, least[f"{name}_per_token"] / dense
     if share <= low:
         raise UserError(
-            f"target_{name} is {share}, out of reach: with no expert at all, but selector {config.selector!r}, this model "
-            f"takes {low:.3f} of the dense model's {name} per token; give more than that"
+            f"target_{name} is {share}, out of reach: with no expert at all, but selector {config.selector!r}, this "
+            f"model takes {low:.3f} of the dense model's {name} per token; give more than that"
         )
     return config.with_target((high - share) / (high - low))

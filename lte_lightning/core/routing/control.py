@@ -32,7 +32,7 @@ SPAN = 16.0
 BINS = 1 << 15
 """Bins of a histogram: they are 1/1024 wide."""
 ROUNDS = 8
-"""How often `rest` looks at its batches, at most."""
+"""How often `rest` looks at its batches, at most, unless told otherwise."""
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]
 
@@ -109,18 +109,29 @@ def follow(model: nn.Module, distances_L: torch.Tensor, rate: float) -> None:
 
 
 @torch.no_grad()
-def rest(model: nn.Module, batches: Sequence[Batch], sparsity: float, reduce: Reduce = lambda counts: counts) -> None:
+def rest(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    sparsity: float,
+    reduce: Reduce = lambda counts: counts,
+    rounds: int = ROUNDS,
+) -> torch.Tensor:
     """Moves the logits until a model has a sparsity on given rows, in the mode that it is in.
 
-    A layer's logits depend on what layers before it leave out, so they are read again, `ROUNDS` times at most.
+    A layer's logits depend on what layers before it leave out, so they are read again.
 
     Args:
         model: A converted model with controlled routers, in eval mode, ``soft`` or ``hard``.
         batches: The rows, on this device.
         sparsity: The sparsity wanted.
         reduce: Sums counts over devices.
+        rounds: How often the rows are run, at most.
+
+    Returns:
+        By how much each layer's logits were moved, [L].
     """
-    for _ in range(ROUNDS):
+    moved_L = torch.zeros(len(selectors(model)))
+    for _ in range(rounds):
         counts_LH: torch.Tensor | None = None
         for run, token_masks_BT in batches:
             with RouterTrace(model, *token_masks_BT) as trace:
@@ -130,5 +141,7 @@ def rest(model: nn.Module, batches: Sequence[Batch], sparsity: float, reduce: Re
         assert counts_LH is not None  # a data module has rows
         gaps_L = gaps(model, reduce(counts_LH), sparsity)
         follow(model, gaps_L, 1.0)
+        moved_L += gaps_L.float().cpu()
         if bool((gaps_L.abs() < 4 * SPAN / BINS).all()):
-            return
+            break
+    return moved_L
