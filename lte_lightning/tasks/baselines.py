@@ -181,7 +181,9 @@ def sampled(
         move: Brings a batch to the module's device.
     """
     for batch in batches:
-        here = move({key: value[::ROWS_APART] for key, value in batch.items()})
+        # T5 wants its labels in one piece
+        part = {key: value[::ROWS_APART] for key, value in batch.items()}
+        here = move({key: rows.contiguous() if isinstance(rows, torch.Tensor) else rows for key, rows in part.items()})
         yield partial(module.run_model, here), module.token_masks(here)
 
 
