@@ -10,87 +10,19 @@ own rate.
 """
 
 import argparse
-import copy
-import json
 import os
 import random
 import statistics
 import tempfile
-import time
-import urllib.request
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, StaticCache
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lte_lightning import LteConfig, convert, quantize, set_backend, set_mode
-from lte_lightning.core.model.experts import expert_ffns
+from lte_lightning.bench.decoding import decoder, even_routers, sparse_twin
+from lte_lightning.bench.llama_cpp import llama_cpp
 from lte_lightning.export.gguf import write_gguf
-
-Arm = Callable[[], float]
-
-
-def sparse_model(dense: Any, kind: str, sparsity: float, ids_BT: torch.Tensor) -> Any:
-    model = convert(copy.deepcopy(dense), LteConfig(grouping="contiguous", router_margin=0.0), progress=False)
-    set_mode(model, "hard")
-    for ffn in expert_ffns(model).values():
-        ffn.selector.to(dense.dtype)
-    set_backend(model, "auto")
-    if kind != "bf16":
-        quantize(model, kind)
-
-    def set_bias(ffn: Any, inputs: Any) -> None:
-        weight_ED, bias_E = ffn.selector.linear()
-        logits_NE = torch.nn.functional.linear(inputs[0].flatten(0, -2), weight_ED).float()
-        bias_E.data.copy_(-logits_NE.quantile(sparsity, dim=0) + (1e-3 if sparsity == 0 else 0.0))
-
-    hooks = [ffn.register_forward_pre_hook(set_bias) for ffn in expert_ffns(model).values()]
-    model(ids_BT)
-    for hook in hooks:
-        hook.remove()
-    return model
-
-
-def decoder(model: Any, prompt_BT: torch.Tensor, tokens: int, compiled: bool) -> Arm:
-    step = torch.compile(model.forward, fullgraph=True, dynamic=False) if compiled else model.forward
-
-    def arm() -> float:
-        options: dict[str, Any] = {"use_cache": True}
-        if compiled:
-            options["past_key_values"] = StaticCache(config=model.config, max_cache_len=prompt_BT.shape[1] + tokens + 1)
-        outputs = model(prompt_BT, **options)
-        cache, start = outputs.past_key_values, time.perf_counter()
-        for _ in range(tokens):
-            next_BT = outputs.logits[:, -1:].argmax(dim=-1)
-            outputs = step(next_BT, past_key_values=cache, use_cache=True)
-        return tokens / (time.perf_counter() - start)
-
-    return arm
-
-
-def llama_cpp(file: Path, prompt_BT: torch.Tensor, tokens: int, threads: int) -> Arm:
-    import xllamacpp
-
-    params = xllamacpp.CommonParams()
-    params.model.path = str(file)
-    params.n_ctx, params.n_parallel, params.cpuparams.n_threads = 512, 1, threads
-    params.cpuparams_batch.n_threads = threads
-    server = xllamacpp.Server(params)
-    body = {"prompt": prompt_BT[0].tolist(), "n_predict": tokens, "temperature": 0, "ignore_eos": True}
-
-    def arm() -> float:
-        data = json.dumps(body | {"cache_prompt": False}).encode()
-        request = urllib.request.Request(
-            server.listening_address + "/completion", data, {"Content-Type": "application/json"}
-        )
-        with urllib.request.urlopen(request, timeout=600) as answer:
-            rate: float = json.loads(answer.read())["timings"]["predicted_per_second"]
-        return rate
-
-    return arm
 
 
 @torch.no_grad()
@@ -110,13 +42,13 @@ def main() -> None:
     dense = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.bfloat16).eval()
     prompt_BT = torch.randint(100, 1000, (1, options.prompt))
     sample_BT = torch.randint(100, 1000, (1, 200))
-    arms = {"dense bf16, eager": decoder(dense, prompt_BT, options.tokens, False)}
+    arms = {"dense bf16, eager": decoder(dense, prompt_BT, options.tokens)}
     for kind in options.kinds.split(","):
         for sparsity in map(float, options.sparsity.split(",")):
-            model = sparse_model(dense, kind, sparsity, sample_BT)
-            for compiled in (False, True)[: 1 + (kind in options.compiled.split(","))]:
-                name = f"ours {kind}, {sparsity:.0%}, {'compiled' if compiled else 'eager'}"
-                arms[name] = decoder(model, prompt_BT, options.tokens, compiled)
+            model = sparse_twin(dense, kind)
+            even_routers(model, sparsity, {"input_ids": sample_BT})
+            for way in ("eager", "compiled")[: 1 + (kind in options.compiled.split(","))]:
+                arms[f"ours {kind}, {sparsity:.0%}, {way}"] = decoder(model, prompt_BT, options.tokens, way)
     with tempfile.TemporaryDirectory() as folder:
         if find_spec("xllamacpp") is None:
             print("llama.cpp is not measured: pip install xllamacpp")

@@ -27,7 +27,7 @@ COMMANDS = {
     "calibrate": ("lte_lightning.cli.calibrate", "give a saved model a sparsity knob: thresholds by sparsity"),
     "context": ("lte_lightning.cli.context", "what a sparse model still finds in long contexts"),
     "curve": ("lte_lightning.cli.curve", "draw a calibrated model's quality and speed"),
-    "bench": ("lte_lightning.bench", "time FFNs and models with experts skipped, against dense"),
+    "bench": ("lte_lightning.cli.bench", "time FFNs and models with experts skipped, against dense"),
     "cost": ("lte_lightning.cli.cost", "FLOPs, bytes and speed-up bound of a model at a sparsity"),
     "init": ("lte_lightning.cli.init", "write a configuration for your own data"),
     "configs": ("lte_lightning.cli.configs", "list the configurations and sweeps that come with the package"),

@@ -56,10 +56,10 @@ def context(
     Raises:
         UserError: If an option's value is not one, or the folder holds no decoder.
     """
-    from lte_lightning.bench.command import check_files
     from lte_lightning.bench.context import SHORTEST, TASKS, Words, compare
     from lte_lightning.bench.machine import find_device
     from lte_lightning.bench.output import write_table
+    from lte_lightning.bench.words import check_files
     from lte_lightning.cli.calibrate import read_sparsities
     from lte_lightning.cli.writing import find_source
     from lte_lightning.data.text import load_tokenizer

@@ -24,7 +24,7 @@ from lte_lightning.quiet import without_remarks
 
 _EXAMPLE = {"length": 7, "decoder_length": 5}  # of the text with which the graph is traced; all lengths are open
 
-_EXPORTERS = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")  # which say much of themselves
+EXPORTERS = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")  # which say much of themselves
 
 
 class Graph(nn.Module):
@@ -96,7 +96,12 @@ def to_program(model: PreTrainedModel) -> ExportedProgram:
             f"a {type(model).__name__} reads {model.main_input_name}, and graphs are made of models of text"
         )
     set_backend(model, "dense-mask")
-    graph = Graph(model.eval())
+    return graph_program(Graph(model.eval()))
+
+
+def graph_program(graph: Graph) -> ExportedProgram:
+    """Returns the program of a graph, whose model may be a plain one as well."""
+    model = graph.model
     limit = getattr(model.config, "max_position_embeddings", None) or 2**20
     dims = {
         "batch": Dim("batch"),
@@ -104,7 +109,7 @@ def to_program(model: PreTrainedModel) -> ExportedProgram:
         "decoder_length": Dim("decoder_length", max=limit),
     }
     shapes = {name: {i: dims[axis] for i, axis in enumerate(axes)} for name, axes in graph.axes().items()}
-    with torch.no_grad(), _finite(model), without_remarks(*_EXPORTERS):
+    with torch.no_grad(), _finite(model), without_remarks(*EXPORTERS):
         return torch.export.export(graph, (), graph.example(), dynamic_shapes=shapes, strict=False)
 
 
@@ -119,11 +124,11 @@ def write_onnx(model: PreTrainedModel, source: str, folder: Path) -> None:
     Raises:
         UserError: If a package is missing, or PyTorch cannot translate the model.
     """
-    with _needs("ONNX"):
+    with needs("ONNX"):
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
     graph, program = Graph(model), to_program(model)
-    with staged(folder) as staging, without_remarks(*_EXPORTERS):
+    with staged(folder) as staging, without_remarks(*EXPORTERS):
         staging.mkdir()
         try:
             onnx_program = torch.onnx.export(
@@ -144,10 +149,10 @@ def write_openvino(model: PreTrainedModel, source: str, folder: Path) -> None:
 
     The arguments and errors are those of `write_onnx`.
     """
-    with _needs("OpenVINO"):
+    with needs("OpenVINO"):
         import openvino
     graph, program = Graph(model), to_program(model)
-    with staged(folder) as staging, without_remarks(*_EXPORTERS):
+    with staged(folder) as staging, without_remarks(*EXPORTERS):
         staging.mkdir()
         converted = openvino.convert_model(program)
         for port, name in zip(converted.inputs, graph.inputs, strict=True):
@@ -172,7 +177,12 @@ def _size(model: PreTrainedModel) -> int:
 
 
 @contextmanager
-def _needs(what: str) -> Iterator[None]:
+def needs(what: str) -> Iterator[None]:
+    """Says which extra a package belongs to that is imported within.
+
+    Raises:
+        UserError: If it is not installed.
+    """
     try:
         yield
     except ImportError as error:

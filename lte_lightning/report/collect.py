@@ -7,11 +7,13 @@ from typing import Any
 
 import yaml
 
+from lte_lightning.bench.rates import RATES_FILE
 from lte_lightning.choices import options_by_name
 from lte_lightning.documents import check_yaml
 from lte_lightning.errors import UserError, meant_path
 from lte_lightning.files import read_json, read_text
 from lte_lightning.report.bench import read_bench
+from lte_lightning.report.engines import is_rates, read_rates
 from lte_lightning.report.experiments import OLDER, settle
 from lte_lightning.report.material import Material
 from lte_lightning.report.methods import method_name
@@ -73,10 +75,14 @@ def finish(material: Material, bench: Iterable[str | Path]) -> Material:
         raise UserError(f"none of the runs counts: {name} is {reason}; start the sweep again, or name others")
     material.runs += [other for run in material.runs for other in tested(run)]
     settle(material)
-    for file in map(str, bench):
-        rows = read_bench(Path(file))
+    beside = [file for run in material.runs if (file := run.folder / RATES_FILE).is_file()]
+    for path in dict.fromkeys((*map(Path, bench), *beside)):
+        if is_rates(path):
+            material.rates += read_rates(path)
+            continue
+        rows = read_bench(path)
         if "setting" in rows[0]:
-            material.curves[file] = rows
+            material.curves[str(path)] = rows
         else:
             material.bench += rows
     return material

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from lte_lightning.bench.rates import Rate
 from lte_lightning.report.methods import RIVALS, describe
 from lte_lightning.report.missing import Missing
 from lte_lightning.report.run import Run, Setting, setting_key
@@ -23,6 +24,7 @@ class Material:
         runs: The runs that count.
         bench: Rows of ``lte bench``.
         curves: Points of ``lte curve``, by file.
+        rates: Its rows of whole models beside other engines, each with its file.
         missing: Points of sweeps that are not done.
         left_out: Names of runs that were found and do not count, each with why.
         about: What the sweeps say of themselves.
@@ -32,6 +34,7 @@ class Material:
     runs: list[Run] = field(default_factory=list)
     bench: list[dict[str, Any]] = field(default_factory=list)
     curves: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    rates: list[tuple[str, Rate]] = field(default_factory=list)
     missing: list[Missing] = field(default_factory=list)
     left_out: list[tuple[str, str]] = field(default_factory=list)
     about: list[str] = field(default_factory=list)

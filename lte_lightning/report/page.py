@@ -18,7 +18,7 @@ from lte_lightning.report.sections import detail_sections, main_sections, names_
 from lte_lightning.report.tables import Table
 
 # What a report's pictures are called
-OURS = re.compile(r"(quality|flops|speed|span|layers|scores|union|latency|curve)-.*\.png")
+OURS = re.compile(r"(quality|flops|speed|span|layers|scores|union|latency|curve|engines)-.*\.png")
 
 
 def write_report(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lte_lightning.report import bench, claims, details, pictures, tables
+from lte_lightning.report import bench, claims, details, engines, pictures, tables
 from lte_lightning.report.material import Material
 from lte_lightning.report.methods import describe
 from lte_lightning.report.names import counted, in_words
@@ -130,7 +130,7 @@ def detail_sections(material: Material) -> list[Section]:
             found.append(Section(f"Span kept: {title}", text, [picture]))
         for make in (_layers, _scores, _union):
             found += make(task, title, settings, looks)
-    return found + _latency(material) + _curves(material)
+    return found + _latency(material) + _curves(material) + _engines(material)
 
 
 def nearest(settings: Sequence[Setting], shown: str | None = None) -> tuple[list[Setting], str]:
@@ -254,6 +254,14 @@ def _curves(material: Material) -> list[Section]:
 def _grid(rows: Sequence[Mapping[str, Any]], without: Collection[str], caption: str, name: str) -> Table:
     heads = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in without]
     return Table(heads, [[_cell(row.get(key)) for key in heads] for row in rows], caption, name)
+
+
+def _engines(material: Material) -> list[Section]:
+    section = Section("Whole models beside other engines", engines.TEXT)
+    for i, (what, group) in enumerate(engines.groups(material.rates).items()):
+        section.pictures.append(_picture(f"engines-{i}", what, engines.claim(group), engines.picture(group)))
+        section.folded.append(engines.table(group, f"All rows of {what}", f"engines-{i}"))
+    return [section] if material.rates else []
 
 
 def _cell(value: object) -> str:

@@ -1,0 +1,202 @@
+"""Passes of a whole model that are timed, and routers that run a wanted share of the experts."""
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, StaticCache
+
+from lte_lightning.bench.machine import clock_on
+from lte_lightning.core.model.backend import set_backend
+from lte_lightning.core.model.config import LteConfig
+from lte_lightning.core.model.convert import convert
+from lte_lightning.core.model.experts import expert_ffns, set_mode
+from lte_lightning.core.model.quantize import QUANTIZATIONS, quantize
+from lte_lightning.errors import UserError
+
+Arm = Callable[[], float]  # makes one pass, and returns its tokens per second
+WAYS = ("eager", "compiled", "captured")
+Biases = dict[str, torch.Tensor]
+
+
+def decoder(model: Any, prompt_BT: torch.Tensor, tokens: int, way: str = "eager") -> Arm:
+    """Returns an arm that reads a prompt, untimed, and then decodes greedily.
+
+    Args:
+        model: A decoder with its head.
+        prompt_BT: The prompt, of each sequence as long.
+        tokens: New tokens of each sequence.
+        way: ``eager`` calls the model with a growing cache, ``compiled`` one graph with a static one, ``captured`` a
+            CUDA graph that moves itself along.
+    """
+    if way == "captured":
+        return _captured(model, prompt_BT, tokens)
+    step = torch.compile(model.forward, fullgraph=True, dynamic=False) if way == "compiled" else model.forward
+    clock = clock_on(prompt_BT.device)
+
+    def arm() -> float:
+        options: dict[str, Any] = {"use_cache": True}
+        if way == "compiled":
+            options["past_key_values"] = StaticCache(config=model.config, max_cache_len=prompt_BT.shape[1] + tokens + 1)
+        outputs = model(prompt_BT, **options)
+        cache, start = outputs.past_key_values, clock()
+        for _ in range(tokens):
+            next_BT = outputs.logits[:, -1:].argmax(dim=-1)
+            outputs = step(next_BT, past_key_values=cache, use_cache=True)
+        return prompt_BT.shape[0] * tokens / (clock() - start)
+
+    return arm
+
+
+class Stepper:
+    """One greedy step of a decoder whose cache, places and tokens stay where they are, so that a graph may hold it.
+
+    Args:
+        model: A decoder with its head.
+        prompt_BT: The prompt.
+        tokens: New tokens that there must be room for.
+    """
+
+    def __init__(self, model: Any, prompt_BT: torch.Tensor, tokens: int) -> None:
+        self.model, self.prompt_BT = model, prompt_BT
+        self.cache: Any = StaticCache(config=model.config, max_cache_len=prompt_BT.shape[1] + tokens + 1)
+        self.token_BT = prompt_BT[:, :1].clone()
+        self.place_T = torch.zeros(1, dtype=torch.long, device=prompt_BT.device)
+        self.places_L = torch.arange(prompt_BT.shape[1] + tokens + 1, device=prompt_BT.device)
+        self.forward = model.forward
+
+    def read(self) -> None:
+        """Reads the prompt from the beginning."""
+        for layer in self.cache.layers:
+            if layer.is_initialized:
+                layer.reset()
+        logits_BTV = self.model(self.prompt_BT, past_key_values=self.cache, use_cache=True).logits
+        self.token_BT.copy_(logits_BTV[:, -1:].argmax(-1))
+        self.place_T.fill_(self.prompt_BT.shape[1])
+
+    def step(self) -> None:
+        """Puts the next token of each sequence in the place of the last."""
+        dtype = self.model.dtype
+        seen_L = torch.where(self.places_L <= self.place_T, 0.0, torch.finfo(dtype).min).to(dtype)
+        outputs = self.forward(
+            input_ids=self.token_BT,
+            position_ids=self.place_T[None].expand(self.token_BT.shape),
+            attention_mask=seen_L[None, None, None].expand(self.token_BT.shape[0], 1, 1, -1),
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        self.token_BT.copy_(outputs.logits[:, -1:].argmax(-1))
+        self.place_T.add_(1)
+
+
+def _captured(model: Any, prompt_BT: torch.Tensor, tokens: int) -> Arm:
+    stepper = Stepper(model, prompt_BT, tokens)
+    clock = clock_on(prompt_BT.device)
+    graph: torch.cuda.CUDAGraph | None = None
+
+    def capture() -> torch.cuda.CUDAGraph:
+        stepper.forward = torch.compile(model.forward, fullgraph=True, dynamic=False)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # compiles and warms up
+            for _ in range(3):
+                stepper.step()
+        torch.cuda.current_stream().wait_stream(stream)
+        found = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(found):
+            stepper.step()
+        return found
+
+    def arm() -> float:
+        nonlocal graph
+        stepper.read()
+        if graph is None:
+            graph = capture()
+            stepper.read()
+        start = clock()
+        for _ in range(tokens):
+            graph.replay()
+        return prompt_BT.shape[0] * tokens / (clock() - start)
+
+    return arm
+
+
+def forward(model: Any, batch: Mapping[str, torch.Tensor], way: str = "eager") -> Arm:
+    """Returns an arm of one forward pass over a batch; ``way`` is ``eager`` or ``compiled``."""
+    call = torch.compile(model.forward, fullgraph=True, dynamic=False) if way == "compiled" else model
+    clock = clock_on(batch["input_ids"].device)
+
+    def arm() -> float:
+        start = clock()
+        call(**batch)
+        return batch["input_ids"].numel() / (clock() - start)
+
+    return arm
+
+
+@torch.no_grad()
+def even_routers(model: PreTrainedModel, sparsity: float, batch: Mapping[str, torch.Tensor]) -> Biases:
+    """Sets the routers' biases so that each expert runs for the wanted share of a batch's tokens, and returns them.
+
+    That is enough for speed, and says nothing of quality.
+
+    Args:
+        model: A converted model in hard mode.
+        sparsity: The share of tokens that an expert is skipped for.
+        batch: What the model is run on, from layer to layer with the biases that are set.
+
+    Raises:
+        UserError: If a selector is no linear router with a bias.
+    """
+    biases: Biases = {}
+
+    def set_bias(name: str, ffn: Any, x_BTD: torch.Tensor) -> None:
+        found = ffn.selector.linear()
+        if found is None or found[1] is None:
+            raise UserError(
+                f"--sparsity sets the biases of linear routers, and {name} selects by a "
+                f"{type(ffn.selector).__name__}; leave it out"
+            )
+        weight_ED, bias_E = found
+        logits_NE = torch.nn.functional.linear(x_BTD.flatten(0, -2), weight_ED).float()
+        at = math.log(ffn.threshold / (1.0 - ffn.threshold))  # the logit that must be exceeded
+        bias_E.data.copy_(at - logits_NE.quantile(sparsity, dim=0) + (1e-3 if sparsity == 0 else 0.0))
+        biases[name] = bias_E.data.clone()
+
+    hooks = [
+        ffn.register_forward_pre_hook(lambda module, inputs, name=name: set_bias(name, module, inputs[0]))
+        for name, ffn in expert_ffns(model).items()
+    ]
+    try:
+        model(**batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return biases
+
+
+def set_biases(model: PreTrainedModel, biases: Biases) -> None:
+    """Puts back the biases that `even_routers` returned, in place: a graph goes on with them."""
+    for name, ffn in expert_ffns(model).items():
+        found: Any = ffn.selector.linear()
+        found[1].data.copy_(biases[name])
+
+
+def sparse_twin(dense: PreTrainedModel, kind: str) -> PreTrainedModel:
+    """Returns a converted copy of a plain model in hard mode, with untrained routers; experts are neighbouring neurons.
+
+    Args:
+        dense: The plain model, in the type that is wanted.
+        kind: ``int8`` or ``int4`` to quantise it; anything else leaves its type.
+    """
+    model = convert(copy.deepcopy(dense), LteConfig(grouping="contiguous", router_margin=0.0), progress=False)
+    set_mode(model, "hard")
+    for ffn in expert_ffns(model).values():
+        ffn.selector.to(dense.dtype)
+    set_backend(model, "auto")
+    for known in QUANTIZATIONS:
+        if kind == known:
+            quantize(model, known)
+    return model

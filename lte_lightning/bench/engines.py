@@ -1,0 +1,120 @@
+"""Other programs that run the dense model: which there are, what they need, and how each is started."""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+
+from lte_lightning.bench import llama_cpp
+from lte_lightning.bench.graphs import start_onnxruntime, start_openvino
+from lte_lightning.bench.jobs import Job, Started
+from lte_lightning.errors import UserError, meant
+
+NNCF = ("nncf",)
+PIP = 'pip install "lte-lightning[bench]"'
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One that can be named in ``--against``.
+
+    Args:
+        name: Its name.
+        packages: What it needs: the names to import.
+        start: Starts it with weights of one of our types.
+        types: Those types, each with what it needs besides.
+    """
+
+    name: str
+    packages: tuple[str, ...]
+    start: Callable[[Job, str], Started]
+    types: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def missing(self, dtype: str) -> list[str]:
+        """Returns the packages that are not installed."""
+        return [name for name in (*self.packages, *self.types[dtype]) if not _is_there(name)]
+
+    @property
+    def version(self) -> str:
+        """Of its first package."""
+        try:
+            return version(self.packages[0])
+        except PackageNotFoundError:
+            return ""
+
+
+def _is_there(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except ValueError:  # a module that somebody put in its place
+        return False
+
+
+ENGINES = {
+    engine.name: engine
+    for engine in (
+        Engine("llama.cpp", ("xllamacpp", "gguf"), llama_cpp.start, dict.fromkeys(("f32", "bf16", "int8", "int4"), ())),
+        Engine(
+            "openvino", ("openvino",), start_openvino, {"f32": (), "bf16": (), "int8": ("nncf",), "int4": ("nncf",)}
+        ),
+        # it has no products of bfloat16 on a CPU
+        Engine("onnxruntime", ("onnxruntime", "onnx", "onnxscript"), start_onnxruntime, {"f32": (), "int8": ()}),
+    )
+}
+
+
+def find_engines(names: str) -> list[Engine]:
+    """Returns engines by their names, with commas.
+
+    Raises:
+        UserError: If one is unknown.
+    """
+    found = {}
+    for name in names.split(","):
+        if name.strip() not in ENGINES:
+            near = meant(name.strip(), ENGINES, "; did you mean {}?") or f"; there are {', '.join(ENGINES)}"
+            raise UserError(f"unknown engine {name.strip()!r} in --against{near}")
+        found[name.strip()] = ENGINES[name.strip()]
+    return list(found.values())
+
+
+def start_all(
+    engines: Sequence[Engine], job: Job, dtypes: Sequence[str]
+) -> tuple[dict[tuple[str, str], Started], list[str]]:
+    """Starts engines, each with every type that it has.
+
+    Returns:
+        Those that run by engine and type, and of the others a line each that says why not.
+    """
+    started, reasons = {}, []
+    for engine in engines:
+        if missing := engine.missing(next(iter(engine.types))):
+            reasons.append(f"{engine.name} is not measured: {', '.join(missing)} is not installed; {PIP}")
+            continue
+        for dtype in dtypes:
+            if dtype not in engine.types:
+                reasons.append(f"{engine.name} is not measured in {dtype}: it has {', '.join(engine.types)}")
+            elif missing := engine.missing(dtype):
+                reasons.append(
+                    f"{engine.name} is not measured in {dtype}: {', '.join(missing)} is not installed; {PIP}"
+                )
+            else:
+                try:
+                    started[engine.name, dtype] = engine.start(job, dtype)
+                except UserError as error:
+                    reasons.append(f"{engine.name} is not measured in {dtype}: {error}")
+    return started, reasons
+
+
+def processor() -> str:
+    """Returns the processor's name, as Linux knows it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    wanted = ("model name", "cpu family", "model\t")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    found = {
+        key: next((line.partition(":")[2].strip() for line in lines if line.startswith(key)), "") for key in wanted
+    }
+    name, family, model = found.values()
+    return f"{name} (family {family}, model {model})" if name else os.uname().machine

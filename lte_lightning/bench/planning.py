@@ -1,0 +1,89 @@
+"""The options of ``lte bench`` that whole models take, read and checked before anything is loaded."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lte_lightning.bench.compare import Judges, Plan, compare
+from lte_lightning.bench.decoding import WAYS
+from lte_lightning.bench.engines import find_engines
+from lte_lightning.bench.keeping import begin_mlflow, write
+from lte_lightning.bench.machine import find_backend, find_device, pinned
+from lte_lightning.bench.output import named, say_where
+from lte_lightning.bench.rates import RATES_FILE, Rate, draw_rates
+from lte_lightning.bench.whole import TYPES
+from lte_lightning.bench.words import check_files, numbers, one_of, read_tokens
+from lte_lightning.core.model.quantize import QUANTIZATIONS
+from lte_lightning.errors import UserError
+
+
+def plan_whole(**options: Any) -> Callable[[Judges | None], None]:
+    """Checks the options, and returns what measures, prints and writes.
+
+    Args:
+        **options: Those of ``lte bench``.
+
+    Raises:
+        UserError: If an option's value is not one, or has no effect here.
+    """
+    against, scope = options["against"], options["scope"]
+    if scope not in ("generate", "ffn,model") or (against is not None and scope == "generate"):
+        raise UserError(f"--scope is {scope}; generate stands alone, and --against says itself what is measured")
+    for name, default in (("rivals", False), ("clock", "wall")):
+        if options[name] != default:
+            raise UserError(f"--{name} is for the scopes ffn and model; leave it out")
+    engines = [] if against is None else find_engines(against)
+    dtypes = one_of(options["dtype"] or ("bf16,int8" if engines else "bf16"), TYPES, "dtype")
+    for name in ("threads", "layers", "repeats", "new_tokens"):
+        if options[name] is not None and options[name] < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {options[name]}; it must be at least 1")
+    wanted = options["device"]
+    device = find_device("cpu" if wanted == "auto" and (engines or {*dtypes} & {*QUANTIZATIONS}) else wanted)
+    if device.type != "cpu" and (engines or {*dtypes} & {*QUANTIZATIONS}):
+        what = "other engines are" if engines else "int8 and int4 are"
+        raise UserError(f"--device is {wanted}, and {what} measured on the CPU; leave it out")
+    has = WAYS if device.type == "cuda" else WAYS[:2]
+    ways = one_of(options["ways"] or ",".join(has), WAYS, "way")
+    if "captured" in ways and device.type != "cuda":
+        raise UserError("captured is a CUDA graph, and torch runs on the CPU here; leave it out of --ways")
+    calls = [read_tokens(text) for text in options["tokens"].split(",")]
+    if options["scope"] == "generate" and any(length > 1 for _, length in calls):
+        raise UserError(f"--tokens is {options['tokens']}; what is generated has a number of sequences, like 1 or 4")
+    sparsities = None if options["sparsity"] is None else sorted(numbers(options["sparsity"]))
+    if options["data"] is not None and sparsities is not None:
+        raise UserError(
+            "--data measures quality, and with --sparsity nobody trained the routers; leave one of them out"
+        )
+    check_files(options["csv"], options["picture"])
+    backend = find_backend(options["backend"])
+    if options["mlflow"]:
+        begin_mlflow(options["mlflow"])
+
+    def run(judges: Judges | None) -> None:
+        rates: list[Rate] = []
+        cores: list[int] = []
+        try:
+            with pinned(options["threads"]) as cores:
+                say_where(device, cores)
+                for sequences, length in calls:
+                    plan = Plan(
+                        options["shape"], engines, dtypes, ways, sequences, length, options["new_tokens"], sparsities,
+                        device, backend, options["layers"], options["repeats"], options["data"],
+                    )  # fmt: skip
+                    rates += compare(plan, judges)
+        finally:  # what was measured is kept, whatever ends the rest
+            if rates:
+                csv, picture = (_beside(options["shape"], options[name], end) for name, end in _FILES)
+                write(rates, csv, picture, options | {"device": str(device), "cores": named(cores)}, draw_rates)
+
+    return run
+
+
+_FILES = (("csv", RATES_FILE), ("picture", "engines.png"))
+
+
+def _beside(shape: str, file: Path | None, name: str) -> Path | None:
+    """Returns where to write: of a run's folder in it, where its report looks."""
+    run = Path(shape)
+    is_run = run.is_dir() and (run / "model").is_dir() and (run / "config.yaml").is_file()
+    return file or (run / name if is_run else None)
