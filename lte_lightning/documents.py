@@ -71,7 +71,7 @@ def _step(event: yaml.Event, open_: list[_Open], sizes: dict[str, int]) -> None:
     inner = open_[-1]
     is_key, inner.children = inner.is_mapping and inner.children % 2 == 0, inner.children + 1
     if isinstance(event, yaml.AliasEvent):
-        if event.anchor in [one.anchor for one in open_]:
+        if event.anchor in [each.anchor for each in open_]:
             raise LimitError(f"*{event.anchor} stands within what it stands for (line {line})")
         _add(inner, sizes.get(event.anchor, 1), line)
     elif isinstance(event, yaml.ScalarEvent):

@@ -36,15 +36,15 @@ def cause(message: str, options: Iterable[str] = ()) -> str:
         message: Of jsonargparse.
         options: The parser's options, ``--trainer.devices`` and the like.
     """
-    if found := re.search(r"unrecognized arguments: (\S+)", message):
-        option = found[1].split("=")[0]
+    if match := re.search(r"unrecognized arguments: (\S+)", message):
+        option = match[1].split("=")[0]
         return f"unknown option {option}{meant(option, options, '; did you mean {}?')}"
     lines = [line.strip() for line in message.splitlines()]
     # What a union of types says of its last member, None, explains nothing; nor does its list of types
     noise = ("Expected a <class 'NoneType'>", "Does not validate against any", "Subtypes:", "Errors:", "Given value")
     causes = [line.removeprefix("- ") for line in lines if line and not line.removeprefix("- ").startswith(noise)]
-    given = [line for line in lines if line.startswith("Given value:")]
-    return "\n  ".join(causes + given[:1])
+    shown = [line for line in lines if line.startswith("Given value:")]
+    return "\n  ".join(causes + shown[:1])
 
 
 def call(function: Callable[..., Any], program: str, args: Sequence[str], positional: str | Sequence[str] = ()) -> Any:

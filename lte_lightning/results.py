@@ -178,9 +178,9 @@ class Results(Evaluation):
 
     def metrics(self) -> dict[str, float]:
         """Returns the single values as MLflow's metrics, ``results/dense`` and so on."""
-        found = {key: value for key, value in self.content().items() if type(value) in (int, float) and key != "seed"}
-        found |= {f"union_sparsity_{size}": share for size, share in (self.union_sparsity or {}).items()}
-        return {f"results/{key}": float(value) for key, value in found.items()}
+        scalars = {key: value for key, value in self.content().items() if type(value) in (int, float) and key != "seed"}
+        scalars |= {f"union_sparsity_{size}": share for size, share in (self.union_sparsity or {}).items()}
+        return {f"results/{key}": float(value) for key, value in scalars.items()}
 
     def describe(self) -> str:
         """Says the values in a few words."""

@@ -53,10 +53,10 @@ def resolve_options(words: list[str], option: str = "--config") -> list[str]:
     Raises:
         UserError: There is none of that name.
     """
-    found = []
+    resolved = []
     for before, word in zip(["", *words], words, strict=False):
         name, equals, value = word.partition("=")
         if name == option and equals:
             word = f"{name}={resolve(value)}"
-        found.append(resolve(word) if before == option else word)
-    return found
+        resolved.append(resolve(word) if before == option else word)
+    return resolved

@@ -106,9 +106,9 @@ def named_by_file(uri: str | None, own: str, where: Path) -> str:
     """
     if not uri or uri == shown(own):
         return own
-    if not re.match(r"(sqlite|file):|[./]", uri) and _host(uri) != _host(own) and (found := _credentials()):
+    if not re.match(r"(sqlite|file):|[./]", uri) and _host(uri) != _host(own) and (secrets := _credentials()):
         raise UserError(
-            f"{where} names MLflow's store {shown(uri)}, which would be sent {found}; if you trust it, name it "
+            f"{where} names MLflow's store {shown(uri)}, which would be sent {secrets}; if you trust it, name it "
             "yourself by MLFLOW_TRACKING_URI, otherwise record nothing with --trainer.logger false"
         )
     return whole(uri)

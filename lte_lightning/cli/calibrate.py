@@ -65,17 +65,17 @@ def calibrate(
     net = rows.module.net
     require_knob(net)
     with torch.no_grad(), rows.computing():
-        found = find_thresholds(net, list(enough(rows.calibration(), tokens)), wanted, layers, progress=True)
-    write_table(replace(found, rows=rows.source), rows.folder, read_description(rows.folder))
-    table = Table(title=f"{found.tokens} tokens, layers {layers}")
+        calibrated = find_thresholds(net, list(enough(rows.calibration(), tokens)), wanted, layers, progress=True)
+    write_table(replace(calibrated, rows=rows.source), rows.folder, read_description(rows.folder))
+    table = Table(title=f"{calibrated.tokens} tokens, layers {layers}")
     for name in ("sparsity", "reached", "least layer", "most layer"):
         table.add_column(name, justify="right")
-    for setting in found.settings:
+    for setting in calibrated.settings:
         shares = (setting.reached, min(setting.per_layer), max(setting.per_layer))
         table.add_row(f"{setting.sparsity:g}", *(f"{100 * share:.1f} %" for share in shares))
     Console().print(table)
     print(f"wrote {rows.folder / THRESHOLDS_FILE}")
-    missed = [setting for setting in found.settings if abs(setting.reached - setting.sparsity) > 0.01]
+    missed = [setting for setting in calibrated.settings if abs(setting.reached - setting.sparsity) > 0.01]
     for setting in missed:
         print(f"{setting.sparsity:g} was missed by more than a point: scores lie too close together there")
 

@@ -105,11 +105,11 @@ def measured_sparsity(source: str, model: PreTrainedModel) -> list[float]:
     return list(hardest["sparsity_per_layer"])
 
 
-def cost_table(found: dict[str, Any]) -> Table:
+def cost_table(costs: dict[str, Any]) -> Table:
     """Returns the costs of a dense and of a sparse token side by side."""
-    title = f"cost per token: {found['dtype']}, context {found['context']}, experts of {found['expert_size']}"
+    title = f"cost per token: {costs['dtype']}, context {costs['context']}, experts of {costs['expert_size']}"
     table = Table(title=title, title_justify="left")
-    for column in ("", "dense", f"{100 * found['sparsity']:.1f} % sparse", "quotient"):
+    for column in ("", "dense", f"{100 * costs['sparsity']:.1f} % sparse", "quotient"):
         table.add_column(column, justify="right" if column else "left")
     rows = [
         ("GFLOPs as the paper counts (2^30)", "paper_gflops_per_token", 1, "{:.4f}"),
@@ -118,27 +118,27 @@ def cost_table(found: dict[str, Any]) -> Table:
         ("MB moved (10^6), KV cache included", "bytes_per_token", 1e6, "{:.3f}"),
     ]
     for label, key, unit, form in rows:
-        dense, sparse = found[key]["dense"], found[key]["sparse"]
+        dense, sparse = costs[key]["dense"], costs[key]["sparse"]
         quotient = f"{dense / sparse:.2f}x" if sparse else "∞"
         table.add_row(label, form.format(dense / unit), form.format(sparse / unit), quotient)
     table.add_section()
     for label, key in (("speed-up bound, end to end", "bound"), ("speed-up bound, FFN blocks alone", "ffn_bound")):
-        bound = found[key]["sparse"]
+        bound = costs[key]["sparse"]
         table.add_row(label, "1.00x", "", "∞" if bound is None else f"{bound:.2f}x")
-    share = 100 * found["router_share_of_ffn_flops"]
+    share = 100 * costs["router_share_of_ffn_flops"]
     table.caption = f"Bounds: bytes moved at batch 1. Routers, included: {share:.2f} % of the dense FFNs."
     table.caption_justify = "left"
     return table
 
 
-def memory_table(found: dict[str, Any]) -> Table:
+def memory_table(costs: dict[str, Any]) -> Table:
     """Returns the memory that training needs, with and without gradient checkpointing."""
-    title = f"training memory, {found['tokens']} tokens per device, {found['precision']}"
+    title = f"training memory, {costs['tokens']} tokens per device, {costs['precision']}"
     table = Table(title=title, title_justify="left", min_width=60)
     for column in ("GiB", "plain", "gradient checkpointing"):
         table.add_column(column, justify="left" if column == "GiB" else "right")
     for name in ("weights", "gradients", "optimizer"):  # AdamW's
-        table.add_row(name, *[f"{found[name] / GIB:.2f}"] * 2)
+        table.add_row(name, *[f"{costs[name] / GIB:.2f}"] * 2)
     for name in ("activations", "total"):
-        table.add_row(name, f"{found[name] / GIB:.2f}", f"{found[f'{name}_checkpointed'] / GIB:.2f}")
+        table.add_row(name, f"{costs[name] / GIB:.2f}", f"{costs[f'{name}_checkpointed'] / GIB:.2f}")
     return table

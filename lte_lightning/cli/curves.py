@@ -39,13 +39,13 @@ def qualities(rows: Rows, sparsities: Sequence[float]) -> list[dict[str, Any]]:
         for batch, number in rows.validation():
             with rows.computing():
                 module.measure(view, batch, number)
-        found = module.read_meters(view)
-        cost = module.cost(found.get("sparsity_per_layer"))
+        measured = module.read_meters(view)
+        cost = module.cost(measured.get("sparsity_per_layer"))
         points.append(
             {
                 "setting": setting,
-                "sparsity": found.get("sparsity", 0.0),
-                module.metric_name: found[module.metric_name],
+                "sparsity": measured.get("sparsity", 0.0),
+                module.metric_name: measured[module.metric_name],
                 "gflops_per_token": cost["flops_per_token"] / GFLOP,
             }
         )

@@ -88,11 +88,11 @@ def generate(
     if kind and where.type != "cpu":
         raise UserError(f"--device is {device}, and {kind} weights are computed on a CPU only; leave one of them out")
     skips = source.mode not in (None, "dense")
-    given = {"--backend": backend != "auto", "--dense": dense, "--sparsity": sparsity is not None}
-    for option, is_given in given.items():
+    chosen = {"--backend": backend != "auto", "--dense": dense, "--sparsity": sparsity is not None}
+    for option, is_given in chosen.items():
         if is_given and not skips:
-            what = "a plain model" if source.mode is None else "saved in mode dense"
-            raise UserError(f"{option} is for models that select experts, and {folder} is {what}; leave it out")
+            state = "a plain model" if source.mode is None else "saved in mode dense"
+            raise UserError(f"{option} is for models that select experts, and {folder} is {state}; leave it out")
     tokenizer = load_tokenizer(source.name, generates=True)
     inputs = encode(source, tokenizer, _read(prompt), chat, max_new_tokens).to(where)
     if threads:
@@ -102,8 +102,8 @@ def generate(
         set_sparsity(model, sparsity)
     choose_tokens(model, tokenizer, temperature)
     if source.mode != "hard":
-        what = "is a plain model" if source.mode is None else f"was saved in mode {source.mode}"
-        print(f"{source.name} {what}: every neuron of its FFNs runs", file=sys.stderr)
+        state = "is a plain model" if source.mode is None else f"was saved in mode {source.mode}"
+        print(f"{source.name} {state}: every neuron of its FFNs runs", file=sys.stderr)
     ids_BT, text = write(model, tokenizer, inputs, max_new_tokens)
     share = source.mode or "dense"
     if share == "hard":

@@ -107,8 +107,8 @@ def check_references(options: dict[str, Any]) -> None:
                 sizes[path] = sum(size((*path, str(i)), inner) for i, inner in enumerate(value))
             else:
                 text = str(value)
-                found = [_target(path, dots, name) for dots, name in re.findall(r"\$\{(\.*)([\w.\[\]]+)\}", text)]
-                sizes[path] = len(text) + sum(size(target, _find(options, target)) for target in found)
+                targets = [_target(path, dots, name) for dots, name in re.findall(r"\$\{(\.*)([\w.\[\]]+)\}", text)]
+                sizes[path] = len(text) + sum(size(target, _find(options, target)) for target in targets)
             if sizes[path] > MOST_CHARACTERS:
                 raise UserError(
                     f"with its references followed {'.'.join(path)} has more than {MOST_CHARACTERS} characters"
@@ -140,6 +140,6 @@ def references() -> Iterator[None]:
     except (OmegaConfBaseException, RecursionError) as error:
         if isinstance(error.__cause__ or error.__context__, UserError):
             raise
-        what = str(error).splitlines()[0] if str(error) else "they are nested too deep"
+        cause = str(error).splitlines()[0] if str(error) else "they are nested too deep"
         where = getattr(error, "full_key", None)
-        raise UserError(f"the option {where} refers to others: {what}" if where else f"references: {what}") from error
+        raise UserError(f"the option {where} refers to others: {cause}" if where else f"references: {cause}") from error

@@ -48,8 +48,8 @@ def init(
     file = Path(folder) / "config.yaml"
     if file.exists():
         raise UserError(f"{file} is there already; choose another folder, or remove it")
-    found = look(data, model, task, text, label)
+    configuration = look(data, model, task, text, label)
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(found)
-    print(found, end="")
+    file.write_text(configuration)
+    print(configuration, end="")
     print(f"\nlightning fit --config {file}")

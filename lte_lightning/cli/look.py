@@ -52,9 +52,9 @@ def look(source: str, model: str | None, task: str, text: str | None, label: str
     model = model or _MODELS[task]
     limit = _limit(model, task)
     look_at = {"classification": _classification, "chat": _chat, "text": _text}[task]
-    found = look_at(source, model, limit, rows, text, label)
-    size, memory = _experts(model, found["max_length"], found["batch_size"])
-    count = found.pop("rows")
+    facts = look_at(source, model, limit, rows, text, label)
+    size, memory = _experts(model, facts["max_length"], facts["batch_size"])
+    count = facts.pop("rows")
     dense, sparse = (1, 1) if task != "classification" or count > 50_000 else (3, 2) if count >= 2_000 else (5, 3)
     epochs = {"dense": dense, "router": sparse, "expert": sparse}
     environment = Environment(
@@ -62,7 +62,7 @@ def look(source: str, model: str | None, task: str, text: str | None, label: str
     )
     environment.filters["quoted"] = lambda value: json.dumps(value, ensure_ascii=False)
     about = {"task": task, "model": model, "expert_size": size, "memory": memory, "epochs": epochs, "count": count}
-    return environment.from_string(_TEMPLATE.read_text()).render(about | found)
+    return environment.from_string(_TEMPLATE.read_text()).render(about | facts)
 
 
 def _task(rows: Dataset | None, text: str | None, label: str | None) -> str:

@@ -74,17 +74,17 @@ def explain(message: str, options: Iterable[str] = ()) -> str:
         message: Of jsonargparse.
         options: The parser's options, ``--trainer.devices`` and the like.
     """
-    if found := re.search(r"(?:Option|Key|[Kk]ey|Group key) '([^']+)' is not (?:accepted|expected)", message):
-        name = found[1].split(".")[-1]
-        return f"{_where(message)}unknown name {found[1]!r}{_elsewhere(name) or _meant(name, _names())}"
-    if found := re.search(r"Expected a dot import path string: (\S+)", message):
-        return f"{_where(message)}there is no class {found[1]}{_meant(found[1], _classes())}"
+    if match := re.search(r"(?:Option|Key|[Kk]ey|Group key) '([^']+)' is not (?:accepted|expected)", message):
+        name = match[1].split(".")[-1]
+        return f"{_where(message)}unknown name {match[1]!r}{_elsewhere(name) or _meant(name, _names())}"
+    if match := re.search(r"Expected a dot import path string: (\S+)", message):
+        return f"{_where(message)}there is no class {match[1]}{_meant(match[1], _classes())}"
     return cause(message, options)
 
 
 def _where(message: str) -> str:
-    found = re.search(r'Parser key "([^"]+)"', message)
-    return f"{found[1]}: " if found else ""
+    match = re.search(r'Parser key "([^"]+)"', message)
+    return f"{match[1]}: " if match else ""
 
 
 def _meant(name: str, known: Iterable[str]) -> str:

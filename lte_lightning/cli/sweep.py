@@ -73,12 +73,12 @@ def main(args: list[str]) -> None:
         return _show(sweep, folder, points)
     signal.signal(signal.SIGTERM, _terminated)
     runner = _runner(asked)
-    found = check(sweep, folder, points)
+    recording = check(sweep, folder, points)
     with folder.hold(sweep, words=["lte", "sweep", *args]):
         folder.plan(_all_points(sweep, folder)[0])
         if isinstance(runner, LocalRunner):
             runner.inherited = folder.lock
-        tracker = Tracker(folder, found["tracking_uri"]) if found["mlflow"] else None
+        tracker = Tracker(folder, recording["tracking_uri"]) if recording["mlflow"] else None
         trials = Trials(sweep, folder) if sweep.search else None
         watch = Watch(folder, runner.slots)
         engine = Engine(folder, runner, tracker, trials, watch=watch)
@@ -135,7 +135,7 @@ def check(sweep: Sweep, folder: SweepFolder, points: list[Point]) -> dict[str, A
     first_seed = [point for point in points if point.seed == sweep.seeds[0]]
     missing = [point for point in first_seed if folder.finished(point.name, attempts) is None]
     if sweep.search:
-        missing += [sweep.trial(one)[0] for one in sweep.search.examples()]
+        missing += [sweep.trial(each)[0] for each in sweep.search.examples()]
     commands = {shlex.join(point.arguments()): point for point in missing or first_seed[:1]}
     print(f"checking {len(commands)} command lines", flush=True)
     process = subprocess.run(
@@ -145,18 +145,17 @@ def check(sweep: Sweep, folder: SweepFolder, points: list[Point]) -> dict[str, A
         text=True,
     )
     try:
-        found = json.loads(process.stdout.splitlines()[-1])
+        answers = json.loads(process.stdout.splitlines()[-1])
     except (IndexError, ValueError) as error:
         raise RuntimeError(f"the points could not be checked:\n{process.stderr}") from error
-    wrong = [
-        f"{point.name}: {one['error']}" for point, one in zip(commands.values(), found, strict=True) if one["error"]
-    ]
+    pairs = zip(commands.values(), answers, strict=True)
+    wrong = [f"{point.name}: {answer['error']}" for point, answer in pairs if answer["error"]]
     if wrong:
         more = f"\n({len(wrong) - 3} more)" if len(wrong) > 3 else ""
-        what = "fit" if len(wrong) == 1 else "fits"
+        noun = "fit" if len(wrong) == 1 else "fits"
         lines = "\n".join(wrong[:3])
-        raise UserError(f"{sweep.path}: {len(wrong)} {what} cannot be run; nothing was\n{lines}{more}")
-    return {"mlflow": any(one["mlflow"] for one in found), "tracking_uri": found[0]["tracking_uri"]}
+        raise UserError(f"{sweep.path}: {len(wrong)} {noun} cannot be run; nothing was\n{lines}{more}")
+    return {"mlflow": any(each["mlflow"] for each in answers), "tracking_uri": answers[0]["tracking_uri"]}
 
 
 def _seeds(text: str | None) -> list[int] | None:

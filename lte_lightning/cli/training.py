@@ -95,10 +95,10 @@ class LteCLI(LightningCLI):
             import_selector(name)
         path = config.get("ckpt_path")
         if path and not is_zipfile(path):
-            what = "a folder" if Path(path).is_dir() else "damaged" if Path(path).exists() else "missing"
+            state = "a folder" if Path(path).is_dir() else "damaged" if Path(path).exists() else "missing"
             near = "" if Path(path).exists() else meant_path(path)
             raise UserError(
-                f"{path} is {what}{near}; --ckpt_path needs a checkpoint, such as RUN/checkpoints/last.ckpt"
+                f"{path} is {state}{near}; --ckpt_path needs a checkpoint, such as RUN/checkpoints/last.ckpt"
             )
 
     def before_instantiate_classes(self) -> None:

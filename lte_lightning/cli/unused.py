@@ -144,8 +144,8 @@ def _refuse(key: str, value: Any, config: Namespace) -> None:
     )
 
 
-def _leaves(given: Namespace, config: Namespace, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in vars(given).items():
+def _leaves(part: Namespace, config: Namespace, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in vars(part).items():
         if isinstance(value, Namespace):
             # A class that has no subclasses is given by its path, and used by its arguments alone
             plain = "class_path" in value and _at(config, f"{prefix}{name}.class_path") is None
@@ -164,10 +164,10 @@ def _used(config: Namespace, key: str) -> Any:
     return _at(config, "data.init_args.task" if key == f"{MODEL}task" else key)
 
 
-def _differs(given: Any, used: Any) -> bool:
+def _differs(typed: Any, used: Any) -> bool:
     # What an interpolation refers to is what is used; a path or an enumeration is written as a text
     used = used.as_dict() if isinstance(used, Namespace) else used
-    return not (isinstance(given, str) and "${" in given) and given != used and str(given) != str(used)
+    return not (isinstance(typed, str) and "${" in typed) and typed != used and str(typed) != str(used)
 
 
 def _changes(key: str, value: Any) -> bool:

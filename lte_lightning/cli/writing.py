@@ -105,17 +105,17 @@ def find_source(folder: str) -> Source:
 
 def _architecture(folder: str, config: PreTrainedConfig) -> type[PreTrainedModel]:
     name = (config.architectures or ["none"])[0]
-    found: type[PreTrainedModel] | None = getattr(transformers, name, None)
-    if found is None:
+    architecture: type[PreTrainedModel] | None = getattr(transformers, name, None)
+    if architecture is None:
         raise UserError(f"{folder} was saved as {name!r}, which transformers lacks")
     family = FAMILIES.get(config.model_type)
     is_encoder = family is not None and family.kind == "encoder" and not getattr(config, "is_decoder", False)
-    if is_encoder or not found.can_generate() or found.main_input_name != "input_ids":
+    if is_encoder or not architecture.can_generate() or architecture.main_input_name != "input_ids":
         raise UserError(
             f"{folder} is a {name}, which goes on from no text; name a decoder with its language model head, or an "
             "encoder-decoder"
         )
-    return found
+    return architecture
 
 
 def encode(

@@ -230,10 +230,10 @@ class TextData(LightningDataModule):
         """Returns the training rows in the order of choice, held-out rows first."""
         return np.random.default_rng(self.seed).permutation(len(rows))
 
-    def _skip(self, what: str, rows: int, skipped: int, why: str) -> None:
+    def _skip(self, role: str, rows: int, skipped: int, why: str) -> None:
         if skipped:
-            self.skipped[what] = skipped
-            rank_zero_warn(f"{skipped} of {rows} rows for {what} are left out: {why}")
+            self.skipped[role] = skipped
+            rank_zero_warn(f"{skipped} of {rows} rows for {role} are left out: {why}")
 
     def _name(self, split: str) -> str:
         return f"{self.task}/{split} from {self.source}"

@@ -48,12 +48,12 @@ class PackedBlocks(TorchDataset[dict[str, Any]]):
 
     def _cut(self, parts: list[np.ndarray], first: int, last: int) -> np.ndarray:
         index = int(np.searchsorted(self._starts, first, side="right")) - 1
-        found = []
+        pieces = []
         while first < last:
             part = parts[index][first - self._starts[index] : last - self._starts[index]]
-            found.append(part)
+            pieces.append(part)
             first, index = first + len(part), index + 1
-        return np.concatenate(found)
+        return np.concatenate(pieces)
 
 
 def _flat(rows: Dataset, name: str) -> list[np.ndarray]:

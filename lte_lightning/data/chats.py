@@ -81,7 +81,7 @@ def conversation(turns: Any) -> Messages:
         turns = [dict(zip(turns, values, strict=True)) for values in zip(*turns.values(), strict=True)]
     if not isinstance(turns, list) or not turns:
         raise DataError(f"{turns!r:.200}, not a conversation")
-    found = []
+    messages = []
     for turn in turns:
         known = turn if isinstance(turn, dict) else {}
         role, content = (
@@ -92,8 +92,8 @@ def conversation(turns: Any) -> Messages:
             raise DataError(
                 f"{turn!r} is no message with a role ({', '.join(ROLES)}; ShareGPT: human, gpt) and a text as content"
             )
-        found.append({"role": _ROLE_OF[role], "content": content})
-    return found
+        messages.append({"role": _ROLE_OF[role], "content": content})
+    return messages
 
 
 def answered(messages: Messages) -> Messages:

@@ -111,8 +111,8 @@ class ClassificationData(TextData):
             return _as_given(self._given_classes, values[0] if values else ())
         if not names:
             return None
-        found = [find_classes(splits[name], self.label, self._name(name)) for name in names]
-        return found[0] if len(found) == 1 else Labels(tuple(sorted({v for part in found for v in part.values})))
+        classes = [find_classes(splits[name], self.label, self._name(name)) for name in names]
+        return classes[0] if len(classes) == 1 else Labels(tuple(sorted({v for part in classes for v in part.values})))
 
     def expected(self) -> str:
         """Returns what a label should be, for messages."""

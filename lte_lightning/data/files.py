@@ -51,10 +51,10 @@ def find_split(source: str | Path, split: str, formats: Sequence[str] = FORMATS)
         near = meant_path(source)
         raise DataError(f"no folder or file {source}{near}; expected a folder with {_accepted(split, formats)}")
     names = [split + suffix + packed for suffix in formats for packed in ("", *COMPRESSIONS)]
-    found = [source / name for name in names if (source / name).is_file()]
-    if len(found) > 1:
-        raise DataError(f"{source} has {' and '.join(file.name for file in found)}: keep one of them")
-    return found[0] if found else None
+    files = [source / name for name in names if (source / name).is_file()]
+    if len(files) > 1:
+        raise DataError(f"{source} has {' and '.join(file.name for file in files)}: keep one of them")
+    return files[0] if files else None
 
 
 def find_files(folder: str | Path, formats: Sequence[str]) -> list[Path]:

@@ -109,8 +109,8 @@ class InstructData(PromptData):
                     conversation(turns)
                 except DataError as error:
                     is_turn = " is no message" in str(error)
-                    what = "" if is_turn else f"{column} is "
-                    raise DataError(f"{name}, row {row} (from 0): {what}{error}") from None
+                    kind = "" if is_turn else f"{column} is "
+                    raise DataError(f"{name}, row {row} (from 0): {kind}{error}") from None
 
     def _holds_messages(self, rows: Dataset, column: str) -> bool:
         return self.form.is_conversation or isinstance(rows[0][column], list | dict)

@@ -54,12 +54,13 @@ class Labels:
         theirs = [name.casefold() for name in known]
         if not set(mine) <= set(theirs) or len(set(theirs)) < len(theirs):
             return self
-        found = [mine.get(name) for name in theirs]
+        numbers = [mine.get(name) for name in theirs]
         values = tuple(
             _value_like(self.values[0], name) if i is None else self.values[i]
-            for i, name in zip(found, known, strict=True)
+            for i, name in zip(numbers, known, strict=True)
         )
-        return Labels(values, tuple(name if i is None else self.names[i] for i, name in zip(found, known, strict=True)))
+        pairs = zip(numbers, known, strict=True)
+        return Labels(values, tuple(name if i is None else self.names[i] for i, name in pairs))
 
 
 def listed(names: Iterable[Any]) -> str:

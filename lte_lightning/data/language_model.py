@@ -169,8 +169,8 @@ class LanguageModelData(StreamingData):
         # Tokens that are not in a block yet: the token, the words that begin in it, its row, its place in the row.
         rest_4T = np.zeros((4, 0), dtype=np.int32)
         for first, rows in self.chunks(beginning):
-            found = self._encode(rows[:], list(range(first, first + len(rows))))
-            parts = enumerate(zip(found["ids"], found["words"], strict=True), first)
+            encoded = self._encode(rows[:], list(range(first, first + len(rows))))
+            parts = enumerate(zip(encoded["ids"], encoded["words"], strict=True), first)
             read_4T = [
                 np.stack([ids, words, np.full(len(ids), row), np.arange(len(ids))], dtype=np.int32)
                 for row, (ids, words) in parts
@@ -197,14 +197,14 @@ class LanguageModelData(StreamingData):
             if self.documents == "heading":
                 starts = [first or bool(_HEADING.fullmatch(text)) for first, text in zip(starts, pieces, strict=True)]
         encoded = self.tokenizer(pieces, add_special_tokens=False, return_offsets_mapping=True)
-        found: dict[str, list[Any]] = {"ids": [], "words": []}
+        columns: dict[str, list[Any]] = {"ids": [], "words": []}
         for piece, start, ids, offsets in zip(
             pieces, starts, encoded["input_ids"], encoded["offset_mapping"], strict=True
         ):
             words = count_words(piece, offsets)
-            found["ids"].append(np.array(([self.tokenizer.eos_token_id] if start else []) + ids, dtype=np.int32))
-            found["words"].append(np.concatenate([np.zeros(int(start), dtype=np.int8), words]))
-        return found
+            columns["ids"].append(np.array(([self.tokenizer.eos_token_id] if start else []) + ids, dtype=np.int32))
+            columns["words"].append(np.concatenate([np.zeros(int(start), dtype=np.int8), words]))
+        return columns
 
     def collate(self) -> CollateBlocks:
         """Pads the last block, which may be shorter."""

@@ -128,18 +128,18 @@ class MmluData(TextData):
     def _examples(self) -> dict[str, list[str]]:
         if not self.shots:
             return {}
-        found: dict[str, list[str]] = {}
+        by_subject: dict[str, list[str]] = {}
         for number, row in enumerate(_with_key(row) for row in self.split("dev").to_list()):
             if row["key"] is None:
                 raise DataError(f"{self._name('dev')}, row {number} (from 0): answer is {row['answer']!r}, not 0 to 3")
-            found.setdefault(row["subject"], []).append(f"{_question(row)} {LETTERS[row['key']]}\n\n")
+            by_subject.setdefault(row["subject"], []).append(f"{_question(row)} {LETTERS[row['key']]}\n\n")
         for subject in self.subjects:
-            if len(found.get(subject, [])) < self.shots:
+            if len(by_subject.get(subject, [])) < self.shots:
                 raise DataError(
-                    f"{self._name('dev')} has {len(found.get(subject, []))} rows of {subject}, less than shots "
+                    f"{self._name('dev')} has {len(by_subject.get(subject, []))} rows of {subject}, less than shots "
                     f"{self.shots}"
                 )
-        return {subject: examples[: self.shots] for subject, examples in found.items()}
+        return {subject: examples[: self.shots] for subject, examples in by_subject.items()}
 
     def _prompt_ids(self, row: dict[str, Any], examples: list[str]) -> tuple[list[int] | None, int]:
         subject = row["subject"].replace("_", " ")
@@ -156,13 +156,13 @@ class MmluData(TextData):
             return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
         before = encode("Answer:")
-        found = [encode(f"Answer: {letter}") for letter in LETTERS]
-        if any(ids[:-1] != before for ids in found) or len({ids[-1] for ids in found}) < len(LETTERS):
+        letters = [encode(f"Answer: {letter}") for letter in LETTERS]
+        if any(ids[:-1] != before for ids in letters) or len({ids[-1] for ids in letters}) < len(LETTERS):
             raise DataError(
                 f"tokenizer {self._tokenizer_name!r} does not write ' A' to ' D' behind 'Answer:' as one token each, "
                 "so their likelihoods cannot be compared; use the lm-evaluation-harness"
             )
-        self.letter_ids = [ids[-1] for ids in found]
+        self.letter_ids = [ids[-1] for ids in letters]
         return self.letter_ids
 
     def collate(self) -> "CollateQuestions":

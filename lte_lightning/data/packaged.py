@@ -81,6 +81,6 @@ def _check(file: Path, expected: str) -> None:
     if not file.is_file():
         raise DataError(f"{file} is missing from its package: {repair}")
     with file.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
-    if found != expected:
-        raise DataError(f"{file} is not the file we know: expected SHA-256 {expected}, found {found}; {repair}")
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    if digest != expected:
+        raise DataError(f"{file} is not the file we know: expected SHA-256 {expected}, found {digest}; {repair}")

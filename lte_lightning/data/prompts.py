@@ -223,20 +223,20 @@ class PromptData(StreamingData):
 
     def _fitting(self, rows: Dataset, answered: bool) -> tuple[list[dict[str, Any]], int]:
         """Returns the distinct prompts that leave room to generate, and the number of others."""
-        found: dict[str, dict[str, Any]] = {}
+        fitting: dict[str, dict[str, Any]] = {}
         for row, example in enumerate(self.examples(rows.to_list())):
             reference = self.plain(example)
             if answered and not reference:
                 continue
-            entry = found.setdefault(example.prompt, {"row": row, "example": example, "references": []})
+            entry = fitting.setdefault(example.prompt, {"row": row, "example": example, "references": []})
             entry["references"] += [reference] if reference else []
         prompts = []
-        for entry in found.values():
+        for entry in fitting.values():
             ids = self.prompt_ids(entry["example"])
             if len(ids) <= self.prompt_limit:
                 text = {"prompt": entry["example"].prompt, "references": entry["references"]}
                 prompts.append({"row": entry["row"], "input_ids": ids, "length": len(ids), **text})
-        return prompts, len(found) - len(prompts)
+        return prompts, len(fitting) - len(prompts)
 
     def plain(self, example: Example) -> str:
         """Returns the last answer as text, without the chat template's frame."""

@@ -131,11 +131,11 @@ class StreamingData(TextData):
         """Yields tokenised rows, pass after pass, from a mark on, each behind its mark."""
         number, rest = mark[0], mark[1:]
         while True:
-            found = 0
+            yielded = 0
             for place, row in self.encode_pass(rest):
-                found += 1
+                yielded += 1
                 yield (number, *place), row
-            if not found and rest == self.first:
+            if not yielded and rest == self.first:
                 raise DataError(f"no row of {self._name('train')} can be trained on (max_length {self.max_length})")
             number, rest = number + 1, self.first
 
@@ -151,17 +151,17 @@ class StreamingData(TextData):
             )
         if self.is_local:
             return {name: self.read(name) for name in names if find_split(self.source, name, self.formats)}
-        found = self.load_from_hub(streaming=True)
-        return {name: Dataset.from_list(list(found[name])) for name in names if name in found}
+        splits = self.load_from_hub(streaming=True)
+        return {name: Dataset.from_list(list(splits[name])) for name in names if name in splits}
 
     def open_stream(self) -> IterableDataset:
         """Returns the training rows, unread."""
         if self.is_local:
             return stream_split(self.source, "train", self.formats)
-        found = self.load_from_hub(streaming=True)
-        if "train" not in found:
-            raise DataError(f"{self.source} has no split 'train' for {self.task} (found: {', '.join(found)})")
-        return found["train"]
+        rows = self.load_from_hub(streaming=True)
+        if "train" not in rows:
+            raise DataError(f"{self.source} has no split 'train' for {self.task} (found: {', '.join(rows)})")
+        return rows["train"]
 
     def chunks(self, row: int) -> Iterator[tuple[int, Dataset]]:
         """Yields the training rows from one on, checked, some at a time, behind the number of the first."""

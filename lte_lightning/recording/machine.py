@@ -30,10 +30,10 @@ def code(package: Path = PACKAGE) -> dict[str, str | None]:
     The commit is None unless the package lies at the top of a git repository that tracks it: one around a virtual
     environment is somebody else's.
     """
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for file in sorted(package.rglob("*.py")):
-        found.update(f"{file.relative_to(package).as_posix()}\0".encode() + file.read_bytes())
-    return {"commit": _commit(package), "code": found.hexdigest()[:12]}
+        digest.update(f"{file.relative_to(package).as_posix()}\0".encode() + file.read_bytes())
+    return {"commit": _commit(package), "code": digest.hexdigest()[:12]}
 
 
 def _commit(package: Path) -> str | None:

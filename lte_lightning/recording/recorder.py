@@ -257,14 +257,14 @@ class Recorder(Callback):
         A test on another task than the fit's writes ``test-<task>.json``, and leaves what the fit's own has found.
         """
         module = lte_module(pl_module)
-        found = Evaluation.of(module.measured["test"])
+        evaluation = Evaluation.of(module.measured["test"])
         if self.folder is not None:
             suffix = task_suffix(self.folder, getattr(declared(trainer).datamodule, "task", None))
             self.written = self.folder / f"test{suffix}.json"
-            found.write(self.written)
+            evaluation.write(self.written)
             send_files(trainer, self.written)
             self._write_rows(trainer, f"predictions{suffix}.jsonl", module.predictions)
-        self.table = tables.test_table(getattr(declared(trainer).datamodule, "task", ""), found)
+        self.table = tables.test_table(getattr(declared(trainer).datamodule, "task", ""), evaluation)
 
     @rank_zero_only
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

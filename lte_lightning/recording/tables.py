@@ -76,7 +76,7 @@ def further_metrics(module: LteModule) -> list[str]:
     """Returns what was measured in each view besides the metric and the sparsity: other sets, other metrics."""
     known = {module.metric_name, "sparsity"}
     views = [module.measured.get(view, {}) for view in VIEW_MODES]
-    names = [key for found in views for key, value in found.items() if isinstance(value, float | None)]
+    names = [key for metrics in views for key, value in metrics.items() if isinstance(value, float | None)]
     return [key for key in dict.fromkeys(names) if key not in known]
 
 

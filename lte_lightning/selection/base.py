@@ -281,5 +281,5 @@ class Selector(nn.Module):
 
 
 def _function(kind: type[Selector], method: str) -> object:
-    found = getattr(kind, method)
-    return getattr(found, "__func__", found)  # a classmethod is bound to another class each time
+    function = getattr(kind, method)
+    return getattr(function, "__func__", function)  # a classmethod is bound to another class each time

@@ -26,9 +26,9 @@ class RandomRouter(Ranking):
         weight_ED = torch.randn(shape.experts, shape.width, generator=generator) / math.sqrt(shape.width)
         self.register_buffer("weight", weight_ED)
 
-    def importance(self, given: torch.Tensor) -> torch.Tensor:
+    def importance(self, inputs: torch.Tensor) -> torch.Tensor:
         """Returns random projections of the input."""
-        return torch.nn.functional.linear(given, self.weight.to(given.dtype)).float()
+        return torch.nn.functional.linear(inputs, self.weight.to(inputs.dtype)).float()
 
     def flops_per_token(self) -> int:
         """Returns 2 D E."""

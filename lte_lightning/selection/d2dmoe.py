@@ -39,9 +39,9 @@ class D2dmoe(Predictor):
         """Returns the norms [..., E], float32."""
         return super().predict(x).abs()
 
-    def importance(self, given: torch.Tensor) -> torch.Tensor:
+    def importance(self, inputs: torch.Tensor) -> torch.Tensor:
         """Returns the predicted norms, each as a share of its token's largest; 1 where that is 0, so that all run."""
-        norms = self.predict(given)
+        norms = self.predict(inputs)
         largest = norms.amax(-1, keepdim=True)
         return torch.where(largest > 0.0, norms / largest, 1.0)
 

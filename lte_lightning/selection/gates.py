@@ -40,9 +40,9 @@ class Gates(Ranking):
         """Returns the gates of the experts that are kept, [..., K], from their importance."""
         raise NotImplementedError(f"{type(self).__name__} must define gate")
 
-    def forward(self, given: torch.Tensor) -> torch.Tensor:
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Returns the gates [B, T, E], float32, 0 for the experts that do not run."""
-        importance = self.importance(given)
+        importance = self.importance(inputs)
         best = importance.topk(self.keep, dim=-1)
         return torch.zeros_like(importance).scatter(-1, best.indices, self.gate(best.values))
 

@@ -8,6 +8,6 @@ from lte_lightning.selection.ranking import Ranking
 class Magnitude(Ranking):
     """Ranks experts by the sum of magnitudes of the activations that the selector reads."""
 
-    def importance(self, given: torch.Tensor) -> torch.Tensor:
+    def importance(self, inputs: torch.Tensor) -> torch.Tensor:
         """Returns the sum of |activation| over each expert."""
-        return self.magnitude(given)
+        return self.magnitude(inputs)

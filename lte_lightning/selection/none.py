@@ -26,6 +26,6 @@ class NoExperts(Ranking):
         """Whether the sparsity can be met: yes, it is 1."""
         return True
 
-    def forward(self, given: torch.Tensor) -> torch.Tensor:
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Returns zeros of shape [B, T, E], float32."""
-        return torch.zeros((*given.shape[:-1], self.shape.experts), dtype=torch.float32, device=given.device)
+        return torch.zeros((*inputs.shape[:-1], self.shape.experts), dtype=torch.float32, device=inputs.device)

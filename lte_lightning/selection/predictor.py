@@ -54,6 +54,6 @@ class Predictor(Ranking):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return functional.linear(first, self.second.to(x.dtype), bias).float()
 
-    def importance(self, given: torch.Tensor) -> torch.Tensor:
+    def importance(self, inputs: torch.Tensor) -> torch.Tensor:
         """Returns the prediction."""
-        return self.predict(given)
+        return self.predict(inputs)

@@ -60,15 +60,15 @@ class Ranking(Selector):
         """Returns the selector of one FFN; with no target sparsity, nothing runs."""
         return cls(shape, 1.0 if options.target_sparsity is None else options.target_sparsity, generator)
 
-    def importance(self, given: torch.Tensor) -> torch.Tensor:
+    def importance(self, inputs: torch.Tensor) -> torch.Tensor:
         """Returns how important each expert is for each token, [..., E], float32, from what the selector reads."""
         raise NotImplementedError(f"{type(self).__name__} must define importance")
 
-    def forward(self, given: torch.Tensor) -> torch.Tensor:
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Returns 1 for the experts that are kept and 0 for the others, [B, T, E], float32."""
         if self.rule == "fixed":
-            return self.chosen_E.float().expand(*given.shape[:-1], -1)
-        importance = self.importance(given)
+            return self.chosen_E.float().expand(*inputs.shape[:-1], -1)
+        importance = self.importance(inputs)
         if self.rule == "level":
             return (importance > self.level).float()
         if self.rule == "common":
@@ -105,8 +105,8 @@ class Ranking(Selector):
 
     def sample(self, activity: Activity) -> torch.Tensor:
         """Returns how important each expert is for each token, [N, E]."""
-        given = {"input": activity.x_ND, "gate": activity.gate_NF, "hidden": activity.hidden_NF}[self.reads]
-        return self.importance(given)
+        inputs = {"input": activity.x_ND, "gate": activity.gate_NF, "hidden": activity.hidden_NF}[self.reads]
+        return self.importance(inputs)
 
     @torch.no_grad()
     def calibrate(self, sample: torch.Tensor, ffn: Ffn | None = None) -> None:

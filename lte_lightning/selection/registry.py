@@ -22,8 +22,8 @@ def register_selector(name: str) -> Callable[[S], S]:
     ... class First(Ranking):
     ...     label = "the first experts"
     ...
-    ...     def importance(self, given):
-    ...         return -torch.arange(self.shape.experts, device=given.device).expand(*given.shape[:-1], -1).float()
+    ...     def importance(self, inputs):
+    ...         return -torch.arange(self.shape.experts, device=inputs.device).expand(*inputs.shape[:-1], -1).float()
 
     A package that is installed may name its selectors as entry points of the group ``lte_lightning.selectors``; they
     are imported when they are first asked for. A class that is registered again, as in a notebook, replaces the former.

@@ -36,9 +36,9 @@ class SigmaMoe(Gates):
         super().__init__(shape, sparsity, generator)
         self.weight = nn.Parameter(functional.normalize(torch.randn(shape.experts, shape.width, generator=generator)))
 
-    def importance(self, given: torch.Tensor) -> torch.Tensor:
+    def importance(self, inputs: torch.Tensor) -> torch.Tensor:
         """Returns the logits, those of dropped experts at minus infinity."""
-        logits = self.logits(given)
+        logits = self.logits(inputs)
         if not self.learning:
             return logits
         return logits.masked_fill(torch.rand_like(logits) < self.dropout, -torch.inf)

@@ -33,12 +33,12 @@ class NoisySoftmax(Gates):
         self.weight = nn.Parameter(torch.zeros(shape.experts, shape.width))
         self.noise_weight = nn.Parameter(torch.zeros(shape.experts, shape.width))
 
-    def importance(self, given: torch.Tensor) -> torch.Tensor:
+    def importance(self, inputs: torch.Tensor) -> torch.Tensor:
         """Returns the logits, with noise while they are trained."""
-        logits = self.logits(given)
+        logits = self.logits(inputs)
         if not self.learning:
             return logits
-        spread = functional.softplus(functional.linear(given, self.noise_weight.to(given.dtype)).float())
+        spread = functional.softplus(functional.linear(inputs, self.noise_weight.to(inputs.dtype)).float())
         return logits + spread * torch.randn_like(logits)
 
     def gate(self, best: torch.Tensor) -> torch.Tensor:

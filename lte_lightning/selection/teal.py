@@ -50,8 +50,8 @@ class Teal(Magnitude):
     def thin(self, x_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the input of gate and up projection, with 0 for the channels that are left out."""
         size_BTD = x_BTD.abs().float()
-        given = [x_BTD.masked_fill(size_BTD <= level, 0.0) for level in self.input_levels]
-        return given[0], given[-1]
+        kept = [x_BTD.masked_fill(size_BTD <= level, 0.0) for level in self.input_levels]
+        return kept[0], kept[-1]
 
     def used(self, x_BTD: torch.Tensor, scores_BTE: torch.Tensor) -> torch.Tensor:
         """Returns the share of inputs that a matrix reads, a mean over the matrices, [B, T, 1]."""

@@ -91,9 +91,9 @@ class Wanda(Ranking):
                     f"{model.name} has a projection of {inputs} inputs; set it to unstructured"
                 )
 
-    def forward(self, given: torch.Tensor) -> torch.Tensor:
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Returns ones of shape [B, T, E], float32."""
-        return torch.ones((*given.shape[:-1], self.shape.experts), dtype=torch.float32, device=given.device)
+        return torch.ones((*inputs.shape[:-1], self.shape.experts), dtype=torch.float32, device=inputs.device)
 
     def used(self, x_BTD: torch.Tensor, scores_BTE: torch.Tensor) -> torch.Tensor:
         """Returns the share of weights that is left, [B, T, 1]."""

@@ -119,8 +119,8 @@ class Engine:
                 self.summary.done.remove(point.start)
                 self._pending.insert(0, self.points[point.start])
                 self.say(f"{point.start}: its model/ is not there any more, so it is run once more.")
-        if found := [point for point in points if point.name in self._runs]:
-            self.say(f"{len(found)} of {len(points)} points are done already.")
+        if done := [point for point in points if point.name in self._runs]:
+            self.say(f"{len(done)} of {len(points)} points are done already.")
 
     def _needs(self, point: Point) -> list[str]:
         """What must be done before a point: its start; the floor only where a search judges by it."""
@@ -218,8 +218,8 @@ class Engine:
             self._runs[name] = run
             self.folder.remember(point, seconds=seconds)
             self._finish(point, run)
-            found = read_results(run).describe()
-            self.say(f"{self._count()} {name}: {found} ({seconds:.0f} s); {self._left()} left")
+            described = read_results(run).describe()
+            self.say(f"{self._count()} {name}: {described} ({seconds:.0f} s); {self._left()} left")
             if code:
                 self.say(f"    It has its results, and ended with exit code {code} nevertheless. Its log ends with")
                 self._say_last_lines(name)
@@ -262,8 +262,8 @@ class Engine:
 
     def _waiting(self) -> dict[str, int]:
         """How many points wait, by role."""
-        found = Counter(point.role for point in self._pending)
-        return {**found, "point": found["point"] + (self.trials.left() if self.trials else 0)}
+        counts = Counter(point.role for point in self._pending)
+        return {**counts, "point": counts["point"] + (self.trials.left() if self.trials else 0)}
 
     def _left(self) -> int:
         further = self.trials.left() if self.trials else 0

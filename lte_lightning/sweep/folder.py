@@ -110,9 +110,9 @@ class SweepFolder:
         os.ftruncate(lock, 0)
         os.pwrite(lock, str(os.getpid()).encode(), 0)
 
-    def _wait(self, deadline: float, what: str) -> None:
+    def _wait(self, deadline: float, reason: str) -> None:
         if time.monotonic() > deadline:
-            raise UserError(f"{what}; end it, or wait, and start the sweep again")
+            raise UserError(f"{reason}; end it, or wait, and start the sweep again")
         time.sleep(0.2)
 
     def check(self, sweep: Sweep) -> None:
@@ -169,8 +169,8 @@ class SweepFolder:
 
     def records(self) -> dict[str, Record]:
         """Returns what is remembered of all points, by name."""
-        found = {file.stem: self.record(file.stem) for file in sorted(self.points.glob("*.json"))}
-        return {name: record for name, record in found.items() if record is not None}
+        records = {file.stem: self.record(file.stem) for file in sorted(self.points.glob("*.json"))}
+        return {name: record for name, record in records.items() if record is not None}
 
     def remember(self, point: Point, **facts: Any) -> None:
         """Stores a point, and adds to what is remembered of it."""
@@ -185,8 +185,8 @@ class SweepFolder:
     def planned(self) -> dict[str, Point | None]:
         """Returns the points that the sweep asked for last, by name; an earlier version knew their names alone."""
         names: dict[str, Point | None] = dict.fromkeys(self.about.get("planned", []))
-        found = [restore(content) for content in self.about.get("plan", [])]
-        return names | {point.name: point for point in found if point is not None}
+        points = [restore(content) for content in self.about.get("plan", [])]
+        return names | {point.name: point for point in points if point is not None}
 
     def log(self, name: str) -> Path:
         """Returns the file of what a point printed."""
@@ -202,12 +202,12 @@ class SweepFolder:
 
     def attempts(self) -> dict[str, list[Path]]:
         """Returns the run folders of all points by name, oldest first."""
-        found: dict[str, list[Path]] = {}
+        runs: dict[str, list[Path]] = {}
         for file in sorted(self.path.glob("*/run.json"), key=lambda file: file.stat().st_mtime_ns):
             about = _read(file)
             if about.get("name"):
-                found.setdefault(about["name"], []).append(file.parent)
-        return found
+                runs.setdefault(about["name"], []).append(file.parent)
+        return runs
 
     def finished(self, name: str, attempts: dict[str, list[Path]] | None = None) -> Path | None:
         """Returns the run folder of a point that is done: its results are there, and best its model too."""

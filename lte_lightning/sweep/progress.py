@@ -133,7 +133,7 @@ class Watch:
 
     def _left(self, waiting: dict[str, int]) -> str:
         """About how long the rest will take, by what fits of the same role took so far."""
-        whole = {role: fmean(found) for role, found in self._seconds.items() if found}
+        whole = {role: fmean(times) for role, times in self._seconds.items() if times}
         rest, unknown = 0.0, False
         for running in self._running.values():
             spent, place = time.monotonic() - running.began, running.place

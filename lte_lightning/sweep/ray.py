@@ -90,8 +90,8 @@ class RayRunner:
     def start(self, name: str, words: list[str], log: Path) -> None:
         """Starts a command; what it prints is added to the log."""
         # A machine has an environment of its own; it is given what the fits of this sweep have in common
-        given = environment(self.threads)
-        variables = {key: value for key, value in given.items() if key.startswith(SHIPPED)}
+        inherited = environment(self.threads)
+        variables = {key: value for key, value in inherited.items() if key.startswith(SHIPPED)}
         command = [*self.program, *words]
         self._running[self._task.remote(command, os.getcwd(), variables, str(log))] = name
 

@@ -64,16 +64,16 @@ class Known:
         pairs = [(point, rival) for point in points for rival in self._rivals(point)]
         if not pairs or any(point.identity and not differences(point, rival) for point, rival in pairs):
             return
-        what = f"{len(finished)} finished fits in {self.folder.path} belong to other options"
+        others = f"{len(finished)} finished fits in {self.folder.path} belong to other options"
         known = [differences(point, rival) for point, rival in pairs if point.identity]
         if not known:
             commands = self.folder.about.get("commands") or [{"command": "lte sweep with the options that it had"}]
             raise UserError(
-                f"{what}: an earlier version kept their names alone, and none of them is a point of this sweep with "
+                f"{others}: an earlier version kept their names alone, and none of them is a point of this sweep with "
                 f"these options; go on with {commands[-1]['command']!r}, or choose another --folder"
             )
         nearest = min(known, key=len)
-        raise UserError(f"{what}: {'; '.join(nearest)[:500]}; use those, or choose another --folder")
+        raise UserError(f"{others}: {'; '.join(nearest)[:500]}; use those, or choose another --folder")
 
     def others(self, points: Sequence[Point]) -> tuple[list[Point], int]:
         """Returns the remembered fits that belong with a sweep's points, and how many do not.
@@ -107,7 +107,7 @@ def _complete(points: dict[str, Point], sweep: Sweep) -> dict[str, Point]:
     Nobody knows whether the sweep was begun with options that cannot change a value, so it is tried without them, too.
     """
     plain = {key: value for key, value in sweep.extra.items() if key not in NEUTRAL}
-    found: dict[str, Point] = {}
+    completed: dict[str, Point] = {}
     for point in points.values():
         for extra in (plain, sweep.extra):
             if not point.identity:
@@ -115,8 +115,8 @@ def _complete(points: dict[str, Point], sweep: Sweep) -> dict[str, Point]:
                 with contextlib.suppress(UserError):  # parameters that its variant does not take any more
                     known = point.role == "point" and point.variant in sweep.variants
                     fits = now.fits(point.variant, point.parameters) if known else now.points()
-                    found |= {fit.name: fit for fit in fits if fit.name in points}
-    return {name: fit for name, fit in found.items() if not points[name].identity}
+                    completed |= {fit.name: fit for fit in fits if fit.name in points}
+    return {name: fit for name, fit in completed.items() if not points[name].identity}
 
 
 def recognise(sweep: Sweep, folder: SweepFolder) -> Sweep:

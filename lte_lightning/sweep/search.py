@@ -51,7 +51,7 @@ class Trials:
         self._found: dict[int, list[float] | None] = {}  # what trials were told, None if they failed
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         try:
-            self._ranges = {key: self._range(given) for key, given in self.search.parameters.items()}
+            self._ranges = {key: self._range(limits) for key, limits in self.search.parameters.items()}
         except ValueError as error:
             raise UserError(f"{sweep.path}: Optuna cannot draw from the parameters of search: {error}") from error
         # Nothing runs yet, so giving up soon costs little
@@ -76,16 +76,16 @@ class Trials:
         return study
 
     def _find_left_behind(self) -> list[Any]:
-        found = []
+        resumable = []
         for trial in self._trials(self._states.RUNNING):
             # A storage in the folder holds this sweep's trials alone, even after the folder was moved
             if self.search.storage and trial.user_attrs.get(FOLDER) != self._owner:
                 continue
             if trial.params.keys() == self._ranges.keys():
-                found.append(trial)
+                resumable.append(trial)
             else:  # killed while it was drawn, or drawn from another file's parameters
                 self.study.tell(trial.number, state=self._states.FAIL, skip_if_finished=True)
-        return found
+        return resumable
 
     def _ask_storage(self, ask: Callable[[], Any], patience: float | None = None) -> Any:
         """Does something with the storage, as often as it takes while another process uses it."""
@@ -153,25 +153,27 @@ class Trials:
         # Each step is tried again by itself: a trial that was begun is not begun twice
         trial = self._ask_storage(self.study.ask)
         self._ask_storage(lambda: trial.set_user_attr(FOLDER, self._owner))
-        for key, given in self._ranges.items():
-            self._ask_storage(partial(self._suggest, trial, key, given))
+        for key, distribution in self._ranges.items():
+            self._ask_storage(partial(self._suggest, trial, key, distribution))
         return trial
 
-    def _suggest(self, trial: Any, key: str, given: Any) -> None:
+    def _suggest(self, trial: Any, key: str, distribution: Any) -> None:
         distributions = self._optuna.distributions
-        if isinstance(given, distributions.CategoricalDistribution):
-            trial.suggest_categorical(key, given.choices)
+        if isinstance(distribution, distributions.CategoricalDistribution):
+            trial.suggest_categorical(key, distribution.choices)
         else:
-            suggest = trial.suggest_int if isinstance(given, distributions.IntDistribution) else trial.suggest_float
-            suggest(key, given.low, given.high, step=given.step, log=given.log)
+            suggest = (
+                trial.suggest_int if isinstance(distribution, distributions.IntDistribution) else trial.suggest_float
+            )
+            suggest(key, distribution.low, distribution.high, step=distribution.step, log=distribution.log)
 
-    def _range(self, given: dict[str, Any]) -> Any:
+    def _range(self, limits: dict[str, Any]) -> Any:
         distributions = self._optuna.distributions
-        if "choices" in given:
-            return distributions.CategoricalDistribution(tuple(given["choices"]))
-        whole = all(isinstance(given.get(key, 1), int) for key in ("low", "high", "step"))
+        if "choices" in limits:
+            return distributions.CategoricalDistribution(tuple(limits["choices"]))
+        whole = all(isinstance(limits.get(key, 1), int) for key in ("low", "high", "step"))
         kind = distributions.IntDistribution if whole else distributions.FloatDistribution
-        return kind(**{"step": 1 if whole else None} | given)
+        return kind(**{"step": 1 if whole else None} | limits)
 
     def _judge(self, number: int, values: list[float] | None) -> None:
         state = self._states.FAIL if values is None else None
@@ -187,18 +189,18 @@ class Trials:
             What there is to say about it.
         """
         number = self._trial_of[name]
-        found = self._open[number]
-        found[name] = results
-        if len(found) < sum(owner == number for owner in self._trial_of.values()):
+        outcomes = self._open[number]
+        outcomes[name] = results
+        if len(outcomes) < sum(owner == number for owner in self._trial_of.values()):
             return []
-        fits = [fit for fit in found.values() if fit is not None]
+        fits = [fit for fit in outcomes.values() if fit is not None]
         columns = {key: [getattr(fit, key) for fit in fits] for key in self.search.objectives}
         undefined = [k for k, column in columns.items() if not all(map(_is_figure, column))]
-        failed = len(fits) < len(found) or bool(undefined)
+        failed = len(fits) < len(outcomes) or bool(undefined)
         values = None if failed else [statistics.fmean(column) for column in columns.values()]
         twins = self._twins.pop(number, [])
-        for one in (number, *twins):
-            self._judge(one, values)
+        for each in (number, *twins):
+            self._judge(each, values)
         self._found[number] = values
         del self._open[number]
         said = [f"trial {number} failed: its {key} is undefined" for key in undefined]

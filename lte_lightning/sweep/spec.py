@@ -122,11 +122,11 @@ def _points(entry: dict[str, Any], path: Path, where: str) -> list[dict[str, Any
         grid = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
     if "list" in entry:
         entries = entry["list"]
-        if not isinstance(entries, list) or not entries or not all(isinstance(one, dict) and one for one in entries):
+        if not isinstance(entries, list) or not entries or not all(isinstance(each, dict) and each for each in entries):
             raise UserError(f"{path}: the list of {where} is {entries!r}; give points, each a mapping of options")
-        entries = [_mapping(one, path, f"list of {where}") for one in entries]
-        for one in entries:
-            _check_options(one, path, f"list of {where}")
+        entries = [_mapping(each, path, f"list of {where}") for each in entries]
+        for each in entries:
+            _check_options(each, path, f"list of {where}")
     return [a | b for a, b in itertools.product(grid, entries)]
 
 
@@ -139,10 +139,10 @@ def _search(entry: Any, path: Path) -> Search:
         raise UserError(f"{path}: trials of search is {trials!r}; give a whole number of at least 1")
     if not parameters:
         raise UserError(f"{path}: search has no parameters; give one low and high, or choices")
-    for key, given in parameters.items():
+    for key, limits in parameters.items():
         _check_options({key: None}, path, "parameters of search")
-        if wrong := _wrong_range(_mapping(given, path, f"{key} of search")):
-            raise UserError(f"{path}: {key} of search is {given!r}; {wrong}")
+        if wrong := _wrong_range(_mapping(limits, path, f"{key} of search")):
+            raise UserError(f"{path}: {key} of search is {limits!r}; {wrong}")
     for key, direction in objectives.items():
         if direction not in ("maximize", "minimize"):
             raise UserError(f"{path}: objective {key} is {direction!r}; there are maximize and minimize")
@@ -159,26 +159,26 @@ def _search(entry: Any, path: Path) -> Search:
     return Search(**entry | {"parameters": parameters, "objectives": objectives})
 
 
-def _wrong_range(given: dict[str, Any]) -> str | None:
+def _wrong_range(limits: dict[str, Any]) -> str | None:
     """Says what is wrong with the range of a parameter, None if Optuna can draw from it."""
-    if given.keys() == {"choices"}:
-        choices = given["choices"]
-        plain = isinstance(choices, list) and all(isinstance(one, str | int | float | None) for one in choices)
+    if limits.keys() == {"choices"}:
+        choices = limits["choices"]
+        plain = isinstance(choices, list) and all(isinstance(each, str | int | float | None) for each in choices)
         return None if choices and plain else "give choices as a list of numbers and words"
-    numbers = {key: given[key] for key in ("low", "high", "step") if key in given}
-    if not {"low", "high"} <= given.keys() <= {"low", "high", "log", "step"}:
+    numbers = {key: limits[key] for key in ("low", "high", "step") if key in limits}
+    if not {"low", "high"} <= limits.keys() <= {"low", "high", "log", "step"}:
         return "give low and high (log, step), or choices"
     if not all(type(value) in (int, float) and math.isfinite(value) for value in numbers.values()):
         return "low, high and step are numbers"
-    if given["low"] > given["high"]:
+    if limits["low"] > limits["high"]:
         return "low is above high"
-    if not isinstance(given.get("log", False), bool):
+    if not isinstance(limits.get("log", False), bool):
         return "log is true or false"
-    if given.get("log") and given["low"] <= 0:
+    if limits.get("log") and limits["low"] <= 0:
         return "with log low must be above 0"
-    if given.get("log") and "step" in given:
+    if limits.get("log") and "step" in limits:
         return "give log or step, not both"
-    if given.get("step", 1) <= 0:
+    if limits.get("step", 1) <= 0:
         return "step must be above 0"
     return None
 
@@ -186,11 +186,11 @@ def _wrong_range(given: dict[str, Any]) -> str | None:
 def _check_extra(extra: dict[str, Any], variants: dict[Any, Block], search: Search | None, path: Path) -> None:
     """Options of every fit must leave alone what tells fits apart: a point would be called what it is not."""
     varied: dict[str, str] = {}
-    for what in ("overrides", "start", "floor"):
-        given = [options for block in variants.values() if (options := getattr(block, what)) is not None]
-        for key in {key for options in given for key in options}:
-            if len({repr(options.get(key)) for options in given}) > 1:
-                varied[key] = f"its {'variants' if what == 'overrides' else f'{what}s'} differ in it"
+    for part in ("overrides", "start", "floor"):
+        several = [options for block in variants.values() if (options := getattr(block, part)) is not None]
+        for key in {key for options in several for key in options}:
+            if len({repr(options.get(key)) for options in several}) > 1:
+                varied[key] = f"its {'variants' if part == 'overrides' else f'{part}s'} differ in it"
     for block in variants.values():
         varied |= {key: "its grid or list varies it" for point in block.points for key in point}
     varied |= dict.fromkeys(search.parameters if search else (), "its search varies it")

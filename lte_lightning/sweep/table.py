@@ -89,8 +89,8 @@ def _labels(folder: SweepFolder, points: Sequence[Point]) -> dict[str, str]:
     for role in ("start", "floor"):
         mine = [point for point in points if point.role == role]
         known = {point.name: _choices(whole[point.name], whole) for point in mine if point.name in whole}
-        names = sorted({key for one in known.values() for key in one})
-        names = [key for key in names if len({one.get(key) for one in known.values()}) > 1]
+        names = sorted({key for choices in known.values() for key in choices})
+        names = [key for key in names if len({choices.get(key) for choices in known.values()}) > 1]
         several = max(Counter(point.seed for point in mine).values(), default=0) > 1
         for name in (point.name for point in mine):
             own = known.get(name)
@@ -159,13 +159,13 @@ def mean_text(values: Sequence[float | None], scale: float = 1.0, unit: str = ""
 
     A figure that is not defined is NaN, and said to be undefined: no mean leaves it out.
     """
-    found = [scale * value for value in values if value is not None]
-    if not found:
+    scaled = [scale * value for value in values if value is not None]
+    if not scaled:
         return "–"
-    if undefined := sum(map(math.isnan, found)):
-        return "undefined" if undefined == len(found) else f"undefined in {undefined} of {len(found)}"
-    spread = f" ± {statistics.stdev(found):.{digits}f}" if len(found) > 1 else ""
-    return f"{statistics.fmean(found):.{digits}f}{spread}{unit}"
+    if undefined := sum(map(math.isnan, scaled)):
+        return "undefined" if undefined == len(scaled) else f"undefined in {undefined} of {len(scaled)}"
+    spread = f" ± {statistics.stdev(scaled):.{digits}f}" if len(scaled) > 1 else ""
+    return f"{statistics.fmean(scaled):.{digits}f}{spread}{unit}"
 
 
 def span_text(shares: Sequence[float | None]) -> str:

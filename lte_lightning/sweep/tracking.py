@@ -195,20 +195,20 @@ class Tracker:
             if value is not None:
                 self.client.set_tag(self.parent, key, value)
 
-    def _try(self, what: str, tell: Callable[[], None]) -> bool:
+    def _try(self, subject: str, tell: Callable[[], None]) -> bool:
         # The figures are in the sweep's folder: a store that went away is no reason to stop
         try:
             tell()
         except self._errors as error:
-            warnings.warn(f"MLflow's store {self.name} did not take {what}: {reason(error)}", stacklevel=3)
+            warnings.warn(f"MLflow's store {self.name} did not take {subject}: {reason(error)}", stacklevel=3)
             return False
         return True
 
 
 def _code(fits: list[Results]) -> dict[str, str]:
     """Which code the fits were run with: its commit, if it lay in a repository of its own, and a hash of its files."""
-    found: dict[str, str] = {}
+    tags: dict[str, str] = {}
     for tag, key in (("lte.git", "commit"), ("lte.code", "code")):
         if versions := {str(fit.versions[key]) for fit in fits if fit.versions.get(key)}:
-            found[tag] = ", ".join(sorted(versions))
-    return found
+            tags[tag] = ", ".join(sorted(versions))
+    return tags

@@ -207,29 +207,29 @@ class MeasuredModule(LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Logs ``val/<view>/<metric>`` and the sparsity, and remembers them for the results."""
         for view in self.views:
-            found = self.read_meters(view)
+            values = self.read_meters(view)
             # a sanity check of a few rows is no measurement
             if not self.trainer.sanity_checking or self.trainer.num_sanity_val_steps == math.inf:
-                self.measured[view] = {key: json_value(value) for key, value in found.items()}
-            scalars = {f"val/{view}/{key}": value for key, value in found.items() if isinstance(value, float)}
+                self.measured[view] = {key: json_value(value) for key, value in values.items()}
+            scalars = {f"val/{view}/{key}": value for key, value in values.items() if isinstance(value, float)}
             self.log_dict(scalars, sync_dist=True)
 
     def read_meters(self, view: str) -> dict[str, Any]:
         """Returns what a view's meters hold, and empties them."""
-        found: dict[str, Any] = {}
+        values: dict[str, Any] = {}
         for suffix in self.loader_names:
             meter = cast(Metric, self.meters[f"{view}{suffix}"])
             if not meter.update_called:  # MNLI's second set, if the first is held out of the training rows
                 continue
             value = meter.compute()
-            figures = value if isinstance(value, dict) else {self.metric_name: value}
-            for name, figure in figures.items():
-                found[f"{name}{suffix}"] = figure if isinstance(figure, dict) else float(figure)
+            parts = value if isinstance(value, dict) else {self.metric_name: value}
+            for name, part in parts.items():
+                values[f"{name}{suffix}"] = part if isinstance(part, dict) else float(part)
             meter.reset()
         if VIEW_MODES[view] == "hard":
-            found |= self.sparsity.compute() | (self.draws.compute() if view == "hard" else {})
+            values |= self.sparsity.compute() | (self.draws.compute() if view == "hard" else {})
             self.sparsity.reset()
-        return found
+        return values
 
     @property
     def test_view(self) -> Literal["dense", "hard"]:
@@ -265,17 +265,17 @@ class MeasuredModule(LightningModule):
 
     def on_test_epoch_end(self) -> None:
         """Logs the metric, the sparsity overall and per layer, and what a token costs."""
-        found = self.read_meters(self.test_view) | self.test_figures()
+        values = self.read_meters(self.test_view) | self.test_figures()
         dense = self.test_view == "dense"
-        per_layer = [0.0] * len(self.sparsity.experts) if dense else found["sparsity_per_layer"]
+        per_layer = [0.0] * len(self.sparsity.experts) if dense else values["sparsity_per_layer"]
         cost = self.cost(None if dense else per_layer)
         if dense:
-            found |= {"sparsity": 0.0, "sparsity_per_layer": per_layer}
-        self.measured["test"] = {key: json_value(value) for key, value in found.items()} | cost
-        scalars = {key: value for key, value in found.items() if isinstance(value, float)}
+            values |= {"sparsity": 0.0, "sparsity_per_layer": per_layer}
+        self.measured["test"] = {key: json_value(value) for key, value in values.items()} | cost
+        scalars = {key: value for key, value in values.items() if isinstance(value, float)}
         scalars["gflops_per_token"] = cost["flops_per_token"] / GFLOP
         scalars |= {"megabytes_per_token": cost["bytes_per_token"] / 1e6, "bound": cost["bound"]}
-        scalars |= {f"union_sparsity_{size}": share for size, share in found.get("union_sparsity", {}).items()}
+        scalars |= {f"union_sparsity_{size}": share for size, share in values.get("union_sparsity", {}).items()}
         scalars |= {f"sparsity_layer_{i:02d}": sparsity for i, sparsity in enumerate(per_layer)}
         # meters hold what all devices saw; without sync_dist Lightning warns as if each logged its own
         self.log_dict({f"test/{key}": value for key, value in scalars.items()}, sync_dist=True)

@@ -131,12 +131,12 @@ class Generation(LanguageModel):
         """Returns the scores of the predictions of all processes."""
         self.gather_predictions()
         texts = [prediction["prediction"] for prediction in self.predictions]
-        found = score_texts(texts, [prediction["references"] for prediction in self.predictions])
+        scores = score_texts(texts, [prediction["references"] for prediction in self.predictions])
         if skipped := declared(self.trainer).datamodule.skipped:
-            found["skipped_rows"] = dict(skipped)
+            scores["skipped_rows"] = dict(skipped)
         if cut := declared(self.trainer).datamodule.cut_answers:
-            found["cut_answers"] = dict(cut)
-        return found
+            scores["cut_answers"] = dict(cut)
+        return scores
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
         """Returns the answers to a batch of prompts."""

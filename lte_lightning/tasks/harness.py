@@ -40,8 +40,8 @@ def evaluate(
     except ImportError as error:
         raise _missing(error) from error
     wrapped = HFLM(pretrained=model.eval(), tokenizer=tokenizer, batch_size=batch_size)
-    found: dict[str, Any] = simple_evaluate(wrapped, tasks=tasks, **kwargs)
-    return found["results"]
+    results: dict[str, Any] = simple_evaluate(wrapped, tasks=tasks, **kwargs)
+    return results["results"]
 
 
 def evaluate_saved(

@@ -49,11 +49,11 @@ class Perplexity(Metric):
             ``word_perplexity``, the exponential of the whole loss by the number of words.
         """
         loss_sum = self.loss_sum.item()
-        found = {"loss": loss_sum / int(self.tokens)}
-        found["perplexity"] = _exp(found["loss"])
+        values = {"loss": loss_sum / int(self.tokens)}
+        values["perplexity"] = _exp(values["loss"])
         if int(self.words):
-            found["word_perplexity"] = _exp(loss_sum / int(self.words))
-        return found
+            values["word_perplexity"] = _exp(loss_sum / int(self.words))
+        return values
 
 
 class LanguageModel(LteModule):
@@ -156,8 +156,8 @@ class LanguageModel(LteModule):
     def outputs_for_metric(self, outputs: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """Returns the sum of the losses, the number of tokens that have one, and that of words if known."""
         tokens = self.task_amount(batch)
-        found = (outputs.loss.detach() * tokens, tokens)
-        return (*found, batch["words"]) if "words" in batch else found
+        sums = (outputs.loss.detach() * tokens, tokens)
+        return (*sums, batch["words"]) if "words" in batch else sums
 
     def by_rows(self, found: Any, outputs: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """Returns the sum of each row's losses, and how many tokens it has that have one, [B]; and words if known."""

@@ -143,15 +143,15 @@ def check_checkpoint(module: nn.Module, state: dict[str, torch.Tensor]) -> None:
 def _activation_key(source: str, wanted: str) -> str:
     config = AutoConfig.from_pretrained(source)
     names = ("hidden_act", "activation_function", "hidden_activation", "activation")
-    found = next((name for name in names if isinstance(getattr(config, name, None), str)), None)
-    if found is None:
+    key = next((name for name in names if isinstance(getattr(config, name, None), str)), None)
+    if key is None:
         raise UserError(f"the configuration of {source} names no activation to swap ({', '.join(names)})")
-    if is_lte(source) and getattr(config, found) != wanted:
+    if is_lte(source) and getattr(config, key) != wanted:
         raise UserError(
-            f"{source} was trained with activation {getattr(config, found)!r}, and activation says {wanted!r}; leave "
+            f"{source} was trained with activation {getattr(config, key)!r}, and activation says {wanted!r}; leave "
             "model.activation out, or start from the plain model"
         )
-    return found
+    return key
 
 
 def _keep_layers(config: PreTrainedConfig, source: str, layers: int) -> None:

@@ -51,8 +51,8 @@ def require_metric(name: str, regression: bool | None = None) -> str:
     """
     known = {None: (*CLASS_METRICS, *NUMBER_METRICS), True: NUMBER_METRICS, False: CLASS_METRICS}[regression]
     if name not in known:
-        what = {None: "", True: " of predicted numbers (data.regression)", False: " of classes"}[regression]
-        raise UserError(f"unknown metric{what} {name!r}{meant(name, known)}; there are {', '.join(known)}")
+        kind = {None: "", True: " of predicted numbers (data.regression)", False: " of classes"}[regression]
+        raise UserError(f"unknown metric{kind} {name!r}{meant(name, known)}; there are {', '.join(known)}")
     return name
 
 

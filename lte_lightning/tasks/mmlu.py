@@ -95,8 +95,8 @@ class Mmlu(LanguageModel):
         """Gathers the predictions, and returns how many rows they are, had fewer examples or were left out."""
         self.gather_predictions()
         data = declared(self.trainer).datamodule
-        found: dict[str, Any] = {"questions": len(self.predictions), "fewer_shots": data.fewer_shots}
-        return found | ({"skipped_rows": dict(data.skipped)} if data.skipped else {})
+        scores: dict[str, Any] = {"questions": len(self.predictions), "fewer_shots": data.fewer_shots}
+        return scores | ({"skipped_rows": dict(data.skipped)} if data.skipped else {})
 
     def predict_step(self, batch: dict[str, torch.Tensor], batch_idx: int, dataloader_idx: int = 0) -> Any:
         """Returns the letters that a batch is answered with."""

@@ -14,8 +14,8 @@ class RouterLosses(StepLosses):
     @property
     def efficiency_weight(self) -> float:
         """eta: what was given, else 0.5, or 0 where a target sparsity is held."""
-        given = self.hparams["efficiency_weight"]
-        return (0.0 if controlled(self.net) else 0.5) if given is None else given
+        weight = self.hparams["efficiency_weight"]
+        return (0.0 if controlled(self.net) else 0.5) if weight is None else weight
 
     def separability_weight_now(self) -> float:
         """Returns lambda at this point of the router stage; in the expert stage it has its full weight."""

@@ -180,10 +180,10 @@ def public_name(source: object) -> str | None:
 def licence(path: Path) -> str | None:
     """Returns the licence that a model's card names, None if it names none."""
     try:
-        found = ModelCard.load(path, ignore_metadata_errors=True).data.license
+        text = ModelCard.load(path, ignore_metadata_errors=True).data.license
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, str) else None
+    return text if isinstance(text, str) else None
 
 
 def _is_repository(name: str | None) -> bool:

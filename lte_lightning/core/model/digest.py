@@ -36,15 +36,15 @@ def _is_of(entry: str, tensor: torch.Tensor) -> bool:
     if not (recorded.is_floating_point and tensor.dtype.is_floating_point):
         return False
     coarser = max((torch.finfo(recorded), torch.finfo(tensor.dtype)), key=lambda info: info.eps)
-    found = _spread(tensor)
-    if len(found) != len(values):
+    digests = _spread(tensor)
+    if len(digests) != len(values):
         return False
-    pairs = zip(found, map(float, values), strict=True)
-    return all(abs(one - other) <= coarser.eps * (abs(other) + coarser.smallest_normal) for one, other in pairs)
+    pairs = zip(digests, map(float, values), strict=True)
+    return all(abs(each - other) <= coarser.eps * (abs(other) + coarser.smallest_normal) for each, other in pairs)
 
 
 def _entry(tensor: torch.Tensor) -> str:
-    found = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}".encode())
+    digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}".encode())
     flat = tensor.detach().reshape(-1)
     step = _BLOCK_BYTES // flat.element_size()
     if len(flat) <= _BLOCKS * step:
@@ -52,9 +52,9 @@ def _entry(tensor: torch.Tensor) -> str:
     else:
         starts = [i * (len(flat) - step) // (_BLOCKS - 1) for i in range(_BLOCKS)]
     for start in starts:
-        found.update(flat[start : start + step].cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(flat[start : start + step].cpu().contiguous().view(torch.uint8).numpy().tobytes())
     values = " ".join(f"{value:.7g}" for value in _spread(tensor))
-    return f"{str(tensor.dtype).removeprefix('torch.')} {found.hexdigest()[:16]} {values}".rstrip()
+    return f"{str(tensor.dtype).removeprefix('torch.')} {digest.hexdigest()[:16]} {values}".rstrip()
 
 
 def _spread(tensor: torch.Tensor) -> list[float]:

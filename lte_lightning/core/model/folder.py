@@ -183,8 +183,8 @@ def stored_weights(source: str | os.PathLike[str], variant: str | None = None, *
 def _read(file: Path) -> dict[str, torch.Tensor]:
     if file.suffix == ".safetensors":
         return load_file(file)
-    found: dict[str, torch.Tensor] = torch.load(file, weights_only=True, mmap=True, map_location="cpu")
-    return found
+    content: dict[str, torch.Tensor] = torch.load(file, weights_only=True, mmap=True, map_location="cpu")
+    return content
 
 
 def require_own(
@@ -240,14 +240,14 @@ def find(source: str | os.PathLike[str], name: str, **hub: Any) -> Path | None:
     if Path(source).is_dir():  # asked about one, transformers would look at the hub's settings, and talk about them
         local = Path(source, hub.get("subfolder") or "", name)
         return local if local.is_file() else None
-    found = cached_file(
+    file = cached_file(
         str(source),
         name,
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
         **hub,
     )
-    return None if found is None else Path(found)
+    return None if file is None else Path(file)
 
 
 def require_file(source: str | os.PathLike[str], name: str, **hub: Any) -> Path:
@@ -256,14 +256,14 @@ def require_file(source: str | os.PathLike[str], name: str, **hub: Any) -> Path:
     Raises:
         LayoutError: If there is no such file.
     """
-    found = find(source, name, **hub)
-    if found is None and not Path(source).is_dir() and find(source, "config.json", **hub) is None:
+    file = find(source, name, **hub)
+    if file is None and not Path(source).is_dir() and find(source, "config.json", **hub) is None:
         raise LayoutError(
             f"no folder {source}{meant_path(source)}, and no model of that name in the cache or on the hub"
         )
-    if found is None:
+    if file is None:
         raise LayoutError(
             f"{source} has no {name}, so it is not a saved LTE model; load a plain model with transformers and "
             "convert() it"
         )
-    return found
+    return file

@@ -42,10 +42,10 @@ def put_together(fused: nn.Linear, first: nn.Module | None, second: nn.Module) -
     """
     fused.training = second.training
     for name in _NAMES:
-        one, other = getattr(first, name), getattr(second, name)
-        if one is not None:
-            data = join(one.data, other.data)
-            setattr(fused, name, nn.Parameter(data, one.requires_grad or other.requires_grad))
+        part, other = getattr(first, name), getattr(second, name)
+        if part is not None:
+            data = join(part.data, other.data)
+            setattr(fused, name, nn.Parameter(data, part.requires_grad or other.requires_grad))
 
 
 def split(whole: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -51,14 +51,14 @@ def plain_names(ffns: Mapping[str, ExpertFfn], state: Mapping[str, Any]) -> dict
     """
     renamed = {own[0]: (plain, own) for plain, own in _renames(ffns) if all(key in state for key in own)}
     joined = {own[-1] for _, own in renamed.values() if len(own) > 1}
-    found = {}
+    names = {}
     for key, value in state.items():
         if key in renamed:
             plain, own = renamed[key]
-            found[plain] = value if len(own) == 1 else join(*(state[half] for half in own))
+            names[plain] = value if len(own) == 1 else join(*(state[half] for half in own))
         elif key not in joined:
-            found[key] = value
-    return found
+            names[key] = value
+    return names
 
 
 def weight_names(ffns: Mapping[str, ExpertFfn]) -> set[str]:
