@@ -1,4 +1,4 @@
-"""The folder of what this package makes once and keeps for the user: compiled kernels, help texts."""
+"""The user's cache folder, for compiled kernels and help texts."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""YAML and JSON from anybody: limits on what a text may become, before anything is made of it."""
+"""Limits on YAML and JSON from others, checked before the text is parsed into values."""
 
 import re
 from collections.abc import Iterable
@@ -99,7 +99,7 @@ _BRACKET = re.compile(rb"[\[\]{}]")
 
 
 def check_rows(lines: Iterable[bytes]) -> None:
-    """Looks through rows in JSON for what ends a process: pyarrow's reader does at some thousand levels, and at null.
+    """Checks rows in JSON for what crashes pyarrow's reader: some thousand levels, and a row that is null.
 
     Args:
         lines: Of the file. A string never goes on in the next.

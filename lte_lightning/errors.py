@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 class UserError(ValueError):
-    """Something the user can put right; its message says what was wrong and what to do.
+    """An error that the user can put right; its message says what was wrong and what to do.
 
     The command line prints the message alone and ends with exit code 1; from Python it is a `ValueError`.
     """

@@ -24,7 +24,7 @@ class AwayError(UserError):
 
 
 def reach(address: str, what: str, instead: str = "start it, or give another address") -> None:
-    """Connects to an address once, so that a wrong one is said at once and not after a client's many tries.
+    """Connects to an address once, to fail fast instead of after a client's many tries.
 
     Args:
         address: ``host:port``, with or without ``scheme://``.
@@ -51,7 +51,7 @@ def reach(address: str, what: str, instead: str = "start it, or give another add
 
 
 def ask(uri: str, what: str, instead: str = "give another address", patience: float | None = None) -> None:
-    """Asks a web server for anything once, so that one that never answers is said so within seconds.
+    """Asks a web server once, to fail within seconds when it never answers.
 
     Args:
         uri: ``http://`` or ``https://`` and so on.
@@ -78,7 +78,7 @@ def ask(uri: str, what: str, instead: str = "give another address", patience: fl
 
 
 def failures() -> tuple[type[Exception], ...]:
-    """Returns what is raised where MLflow's store cannot be used."""
+    """Returns the errors that MLflow raises for a store that cannot be used."""
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 

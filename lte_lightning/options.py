@@ -12,7 +12,7 @@ from lte_lightning.errors import meant
 
 
 class ShortErrors(ArgumentParser):
-    """A parser that says what is wrong and which name was probably meant, without the whole usage."""
+    """A parser whose errors name the cause and the nearest name, without the whole usage."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Prints the cause, and exits with code 2."""
@@ -25,7 +25,7 @@ class ShortErrors(ArgumentParser):
         sys.exit(2)
 
     def explain(self, message: str, options: Iterable[str]) -> str:
-        """Returns what is wrong, by jsonargparse's message and the parser's options."""
+        """Returns the cause of an error, from jsonargparse's message and the parser's options."""
         return cause(message, options)
 
 

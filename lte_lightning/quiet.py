@@ -1,4 +1,4 @@
-"""Keeps the user from what other libraries say of themselves."""
+"""Hides the remarks of other libraries."""
 
 import logging
 import warnings

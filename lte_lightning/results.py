@@ -1,4 +1,4 @@
-"""What a fit and a test leave, ``results.json`` and ``test.json``: one type each, written and read here alone."""
+"""The results of a fit and of a test as types, written and read here alone: ``results.json`` and ``test.json``."""
 
 import json
 import math
@@ -30,7 +30,7 @@ def json_value(value: Any) -> Any:
 
 @dataclass(kw_only=True)
 class Evaluation:
-    """What a test leaves (``test.json``). A value that was not measured, or is not defined, is None.
+    """The results of a test (``test.json``). A value that was not measured, or is not defined, is None.
 
     Attributes:
         sparsity: Share of the FFN neurons that do not run, over real tokens and layers; 0 to 1.
@@ -73,7 +73,7 @@ class Evaluation:
         return cls(**{key: value for key, value in content.items() if key in known}, others=others)
 
     def content(self) -> dict[str, Any]:
-        """Returns what the file holds: one mapping, in which `others` are keys like all."""
+        """Returns the content of the file: one mapping, with the keys of `others` beside the fields."""
         own = type(self).__annotations__
         names = sorted((each.name for each in fields(self)), key=lambda name: name not in own)
         values = {name: getattr(self, name) for name in names if name != "others"}
@@ -86,7 +86,7 @@ class Evaluation:
 
 @dataclass(kw_only=True)
 class Results(Evaluation):
-    """What a fit leaves (``results.json``). A value that was not measured, or is not defined, is None.
+    """The results of a fit (``results.json``). A value that was not measured, or is not defined, is None.
 
     Sparsity, FLOPs and bytes are those of ``hard``, or of ``hard_before`` where the expert stage was not run.
 
@@ -147,7 +147,7 @@ class Results(Evaluation):
 
     @property
     def expert_stage_ran(self) -> bool:
-        """Whether the fit got to its expert stage, so that ``hard`` is a value or not defined."""
+        """Whether the fit reached its expert stage, so that ``hard`` is a value or undefined."""
         return "expert" in self.seconds_per_stage
 
     @property
@@ -206,7 +206,7 @@ MEASURED = ("speedup", "latency_ms", "dense_latency_ms")
 
 @dataclass(frozen=True)
 class Place:
-    """Where a fit stands (``progress.json`` in its run folder, as long as it runs).
+    """Progress of a running fit (``progress.json`` in its run folder).
 
     Attributes:
         stage: The stage that trains.
@@ -228,7 +228,7 @@ class Place:
 
     @staticmethod
     def read(run: Path) -> "Place | None":
-        """Returns where a run stands; None if nobody says so, for nothing but what is shown depends on it."""
+        """Returns a run's progress; None without a readable file, because only the display needs it."""
         try:
             return Place(**read_json(run / PROGRESS))
         except (OSError, ValueError, TypeError):

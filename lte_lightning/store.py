@@ -1,4 +1,4 @@
-"""Runs' folders and MLflow's stores: what a file says of them, addresses without secrets, and the embedded database.
+"""Run folders and MLflow's stores: their files, addresses without secrets, and the embedded database.
 
 MLflow itself makes that database as if nobody else did, and as if it were never interrupted.
 """
@@ -77,7 +77,7 @@ def shown(address: str) -> str:
 
 
 def whole(address: str) -> str:
-    """Returns an address that was not kept without its password.
+    """Returns the address; raises if its password was removed.
 
     Raises:
         UserError: If it was.
@@ -91,7 +91,7 @@ def whole(address: str) -> str:
 
 
 def named_by_file(uri: str | None, own: str, where: Path) -> str:
-    """Returns the address of the store that a file names, with what the user's own address says of the same one.
+    """Returns the address of the store that a file names, with the password of the user's address of it.
 
     Files may come from anybody. A server that one names gets no credentials of the environment, unless it is the host
     that the user names.
@@ -128,14 +128,14 @@ def _credentials() -> str | None:
 
 
 def reason(error: BaseException) -> str:
-    """Returns what a store's client says of an error, on one line, and without a password."""
+    """Returns an error of a store's client on one line, without a password."""
     # What follows the first @ in a password is taken for a host and a port, and quoted as such
     return re.sub(r"\S*@", "***@", " ".join(str(error).split()))[:300]
 
 
 @contextmanager
 def first_contact(uri: str) -> Iterator[None]:
-    """Lets one process at a time begin a run in an embedded database, which is there whole or not at all.
+    """Lets one process at a time create and open an embedded database, so that it is whole or absent.
 
     Of fits that begin together all but one would fail, and one that is killed while the tables are made would leave a
     database that nobody can use. Other stores see to that themselves. MLflow prints where a run can be seen, but of an

@@ -1,4 +1,4 @@
-"""What Lightning's trainer has and does not declare, with its types."""
+"""Types of the trainer attributes that Lightning does not declare."""
 
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -26,7 +26,7 @@ class Declared(Protocol):
 
 
 def is_first_process() -> bool:
-    """Says whether this is the process that prints and writes, of those that fit together."""
+    """Says whether this process prints and writes, the first of those that fit together."""
     from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
     rank: int = getattr(rank_zero_only, "rank", 0)
@@ -34,5 +34,5 @@ def is_first_process() -> bool:
 
 
 def declared(trainer: "Trainer") -> Declared:
-    """Returns the trainer itself, as what it is known to have."""
+    """Returns the trainer itself, with its undeclared attributes typed."""
     return cast(Declared, trainer)

@@ -54,7 +54,7 @@ def write_checkpoints_whole(trainer: Trainer) -> None:
 
 
 class _Movable(ModelCheckpoint):
-    """Knows its files again where a run folder was moved or copied to."""
+    """Rewrites checkpoint paths after the run folder was moved or copied."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Sees to it that its files are written whole."""

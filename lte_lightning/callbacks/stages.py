@@ -268,7 +268,7 @@ class StageSchedule(Callback):
         return state | {"done": self._before(self._next_epoch)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes up where the checkpoint left."""
+        """Resumes where the checkpoint left off."""
         self._start_step = state_dict["start_step"]
         self._next_epoch = state_dict["next_epoch"]
         self.seconds = dict(state_dict["seconds"])

@@ -130,7 +130,7 @@ def log_model(client: Any, run_id: str, folder: Path, columns: list[str], kind: 
 
 
 def _hash_of(folder: Path) -> str:
-    """Returns what tells saved models apart: their description has a digest of all weights."""
+    """Returns a digest that differs between saved models: the description has a digest of all weights."""
     return hashlib.sha256((folder / CONFIG_FILE).read_bytes()).hexdigest()[:16]
 
 

@@ -24,7 +24,7 @@ STATUS = {"success": "FINISHED", "finished": "FINISHED", "failed": "FAILED"}
 
 
 class RunLogger(Logger):
-    """Sends what is recorded to MLflow; while its store cannot be used, keeps it in the run's folder.
+    """Sends records to MLflow; while the store is out of reach, keeps them in the run's folder.
 
     That store is tried again from time to time, and at the run's end. What still waits then is sent when the run is
     resumed, or by ``lte sync RUN``. A run's parameters are those that it began with, as MLflow allows no others: an
@@ -63,7 +63,7 @@ class RunLogger(Logger):
             self._lose(error, began)
 
     def attach(self, folder: Path) -> None:
-        """Names the run's folder; what waits there is sent."""
+        """Names the run's folder, and sends the records that wait there."""
         self.folder, self._behind = folder, True
         if is_first_process():
             self.tell()

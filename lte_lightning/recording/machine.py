@@ -1,4 +1,4 @@
-"""What a figure was found on, and by which code."""
+"""The machine and the code behind a result."""
 
 import hashlib
 import os

@@ -1,4 +1,4 @@
-"""What a fit will need in memory, said before it starts."""
+"""Estimates a fit's memory before it starts."""
 
 from lightning.pytorch import Trainer
 

@@ -1,4 +1,4 @@
-"""Pictures of what a model selects."""
+"""Pictures of a model's selection."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +11,7 @@ from lte_lightning.files import whole_file
 
 
 def draw_views(view: dict[str, Any], threshold: float, folder: Path) -> list[Path]:
-    """Draws what a view has measured, and returns the pictures' files."""
+    """Draws a view's measurements, and returns the pictures' files."""
     sparsity, scores = folder / "sparsity_per_layer.png", folder / "scores.png"
     draw_sparsity(view["sparsity_per_layer"], sparsity)
     draw_scores(view["score_histogram"], threshold, scores)

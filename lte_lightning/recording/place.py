@@ -30,13 +30,13 @@ def write_run_file(folder: Path, experiment: str, name: str | None, run_id: str 
 
 
 def how_to_resume(folder: Path) -> str:
-    """Returns what to type, to go on from the last checkpoint."""
+    """Returns the command that resumes from the last checkpoint."""
     config, last = (shlex.quote(str(folder / name)) for name in ("config.yaml", LAST))
     return f"The last finished epoch is kept; resume with\n  lightning fit --config {config} --ckpt_path {last}"
 
 
 def task_suffix(folder: Path, task: str | None) -> str:
-    """Returns what tells the files of a test or prediction on another task from those on the task of the fit."""
+    """Returns the suffix of the files of a test or prediction on another task than the fit's, "" on the same."""
     fitted = read_results(folder).task if (folder / FILE).exists() else task
     return "" if task == fitted else f"-{task}"
 

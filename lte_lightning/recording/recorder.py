@@ -1,4 +1,4 @@
-"""What a run leaves behind: its folder, its MLflow run, the results and the model."""
+"""Records a run: its folder, its MLflow run, the results and the model."""
 
 import os
 import shutil
@@ -182,7 +182,7 @@ class Recorder(Callback):
 
     @rank_zero_only
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Says how to go on from the last checkpoint; a run that was refused leaves nothing."""
+        """Says how to resume from the last checkpoint; a refused run leaves no files."""
         if isinstance(logger := mlflow_of(trainer), RunLogger) and isinstance(exception, STOPPED):
             logger.ending = "KILLED"
         if self.folder is None:
@@ -197,7 +197,7 @@ class Recorder(Callback):
             print("\nStopped before the first epoch was finished: there is nothing to resume.", file=sys.stderr)
 
     def forget(self, logger: RunLogger | MLFlowLogger | None) -> None:
-        """Removes what a run left that was refused; nothing of a run that it continues."""
+        """Removes the files of a refused run; a continued run keeps its files."""
         if self._fresh and self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
         if isinstance(logger, RunLogger) and self.run_id is None:
@@ -211,7 +211,7 @@ class Recorder(Callback):
 
     @rank_zero_only
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leaves word of where the fit stands, for who waits for it."""
+        """Writes the fit's progress, which ``lte sweep`` shows."""
         if self.folder is not None:
             stage, number, epochs = lte_module(pl_module).schedule.place(trainer.current_epoch)
             assert trainer.max_epochs is not None  # the schedule has set it
@@ -254,7 +254,8 @@ class Recorder(Callback):
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes ``test.json``: metric, sparsity overall and per layer, cost per token.
 
-        A test on another task than the fit's writes ``test-<task>.json``, and leaves what the fit's own has found.
+        A test on another task than the fit's writes ``test-<task>.json``, and leaves the file of the fit's own task as
+        it is.
         """
         module = lte_module(pl_module)
         evaluation = Evaluation.of(module.measured["test"])
@@ -292,7 +293,7 @@ class Recorder(Callback):
 
     @rank_zero_only
     def report(self) -> None:
-        """Prints the table of a fit or a test, and last the path of what was written."""
+        """Prints the table of a fit or a test, and last the path of the file written."""
         if self.table is not None:
             tables.show(self.table)
         if self.written is not None:

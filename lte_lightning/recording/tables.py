@@ -33,7 +33,7 @@ NEAR = 0.01
 def make_results(
     trainer: Trainer, module: LteModule, floor: float | None = None, options: dict[str, Any] | None = None
 ) -> Results:
-    """Collects what a fit has found.
+    """Collects the results of a fit.
 
     Args:
         trainer: With a `StageSchedule` among its callbacks.
@@ -73,7 +73,7 @@ def make_results(
 
 
 def further_metrics(module: LteModule) -> list[str]:
-    """Returns what was measured in each view besides the metric and the sparsity: other sets, other metrics."""
+    """Returns the further values of each view, beside the metric and the sparsity: other sets, other metrics."""
     known = {module.metric_name, "sparsity"}
     views = [module.measured.get(view, {}) for view in VIEW_MODES]
     names = [key for metrics in views for key, value in metrics.items() if isinstance(value, float | None)]
@@ -81,7 +81,7 @@ def further_metrics(module: LteModule) -> list[str]:
 
 
 def versions(trainer: Trainer) -> dict[str, Any]:
-    """Returns what a figure depends on besides the configuration."""
+    """Returns what a result depends on besides the configuration."""
     packages = ("lte-lightning", "torch", "lightning", "transformers", "datasets")
     return {
         "python": platform.python_version(),
@@ -114,7 +114,7 @@ def read_floor(path: str) -> Results:
 
 
 def facts_for_card(results: Results, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what a saved model's card says of the fit: values, and no paths or machines, for it may be published.
+    """Returns the facts of the fit for a model card: values without paths or machines, to be published.
 
     Args:
         results: What the fit has found.

@@ -1,4 +1,4 @@
-"""What MLflow is told about a run besides its values: name, description, tags, every option, and the data."""
+"""The facts of a run for MLflow beside its values: name, description, tags, every option, and the data."""
 
 import hashlib
 from collections.abc import Mapping
@@ -67,7 +67,7 @@ def tags(module: Any, data: Any) -> dict[str, str]:
 
 
 def end_tags(results: Results, stage: str) -> dict[str, str]:
-    """Returns a run's tags at its end: the stage reached, and a description with what was found."""
+    """Returns a run's tags at its end: the stage reached, and a description with the results."""
     view = next((name for name in ("hard", "hard_before", "soft", "dense") if getattr(results, name) is not None), None)
     found = f"{results.metric} {getattr(results, view):.4f} ({view})" if view else "nothing measured"
     sparse = f" at {100 * results.sparsity:.1f} % FFN sparsity" if results.sparsity is not None else ""
@@ -117,7 +117,7 @@ def announce(trainer: Trainer, module: Any, config: Mapping[str, Any]) -> None:
 
 @rank_zero_only
 def conclude(trainer: Trainer, module: Any, results: Results, log_model: bool, register_as: str | None) -> None:
-    """Tells every logger what a fit has found, and MLflow its model.
+    """Sends a fit's results to every logger, and its model to MLflow.
 
     Args:
         trainer: Of the fit.
@@ -141,7 +141,7 @@ def conclude(trainer: Trainer, module: Any, results: Results, log_model: bool, r
 
 
 def served(trainer: Trainer, module: Any) -> tuple[list[str], str] | None:
-    """Returns the columns of texts that a task reads, and what it answers; None for a task that MLflow cannot serve."""
+    """Returns a task's columns of texts and the kind of its answers; None for a task that MLflow cannot serve."""
     columns = list(getattr(getattr(trainer, "datamodule", None), "text_columns", None) or ["text"])
     if classifies(type(module.net).__name__):
         return columns, "regression" if module.net.config.num_labels == 1 else "classification"

@@ -1,4 +1,4 @@
-"""What MLflow did not take: it waits in the run's folder, and is sent later."""
+"""Records that MLflow did not take wait in the run's folder, to be sent later."""
 
 import json
 import os
@@ -154,7 +154,7 @@ def _inside(folder: Path, name: str) -> Path:
 
 
 def sync(folder: Path) -> int:
-    """Sends what waits in a run's folder, and returns how many entries that were.
+    """Sends the waiting records of a run's folder, and returns their number.
 
     Raises:
         UserError: If it is no run's folder, its store cannot be used, or does not take it; then all of it stays.
@@ -183,7 +183,7 @@ def sync(folder: Path) -> int:
 
 
 def send_all(client: Any, run_id: str, folder: Path) -> None:
-    """Sends what waits in a run's folder; it is removed once all of it was taken."""
+    """Sends the waiting records of a run's folder, and removes them once MLflow took all."""
     for entry in read(folder):
         send(client, run_id, folder, entry)
     (folder / UNSENT).unlink(missing_ok=True)

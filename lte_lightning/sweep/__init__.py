@@ -1,1 +1,1 @@
-"""Many fits of one comparison: what they are, who runs them, what became of each."""
+"""Sweeps: the fits of a comparison, their runners, their outcomes."""

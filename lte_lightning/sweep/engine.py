@@ -1,4 +1,4 @@
-"""What is run next, what became of it, and what is said about it."""
+"""The sweep loop: start ready points, record outcomes, print progress."""
 
 import os
 import shlex
@@ -39,7 +39,7 @@ class Runner(Protocol):
 
 @dataclass
 class Summary:
-    """What became of the points: names of those done, failed with their exit codes, and not run."""
+    """Outcomes of the points: names of those done, failed with their exit codes, and not run."""
 
     done: list[str] = field(default_factory=list)
     failed: dict[str, int] = field(default_factory=dict)
@@ -51,11 +51,11 @@ class Engine:
 
     Args:
         folder: The sweep's folder, held.
-        runner: Who runs the fits.
-        tracker: Who tells MLflow, if anybody.
-        trials: Who proposes further points, if anybody.
-        say: Where to print.
-        watch: Who shows what runs now, if anybody.
+        runner: Runs the fits.
+        tracker: Tells MLflow; None for no MLflow.
+        trials: Proposes further points; None without a search.
+        say: Prints a line.
+        watch: Shows the running fits; None for no display.
     """
 
     def __init__(
@@ -76,10 +76,10 @@ class Engine:
         self._runs: dict[str, Path] = {}
 
     def run(self, points: list[Point]) -> Summary:
-        """Runs what is missing of the points, and of the trials; returns what became of all of them.
+        """Runs the missing points and trials, and returns the outcomes of all.
 
-        A point that was killed goes on from its last checkpoint; one that failed does too, and is done afresh if it
-        fails again. A failed point stops no others than those that need it.
+        A killed point resumes from its last checkpoint. A failed point does too, and starts afresh if it fails again. A
+        failed point stops only the points that need it.
         """
         self._add(points)
         try:
@@ -114,7 +114,7 @@ class Engine:
                 self._finish(point, run)
         for point in list(self._pending):
             if point.start in self._runs and not (self._runs[point.start] / "model").is_dir():
-                # Its results stay where they are, but its weights are needed once more
+                # Its results stay, but its weights are needed once more
                 del self._runs[point.start]
                 self.summary.done.remove(point.start)
                 self._pending.insert(0, self.points[point.start])
@@ -123,7 +123,7 @@ class Engine:
             self.say(f"{len(done)} of {len(points)} points are done already.")
 
     def _needs(self, point: Point) -> list[str]:
-        """What must be done before a point: its start; the floor only where a search judges by it."""
+        """Returns the fits that must be done before a point: its start, and the floor if a search judges by it."""
         by_floor = self.trials is not None and {*self.trials.search.objectives} & {"floor", "span_kept"}
         return [name for name in (point.start, point.floor if by_floor else None) if name]
 
@@ -137,7 +137,7 @@ class Engine:
                 self._pending.remove(point)
                 self.summary.blocked.append(point.name)
                 self.folder.remember(point, status="blocked")
-                # Nobody judges a trial whose fits did not all run. The next start of the sweep takes it up again
+                # A trial whose fits did not all run is not judged. The next start of the sweep resumes it
                 self.say(f"{self._count()} {point.name}: not run, for {lost[0]} failed")
             elif all(name in self._runs for name in needs):
                 self._pending.remove(point)
@@ -165,15 +165,15 @@ class Engine:
             resumed="--ckpt_path" in words,
             began=time.strftime("%Y-%m-%d %H:%M:%S"),
         )
-        self._running[point.name] = time.monotonic()  # before it runs: an interrupt may come at any moment
+        self._running[point.name] = time.monotonic()  # before the start: an interrupt may come at any moment
         self.runner.start(point.name, words, self.folder.log(point.name))
         if self.watch:
             self.watch.started(point)
 
     def words(self, point: Point) -> list[str]:
-        """Returns the words of a point's command: its fit, or how its last one goes on."""
+        """Returns the words of a point's command: a new fit, or its last fit resumed."""
         attempts = self.folder.attempts().get(point.name, [])
-        runs = [run for run in attempts if not (run / FILE).exists()]  # what was found is never removed
+        runs = [run for run in attempts if not (run / FILE).exists()]  # results are never removed
         before = self.folder.record(point.name) or Record(point)
         # A fit that a signal ended, or whose machine was lost, may have a good checkpoint
         failed = before.status == "failed" and 0 < (1 if before.code is None else before.code) < SIGNALS
@@ -189,7 +189,7 @@ class Engine:
         return point.arguments() + options(self.place(point))
 
     def place(self, point: Point, shown: bool = False) -> dict[str, Any]:
-        """Returns the options that give a point what it needs, and tell it where to leave its run.
+        """Returns the options for a point's start and floor, and for the place of its run.
 
         Args:
             point: The point.
@@ -261,7 +261,7 @@ class Engine:
         return len(self.summary.done) + len(self.summary.failed) + len(self.summary.blocked)
 
     def _waiting(self) -> dict[str, int]:
-        """How many points wait, by role."""
+        """Returns how many points wait, by role."""
         counts = Counter(point.role for point in self._pending)
         return {**counts, "point": counts["point"] + (self.trials.left() if self.trials else 0)}
 

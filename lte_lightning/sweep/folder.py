@@ -1,8 +1,7 @@
-"""A sweep's folder: everything it knows lies there in plain files.
+"""A sweep's folder, which holds its whole state in plain files.
 
-``sweep.json`` says what the sweep is, ``points/NAME.json`` what became of each fit, ``points/NAME.log`` what it
-printed. The runs of the fits lie beside them, as any fit leaves them; a finished run is what counts, the rest is
-remembered for people.
+``sweep.json`` describes the sweep, ``points/NAME.json`` has the outcome of each fit and ``points/NAME.log`` its output.
+The runs of the fits lie beside them, as of any fit. A finished run alone counts; the rest is kept for people.
 """
 
 import hashlib
@@ -54,13 +53,13 @@ class SweepFolder:
     def hold(self, sweep: Sweep, patience: float = PATIENCE, words: Sequence[str] = ()) -> Iterator[None]:
         """Holds the folder for this sweep: no other sweep can run in it while the context lasts.
 
-        The lock is inherited by the fits, and those of other machines lock their logs: as long as one of a killed sweep
-        still runs, no second one starts the same.
+        The fits inherit the lock, and fits on other machines lock their logs: while a fit of a killed sweep still runs,
+        no second sweep starts the same fit.
 
         Args:
             sweep: The sweep, whose file is copied here.
-            patience: How many seconds fits of a killed sweep are waited for.
-            words: The command that was typed; it is remembered with the working directory.
+            patience: Seconds to wait for fits of a killed sweep.
+            words: The typed command, which is stored with the working directory.
 
         Raises:
             UserError: If the folder cannot be written, holds something else or another sweep, or one runs in it.
@@ -116,7 +115,7 @@ class SweepFolder:
         time.sleep(0.2)
 
     def check(self, sweep: Sweep) -> None:
-        """Reads what the folder says of itself, and refuses one that is not this sweep's.
+        """Reads the folder's description, and refuses a folder that is not this sweep's.
 
         Raises:
             UserError: If it holds something else, another sweep, or fits whose configurations were others.
@@ -164,16 +163,16 @@ class SweepFolder:
     # What became of the points
 
     def record(self, name: str) -> Record | None:
-        """Returns what is remembered of a point; None if its file is damaged or was never written."""
+        """Returns a point's record; None if its file is damaged or missing."""
         return Record.of(_read(self.points / f"{name}.json"))
 
     def records(self) -> dict[str, Record]:
-        """Returns what is remembered of all points, by name."""
+        """Returns the records of all points, by name."""
         records = {file.stem: self.record(file.stem) for file in sorted(self.points.glob("*.json"))}
         return {name: record for name, record in records.items() if record is not None}
 
     def remember(self, point: Point, **facts: Any) -> None:
-        """Stores a point, and adds to what is remembered of it."""
+        """Stores a point, and updates its record."""
         before = self.record(point.name) or Record(point)
         write_json(self.points / f"{point.name}.json", replace(before, point=point, **facts).content())
 
@@ -189,11 +188,11 @@ class SweepFolder:
         return names | {point.name: point for point in points if point is not None}
 
     def log(self, name: str) -> Path:
-        """Returns the file of what a point printed."""
+        """Returns the log file of a point."""
         return self.points / f"{name}.log"
 
     def last_lines(self, name: str, count: int = 5) -> list[str]:
-        """Returns the end of what a point printed."""
+        """Returns the last lines of a point's log."""
         try:
             text = self.log(name).read_text(errors="replace")
         except OSError:

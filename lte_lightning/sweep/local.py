@@ -39,7 +39,7 @@ class LocalRunner:
         self._running: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(self, name: str, words: list[str], log: Path) -> None:
-        """Starts a command; what it prints is added to the log."""
+        """Starts a command, and appends its output to the log."""
         with log.open("ab") as output:
             self._running[name] = subprocess.Popen(
                 [*self.program, *words],

@@ -1,4 +1,4 @@
-"""The fits that a sweep consists of: what each is, what makes it the same as another, and what it is called."""
+"""The fits of a sweep: their content, their identity and their names."""
 
 import hashlib
 import json
@@ -31,20 +31,20 @@ BY_SHARE = ("trainer.limit_", "trainer.overfit_batches", "trainer.val_check_inte
 
 @dataclass(frozen=True)
 class Point:
-    """One fit of a sweep, whole: it is stored as it is, and nothing has to be found out from its name or command.
+    """One fit of a sweep. It is stored whole, so nothing is parsed from its name or command.
 
     Args:
         name: Unique in the sweep; names its files and its run.
         role: ``point``, or ``start`` and ``floor``, which the points share.
         variant: The variant that it belongs to, if the sweep has any.
-        parameters: What tells it from the variant's other points.
+        parameters: Options in which it differs from the variant's other points.
         seed: Its ``seed_everything``.
         configs: Its configuration files.
         overrides: All options that the sweep sets, the parameters among them.
         start: Name of the fit whose dense model it starts from.
         floor: Name of the fit whose floor is reported with it.
-        identity: Digest of what tells it from other fits (see `identify`); empty where an earlier version, which kept
-            a point's name but not its options, ran it.
+        identity: Digest of the fit (see `identify`); empty if an earlier version, which kept names without options,
+            ran it.
     """
 
     name: str
@@ -74,7 +74,7 @@ class Point:
         return {key: value for key, value in canonical(self.overrides).items() if not (self.start and key == INIT)}
 
     def arguments(self) -> list[str]:
-        """The fit's command line, except for what other fits give it and where it leaves its run."""
+        """Returns the fit's command line, without options about other fits or the place of its run."""
         words = ["fit", *(word for path in self.configs for word in ("--config", path))]
         return words + options({"seed_everything": self.seed} | self.overrides)
 
@@ -91,7 +91,7 @@ def restore(content: dict[str, Any]) -> Point | None:
 
 @dataclass(frozen=True)
 class Search:
-    """What Optuna is asked to find; see `lte_lightning.sweep.search`."""
+    """The search of a sweep file; see `lte_lightning.sweep.search`."""
 
     trials: int
     parameters: dict[str, dict[str, Any]]
@@ -195,7 +195,7 @@ class Sweep:
 
 
 def identify(point: Point, start: Point | None = None) -> str:
-    """Returns a digest of what tells a fit from others: its options in canonical form, its configs, and its start.
+    """Returns the digest of a fit's options in canonical form, its configs, and its start.
 
     The floor does not count, because it is only reported beside the fit. Configs count by their names: a sweep may
     move, and its folder has their checksums.
@@ -206,7 +206,7 @@ def identify(point: Point, start: Point | None = None) -> str:
 
 
 def canonical(options: Mapping[str, Any]) -> dict[str, str]:
-    """Returns a fit's options as every spelling of the same fit has them.
+    """Returns a fit's options in canonical form, the same for every spelling of a fit.
 
     `X/` becomes `X`; the text "1" and the number 1.0 become 1. Options of a stage that is skipped are left out, and so
     are options that change only what a fit shows.
@@ -230,7 +230,7 @@ def _plain(key: str, value: Any) -> str:
 
 
 def differences(old: Point, new: Point) -> list[str]:
-    """Says in which options two fits of a variant differ; what a sweep varies, and the seeds, are none."""
+    """Returns the options in which two fits of a variant differ, varied parameters and seeds aside."""
     varied, mine, theirs = {*old.parameters, *new.parameters}, old.options, new.options
     keys = [key for key in sorted({*mine, *theirs} - varied) if mine.get(key) != theirs.get(key)]
     options = [f"{key} {mine.get(key, 'unset')}, now {theirs.get(key, 'unset')}" for key in keys]

@@ -1,4 +1,4 @@
-"""What one sees of a sweep while it runs: on a terminal a line for every fit that runs, otherwise a line per event."""
+"""Progress of a sweep: on a terminal a line for each running fit, elsewhere a line per event."""
 
 import time
 from collections import defaultdict
@@ -40,7 +40,7 @@ class Running:
 
 
 class Watch:
-    """Shows what runs now, at which stage and epoch, for how long, and about how long the rest will take.
+    """Shows the running fits with stage, epoch and time, and an estimate of the remaining time.
 
     Args:
         folder: The sweep's folder.
@@ -132,7 +132,7 @@ class Watch:
         return running.place
 
     def _left(self, waiting: dict[str, int]) -> str:
-        """About how long the rest will take, by what fits of the same role took so far."""
+        """Returns an estimate of the remaining time, from the times of fits of the same role."""
         whole = {role: fmean(times) for role, times in self._seconds.items() if times}
         rest, unknown = 0.0, False
         for running in self._running.values():

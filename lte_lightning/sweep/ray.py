@@ -69,7 +69,7 @@ class RayRunner:
             raise UserError(
                 f"cannot join a Ray cluster at {address!r}: {reason}; start one, or leave it out"
             ) from error
-        # Each machine's room by itself: a fit that none can hold would wait for ever
+        # Room of each machine by itself: a fit that fits on no machine would wait for ever
         machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         rooms = [(machine.get("CPU", 0), machine.get("GPU", 0)) for machine in machines]
         slots = sum(math.floor(min(c / cpus, g / gpus if gpus else math.inf)) for c, g in rooms)
@@ -88,7 +88,7 @@ class RayRunner:
         self._running: dict[Any, str] = {}
 
     def start(self, name: str, words: list[str], log: Path) -> None:
-        """Starts a command; what it prints is added to the log."""
+        """Starts a command, and appends its output to the log."""
         # A machine has an environment of its own; it is given what the fits of this sweep have in common
         inherited = environment(self.threads)
         variables = {key: value for key, value in inherited.items() if key.startswith(SHIPPED)}
@@ -127,10 +127,10 @@ class RayRunner:
 
 
 def _check(address: str) -> None:
-    """Asks a cluster's head how it is: of a port that others listen at, Ray itself would wait for an answer for ever.
+    """Checks the health of a cluster's head: on a port of another program, Ray itself would wait for ever.
 
     Raises:
-        UserError: If it is none, or says nothing.
+        UserError: If no head of a cluster answers.
     """
     command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
     try:
@@ -147,7 +147,7 @@ def _check(address: str) -> None:
 def _run(command: list[str], cwd: str, variables: dict[str, str], log: str) -> int:
     """Runs a command on the machine that Ray chose, with the variables of the sweep and the GPUs of the task.
 
-    It holds a lock on its log for as long as it runs, so that a sweep that begins anew knows whom to wait for.
+    It locks its log while it runs, so that a restarted sweep knows which fits to wait for.
     """
 
     def in_child() -> None:

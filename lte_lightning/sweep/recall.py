@@ -1,4 +1,4 @@
-"""Which of a folder's fits a sweep's points are: those of the same identity, under the names that they have there."""
+"""Finds a sweep's points among the fits of a folder: the same identity, under the folder's names."""
 
 import contextlib
 from collections import Counter
@@ -11,7 +11,7 @@ from lte_lightning.sweep.points import NEUTRAL, Point, Sweep, are_rivals, differ
 
 
 class Known:
-    """The fits that a sweep's folder knows.
+    """The fits that a sweep's folder remembers.
 
     Args:
         folder: The sweep's folder.

@@ -1,4 +1,4 @@
-"""What a sweep remembers of each point that was begun, ``points/NAME.json``."""
+"""The record of a point that was started, ``points/NAME.json``."""
 
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -8,7 +8,7 @@ from lte_lightning.sweep.points import Point, restore
 
 @dataclass(frozen=True)
 class Record:
-    """What a sweep remembers of a point that was begun.
+    """The record of a point that was started.
 
     Args:
         point: The point.
@@ -40,6 +40,6 @@ class Record:
         return None if point is None else cls(point, **{key: value for key, value in content.items() if key in known})
 
     def content(self) -> dict[str, Any]:
-        """Returns what the file holds: the point, and what there is to say of it."""
+        """Returns the content of the file: the point and its facts."""
         facts = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "point"}
         return asdict(self.point) | {key: value for key, value in facts.items() if value is not None}

@@ -20,16 +20,16 @@ FOLDER = "lte folder"  # marks the trials of one sweep's folder, by its id, in a
 
 
 class Trials:
-    """The trials of a search: each is one fit per seed, and is judged by the mean of their figures.
+    """The trials of a search: each is one fit per seed, judged by the mean of their results.
 
     The study lives in Optuna's storage, by default a database in the sweep's folder. Several sweeps, each in a folder
-    of its own, may share one storage and study: together they run the number of trials that the file asks for. A trial
-    that a killed sweep left is taken up again by the sweep of the same folder. A storage that is busy is waited for.
+    of its own, may share one storage and study: together they run the number of trials that the file asks for. A sweep
+    resumes the trials that a killed sweep of the same folder left. It waits for a busy storage.
 
     Args:
         sweep: With a search.
         folder: The sweep's folder, held.
-        patience: How many seconds a storage is waited for that others use.
+        patience: Seconds to wait for a busy storage.
 
     Raises:
         UserError: If Optuna is not installed, cannot draw from the ranges, or its storage cannot be used.
@@ -88,7 +88,7 @@ class Trials:
         return resumable
 
     def _ask_storage(self, ask: Callable[[], Any], patience: float | None = None) -> Any:
-        """Does something with the storage, as often as it takes while another process uses it."""
+        """Uses the storage, and tries again while another process has it."""
         from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
         passing = (self._optuna.exceptions.StorageInternalError, OperationalError, OSError)
@@ -180,13 +180,13 @@ class Trials:
         self._ask_storage(lambda: self.study.tell(number, values, state=state, skip_if_finished=True))
 
     def tell(self, name: str, results: Results | None) -> list[str]:
-        """Notes the results of a point, None if it failed; the last of a trial's tells Optuna.
+        """Notes the results of a point, None if it failed; a trial's last point tells Optuna.
 
         A trial fails if one of its fits does, or if an objective is undefined in one. Trials that were drawn meanwhile
         and are the same are told the same.
 
         Returns:
-            What there is to say about it.
+            Lines to print.
         """
         number = self._trial_of[name]
         outcomes = self._open[number]
@@ -195,7 +195,7 @@ class Trials:
             return []
         fits = [fit for fit in outcomes.values() if fit is not None]
         columns = {key: [getattr(fit, key) for fit in fits] for key in self.search.objectives}
-        undefined = [k for k, column in columns.items() if not all(map(_is_figure, column))]
+        undefined = [k for k, column in columns.items() if not all(map(_is_number, column))]
         failed = len(fits) < len(outcomes) or bool(undefined)
         values = None if failed else [statistics.fmean(column) for column in columns.values()]
         twins = self._twins.pop(number, [])
@@ -207,7 +207,7 @@ class Trials:
         return said + [f"trial {twin} failed: it is the same as trial {number}" for twin in twins if failed]
 
     def write_front(self, path: Path) -> Path:
-        """Writes the trials that no other beats in all objectives, as a markdown table."""
+        """Writes the Pareto front, the trials that no other beats in all objectives, as a markdown table."""
         keys, objectives = list(self.search.parameters), list(self.search.objectives)
         lines = [f"| {' | '.join(['trial', *keys, *objectives])} |", f"|{'---|' * (1 + len(keys) + len(objectives))}"]
         for trial in self._ask_storage(lambda: self.study.best_trials):
@@ -224,5 +224,5 @@ class Trials:
         return path
 
 
-def _is_figure(value: Any) -> bool:
+def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)

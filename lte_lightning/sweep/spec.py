@@ -160,7 +160,7 @@ def _search(entry: Any, path: Path) -> Search:
 
 
 def _wrong_range(limits: dict[str, Any]) -> str | None:
-    """Says what is wrong with the range of a parameter, None if Optuna can draw from it."""
+    """Returns the error of a parameter's range, None if Optuna can draw from it."""
     if limits.keys() == {"choices"}:
         choices = limits["choices"]
         plain = isinstance(choices, list) and all(isinstance(each, str | int | float | None) for each in choices)
@@ -184,7 +184,7 @@ def _wrong_range(limits: dict[str, Any]) -> str | None:
 
 
 def _check_extra(extra: dict[str, Any], variants: dict[Any, Block], search: Search | None, path: Path) -> None:
-    """Options of every fit must leave alone what tells fits apart: a point would be called what it is not."""
+    """Refuses options of every fit in which fits differ: the names of points would be wrong."""
     varied: dict[str, str] = {}
     for part in ("overrides", "start", "floor"):
         several = [options for block in variants.values() if (options := getattr(block, part)) is not None]

@@ -1,4 +1,4 @@
-"""What a sweep found: one row per fit, and one per setting over the seeds."""
+"""Tables of a sweep: one row per fit, and one per setting over the seeds."""
 
 import csv
 import math
@@ -39,9 +39,8 @@ def newest(run: Path) -> tuple[int, int, str]:
 def write_tables(folder: SweepFolder, points: Sequence[Point]) -> list[Path]:
     """Writes ``table.csv``, a row for each fit, and ``table.md``, means and deviations over the seeds.
 
-    Beside them ``differences.md``, if there is something to compare: what the first variant's values are above the
-    others', paired. Of several finished runs of a fit the newest counts, as in a report. A figure that is not defined
-    is ``nan``.
+    Beside them ``differences.md``, if there are variants to compare: the first variant's values minus the others',
+    paired. Of several finished runs of a fit the newest counts, as in a report. An undefined value is ``nan``.
     """
     attempts, rows = folder.attempts(), []
     found: dict[str, Results] = {}
@@ -82,7 +81,7 @@ def _newest(attempts: Sequence[Path]) -> Path | None:
 
 
 def _labels(folder: SweepFolder, points: Sequence[Point]) -> dict[str, str]:
-    """Returns what each fit is called over the seeds. Several starts or floors are named by what tells them apart."""
+    """Returns each fit's label over the seeds. Labels of several starts or floors name their differences."""
     stored = {name: record.point for name, record in folder.records().items() if record.point.identity}
     whole = stored | {point.name: point for point in points if point.identity}
     labels = {point.name: point.variant or "fit" for point in points}
@@ -102,7 +101,7 @@ def _labels(folder: SweepFolder, points: Sequence[Point]) -> dict[str, str]:
 
 
 def _choices(point: Point, points: dict[str, Point]) -> dict[str, str]:
-    """Returns what tells a start or a floor from others with its seed: configs and options, its own and its start's."""
+    """Returns what tells a start or a floor from others of its seed: configs and options, its own and its start's."""
     own = {"configs": " + ".join(Path(path).stem for path in point.configs)}
     own |= point.options
     start = _choices(points[point.start], points) if point.start in points else {}
@@ -155,9 +154,9 @@ def _lines(table: list[list[str]]) -> str:
 
 
 def mean_text(values: Sequence[float | None], scale: float = 1.0, unit: str = "", digits: int = 4) -> str:
-    """Writes mean and standard deviation of the figures that there are; a dash if there are none.
+    """Writes mean and standard deviation of the values; a dash without any.
 
-    A figure that is not defined is NaN, and said to be undefined: no mean leaves it out.
+    An undefined value is NaN and makes the mean undefined, instead of being left out.
     """
     scaled = [scale * value for value in values if value is not None]
     if not scaled:
@@ -169,7 +168,7 @@ def mean_text(values: Sequence[float | None], scale: float = 1.0, unit: str = ""
 
 
 def span_text(shares: Sequence[float | None]) -> str:
-    """Writes what is kept of the span from floor to dense, and over how many seeds if some have no such span."""
+    """Writes the share kept of the span from floor to dense, and over how many seeds if some lack one."""
     usable = sum(share is not None for share in shares)
     few = f" ({usable} of {len(shares)} seeds)" if 0 < usable < len(shares) else ""
     return mean_text(shares, 100, " %", 0) + few

@@ -17,7 +17,7 @@ from lte_lightning.store import first_contact, mlflow_store, named_by_file, read
 from lte_lightning.sweep.folder import SweepFolder
 from lte_lightning.sweep.points import Point
 
-PLAN = "plan.json"  # of the parent run: its points, whole, for who reads about those that were not finished
+PLAN = "plan.json"  # of the parent run: its points, whole, so that readers know the unfinished ones
 PARAMETER_LENGTH = 500  # MLflow's own limit is larger; the whole is in the child's config.yaml
 
 
@@ -92,7 +92,7 @@ class Tracker:
         return place | {"run.log_model": False}  # a second copy of each point's model
 
     def point_done(self, point: Point, run: Path) -> bool:
-        """Adds what the sweep set, and what the point is in it, to a point's run; says whether MLflow took it.
+        """Adds the sweep's options and the point's role to its run; says whether MLflow took them.
 
         A fit that was killed after its results were written did not end its run: that is done for it.
         """
@@ -196,7 +196,7 @@ class Tracker:
                 self.client.set_tag(self.parent, key, value)
 
     def _try(self, subject: str, tell: Callable[[], None]) -> bool:
-        # The figures are in the sweep's folder: a store that went away is no reason to stop
+        # The results are in the sweep's folder: a lost store is no reason to stop
         try:
             tell()
         except self._errors as error:
@@ -206,7 +206,7 @@ class Tracker:
 
 
 def _code(fits: list[Results]) -> dict[str, str]:
-    """Which code the fits were run with: its commit, if it lay in a repository of its own, and a hash of its files."""
+    """Returns the code of the fits: its commit, if it lay in its own repository, and a hash of its files."""
     tags: dict[str, str] = {}
     for tag, key in (("lte.git", "commit"), ("lte.code", "code")):
         if versions := {str(fit.versions[key]) for fit in fits if fit.versions.get(key)}:

@@ -1,4 +1,4 @@
-"""How much an optimizer step holds, before its first batch is run: losses are means over all of its tokens."""
+"""Reads a whole optimizer step ahead, because losses are means over all of its tokens."""
 
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -8,7 +8,7 @@ import torch
 
 
 class Loader(Protocol):
-    """What yields batches, and may know how many."""
+    """Yields batches, and may know their number."""
 
     def __iter__(self) -> Iterator[Any]: ...
 
@@ -58,5 +58,5 @@ class StepLoader:
             yield from ahead
 
     def take(self, step: int) -> torch.Tensor:
-        """Returns what an optimizer step of the epoch, counted from 0, holds on this device; it is forgotten then."""
+        """Returns, and forgets, the amounts of an optimizer step of the epoch (from 0) on this device."""
         return self._totals.pop(step)

@@ -124,7 +124,7 @@ class LteModule(RouterLosses):
         for name, weight in (weights | {"separability_epsilon": separability_epsilon}).items():
             if not 0.0 <= weight < math.inf:
                 raise UserError(f"{name} is {weight}; it must be a finite number, and not negative")
-        # a checkpoint's own would win over the command line's
+        # or a checkpoint's values would replace the command line's
         self.save_hyperparameters(ignore=["lte", "backend", "sparsity", "skip_experts", "quantize", "sparsity_range"])
         kept_range = None if sparsity_range is None else list(sparsity_range)  # checkpoints hold plain types
         self.save_hyperparameters({"lte": asdict(lte) if lte else None, "sparsity_range": kept_range})
@@ -152,11 +152,11 @@ class LteModule(RouterLosses):
         raise TypeError(f"{type(self).__name__} must define auto_class")
 
     def model_arguments(self) -> dict[str, Any]:
-        """What the task passes to ``from_pretrained``."""
+        """Returns the task's arguments of ``from_pretrained``."""
         return {}
 
     def before_export(self) -> None:
-        """Makes the trained model what is saved."""
+        """Hook before export, for example to merge LoRA."""
 
     # Model and stages
 
@@ -186,7 +186,7 @@ class LteModule(RouterLosses):
         self._make_meters()
 
     def enter_stage(self, stage: Stage) -> list[torch.Tensor]:
-        """Moves to a stage: groups the neurons on leaving ``dense``, sets the mode and what is trainable.
+        """Moves to a stage: groups the neurons on leaving ``dense``, sets the mode and the trainable weights.
 
         Returns:
             The new order of each FFN's neurons, [F]; empty if they keep theirs.
@@ -208,12 +208,12 @@ class LteModule(RouterLosses):
         return [grouping.permutation_F for grouping in groupings]
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]  # overloaded there
-        """Names weights as they are in memory: torch knows no others where they are sharded over devices."""
+        """Names weights as in memory, the only names that torch knows of weights sharded over devices."""
         with own_names():
             return super().state_dict(*args, **kwargs)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps the stage and what was measured so far."""
+        """Keeps the stage and the measurements so far."""
         checkpoint["lte"] = {"stage": self.stage, "measured": self.measured, "config": asdict(lte_config(self.net))}
         checkpoint["lte"] |= self._distillation.saved() | self.control.saved()
 

@@ -22,9 +22,9 @@ class Classification(LteModule):
     Classes, their names and what is reported come from the data; without a data module the task is one of GLUE's.
 
     Args:
-        metric: What is reported, and what the best checkpoint has: accuracy, f1, precision, recall (each with _macro,
-            _weighted or _micro), matthews or kappa; pearson, spearman, r2, mae or mse of numbers. By default what the
-            data say: GLUE's official one, accuracy, or pearson.
+        metric: The reported metric, by which the best checkpoint is chosen: accuracy, f1, precision, recall (each with
+            _macro, _weighted or _micro), matthews or kappa; pearson, spearman, r2, mae or mse of numbers. By default
+            what the data say: GLUE's official one, accuracy, or pearson.
         **kwargs: See `LteModule`.
     """
 
@@ -51,12 +51,12 @@ class Classification(LteModule):
 
     @property
     def metric_name(self) -> str:
-        """What is reported."""
+        """The reported metric."""
         return self.hparams["metric"] or (self._data or glue_task(self.hparams["task"])).metric
 
     @property
     def loader_names(self) -> tuple[str, ...]:
-        """What tells the figures of several validation sets apart: MNLI has two."""
+        """Suffixes of several validation sets: MNLI has two."""
         splits = (self._data or GLUE_TASKS[self.hparams["task"]]).validation_splits
         return ("", *(f"_{name.removeprefix('validation_')}" for name in splits[1:]))
 

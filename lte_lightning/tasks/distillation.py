@@ -31,7 +31,7 @@ def divergence(student_NC: torch.Tensor, teacher_NC: torch.Tensor) -> torch.Tens
 
 
 class Distillation:
-    """The dense model that a module learns from, and how much it counts.
+    """The dense model that a module learns from, and its weight in the loss.
 
     The teacher is no part of the module: no optimizer, no strategy and no state dict sees it. One that was copied from
     the module's own model is kept in checkpoints.
@@ -41,7 +41,7 @@ class Distillation:
         source: Folder or hub id of the teacher; None for a copy of the model as the router stage finds it.
 
     Raises:
-        UserError: If the share is none, or a teacher is named that nobody would ask.
+        UserError: If the share is not one, or a teacher is named while the share is 0.
     """
 
     def __init__(self, share: float, source: str | None) -> None:
@@ -72,12 +72,12 @@ class Distillation:
             )
 
     def saved(self) -> dict[str, Any]:
-        """Returns what a checkpoint must keep: the weights of a teacher that is in no folder."""
+        """Returns the state for a checkpoint: the weights of a teacher that lies in no folder."""
         copied = self._teacher is not None and self._source is None
         return {"teacher": self._teacher.state_dict()} if copied else {}
 
     def resume(self, module: Any, saved: dict[str, Any]) -> None:
-        """Restores the teacher from what `saved` returned."""
+        """Restores the teacher from the state of `saved`."""
         if "teacher" in saved:
             self._teacher = _copy(module.net)
             self._teacher.load_state_dict(saved["teacher"])

@@ -1,4 +1,4 @@
-"""How every task is measured: the views of each stage, sparsity, cost per token."""
+"""Measurement of every task: the views of each stage, sparsity, cost per token."""
 
 import copy
 import math
@@ -44,7 +44,7 @@ class MeasuredModule(LightningModule):
         net: The model.
         stage: Where its training stands.
         stage_progress: Share of the current stage that is done.
-        measured: What was found so far, by view.
+        measured: Values so far, by view.
         freeze_routers: Whether the expert stage leaves the routers as they are.
         router_training: Whether the router stage runs all experts, weighted (``soft``), or the selected ones alone.
         detach_router: Whether routers send no gradient to what they read.
@@ -72,30 +72,30 @@ class MeasuredModule(LightningModule):
 
     @property
     def metric_name(self) -> str:
-        """What is reported."""
+        """The reported metric."""
         raise TypeError(f"{type(self).__name__} must define metric_name")
 
     @property
     def loader_names(self) -> tuple[str, ...]:
-        """What tells the values of several validation sets apart."""
+        """Suffixes of several validation sets."""
         return ("",)
 
     @property
     def source(self) -> str:
-        """Where the weights come from."""
+        """Folder or hub id of the weights."""
         raise TypeError(f"{type(self).__name__} must define source")
 
     @property
     def is_loaded(self) -> bool:
-        """Whether the model is here yet."""
+        """Whether the model is loaded."""
         return "net" in self._modules
 
     def make_metric(self) -> Metric:
-        """Returns a fresh metric, updated with what `outputs_for_metric` gives."""
+        """Returns a fresh metric, which `outputs_for_metric` updates."""
         raise TypeError(f"{type(self).__name__} must define make_metric")
 
     def outputs_for_metric(self, outputs: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """Returns what the metric is updated with, predictions and targets for most."""
+        """Returns the arguments of the metric's update, mostly predictions and targets."""
         raise TypeError(f"{type(self).__name__} must define outputs_for_metric")
 
     def by_rows(self, found: Any, outputs: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
@@ -119,14 +119,14 @@ class MeasuredModule(LightningModule):
         return (batch["attention_mask"],)
 
     def test_figures(self) -> dict[str, Any]:
-        """Returns what a test has found besides the metric."""
+        """Returns a test's further values beside the metric."""
         return {}
 
     # Measuring
 
     @property
     def views(self) -> tuple[str, ...]:
-        """What a validation measures in the current stage."""
+        """The views that a validation measures in the current stage."""
         return VIEWS[self.stage] if self.stage_mode != "hard" or self.stage == "expert" else ("hard_before",)
 
     @property
@@ -147,7 +147,7 @@ class MeasuredModule(LightningModule):
             ffn.detach_router = self.detach_router
 
     def _measure_from_here(self) -> None:
-        """Makes the model what is measured: at its sparsity, rounded, and by the backend, not as training skips."""
+        """Prepares the model for measuring: sparsity, rounding and backend as asked, no skipping."""
         self.turn_knob()
         self._quantize()
         set_backend(self.net, self.backend)
@@ -155,7 +155,7 @@ class MeasuredModule(LightningModule):
             ffn.skips_in_training = False
 
     def _train_from_here(self) -> None:
-        """Leaves the backend to training again."""
+        """Restores the backend of training."""
         set_backend(self.net, "dense-mask")
         self.apply_stage()
 
@@ -215,7 +215,7 @@ class MeasuredModule(LightningModule):
             self.log_dict(scalars, sync_dist=True)
 
     def read_meters(self, view: str) -> dict[str, Any]:
-        """Returns what a view's meters hold, and empties them."""
+        """Returns the values of a view's meters, and resets them."""
         values: dict[str, Any] = {}
         for suffix in self.loader_names:
             meter = cast(Metric, self.meters[f"{view}{suffix}"])
@@ -246,7 +246,7 @@ class MeasuredModule(LightningModule):
         self._measure_from_here()
 
     def _quantize(self) -> None:
-        """Rounds the weights if that is asked for; what a token costs is counted of the model as it was."""
+        """Rounds the weights if asked; the cost of a token is that of the model before rounding."""
         if is_quantized(self.net):
             self._counted = (skeleton(self.source),)
         elif self.quantize:
@@ -256,7 +256,7 @@ class MeasuredModule(LightningModule):
             quantize(self.net.eval(), self.quantize)
 
     def on_test_end(self) -> None:
-        """Leaves the backend to training again."""
+        """Restores the backend of training."""
         self._train_from_here()
 
     def test_step(self, batch: dict[str, torch.Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -264,7 +264,7 @@ class MeasuredModule(LightningModule):
         self.measure(self.test_view, batch, dataloader_idx)
 
     def on_test_epoch_end(self) -> None:
-        """Logs the metric, the sparsity overall and per layer, and what a token costs."""
+        """Logs the metric, the sparsity overall and per layer, and the cost of a token."""
         values = self.read_meters(self.test_view) | self.test_figures()
         dense = self.test_view == "dense"
         per_layer = [0.0] * len(self.sparsity.experts) if dense else values["sparsity_per_layer"]
@@ -281,7 +281,7 @@ class MeasuredModule(LightningModule):
         self.log_dict({f"test/{key}": value for key, value in scalars.items()}, sync_dist=True)
 
     def cost(self, sparsity_per_layer: list[float] | None) -> dict[str, float]:
-        """Returns what a token costs the model, as of `cost_beside_dense`; of quantised weights before they were."""
+        """Returns the cost of a token, as of `cost_beside_dense`; of quantised weights before rounding."""
         return cost_beside_dense(self._counted[0] if self._counted else self.net, sparsity_per_layer)
 
     def on_predict_start(self) -> None:

@@ -80,7 +80,7 @@ def add_lora(model: PreTrainedModel, lora: Lora) -> list[str]:
 
 
 def merge_lora(model: PreTrainedModel) -> None:
-    """Adds what adapters have learnt to the weights below them, and takes them away, in place; nothing without any."""
+    """Merges adapters into the weights below them, in place, and removes the adapters."""
     adapted = [(name, module) for name, module in model.named_modules() if hasattr(module, "get_base_layer")]
     for name, module in adapted:
         module.merge()

@@ -1,4 +1,4 @@
-"""What routers learn from besides the task: the terms of equation 6, or a balance loss, and their weights."""
+"""The routers' losses beside the task: the terms of equation 6, or a balance loss, and their weights."""
 
 import torch
 
@@ -13,7 +13,7 @@ class RouterLosses(StepLosses):
 
     @property
     def efficiency_weight(self) -> float:
-        """eta: what was given, else 0.5, or 0 where a target sparsity is held."""
+        """eta: the option's value, else 0.5, or 0 where a target sparsity is held."""
         weight = self.hparams["efficiency_weight"]
         return (0.0 if controlled(self.net) else 0.5) if weight is None else weight
 

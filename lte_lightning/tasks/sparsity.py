@@ -1,4 +1,4 @@
-"""What was selected over a whole evaluation."""
+"""The selection over a whole evaluation."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -51,7 +51,7 @@ class SparsityMeter(Metric):
             self.scores_LH[layer] += torch.bincount(bins, minlength=BINS)
 
     def compute(self) -> dict[str, Any]:
-        """Returns what was selected, of all devices.
+        """Returns the selection of all devices.
 
         Returns:
             ``sparsity`` and ``sparsity_per_layer``, the share of neurons that did not run (all layers have the same

@@ -45,7 +45,7 @@ class StepLosses(MeasuredModule):
             self.turn_knob()
 
     def task_amount(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Returns what a batch's task loss is the mean of, a count: of rows, or by the subclass of tokens."""
+        """Returns the count that a batch's task loss is the mean over: rows, or tokens in a subclass."""
         return batch["labels"].new_tensor(len(batch["labels"]), dtype=torch.long)
 
     def ends_step(self, batch_idx: int) -> bool:
@@ -54,14 +54,14 @@ class StepLosses(MeasuredModule):
         return done % self.trainer.accumulate_grad_batches == 0 or done == self.trainer.num_training_batches
 
     def amounts(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Returns what the losses of a batch are means of, counts [1 + stacks]: of the task, and of the routers."""
+        """Returns the counts [1 + stacks] that a batch's losses are means over: of the task, and of the routers."""
         tokens = [mask.bool().sum() for mask in self.token_masks(batch)]
         return torch.stack([self.task_amount(batch), *tokens])
 
     def batch_weights(
         self, batch: dict[str, torch.Tensor], batch_idx: int
     ) -> tuple[torch.Tensor | float, torch.Tensor | None]:
-        """Returns what multiplies a batch's task loss, and its routers' losses by stack."""
+        """Returns the factors of a batch's task loss, and of its routers' losses by stack."""
         accumulate, devices = self.trainer.accumulate_grad_batches, self.trainer.world_size
         if accumulate == 1 and devices == 1:
             return 1.0, None
