@@ -46,7 +46,7 @@ def cost(
     """
     from rich.console import Console
 
-    from lte_lightning.cli.costs import cost_table, memory_table, work_out
+    from lte_lightning.cli.cost_tables import cost_table, memory_table, work_out
 
     costs = work_out(model, sparsity, dtype, context, expert_size, batch_size, precision)
     if json:

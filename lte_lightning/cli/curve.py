@@ -47,7 +47,7 @@ def curve(
     """
     from lte_lightning.bench.machine import find_device
     from lte_lightning.cli.calibrate import read_sparsities
-    from lte_lightning.cli.curves import draw, qualities, speeds
+    from lte_lightning.cli.curve_points import draw, qualities, speeds
     from lte_lightning.cli.rows import load_rows
     from lte_lightning.core.model.thresholds import kept_table
     from lte_lightning.files import require_place, whole_file

@@ -10,7 +10,7 @@ from datasets import ClassLabel, Dataset
 from jinja2 import Environment, StrictUndefined
 from transformers import AutoConfig
 
-from lte_lightning.cli.costs import work_out
+from lte_lightning.cli.cost_tables import work_out
 from lte_lightning.core.model.families import FAMILIES
 from lte_lightning.data import ClassificationData, InstructData, LanguageModelData
 from lte_lightning.data.base import TextData

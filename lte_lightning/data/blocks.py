@@ -8,7 +8,7 @@ from datasets import Dataset
 from torch.utils.data import Dataset as TorchDataset
 
 from lte_lightning.core.model.head import IGNORED
-from lte_lightning.data.padding import pad_prompts
+from lte_lightning.data.padding import PadsRight
 
 
 class PackedBlocks(TorchDataset[dict[str, Any]]):
@@ -61,18 +61,11 @@ def _flat(rows: Dataset, name: str) -> list[np.ndarray]:
     return [chunk.flatten().to_numpy(zero_copy_only=True) for chunk in rows.data.column(name).chunks]
 
 
-class CollateBlocks:
-    """Makes a batch of blocks: every token is predicted from those before it.
-
-    Args:
-        pad_id: The pad token.
-    """
-
-    def __init__(self, pad_id: int) -> None:
-        self.pad_id = pad_id
+class CollateBlocks(PadsRight):
+    """Makes a batch of blocks: every token is predicted from those before it."""
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Returns input_ids, attention_mask and labels [B, T], and words [B]."""
-        batch = pad_prompts([row["input_ids"].tolist() for row in rows], self.pad_id, "right")
+        batch = self.padded([row["input_ids"].tolist() for row in rows])
         labels_BT = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED)
         return batch | {"labels": labels_BT, "words": torch.tensor([row["words"] for row in rows])}

@@ -10,7 +10,7 @@ from lte_lightning.core.model.head import IGNORED
 from lte_lightning.data.base import TextData
 from lte_lightning.data.checks import require_at_least, require_text
 from lte_lightning.data.packaged import DataError
-from lte_lightning.data.padding import pad_prompts
+from lte_lightning.data.padding import PadsRight
 from lte_lightning.data.text import Loader
 
 LETTERS = ("A", "B", "C", "D")
@@ -174,19 +174,12 @@ class MmluData(TextData):
         return self.loader_in_order(self._ready["test"][0], self.collate())
 
 
-class CollateQuestions:
-    """Makes a batch of questions, each with its answer's letter as the last token, which alone carries the loss.
-
-    Args:
-        pad_id: The pad token.
-    """
-
-    def __init__(self, pad_id: int) -> None:
-        self.pad_id = pad_id
+class CollateQuestions(PadsRight):
+    """Makes a batch of questions, each with its answer's letter as the last token, which alone carries the loss."""
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Returns input_ids, attention_mask and labels [B, T]; row, subject and answer [B]."""
-        batch = pad_prompts([row["input_ids"] for row in rows], self.pad_id, "right")
+        batch = self.padded([row["input_ids"] for row in rows])
         last_B = batch["attention_mask"].sum(1, keepdim=True) - 1
         labels_BT = torch.full_like(batch["input_ids"], IGNORED)
         labels_BT.scatter_(1, last_B, batch["input_ids"].gather(1, last_B))

@@ -8,8 +8,8 @@ import torch
 from lte_lightning.core.model.head import IGNORED
 
 
-class CollateAnswers:
-    """Makes a batch for the loss: padded on the right, to a multiple of 8; padding carries no loss.
+class PadsRight:
+    """Pads on the right, to a multiple of 8; a subclass adds the labels, which padding does not carry.
 
     Args:
         pad_id: The pad token.
@@ -18,9 +18,17 @@ class CollateAnswers:
     def __init__(self, pad_id: int) -> None:
         self.pad_id = pad_id
 
+    def padded(self, ids: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
+        """Returns input_ids and attention_mask, [B, T]."""
+        return pad_prompts(ids, self.pad_id, "right")
+
+
+class CollateAnswers(PadsRight):
+    """Makes a batch of prompts with their answers, for the loss."""
+
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Returns input_ids, attention_mask and labels, all [B, T] (labels [B, T'] for an encoder-decoder)."""
-        batch = pad_prompts([row["input_ids"] for row in rows], self.pad_id, "right")
+        batch = self.padded([row["input_ids"] for row in rows])
         return batch | {"labels": _pad([row["labels"] for row in rows], IGNORED, "right")}
 
 

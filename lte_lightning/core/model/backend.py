@@ -1,4 +1,4 @@
-"""Which backend computes the selected experts of a model, and where their weights lie for it."""
+"""`set_backend`: asks for a backend, and lays the weights out for it. `kernels.dispatch` chooses at each call."""
 
 from torch import nn
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from lte_lightning.core.routing.sparsity import Counts
-from lte_lightning.tasks.sparsity import BINS, SparsityMeter
+from lte_lightning.tasks.sparsity_meter import BINS, SparsityMeter
 
 
 class Trace:
