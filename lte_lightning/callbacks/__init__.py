@@ -1,4 +1,4 @@
-"""Callbacks: when stages change, and what is kept."""
+"""Callbacks: stages, checkpoints, progress."""
 
 from typing import TYPE_CHECKING
 

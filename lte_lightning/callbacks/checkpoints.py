@@ -1,4 +1,4 @@
-"""Which checkpoints are kept: the last one to resume from, and the best hard-mode one."""
+"""Checkpoints: the last one to resume from, and the best in hard mode."""
 
 from pathlib import Path
 from typing import Any

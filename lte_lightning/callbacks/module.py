@@ -7,7 +7,7 @@ from lte_lightning.tasks.base import LteModule
 
 
 def lte_module(module: LightningModule) -> LteModule:
-    """Returns a fit's module as what it must be.
+    """Returns a fit's module, typed as one of ours.
 
     Raises:
         UserError: If it has no stages.

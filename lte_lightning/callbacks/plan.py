@@ -1,4 +1,4 @@
-"""How long the stages are and how each one optimises, and which epochs they make."""
+"""Plans of the stages: their lengths, optimizers and epochs."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -88,7 +88,7 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class Epoch:
-    """What one epoch of a fit does: a pass over the training data, or a part of one.
+    """One epoch of a fit: a pass over the training data, or a part of a pass.
 
     Args:
         stage: The stage that it belongs to.

@@ -1,4 +1,4 @@
-"""What one sees of a fit while it runs: a bar that names its stage, and a line for every epoch."""
+"""Progress of a fit: a bar that names its stage, and a line for every epoch."""
 
 import time
 from typing import Any
@@ -27,7 +27,7 @@ class StageProgressBar(RichProgressBar):
 
 
 class EpochLines(Callback):
-    """Prints what a fit is about to train, and after every epoch what its validation found."""
+    """Prints the trained parts before a fit, and the validation's values after every epoch."""
 
     def __init__(self) -> None:
         self._began = 0.0

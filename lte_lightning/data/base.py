@@ -99,7 +99,7 @@ class TextData(LightningDataModule):
         raise TypeError(f"{type(self).__name__} must define prepare")
 
     def collate(self) -> Collate:
-        """Returns what makes a batch of tokenised rows."""
+        """Returns the function that makes a batch of tokenised rows."""
         raise TypeError(f"{type(self).__name__} must define collate")
 
     def check_rows(self, rows: Dataset, name: str) -> None:

@@ -36,7 +36,7 @@ class Form:
         return () if self.is_conversation else self.columns[-1:]
 
     def parts(self, row: dict[str, Any]) -> tuple[Any, str, Any]:
-        """Returns what a row asks, the input of it, and the answer, which may be missing."""
+        """Returns a row's instruction, its input, and its answer, which may be missing."""
         prompt, *context, answer = self.columns
         return row[prompt], (row.get(context[0]) or "" if context else ""), row.get(answer) or ""
 

@@ -115,7 +115,7 @@ class ClassificationData(TextData):
         return classes[0] if len(classes) == 1 else Labels(tuple(sorted({v for part in classes for v in part.values})))
 
     def expected(self) -> str:
-        """Returns what a label should be, for messages."""
+        """Returns a description of a right label, for messages."""
         if self.classes is None:
             return "a finite number"
         whose = "given" if self._given_classes else "of the training rows"

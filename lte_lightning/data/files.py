@@ -1,4 +1,4 @@
-"""Where rows come from: the files of a split, in a folder or named one by one, compressed or not."""
+"""Files of rows: a split in a folder or single files, compressed or not."""
 
 import glob
 import re
@@ -25,7 +25,7 @@ LABEL = "label"
 
 
 def suffix_of(file: str | Path) -> str:
-    """Returns how a file's name ends, without what says that it is compressed."""
+    """Returns the suffix of a file's name, without that of a compression."""
     file = Path(file)
     return Path(file.stem).suffix if file.suffix in COMPRESSIONS else file.suffix
 
@@ -153,7 +153,7 @@ def _csv_options(file: Path, suffix: str) -> dict[str, Any]:
 
 
 def _with_numbers(rows: Dataset, column: str) -> Dataset:
-    """Makes a column of text one of whole or other numbers, if that is what all its values say."""
+    """Turns a column of text into numbers if all its values are numbers."""
     values = [value or None for value in rows[column][:]]
     said = {value for value in values if value is not None}
     numbers: list[Any] = values

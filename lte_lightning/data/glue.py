@@ -124,7 +124,7 @@ class GlueData(ClassificationData):
         return Labels(tuple(range(self.glue.labels)), self.glue.classes) if self.glue.classes else None
 
     def expected(self) -> str:
-        """Returns what a label should be, for messages."""
+        """Returns a description of a right label, for messages."""
         return f"one of 0 to {self.glue.labels - 1}" if self.classes else super().expected()
 
     def has_targets(self, rows: Dataset) -> bool:

@@ -76,12 +76,12 @@ class _Chunk:
             begin += count
 
     def gather(self, x_ND: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-        """Returns what fetches rows of the chunk, always into the same memory."""
+        """Returns a function that fetches rows of the chunk, always into the same memory."""
         mine, memory = x_ND[self.tokens], x_ND.new_empty(max(self.counts), x_ND.shape[1])
         return lambda rows: torch.index_select(mine, 0, rows, out=memory[: len(rows)])
 
     def add(self, sums_ND: torch.Tensor) -> Callable[[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]], None]:
-        """Returns what adds products of matrices to rows of the chunk, each of which is named once."""
+        """Returns a function that adds products of matrices to rows of the chunk, each row once."""
         mine, fetch = sums_ND[self.tokens], self.gather(sums_ND)
 
         def add(rows: torch.Tensor, products: list[tuple[torch.Tensor, torch.Tensor]]) -> None:

@@ -105,7 +105,7 @@ class Wanda(Ranking):
         return True
 
     def prune_scope(self) -> Scope:
-        """Returns what is pruned."""
+        """Returns the pruned scope."""
         return self.scope
 
     def least_important(self, weight_OI: torch.Tensor, norms_I: torch.Tensor) -> torch.Tensor:

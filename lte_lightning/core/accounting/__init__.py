@@ -1,1 +1,1 @@
-"""What a model costs: FLOPs, memory, its skeleton without weights."""
+"""Costs of a model: FLOPs, memory, its skeleton without weights."""

@@ -1,4 +1,4 @@
-"""What a token costs: FLOPs, weights read, bytes moved, and the speed-up bound that follows.
+"""Cost of a token: FLOPs, weights read, bytes moved, and the speed-up bound that follows.
 
 All of it is counted from the modules and the configuration of a converted model, whose weights may be on the meta
 device (see ``core/skeleton.py``).
@@ -25,7 +25,7 @@ CONTEXT = 1024  # tokens attended to, unless said otherwise
 
 @dataclass(frozen=True)
 class TokenCost:
-    """What one token costs, densely or at a sparsity.
+    """The cost of a token, densely or at a sparsity.
 
     Args:
         paper_flops: FLOPs as Table 1 of the paper counts them (see `flops_per_token`); its GFLOPs are 2^30.
@@ -48,7 +48,7 @@ def token_cost(
     dtype: torch.dtype = torch.bfloat16,
     context: int | None = None,
 ) -> TokenCost:
-    """Counts what a token costs.
+    """Counts the cost of a token.
 
     An embedding is charged one row, whatever else its module holds. The KV cache is read whole, a sliding window's no
     further back than the window; encoders have none. A router's weights are charged like the model's. In an
@@ -240,7 +240,7 @@ def _key_value_heads(model: PreTrainedModel) -> int:
 
 
 def _spans(model: PreTrainedModel, context: int) -> list[int]:
-    """How many tokens each layer attends to."""
+    """Returns how many tokens each layer attends to."""
     config = model.config.get_text_config()
     # ModernBERT's sliding_window is one side of its window
     window = getattr(config, "local_attention", None) or getattr(config, "sliding_window", None)

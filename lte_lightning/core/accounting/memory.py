@@ -1,4 +1,4 @@
-"""What training needs in memory, before it starts."""
+"""Memory of training, estimated before it starts."""
 
 from dataclasses import dataclass
 from inspect import signature
@@ -78,7 +78,7 @@ def kept_per_weight(optimizer: Optimizer) -> float:
 def training_memory(
     model: PreTrainedModel, tokens: int, precision: str = "bf16-mixed", optimizer_values: float = 2.0
 ) -> TrainingMemory:
-    """Estimates what training needs on each device, under data parallelism (every device holds the whole model).
+    """Estimates the memory of training on each device, under data parallelism (every device holds the whole model).
 
     With P weights of which Q are trainable, b_w and b_a bytes per weight and activation (``bf16-mixed``: 4 and 2,
     ``bf16-true``: 2 and 2), N tokens in a batch, L layers and V words in the vocabulary:

@@ -10,7 +10,7 @@ from lte_lightning.kernels.dispatch import BACKENDS, Backend
 
 
 def set_backend(model: nn.Module, backend: Backend = "auto") -> None:
-    """Chooses what computes the selected experts in hard mode when no gradient is wanted.
+    """Sets the backend that computes the selected experts in hard mode without gradients.
 
     For every backend but ``dense-mask`` the weights are laid out once, in place, a row per neuron: the down
     projection's parameter becomes a transposed view of that. Names, shapes and values stay, and with them state_dict,

@@ -1,4 +1,4 @@
-"""The model card of a saved model, its README.md: made of what was measured, and of nothing else."""
+"""The model card of a saved model, its README.md, written from measurements alone."""
 
 import os
 import re
@@ -165,7 +165,7 @@ def _recipe(description: dict[str, Any], base: dict[str, Any]) -> str:
 
 
 def public_name(source: object) -> str | None:
-    """Returns what may be published of where something is from: of a path on somebody's disk the last part.
+    """Returns the publishable part of an origin: the last part of a path on a disk.
 
     A run's ``model`` and a package's are called by what they lie in.
     """

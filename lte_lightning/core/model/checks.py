@@ -1,4 +1,4 @@
-"""What a loaded model must have been given: all of its weights, no others, and only finite ones."""
+"""Checks of a loaded model: all of its weights are there, no others, and all are finite."""
 
 import re
 from typing import Any

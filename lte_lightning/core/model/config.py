@@ -1,4 +1,4 @@
-"""What a converted model is made of; how it is trained is the task's affair."""
+"""The configuration of a converted model; its training is the task's."""
 
 from dataclasses import dataclass, replace
 from typing import Literal

@@ -110,7 +110,7 @@ def _check_hooks(layer: nn.Module, parts: FfnParts) -> None:
 
 
 def groups_by_activation(config: LteConfig) -> bool:
-    """Says whether `group_experts` needs to know what the neurons do."""
+    """Says whether `group_experts` needs the neurons' activations."""
     return config.grouping in ("coactivation", "use") and config.expert_size > 1
 
 

@@ -22,7 +22,7 @@ def digest(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
 
 
 def differing(entries: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) -> list[str]:
-    """Returns the names of the tensors that are not what their entry says; those without an entry are passed over."""
+    """Returns the names of tensors that differ from their entry; tensors without an entry are skipped."""
     return [name for name in sorted(tensors) if name in entries and not _is_of(entries[name], tensors[name])]
 
 

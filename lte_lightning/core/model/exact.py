@@ -41,7 +41,7 @@ def why_not_linear(module: Any) -> str:
 
 
 def what_surrounds(module: nn.Module) -> str:
-    """Says what runs besides a module's own ``forward`` when it is called, as a clause; "" if nothing does."""
+    """Returns a clause that names code which runs beside a module's ``forward``; "" if there is none."""
     if module._forward_hooks or module._forward_pre_hooks:
         return "has forward hooks"
     if "forward" in module.__dict__:  # accelerate moves offloaded weights in such a one
@@ -68,7 +68,7 @@ def has_global_hooks() -> bool:
 
 
 def mark(module: Any) -> tuple[Any, ...]:
-    """Returns what tells a module from what it was: cheap, and equal as long as nothing that the kernels see changed.
+    """Returns a cheap fingerprint of a module, equal as long as the parts that the kernels see stay the same.
 
     Values written in place leave it as it is; another module, class, hook, parameter, memory or type changes it.
     """

@@ -81,7 +81,7 @@ class ExpertFfn(nn.Module):
 
     @property
     def threshold(self) -> float:
-        """What scores are compared with; written in place, so that compiled and captured code follows."""
+        """The threshold of scores; it is written in place, so that compiled and captured code follows."""
         return self._threshold
 
     @threshold.setter
@@ -126,7 +126,7 @@ class ExpertFfn(nn.Module):
         return self.down(self.finished(hidden_BTF))
 
     def prepare(self, x_BTD: torch.Tensor) -> Prepared:
-        """Returns what computes hard mode on such an input: chosen once, and again when what it rests on changes."""
+        """Returns the prepared backend for such an input, chosen once, and again when its conditions change."""
         skipping = self.skips_in_training and not torch.compiler.is_compiling()
         if self.mode != "hard" or (self.backend == "dense-mask" and not skipping):
             return DENSE_MASK
@@ -150,7 +150,7 @@ class ExpertFfn(nn.Module):
     def _select(
         self, x_BTD: torch.Tensor, given_BTD: tuple[torch.Tensor, torch.Tensor], routes: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Returns what scales each expert, [B, T, E], and the hidden activations if the selector needs them anyway."""
+        """Returns the factor of each expert, [B, T, E], and the hidden activations if the selector needs them."""
         if routes and self.recorder is None:
             return route(self.selector, self.tau, x_BTD), None
         hidden_BTF = None
@@ -196,7 +196,7 @@ class ExpertFfn(nn.Module):
         hidden_BTF: torch.Tensor,
         factor_BTE: torch.Tensor,
     ) -> torch.Tensor:
-        """Returns the output without what is not finite in experts that a token did not select (see `guard`)."""
+        """Returns the output without NaN and infinity from experts that a token did not select (see `guard`)."""
         compiling = torch.compiler.is_compiling()
         if compiling and not all(p is None or is_bare(p) for p in (self.up, self.gate, self.down)):
             return out_BTD  # a branch of a graph may not call modules that have hooks
@@ -241,7 +241,7 @@ class ExpertFfn(nn.Module):
         return f"{self.experts} experts x {self.expert_size} neurons, mode={self.mode}, threshold={self.threshold}"
 
     def flops(self, sparsity: float) -> int:
-        """FLOPs per token at a sparsity, with what the selection costs: two per multiply-add."""
+        """Returns the FLOPs per token at a sparsity, selection included: two per multiply-add."""
         return round(self.flops_dense() * self.computed(sparsity)) + self.selector.flops_per_token()
 
     def computed(self, sparsity: float) -> float:

@@ -1,4 +1,4 @@
-"""The families: each model type that `convert` takes, where its FFNs are, and what else the package knows of it.
+"""The families: each model type that `convert` takes, where its FFNs are, and further facts.
 
 To support another family, add a row to `FAMILIES` and its tiny config to ``tests/core/conftest.py``. Then make the page
 that lists them: ``python -m lte_lightning.core.model.families > docs/families.md``.
@@ -47,7 +47,7 @@ class FfnRow:
 
 @dataclass(frozen=True)
 class Family:
-    """What is known of the models of one Hugging Face ``model_type``.
+    """The facts about a Hugging Face ``model_type``.
 
     Args:
         kind: How its tokens see each other: an encoder's all do, a decoder's only those before them.
@@ -173,7 +173,7 @@ examples:
   projections), in training too: the same dropout;
 - `restore` and a saved folder give the plain model back, under its own names, tied embeddings tied;
 - `soft` and `hard` compute equations 3 and 2 of the paper, in float32, bfloat16, float16 and under autocast;
-- padding changes no figure, neither the encoder's nor the decoder's, and gradient checkpointing counts nothing twice
+- padding changes no result, neither the encoder's nor the decoder's, and gradient checkpointing counts nothing twice
   (transformers has none for `mpnet`);
 - decoders and encoder-decoders generate, with all experts on, the tokens of the original: greedily and with beams, with
   and without a cache, batched and alone, padded or not.

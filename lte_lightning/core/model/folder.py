@@ -1,4 +1,4 @@
-"""The folder of a saved model: what its files are called, which format they have, and how they are found."""
+"""The folder of a saved model: its files' names, their format, and how they are found."""
 
 import json
 import os
@@ -74,16 +74,16 @@ def find_saved(source: str | os.PathLike[str]) -> Path:
 
 
 def _places(folder: Path) -> tuple[Path, Path]:
-    """Where a folder may hold a model: itself, or as a run's folder in ``model/``."""
+    """Returns where a folder may hold a model: itself, or a run's ``model/``."""
     return folder, folder / "model"
 
 
 @contextmanager
 def said_of(source: object) -> Iterator[None]:
-    """Says in one line what is wrong with a folder that transformers cannot load, whatever it raises.
+    """Turns any error of transformers about a folder into one line.
 
     Raises:
-        LayoutError: If it raises anything but what says that memory is short.
+        LayoutError: For any error except a lack of memory.
     """
     try:
         yield

@@ -19,14 +19,14 @@ _PUSH = ("repo_id", "commit_message", "private", "token", "revision", "create_pr
 
 
 class ExpertMethods:
-    """Overrides of `PreTrainedModel` for a model with expert FFNs; without any, they are what they were."""
+    """Overrides of `PreTrainedModel` for a model with expert FFNs; a model without keeps the originals."""
 
     plain_class: type[PreTrainedModel]
 
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], is_main_process: bool = True, **kwargs: Any
     ) -> None:
-        """Writes what `lte_lightning.save_pretrained` writes into a folder, beside what else it holds.
+        """Writes the files of `lte_lightning.save_pretrained` into a folder, beside other files there.
 
         Args:
             save_directory: The folder.
@@ -34,7 +34,7 @@ class ExpertMethods:
             **kwargs: As of `PreTrainedModel.save_pretrained`: ``state_dict``, ``max_shard_size``, ``push_to_hub``, ...
 
         Raises:
-            UserError: If what is to be saved could not be loaded again.
+            UserError: If the saved model could not be loaded again.
         """
         if not expert_ffns(self):  # type: ignore[arg-type]
             super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)  # type: ignore[misc]
@@ -48,7 +48,7 @@ class ExpertMethods:
     def push_to_hub(
         self, repo_id: str, *, max_shard_size: int | str = "50GB", tags: list[str] | None = None, **kwargs: Any
     ) -> str:
-        """Uploads what `save_pretrained` writes.
+        """Uploads the files of `save_pretrained`.
 
         Args:
             repo_id: The repository; it is made if there is none.

@@ -62,7 +62,7 @@ def plain_names(ffns: Mapping[str, ExpertFfn], state: Mapping[str, Any]) -> dict
 
 
 def weight_names(ffns: Mapping[str, ExpertFfn]) -> set[str]:
-    """Returns what the weights of expert FFNs are called in a plain model, those that they may lack (biases), too."""
+    """Returns the names of expert FFNs' weights in a plain model, with those of biases that may be missing."""
     return {plain for plain, _ in _renames(ffns)}
 
 

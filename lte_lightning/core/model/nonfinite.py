@@ -57,7 +57,7 @@ def project_running(projection: Projection, x_BTD: torch.Tensor, runs_F: torch.T
 
 
 def down_selected(down: Projection, hidden_BTF: torch.Tensor, factor_BTE: torch.Tensor) -> torch.Tensor:
-    """Applies the down projection to what each token selected.
+    """Applies the down projection to each token's selected experts.
 
     What is not finite in its weight is left out, and the tokens that did select it get NaN in its place. A projection
     that is not bare (an adapter, a hook) is called as it is: what is not finite in it reaches every token.

@@ -1,4 +1,4 @@
-"""The parts of a model's FFNs: how they are found, read and replaced by what `families` says of their names."""
+"""The parts of a model's FFNs: find, read and replace them by the names in `families`."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -121,7 +121,7 @@ def weight_rows(projection: Projection) -> torch.Tensor:
 
 
 def get_child(layer: nn.Module, path: str) -> Any:
-    """Returns what stands at ``path`` below ``layer``: a module, an activation function, or a setting."""
+    """Returns the attribute at ``path`` below ``layer``: a module, an activation function, or a setting."""
     parent_path, _, name = path.rpartition(".")
     try:
         return getattr(_parent(layer, parent_path), name)

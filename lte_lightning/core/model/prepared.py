@@ -1,4 +1,4 @@
-"""What computes an expert FFN's hard mode: chosen once, and kept until something that the choice rests on changes."""
+"""The prepared backend of an expert FFN: chosen once, and kept until a condition of the choice changes."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +21,7 @@ from lte_lightning.selection import Selector
 
 @dataclass(frozen=True)
 class Prepared:
-    """What computes an FFN's hard mode, and on which weights.
+    """A backend for an FFN's hard mode, with its weights.
 
     Args:
         choice: The backend, with what kept a faster one from it.
@@ -38,7 +38,7 @@ class Prepared:
     skipping: bool = False
 
     def takes(self, factor_BTE: torch.Tensor) -> bool:
-        """Says whether `run` computes this; else the modules do, with what scales each expert."""
+        """Says whether `run` computes this; else the modules do, with a factor for each expert."""
         if not self.skipping or not isinstance(self.weights, ExpertWeights):
             return self.weights is not None
         kind = autocast_dtype(factor_BTE) or self.weights.up_ESD.dtype
@@ -56,7 +56,7 @@ DENSE_MASK = Prepared(Choice("dense-mask"))
 
 
 def marks_of(x: torch.Tensor, backend: Backend, expert_size: int, *modules: Any) -> tuple[Any, ...]:
-    """Returns all that a choice rests on: what was asked for, the input's kind, the call's surroundings, modules."""
+    """Returns the conditions of a choice: the requested backend, the input's kind, the context of the call, modules."""
     return (
         backend,
         expert_size,
@@ -79,7 +79,7 @@ def prepare(
     gradient: bool = False,
     marks: tuple[Any, ...] = (),
 ) -> Prepared:
-    """Chooses what computes an FFN's hard mode on such an input.
+    """Chooses the backend for an FFN's hard mode on such an input.
 
     Args:
         parts: The FFN's modules as they are now.
@@ -109,7 +109,7 @@ def prepare(
 
 
 def prepare_skipping(parts: FfnParts, selector: Selector, expert_size: int, x: torch.Tensor) -> Prepared:
-    """Chooses what computes hard mode in training: `run_skipping` on a CPU, if it computes what the modules do."""
+    """Chooses the backend of hard mode in training: `run_skipping` on a CPU, if it equals the modules."""
     up: Any = parts.up
     if isinstance(up, QuantizedLinear):  # which refuses to be trained
         return DENSE_MASK
@@ -123,7 +123,7 @@ def prepare_skipping(parts: FfnParts, selector: Selector, expert_size: int, x: t
 
 
 def _why_not(parts: FfnParts, selector: Selector, x: torch.Tensor) -> str:
-    """Says why the kernels would not compute what the modules do on this input, "" if they would."""
+    """Returns why the kernels would differ from the modules on this input, "" if they would not."""
     if type(x) not in TENSORS:
         return f"the input is a {type(x).__name__}"
     if has_global_hooks():

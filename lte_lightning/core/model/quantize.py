@@ -104,7 +104,7 @@ def quantization(model: nn.Module) -> Quantization | None:
 
 
 def _sites(model: PreTrainedModel) -> Iterator[_Site]:
-    """Yields what is quantised: its name, the module, and how its weight is cut."""
+    """Yields each quantised part: its name, the module, and the shape of its weight's parts."""
     names = {id(module): name for name, module in model.named_modules()}
     ffns = expert_ffns(model)
     inside = {id(module) for ffn in ffns.values() for module in ffn.modules()}
@@ -142,7 +142,7 @@ def _tied_embedding(model: PreTrainedModel) -> nn.Embedding | None:
 
 
 def _require_plain(model: PreTrainedModel, sites: list[_Site]) -> None:
-    """Refuses what would be lost, or be computed otherwise, in a quantised model."""
+    """Refuses a model that would lose parts, or compute differently, once quantised."""
 
     def refuse(name: str, why: str, way_out: str) -> None:
         raise UserError(f"{name} of this {type(model).__name__} {why}, and cannot be quantised; {way_out}")

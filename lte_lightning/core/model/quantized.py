@@ -101,7 +101,7 @@ class QuantizedEmbedding(nn.Module):
 
 
 def is_quantized(model: nn.Module) -> bool:
-    """Says whether `quantize` made a model what it is."""
+    """Says whether a model is quantised."""
     return any(isinstance(module, QuantizedLinear) for module in model.modules())
 
 

@@ -53,7 +53,7 @@ def save_pretrained(
     Args:
         model: A converted model.
         folder: Where to.
-        about: Further facts for ``lte_config.json`` (plain JSON types); a run keeps its stage and figures here.
+        about: Further facts for ``lte_config.json`` (plain JSON types); a run keeps its stage and results here.
         **kwargs: Passed to the plain model's ``save_pretrained`` (``max_shard_size``, ...). A ``state_dict`` must hold
             the routers, too, as ``model.state_dict()`` does.
 
@@ -185,7 +185,7 @@ def _describe(
     variant: str | None = None,
     quantized: dict[str, Any] | None = None,
 ) -> None:
-    """Writes the routers and what is to be known of the folder, its weights being there."""
+    """Writes the routers and the description of a folder that has the weights."""
     save_file(routers, folder / ROUTERS_FILE)
     config = lte_config(model)
     description = {
@@ -209,7 +209,7 @@ def _describe(
 
 
 def _base(model: PreTrainedModel) -> dict[str, str | None]:
-    """Returns the model that this one began as, ``model`` and ``license``: of a saved model what its folder said."""
+    """Returns the base model, ``model`` and ``license``; of a saved model as its folder describes it."""
     if (kept := model.__dict__.get("lte_base")) is not None:
         return dict(kept)
     source = getattr(model.config, "_name_or_path", None)
@@ -273,7 +273,7 @@ def _require_loadable(model: PreTrainedModel, state: dict[str, torch.Tensor]) ->
 
 
 def _replace(folder: Path, staging: Path) -> None:
-    """Moves ``staging`` to ``folder``; what was there goes only once the new one is in its place."""
+    """Moves ``staging`` to ``folder``; the old folder is removed once the new one is in place."""
     if not folder.exists():
         staging.rename(folder)
         return

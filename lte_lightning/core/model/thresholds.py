@@ -46,7 +46,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class ThresholdTable:
-    """What a model's sparsity can be set to.
+    """The sparsities that a model can be set to.
 
     Args:
         settings: In ascending order of sparsity.
@@ -177,7 +177,7 @@ def keep_table(model: nn.Module, table: ThresholdTable | None, owner: str | None
 
 
 def owner_of(description: Mapping[str, Any]) -> str | None:
-    """Returns what identifies the weights and routers of a folder, by its ``lte_config.json``; None of old folders."""
+    """Returns the digest of a folder's weights and routers from its ``lte_config.json``; None for old folders."""
     digest = description.get("digest")
     return None if digest is None else hashlib.sha256(json.dumps(digest, sort_keys=True).encode()).hexdigest()
 

@@ -1,1 +1,1 @@
-"""What the routers decide: losses, statistics, calibration."""
+"""Routing: losses, statistics, calibration."""

@@ -92,7 +92,7 @@ def _common_level(model: PreTrainedModel, batches: Sequence[Batch], tokens: int)
 
 
 def _samples(ffns: Sequence[ExpertFfn], batches: Sequence[Batch]) -> list[torch.Tensor]:
-    """What the selectors of FFNs that run densely want to know of every token, on the CPU."""
+    """Returns the samples of every token for the selectors of FFNs that run densely, on the CPU."""
     seen: dict[int, list[torch.Tensor]] = {id(ffn): [] for ffn in ffns}
 
     def see(ffn: ExpertFfn, activity: Activity) -> None:

@@ -1,4 +1,4 @@
-"""A sparsity knob for a trained model: thresholds of each layer by sparsity, found on calibration rows."""
+"""A sparsity knob for a trained model: thresholds of each layer by sparsity, from calibration rows."""
 
 from collections.abc import Sequence
 from itertools import pairwise

@@ -11,7 +11,7 @@ SEPARABILITY_EPSILON = 0.01
 
 
 def efficiency_loss(scores: Sequence[torch.Tensor], weights_L: torch.Tensor | None = None) -> torch.Tensor:
-    """Mean squared score (equation 4): what pushes scores down.
+    """Mean squared score (equation 4), which pushes scores down.
 
     Args:
         scores: One tensor [N, E] per layer: the scores of the N real tokens.
@@ -29,7 +29,7 @@ def separability_loss(
     epsilon: float = SEPARABILITY_EPSILON,
     weights_L: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Mean of ``1 / ((score - threshold)^2 + epsilon)`` (equation 5): what pushes scores away from the threshold.
+    """Mean of ``1 / ((score - threshold)^2 + epsilon)`` (equation 5), which pushes scores away from the threshold.
 
     The paper has no epsilon, and a pole at the threshold. With 0.01 a score on the threshold costs 100, one at 0 or 1
     costs 3.85 (the paper's floor is 4, for a threshold of 0.5), and the gradient is at most 650 per score, reached at a

@@ -1,4 +1,4 @@
-"""What the FFNs of a dense model do: its inputs and activations, for baselines that learn or calibrate from them."""
+"""Inputs and activations of a dense model's FFNs, for baselines that learn or calibrate from them."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ See = Callable[[ExpertFfn, Activity], None]
 
 @contextmanager
 def observe(model: nn.Module, see: See, *token_masks_BT: torch.Tensor) -> Iterator[None]:
-    """Runs the model densely for the time of a ``with`` block and shows what its FFNs do on real tokens.
+    """Runs the model densely within a ``with`` block, and shows its FFNs' activity on real tokens.
 
     Args:
         model: A converted model; its mode is ``dense`` afterwards.
@@ -76,7 +76,7 @@ def learns(model: nn.Module) -> bool:
 
 
 def imitates(model: nn.Module) -> bool:
-    """Says whether the model's selectors are trained on what the dense model does, instead of with the task."""
+    """Says whether the model's selectors learn from the dense model's activations instead of with the task."""
     return selectors(model)[0].learns == "imitation"
 
 

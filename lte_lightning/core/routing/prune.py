@@ -46,7 +46,7 @@ def prune(model: PreTrainedModel, batches: Sequence[Batch]) -> None:
 
 
 def hold_zeros(model: PreTrainedModel) -> None:
-    """Takes the gradient from every weight that is 0, so that what was pruned stays so; nothing if nothing was."""
+    """Clears the gradient of every weight that is 0, so that pruned weights stay pruned."""
     for _, projections in _targets(model):
         for projection in projections:
             if projection.weight.grad is not None:

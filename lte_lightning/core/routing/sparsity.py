@@ -8,7 +8,7 @@ import torch
 
 @dataclass(frozen=True)
 class Counts:
-    """How often experts ran, over real tokens.
+    """Counts of the experts that ran, over real tokens.
 
     All experts of a model have as many neurons, so shares of experts are shares of FFN neurons. Where a selector says
     which share of the weights a token uses, pairs are counted by that share.
