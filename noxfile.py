@@ -115,6 +115,12 @@ def docs(session: nox.Session) -> None:
     session.run("mkdocs", "build", "--strict", *session.posargs, env=OFFLINE | {"NO_MKDOCS_2_WARNING": "1"})
 
 
+@nox.session(python=False, requires=["env"], default=False)
+def notebooks(session: nox.Session) -> None:
+    """Write the tutorials of docs/tutorials as notebooks into notebooks/."""
+    session.run("python", "docs/notebooks.py", "notebooks")
+
+
 def real_models() -> dict[str, str]:
     """The environment of the sessions on real models: LTE_SHARED is their data, without it those tests skip."""
     return ONE_THREAD | ({"LTE_SHARED": str(SHARED)} if SHARED.is_dir() else {})

@@ -33,7 +33,7 @@ from lte_lightning.cli import COMMANDS, main
 from lte_lightning.sweep.spec import read_sweep
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 OURS = ("lightning", "lte")
 LAUNCHERS = ("torchrun", "srun")  # which run one of ours, or its module
 OTHERS = (*LAUNCHERS, "python", "python3", "pip", "nox", "mlflow", "tensorboard")
@@ -74,6 +74,8 @@ def place(tmp_path_factory):
         (place / run).mkdir(parents=True)
         (place / run / "config.yaml").write_text(yaml.safe_dump(config))
         (place / run / "results.json").write_text("{}")
+    (sweep,) = blocks(ROOT / "docs" / "tutorials" / "compare.md", YAML)
+    (place / "compare.yaml").write_text(sweep)
     for folder in ("bin", ".venv/bin"):
         (place / folder).mkdir(parents=True)
         for program in (*OURS, *OTHERS):
@@ -257,10 +259,15 @@ def test_speed(decoder, tmp_path):
 # What needs the hub, other packages, or objects that other pages make. Line by line that is run by test_trainer.py,
 # test_hub.py and test_quantize.py of tests/core/model, tests/export/test_graph.py and tests/cli/test_mlflow.py.
 ELSEWHERE = ("docs/huggingface.md:1", "docs/export.md:0", "docs/speed.md:1", "docs/tracking.md:0")
+# Run from the notebooks, in tests/cli/test_tutorials.py
+TUTORIALS = (
+    *("docs/tutorials/own-classifier.md:0", "docs/tutorials/own-classifier.md:1", "docs/tutorials/chat.md:0"),
+    *("docs/tutorials/checkpoint.md:0", "docs/tutorials/devices.md:0"),
+)
 
 
 def test_every_block_of_python_is_run():
-    run_here = set(re.findall(r'"((?:README|docs/\w+)\.md:\d)"', Path(__file__).read_text()))
+    run_here = set(re.findall(r'"((?:README|docs/[\w/-]+)\.md:\d)"', Path(__file__).read_text()))
     assert set(names(PYTHON)) == run_here
 
 
@@ -289,4 +296,4 @@ def test_sweeps():
 
 
 def test_every_block_of_yaml_is_read():
-    assert {name.partition(":")[0] for name in names(YAML)} == {"docs/sweeps.md"}
+    assert {name.partition(":")[0] for name in names(YAML)} == {"docs/sweeps.md", "docs/tutorials/compare.md"}

@@ -17,6 +17,7 @@ from lte_lightning.core.routing.prune import Batch
 from lte_lightning.errors import UserError, meant_path
 from lte_lightning.tasks.base import LteModule
 from lte_lightning.tasks.baselines import sampled
+from lte_lightning.tasks.classification import Classification
 
 
 @dataclass(frozen=True)
@@ -102,13 +103,15 @@ def load_rows(folder: str, data: str | None, device: torch.device) -> Rows:
             raise
         raise UserError(f"{source}: {cause}") from error
     module, precision = cli.model, str(cli.config.fit.trainer.precision or "32-true")
+    cli.datamodule.prepare_data()
+    cli.datamodule.setup("fit")
+    if isinstance(module, Classification):
+        module.rows = cli.datamodule
     module.configure_model()
     if precision.endswith("-true"):
         module.net.to({"bf16-true": torch.bfloat16, "16-true": torch.float16}.get(precision, torch.float32))
     module.to(device).eval()
     module.before_export()
-    cli.datamodule.prepare_data()
-    cli.datamodule.setup("fit")
     return Rows(path, module, cli.datamodule, source, precision)
 
 

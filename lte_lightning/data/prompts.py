@@ -196,8 +196,8 @@ class PromptData(StreamingData):
             rank_zero_info(f"{shortened} of {rows} inputs for {role} were cut to {self.max_length} tokens")
         if skipped == rows:
             raise DataError(
-                f"none of the {rows} rows for {role} has an answer within its first {self.max_length} tokens; raise "
-                "max_length"
+                f"none of the {rows} rows for {role} has an answer within its first {self.max_length} tokens: answers "
+                "are missing or empty, or max_length is too low"
             )
         self._skip(role, rows, skipped, f"no answer is left of them within {self.max_length} tokens (or it was empty)")
 

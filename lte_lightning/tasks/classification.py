@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torchmetrics import Metric
 from transformers import AutoModelForSequenceClassification
@@ -29,6 +30,7 @@ class Classification(LteModule):
     """
 
     auto_class = AutoModelForSequenceClassification
+    rows: LightningDataModule | None = None  # whose classes count where there is no trainer to ask
 
     def __init__(self, metric: str | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -38,7 +40,7 @@ class Classification(LteModule):
 
     @property
     def _data(self) -> ClassificationData | None:
-        data = declared(self._trainer).datamodule if self._trainer else None
+        data = declared(self._trainer).datamodule if self._trainer else self.rows
         return data if isinstance(data, ClassificationData) else None
 
     @property

@@ -72,7 +72,7 @@ def save_pretrained(
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         _write(model, staging, about, **kwargs)
-        staging.chmod(0o755)
+        _permit(staging)
         sync_all(staging)  # or after a power cut the folder may be there, and its files empty
         _replace(folder, staging)
         sync(folder.parent)
@@ -102,6 +102,7 @@ def save_into(model: PreTrainedModel, folder: Path, **kwargs: Any) -> Path:
     staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
     try:
         _write(model, staging, None, **kwargs)
+        _permit(staging)
         sync_all(staging)
         written = sorted(path.name for path in staging.iterdir())
         # The description goes first and comes last, so that a folder that was left half way is not taken for a model.
@@ -122,6 +123,14 @@ def save_into(model: PreTrainedModel, folder: Path, **kwargs: Any) -> Path:
         if is_new and not any(folder.iterdir()):  # a refusal leaves nothing behind
             folder.rmdir()
     return folder
+
+
+def _permit(folder: Path) -> None:
+    """Gives a folder and its files the permissions that the user's new files have; safetensors writes for one alone."""
+    os.umask(mask := os.umask(0o077))  # it can be read only by setting it
+    folder.chmod(0o777 & ~mask)
+    for file in filter(Path.is_file, folder.rglob("*")):
+        file.chmod(0o666 & ~mask)
 
 
 def _write(

@@ -1,4 +1,6 @@
 import json
+import os
+import stat
 
 import pytest
 import torch
@@ -111,6 +113,19 @@ def test_files(routed, tmp_path):
         for key, shape in {"weight": (6, 32), "bias": (6,)}.items()
     }
     assert is_lte(folder)
+
+
+@pytest.mark.parametrize("own_method", [False, True])
+def test_files_are_for_whom_the_user_s_files_are_for(own_method, routed, tmp_path):
+    """safetensors writes them for the user alone."""
+    before = os.umask(0o027)
+    try:
+        routed().save_pretrained(tmp_path / "saved") if own_method else save_pretrained(routed(), tmp_path / "saved")
+        assert os.umask(0o027) == 0o027
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "saved").iterdir()} == {0o640}
+    assert stat.S_IMODE((tmp_path / "saved").stat().st_mode) == 0o750
 
 
 @pytest.mark.parametrize("kwargs", [{"selector": "none"}, {"router_bias": False}])
