@@ -1,5 +1,6 @@
 """Files that are written whole or not at all, and locks on folders."""
 
+import ctypes
 import json
 import os
 import time
@@ -7,8 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+from zipfile import is_zipfile
 
 from lte_lightning.errors import UserError, meant_path
+
+SHARDED = ("meta.pt", ".metadata")
+"""Files that every checkpoint folder has; the second name is torch's."""
 
 
 @contextmanager
@@ -130,6 +135,11 @@ def abridged(value: object, most: int = 60) -> str:
     return text if len(text) <= most else f"{text[:most]}..."
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Says whether a path is a checkpoint: a file, or the folder that several processes write together."""
+    return all((path / name).is_file() for name in SHARDED) or is_zipfile(path)
+
+
 def sync(path: Path) -> None:
     """Waits until a file's content, or a folder's names, are on the disk."""
     if os.name == "nt":  # folders cannot be opened there
@@ -146,6 +156,36 @@ def sync_all(folder: Path) -> None:
     for path in folder.rglob("*"):
         sync(path)
     sync(folder)
+
+
+def exchange(new: Path, old: Path) -> None:
+    """Gives a folder another one's name; what had the name before is then at the new one's, if there was any.
+
+    On Linux that is one step, where the file system can do it. Else a kill between two renames leaves the folder that
+    was there before as ``<name>.old``.
+    """
+    if not old.exists():
+        new.rename(old)
+    elif not _swap(new, old):
+        aside = old.with_name(f"{old.name}.old")
+        old.rename(aside)
+        try:
+            new.rename(old)
+        except BaseException:
+            aside.rename(old)
+            raise
+        aside.rename(new)
+    sync(old.parent)
+
+
+def _swap(one: Path, other: Path) -> bool:
+    try:
+        swap = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):  # no Linux, or an old one
+        return False
+    here, at_once = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    done: int = swap(here, os.fsencode(one), here, os.fsencode(other), at_once)
+    return done == 0
 
 
 @contextmanager

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from lte_lightning.callbacks.plan import StagePlan
     from lte_lightning.callbacks.progress import EpochLines, StageProgressBar
     from lte_lightning.callbacks.stages import StageSchedule
+    from lte_lightning.callbacks.strategy import ShardedStrategy
 else:
     __getattr__, __dir__ = on_first_use(
         __name__,
@@ -17,6 +18,7 @@ else:
             "plan": ["StagePlan"],
             "progress": ["EpochLines", "StageProgressBar"],
             "stages": ["StageSchedule"],
+            "strategy": ["ShardedStrategy"],
         },
     )
 
@@ -24,6 +26,7 @@ __all__ = [
     "BestCheckpoint",
     "EpochLines",
     "LastCheckpoint",
+    "ShardedStrategy",
     "StagePlan",
     "StageProgressBar",
     "StageSchedule",

@@ -1,5 +1,6 @@
 """Checkpoints: the last one to resume from, and the best in hard mode."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lte_lightning.callbacks.module import lte_module
-from lte_lightning.files import whole_file
+from lte_lightning.files import exchange, whole_file
 from lte_lightning.results import better
 
 
@@ -29,8 +30,10 @@ class WholeCheckpointIO(TorchCheckpointIO):
         if "://" in str(path) or storage_options is not None:
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        path = Path(path)
+        path = target = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():  # a fit on several devices began, and one device goes on
+            path = path.with_name(f"{path.name}.new")
         with whole_file(path, "wb") as file:
             try:
                 torch.save(checkpoint, file)
@@ -38,6 +41,17 @@ class WholeCheckpointIO(TorchCheckpointIO):
                 if isinstance(error.__context__, OSError):
                     raise error.__context__ from error
                 raise
+        if path != target:
+            exchange(path, target)
+            shutil.rmtree(path)
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """Reads a checkpoint, a file or the folder of a fit on several devices (``trainer.strategy fsdp2``)."""
+        if Path(path).is_dir():
+            from lte_lightning.callbacks.sharded_checkpoint import read_folder  # slow, and for few
+
+            return read_folder(Path(path))
+        return super().load_checkpoint(path, map_location, weights_only=weights_only)
 
 
 def keep_checkpoints_in(trainer: Trainer, folder: Path) -> None:
@@ -115,3 +129,13 @@ class BestCheckpoint(_Movable):
         """Saves, in the expert stage only."""
         if lte_module(pl_module).stage == "expert":
             super().on_validation_end(trainer, pl_module)
+
+
+def back_to_best(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Goes back to the weights of the best checkpoint, if the expert stage was reached and one was kept."""
+    module = lte_module(pl_module)
+    best = next((c.best_model_path for c in trainer.checkpoint_callbacks if isinstance(c, BestCheckpoint)), "")
+    if best and module.stage == "expert":
+        checkpoint = trainer.strategy.load_checkpoint(best, weights_only=True)
+        module.load_state_dict(checkpoint["state_dict"])
+        module.measured |= {"hard": checkpoint["lte"]["measured"]["hard"]}

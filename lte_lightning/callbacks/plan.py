@@ -154,3 +154,43 @@ def lay_out(
 
 def _key(stage: Stage, number: int) -> int:
     return STAGES.index(stage) * _MOST_EPOCHS + number
+
+
+def require_same(
+    done: list[list[Any]] | None, by: tuple[int, ...], now: list[list[Any]], now_by: tuple[int, ...], path: object
+) -> None:
+    """Checks that a fit can go on from a checkpoint: its epochs were laid out as these are.
+
+    Another number of devices may go on, if the steps remain what they were.
+
+    Args:
+        done: Of each epoch before the checkpoint the stage, batches of a device, those of the pass before it, and of
+            the fit; None of an earlier version.
+        by: Devices, and batches to a step of each, of the fit that wrote it.
+        now: The epochs as this fit lays them out.
+        now_by: As ``by``, of this fit.
+        path: The checkpoint.
+
+    Raises:
+        UserError: If they were not.
+    """
+    alike = done == now
+    if done is not None and by[0] != now_by[0]:
+        if by[0] * by[1] != now_by[0] * now_by[1]:
+            raise UserError(
+                f"{path} was written with {by[0]} devices and {by[1]} batches of each to a step, and now there are "
+                f"{now_by[0]} and {now_by[1]}; keep their product, by trainer.accumulate_grad_batches"
+            )
+        # passes are rounded up to whole batches of every device
+        most = max(by[0], now_by[0]) - 1
+        alike = len(done) == len(now) and all(
+            old[0] == new[0]
+            and abs(old[1] * by[0] - new[1] * now_by[0]) <= most
+            and old[2] * by[0] == new[2] * now_by[0]
+            for old, new in zip(done, now, strict=True)
+        )
+    if not alike:
+        raise UserError(
+            f"{path} was written by a fit of other stages, batches or data, or by an earlier version; "
+            "resume with the options that it was begun with, or begin anew without it"
+        )

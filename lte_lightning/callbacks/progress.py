@@ -38,8 +38,9 @@ class EpochLines(Callback):
         ffns = list(expert_ffns(net).values())
         routers = sum(parameter.numel() for parameter in selector_parameters(net))
         weights = sum(parameter.numel() for parameter in net.parameters()) - routers
+        name = type(net).__name__.removeprefix("FSDP")
         print(
-            f"{type(net).__name__}: {weights / 1e6:.1f} M weights, {routers / 1e6:.2f} M in routers; "
+            f"{name}: {weights / 1e6:.1f} M weights, {routers / 1e6:.2f} M in routers; "
             f"{len(ffns)} FFNs, the first of {ffns[0].experts} experts x {ffns[0].expert_size} neurons",
             flush=True,
         )

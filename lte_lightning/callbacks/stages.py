@@ -8,12 +8,13 @@ from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.plugins import MixedPrecision
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim.lr_scheduler import LambdaLR
 
 from lte_lightning.callbacks.module import lte_module
-from lte_lightning.callbacks.plan import Epoch, StagePlan, lay_out
+from lte_lightning.callbacks.plan import Epoch, StagePlan, lay_out, require_same
+from lte_lightning.callbacks.strategy import NAME, ShardedStrategy
 from lte_lightning.callbacks.switching import hand_over, rewrap
 from lte_lightning.core.model.convert import lte_config, selector_parameters
 from lte_lightning.core.routing.observe import imitates, learns
@@ -66,6 +67,8 @@ class StageSchedule(Callback):
         self._start_step = 0
         self._next_epoch = 0
         self._done: list[list[Any]] | None = None  # epochs, by the checkpoint that is resumed
+        self._by: tuple[int, ...] = (1, 1)
+        self._written_by = self._by  # devices, and batches to a step of each; of that checkpoint
         self._epoch_began = 0.0
 
     @property
@@ -87,11 +90,11 @@ class StageSchedule(Callback):
             raise UserError(
                 "every epoch is validated, to know each stage's figures: leave check_val_every_n_epoch at 1"
             )
-        if trainer.world_size > 1 and not isinstance(trainer.strategy, DDPStrategy):
+        several = isinstance(trainer.strategy, ParallelStrategy)
+        if several and not isinstance(trainer.strategy, DDPStrategy | ShardedStrategy):
             raise UserError(
                 f"stages cannot be switched under {type(trainer.strategy).__name__}: use trainer.strategy ddp, where "
-                "every device holds the model; one that it cannot hold is trained with model.lora, "
-                "model.gradient_checkpointing, trainer.precision bf16-true or fewer model.layers"
+                f"every device holds the model, or {NAME}, where each holds a part"
             )
         if any(isinstance(callback, GradientAccumulationScheduler) for callback in declared(trainer).callbacks):
             raise UserError(
@@ -99,6 +102,7 @@ class StageSchedule(Callback):
                 "trainer.accumulate_grad_batches, which holds for the whole fit"
             )
         self._accumulate = trainer.accumulate_grad_batches
+        self._by = self._written_by = (trainer.world_size, self._accumulate)
         loader = data.train_dataloader()
         self._goes_on = hasattr(getattr(loader, "batch_sampler", None), "begin")
         self._per_pass = self._batches_per_pass(trainer, sized_len(loader))
@@ -187,11 +191,8 @@ class StageSchedule(Callback):
         module = lte_module(pl_module)
         if imitates(module.net):
             self._lay_out(trainer, imitating=True)
-        if trainer.ckpt_path is not None and self._done != self._before(self._next_epoch):
-            raise UserError(
-                f"{trainer.ckpt_path} was written by a fit of other stages, batches or data, or by an earlier version; "
-                "resume with the options that it was begun with, or begin anew without it"
-            )
+        if trainer.ckpt_path is not None:
+            require_same(self._done, self._written_by, self._now(self._next_epoch), self._by, trainer.ckpt_path)
         self._prepare(trainer, self._next_epoch)
         if "router" in self.stages and not learns(module.net):
             selector = lte_config(module.net).selector
@@ -259,13 +260,13 @@ class StageSchedule(Callback):
     def _add_seconds(self, what: str, since: float) -> None:
         self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - since
 
-    def _before(self, epoch: int) -> list[list[Any]]:
+    def _now(self, epoch: int) -> list[list[Any]]:
         return [[done.stage, done.batches, done.start, done.seen] for done in self._epochs[:epoch]]
 
     def state_dict(self) -> dict[str, Any]:
         """Where the current stage began, the epochs that are done, and the time spent so far."""
         state = {"start_step": self._start_step, "next_epoch": self._next_epoch, "seconds": dict(self.seconds)}
-        return state | {"done": self._before(self._next_epoch)}
+        return state | {"done": self._now(self._next_epoch), "by": list(self._by)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resumes where the checkpoint left off."""
@@ -273,6 +274,7 @@ class StageSchedule(Callback):
         self._next_epoch = state_dict["next_epoch"]
         self.seconds = dict(state_dict["seconds"])
         self._done = state_dict.get("done")
+        self._written_by = tuple(state_dict.get("by", self._by))
 
     # Optimisation
 

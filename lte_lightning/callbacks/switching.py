@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from lte_lightning.core.model.experts import expert_ffns
 from lte_lightning.core.model.parts import weight_rows
+from lte_lightning.core.model.sharding import whole, write
 
 
 def rewrap(trainer: Trainer) -> None:
@@ -44,6 +45,6 @@ def hand_over(
 
 
 def _reorder(state: dict[str, Any] | None, parameter: torch.Tensor, order_F: torch.Tensor, dim: int) -> None:
-    for name, value in (state or {}).items():
+    for value in (state or {}).values():
         if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
-            state[name] = value.index_select(dim, order_F.to(value.device))  # type: ignore[index]
+            write(value, whole(value).index_select(dim, order_F.to(value.device)))

@@ -6,7 +6,6 @@ import sys
 import warnings
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
-from zipfile import is_zipfile
 
 import yaml
 from jsonargparse import set_parsing_settings
@@ -29,7 +28,7 @@ from lte_lightning.cli.guard import MODE, guard_configurations
 from lte_lightning.cli.parser import LteParser
 from lte_lightning.cli.unused import Given, check_given
 from lte_lightning.errors import UserError, meant_path
-from lte_lightning.files import write_text
+from lte_lightning.files import SHARDED, is_checkpoint, write_text
 from lte_lightning.recording.loggers import send_files
 from lte_lightning.recording.recorder import Recorder
 from lte_lightning.recording.tracking import Rates, announce, run_name
@@ -94,12 +93,23 @@ class LteCLI(LightningCLI):
         if isinstance(name := config.get("model.init_args.lte.selector"), str):
             import_selector(name)
         path = config.get("ckpt_path")
-        if path and not is_zipfile(path):
+        if path and not is_checkpoint(Path(path)):
             state = "a folder" if Path(path).is_dir() else "damaged" if Path(path).exists() else "missing"
             near = "" if Path(path).exists() else meant_path(path)
             raise UserError(
                 f"{path} is {state}{near}; --ckpt_path needs a checkpoint, such as RUN/checkpoints/last.ckpt"
             )
+
+    def _parse_ckpt_path(self) -> None:
+        """Lets Lightning read the options that a checkpoint was written with, of a folder too."""
+        options: Any = self.config[self.config.subcommand] if self.config.get("subcommand") else {}
+        path = options.get("ckpt_path")
+        if not path or not Path(path).is_dir():
+            super()._parse_ckpt_path()
+            return
+        options.ckpt_path = str(Path(path, SHARDED[0]))
+        super()._parse_ckpt_path()
+        self.config[self.config.subcommand].ckpt_path = path
 
     def before_instantiate_classes(self) -> None:
         """Names the options without effect, and refuses those that a checkpoint or a link would replace."""

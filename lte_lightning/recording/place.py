@@ -41,8 +41,18 @@ def task_suffix(folder: Path, task: str | None) -> str:
     return "" if task == fitted else f"-{task}"
 
 
-def save_model(model: PreTrainedModel, folder: Path, about: dict[str, Any], tokenizer: Any) -> None:
-    """Saves a run's model, and its tokenizer where the data have one that can be saved."""
-    save_pretrained(model, folder, about)
+def save_model(
+    model: PreTrainedModel, folder: Path, about: dict[str, Any], tokenizer: Any, state: dict[str, Any] | None
+) -> None:
+    """Saves a run's model, and its tokenizer where the data have one that can be saved.
+
+    Args:
+        model: The model.
+        folder: Where to.
+        about: Further facts for its description.
+        tokenizer: The data's, or None.
+        state: The model's state dict, where its weights are shared out over devices; else None.
+    """
+    save_pretrained(model, folder, about, **({} if state is None else {"state_dict": state}))
     if hasattr(tokenizer, "save_pretrained"):
         tokenizer.save_pretrained(folder)

@@ -10,17 +10,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger, MLFlowLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from rich.table import Table
 
-from lte_lightning.callbacks.checkpoints import BestCheckpoint, keep_checkpoints_in, write_checkpoints_whole
+from lte_lightning.callbacks.checkpoints import back_to_best, keep_checkpoints_in, write_checkpoints_whole
 from lte_lightning.callbacks.module import lte_module
 from lte_lightning.core.model.convert import lte_config
+from lte_lightning.core.model.exact import is_sharded
 from lte_lightning.core.model.folder import CONFIG_FILE
+from lte_lightning.core.model.sharding import whole_state
 from lte_lightning.errors import UserError
 from lte_lightning.recording import tables
 from lte_lightning.recording.latency import measure_latency
@@ -224,19 +225,16 @@ class Recorder(Callback):
         if self.folder is None:
             return
         module = lte_module(pl_module)
-        best = next((c.best_model_path for c in trainer.checkpoint_callbacks if isinstance(c, BestCheckpoint)), "")
-        if best and module.stage == "expert":
-            kept = torch.load(best, weights_only=True, map_location="cpu")
-            module.load_state_dict(kept["state_dict"])
-            module.measured |= {"hard": kept["lte"]["measured"]["hard"]}
-        if trainer.is_global_zero:
-            self._export(trainer, module, self.folder)
-
-    def _export(self, trainer: Trainer, module: LteModule, folder: Path) -> None:
+        back_to_best(trainer, module)
         module.before_export()
+        state = whole_state(module.net) if is_sharded(module.net) else None
+        if trainer.is_global_zero:
+            self._export(trainer, module, self.folder, state)
+
+    def _export(self, trainer: Trainer, module: LteModule, folder: Path, state: dict[str, Any] | None) -> None:
         results = tables.make_results(trainer, module, self.floor.floor if self.floor else None, self.options)
         about = {"stage": module.stage, "measured": module.measured, **tables.facts_for_card(results, module.hparams)}
-        save_model(module.net, folder / "model", about, getattr(declared(trainer).datamodule, "tokenizer", None))
+        save_model(module.net, folder / "model", about, getattr(declared(trainer).datamodule, "tokenizer", None), state)
         if self.latency_rows and module.stage != "dense":
             results = replace(results, **measure_latency(folder / "model", trainer, self.latency_rows, module.backend))
         self.table = tables.results_table(results, tables.warn_of_missed_target(results, lte_config(module.net)))

@@ -10,7 +10,6 @@ import shlex
 import shutil
 import time
 import uuid
-import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -20,7 +19,7 @@ from typing import Any
 import yaml
 
 from lte_lightning.errors import UserError
-from lte_lightning.files import abridged, read_json, write_json
+from lte_lightning.files import abridged, is_checkpoint, read_json, write_json
 from lte_lightning.results import FILE
 from lte_lightning.sweep.points import Point, Sweep, restore
 from lte_lightning.sweep.record import Record
@@ -217,7 +216,7 @@ class SweepFolder:
 
 def resumable(run: Path) -> bool:
     """Says whether a run that was killed left a checkpoint and the configuration to go on with."""
-    return zipfile.is_zipfile(run / "checkpoints" / "last.ckpt") and (run / "config.yaml").exists()
+    return is_checkpoint(run / "checkpoints" / "last.ckpt") and (run / "config.yaml").exists()
 
 
 def read_sweep_file(file: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -18,7 +19,7 @@ from lte_lightning.core.routing.prune import hold_zeros
 from lte_lightning.data.packaged import resolve
 from lte_lightning.errors import UserError
 from lte_lightning.kernels.dispatch import Backend
-from lte_lightning.tasks.baselines import activations_to_group_by, imitate, prepare_choice, start_in_closed_form
+from lte_lightning.tasks.baselines import activations_to_group_by, imitate, in_one, prepare_choice, start_in_closed_form
 from lte_lightning.tasks.control import SparsityControl
 from lte_lightning.tasks.distillation import Distillation
 from lte_lightning.tasks.evaluation import Stage
@@ -194,7 +195,8 @@ class LteModule(RouterLosses):
         self._distillation.enter(self, stage)
         groupings: list[Grouping] = []
         if self.stage == "dense" and stage != "dense":
-            groupings = group_experts(self.net, self.trainer.is_global_zero, activations_to_group_by(self))
+            activations = activations_to_group_by(self)
+            groupings = group_experts(self.net, self.trainer.is_global_zero, activations, partial(in_one, self))
             if groupings:
                 inertia, chance = sum(g.inertia for g in groupings), sum(g.random_inertia for g in groupings)
                 self.measured["grouping"] = {"inertia": inertia, "random_inertia": chance}

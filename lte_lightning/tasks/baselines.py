@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -27,7 +27,10 @@ from lte_lightning.errors import UserError
 from lte_lightning.results import json_value
 from lte_lightning.selection import SELECTORS
 from lte_lightning.tasks.evaluation import MeasuredModule, Stage
+from lte_lightning.tasks.pace import lacking
 from lte_lightning.trainer import declared
+
+T = TypeVar("T")
 
 # Calibrated on, or grouped by, so many tokens of the training rows; their neurons' importance is held in memory, a
 # layer's 4 * F bytes each (of TEAL the input, 4 * D; to group by, 2 * F).
@@ -103,15 +106,37 @@ def activations_to_group_by(module: MeasuredModule) -> list[torch.Tensor] | None
         return neuron_activations(module.net, _runs(module), CALIBRATION_TOKENS)
 
 
+def in_one(module: MeasuredModule, work: Callable[[], T]) -> T:
+    """Does a piece of work in the first process, and returns what it gave in all.
+
+    Raises:
+        UserError: If it does; in all of them.
+    """
+    found: T | None = None
+    why = ""
+    if module.trainer.is_global_zero:
+        try:
+            found = work()
+        except UserError as error:
+            if module.trainer.world_size == 1:
+                raise
+            why = str(error)
+    found, why = module.trainer.strategy.broadcast((found, why))
+    if why:
+        raise UserError(why)
+    return found  # type: ignore[return-value]
+
+
 def start_in_closed_form(module: MeasuredModule, stage: Stage) -> None:
     """Starts the routers from what the dense model does, at the sparsity that a stage begins with."""
     wanted = lte_config(module.net).target_sparsity or 0.0
     wanted = wanted_sparsity(wanted, 0.0) if stage == "router" else wanted
     with torch.no_grad(), _looking(module):
-        batches = list(enough(_runs(module), START_TOKENS // module.trainer.world_size))
-        start_routers(module.net, batches, lambda sums: _summed(module, sums))
+        summed = partial(_summed, module)
+        batches = list(enough(_runs(module), START_TOKENS // module.trainer.world_size, summed))
+        start_routers(module.net, batches, summed)
         set_mode(module.net, "soft" if stage == "router" and module.router_training == "soft" else "hard")
-        rest(module.net, batches, wanted, lambda counts: _summed(module, counts))
+        rest(module.net, batches, wanted, summed)
 
 
 def settle(module: MeasuredModule) -> torch.Tensor:
@@ -122,8 +147,8 @@ def settle(module: MeasuredModule) -> torch.Tensor:
     """
     tokens, target = CALIBRATION_TOKENS // module.trainer.world_size, lte_config(module.net).target_sparsity or 0.0
     with torch.no_grad(), _looking(module):
-        batches = list(enough(_runs(module), tokens))
-        return rest(module.net, batches, target, lambda counts: _summed(module, counts), SETTLING)
+        summed = partial(_summed, module)
+        return rest(module.net, list(enough(_runs(module), tokens, summed)), target, summed, SETTLING)
 
 
 @contextmanager
@@ -151,12 +176,15 @@ def prepare_choice(module: MeasuredModule) -> None:
     loaders = declared(module.trainer).datamodule.val_dataloader() if module.trainer.limit_val_batches else []
     with torch.no_grad(), _looking(module):
         tokens = CALIBRATION_TOKENS // module.trainer.world_size
-        calibrate(module.net, _runs(module), tokens, lambda counts: _summed(module, counts))
+        calibrate(module.net, _runs(module), tokens, partial(_summed, module))
         for i, loader in enumerate(loaders if isinstance(loaders, list) else [loaders]):
             limit = module.trainer.limit_val_batches
             count = min(len(loader), limit) if isinstance(limit, int) else int(len(loader) * limit)
+            (missing,) = lacking(module, [count])  # asked first: while one process runs a batch, all do
             for batch in islice(loader, count):
                 module.measure("hard_before", _moved(module, batch), i)
+            for _ in range(missing):
+                module.run_model(_moved(module, batch))
     module.apply_stage()
     if loaders:
         found = module.read_meters("hard_before")

@@ -7,7 +7,10 @@ import torch
 from torch.nn import functional
 
 from lte_lightning.core.model.convert import restore
+from lte_lightning.core.model.exact import is_sharded
 from lte_lightning.core.model.experts import expert_ffns
+from lte_lightning.core.model.names import plain_names
+from lte_lightning.core.model.sharding import reshard, shard, whole_state
 from lte_lightning.core.model.swap import plain
 from lte_lightning.data.packaged import resolve
 from lte_lightning.errors import UserError
@@ -74,13 +77,12 @@ class Distillation:
     def saved(self) -> dict[str, Any]:
         """Returns the state for a checkpoint: the weights of a teacher that lies in no folder."""
         copied = self._teacher is not None and self._source is None
-        return {"teacher": self._teacher.state_dict()} if copied else {}
+        return {"teacher": whole_state(self._teacher)} if copied else {}
 
     def resume(self, module: Any, saved: dict[str, Any]) -> None:
         """Restores the teacher from the state of `saved`."""
         if "teacher" in saved:
-            self._teacher = _copy(module.net)
-            self._teacher.load_state_dict(saved["teacher"])
+            self._teacher = _copy(module.net, saved["teacher"])
         elif self._source is not None:
             self.enter(module, saved["stage"])
 
@@ -99,9 +101,23 @@ def _ready(net: Any) -> Any:
     return net.eval().requires_grad_(False)
 
 
-def _copy(net: Any) -> Any:
-    with plain(net):
-        return _ready(copy.deepcopy(net))
+def _copy(net: Any, state: dict[str, torch.Tensor] | None = None) -> Any:
+    """Returns a dense model like this one, with its weights or with others; shared out over devices as it is."""
+    if not is_sharded(net):
+        with plain(net):
+            copied = copy.deepcopy(net)
+        if state is not None:
+            copied.load_state_dict(state)
+        return _ready(copied)
+    reshard(net)
+    if state is None:
+        routers = tuple(f"{name}.selector." for name in expert_ffns(net))
+        named = plain_names(expert_ffns(net), whole_state(net))
+        state = {key: value for key, value in named.items() if not key.startswith(routers)}
+    fresh = net.plain_class(copy.deepcopy(net.config))
+    fresh.load_state_dict(state)
+    shard(_ready(fresh.to(net.device)), next(net.parameters()).device_mesh)
+    return fresh
 
 
 def _load(module: Any, source: str) -> Any:

@@ -1,6 +1,5 @@
 """Measurement of every task: the views of each stage, sparsity, cost per token."""
 
-import copy
 import math
 from typing import Any, ClassVar, Literal, cast
 
@@ -11,7 +10,7 @@ from torchmetrics import Metric
 from transformers import PreTrainedModel
 
 from lte_lightning.core.accounting.cost import GFLOP, cost_beside_dense
-from lte_lightning.core.accounting.skeleton import skeleton
+from lte_lightning.core.accounting.skeleton import skeleton, without_values
 from lte_lightning.core.model.backend import set_backend
 from lte_lightning.core.model.convert import selector_parameters
 from lte_lightning.core.model.experts import Mode, expert_ffns, set_mode
@@ -204,6 +203,10 @@ class MeasuredModule(LightningModule):
         if view == "hard" and dataloader_idx == 0:
             self.draws.update(*self.by_rows(found, outputs, batch))
 
+    def run_again(self, batch: dict[str, torch.Tensor], dataloader_idx: int) -> None:
+        """Runs a batch as a validation or a test does, and measures nothing."""
+        self.run_model(batch)
+
     def on_validation_epoch_end(self) -> None:
         """Logs ``val/<view>/<metric>`` and the sparsity, and remembers them for the results."""
         for view in self.views:
@@ -250,9 +253,7 @@ class MeasuredModule(LightningModule):
         if is_quantized(self.net):
             self._counted = (skeleton(self.source),)
         elif self.quantize:
-            held = (*self.net.parameters(), *self.net.buffers())
-            # the same model without weights; in a tuple, for it is no part of this module
-            self._counted = (copy.deepcopy(self.net, {id(tensor): _without_values(tensor) for tensor in held}),)
+            self._counted = (without_values(self.net),)  # in a tuple, for it is no part of this module
             quantize(self.net.eval(), self.quantize)
 
     def on_test_end(self) -> None:
@@ -292,8 +293,3 @@ class MeasuredModule(LightningModule):
         self._measure_from_here()
 
     on_predict_end = on_test_end
-
-
-def _without_values(tensor: torch.Tensor) -> torch.Tensor:
-    empty = tensor.detach().to("meta")
-    return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig
 
+from lte_lightning.core.model.exact import is_sharded
 from lte_lightning.core.model.experts import set_mode
 from lte_lightning.core.model.head import IGNORED
 from lte_lightning.data.text import is_encoder_decoder
@@ -61,6 +62,7 @@ class Generation(LanguageModel):
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
             generation_config=self._generation_config(data.tokenizer, data.max_new_tokens),
+            synced_gpus=is_sharded(self.net),
         )
         if not self.net.config.is_encoder_decoder:
             ids_BT = ids_BT[:, batch["input_ids"].shape[1] :]
@@ -126,6 +128,13 @@ class Generation(LanguageModel):
             return
         set_mode(self.net, self.test_view)
         self.predictions += self.answer(batch)
+
+    def run_again(self, batch: dict[str, Any], dataloader_idx: int) -> None:
+        """Runs a batch as a validation or a test does, and keeps nothing."""
+        if self.trainer.testing and dataloader_idx:
+            self.answer(batch)
+        else:
+            super().run_again(batch, dataloader_idx)
 
     def test_figures(self) -> dict[str, Any]:
         """Returns the scores of the predictions of all processes."""

@@ -17,6 +17,7 @@ from lte_lightning.core.model.checkpoint import from_pretrained
 from lte_lightning.core.model.checks import listed, require_complete, require_finite, require_sound_routers
 from lte_lightning.core.model.config import LteConfig
 from lte_lightning.core.model.convert import convert, lte_config, restore
+from lte_lightning.core.model.exact import is_sharded
 from lte_lightning.core.model.experts import expert_ffns
 from lte_lightning.core.model.folder import find_model, is_lte, read_description
 from lte_lightning.core.model.names import plain_names
@@ -181,6 +182,8 @@ def _require_as_saved(source: str, layers: int | None, from_scratch: dict[str, A
 
 def give_experts(model: PreTrainedModel, config: LteConfig) -> None:
     """Converts a model for training: new experts and routers, its neurons not yet grouped."""
+    if is_sharded(model):
+        raise UserError("the checkpoint has other experts than model.lte; resume with the options of its fit")
     if expert_ffns(model):
         restore(model)
     convert(model, _targeted(model, config), group=False)

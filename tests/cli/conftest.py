@@ -3,10 +3,14 @@
 import contextlib
 import io
 import json
+import multiprocessing
 import os
 import random
+import runpy
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,6 +163,19 @@ def tiny(tmp_path_factory) -> Tiny:
     return tiny
 
 
+@pytest.fixture(scope="session")
+def calm(tiny, tmp_path_factory) -> Path:
+    """The tiny model without dropout."""
+    folder = tmp_path_factory.mktemp("calm")
+    BertConfig.from_pretrained(tiny.model, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).save_pretrained(
+        folder
+    )
+    for file in tiny.model.iterdir():
+        if file.name != "config.json":
+            (folder / file.name).hardlink_to(file)
+    return folder
+
+
 @dataclass(frozen=True)
 class TinyLm(Tiny):
     """A tiny decoder, and folders of data for it."""
@@ -271,14 +288,50 @@ def lightning() -> Callable[..., Outcome]:
 def two_processes() -> Callable[..., Outcome]:
     """`two_processes(cwd, config, "fit")` runs the command under DDP in a process of its own, which starts another."""
 
-    def run(cwd: Path, config: dict[str, Any], command: str) -> Outcome:
-        trainer = config["trainer"] | {"devices": 2, "strategy": "ddp"}
+    def run(
+        cwd: Path, config: dict[str, Any], command: str, *args: object, strategy: str = "ddp", devices: int = 2
+    ) -> Outcome:
+        trainer = config["trainer"] | {"devices": devices, "strategy": strategy}
         (cwd / "fit.yaml").write_text(yaml.safe_dump(config | {"trainer": trainer}))
-        words = [sys.executable, "-m", "lte_lightning", command, "--config", "fit.yaml"]
+        words = [sys.executable, "-m", "lte_lightning", command, "--config", "fit.yaml", *map(str, args)]
         one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
         done = subprocess.run(words, cwd=cwd, env=one_thread, capture_output=True, text=True)
         assert "sync_dist" not in done.stderr  # Lightning's warning that values were not summed over devices
         return Outcome(done.returncode, done.stdout, done.stderr, cwd)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def processes() -> Callable[..., Outcome]:
+    """`processes(2, cwd, config, "fit")` runs a command in processes that begin with everything imported (FSDP2)."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["lte_lightning.cli.training", "transformers.models.bert.modeling_bert"])
+
+    def run(count: int, cwd: Path, config: dict[str, Any], command: str, *args: object, **more: Any) -> Outcome:
+        cwd.mkdir(exist_ok=True)
+        trainer = config["trainer"] | {"devices": count, "strategy": "fsdp2"}
+        (cwd / "fit.yaml").write_text(yaml.safe_dump(put(config | {"trainer": trainer}, more)))
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0", "WORLD_SIZE": str(count)}
+        words = [command, "--config", "fit.yaml", *map(str, args)]
+        started = []
+        for rank in range(count):
+            given = {"words": words, "cwd": str(cwd), "env": place | {"LOCAL_RANK": str(rank)}}
+            file = str(Path(__file__).with_name("one_of_many.py"))
+            started.append(context.Process(target=runpy.run_path, args=(file, {"given": given}, "__main__")))
+            started[-1].start()
+        while any(alive := [process.exitcode is None for process in started]):
+            if not all(alive) and any(process.exitcode for process in started):
+                time.sleep(2)  # the others may be saying why
+                for process in started:
+                    process.kill()
+            time.sleep(0.05)
+        codes = [process.exitcode for process in started]
+        out, err = ((cwd / f"{name}-0.txt").read_text() for name in ("out", "err"))
+        return Outcome(next(filter(None, codes), 0), out, err, cwd)
 
     return run
 

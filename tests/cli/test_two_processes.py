@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from transformers import BertConfig
 
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(("accumulate", "steps"), [(1, 4), (3, 2)])
-def test_two_processes_equal_one(accumulate, steps, tiny, lightning, two_processes, tmp_path):
+def test_two_processes_equal_one(accumulate, steps, tiny, calm, lightning, two_processes, tmp_path):
     """Each process takes every other batch, so two of them are one that accumulates two batches to a step.
 
     Batches differ in length. With three of them to a step the last step of an epoch has one of each process.
@@ -18,8 +17,7 @@ def test_two_processes_equal_one(accumulate, steps, tiny, lightning, two_process
     options = {"optimizer": "torch.optim.SGD", "learning_rate": 0.05, "router_learning_rate": 2.0}
     stages = {f"stages.{stage}.{key}": v for stage in ("dense", "router", "expert") for key, v in options.items()}
     config = tiny.config(epochs=(1, 2, 1), **stages)
-    calm(tiny, tmp_path / "calm")
-    config["model"]["init_args"]["pretrained"] = str(tmp_path / "calm")
+    config["model"]["init_args"]["pretrained"] = str(calm)
     config["data"]["init_args"]["eval_batch_size"] = 4
 
     for name in ("one", "two"):
@@ -52,7 +50,7 @@ def test_two_processes_equal_one(accumulate, steps, tiny, lightning, two_process
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("layers", ["equal", "free"])
-def test_a_target_is_held_over_two_processes_as_by_one(layers, tiny, lightning, two_processes, tmp_path):
+def test_a_target_is_held_over_two_processes_as_by_one(layers, tiny, calm, lightning, two_processes, tmp_path):
     """Quantiles of two processes are those of one, as are the closed form and the calibration between the stages."""
     options = {"optimizer": "torch.optim.SGD", "learning_rate": 0.05, "router_learning_rate": 0.5}
     stages = {f"stages.{stage}.{key}": v for stage in ("dense", "router", "expert") for key, v in options.items()}
@@ -60,8 +58,7 @@ def test_a_target_is_held_over_two_processes_as_by_one(layers, tiny, lightning, 
     model = {"lte": lte, "efficiency_weight": None, "router_start": "closed-form", "detach_router": True}
     more = {f"model.init_args.{key}": value for key, value in model.items()}
     config = tiny.config(epochs=(1, 2, 1), **stages, **more)
-    calm(tiny, tmp_path / "calm")
-    config["model"]["init_args"]["pretrained"] = str(tmp_path / "calm")
+    config["model"]["init_args"]["pretrained"] = str(calm)
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
     one = lightning(tmp_path / "one", config, "fit", "--trainer.accumulate_grad_batches", 2)
@@ -80,16 +77,6 @@ def test_a_target_is_held_over_two_processes_as_by_one(layers, tiny, lightning, 
     for found in (one.results, two.results):
         assert found["sparsity"] == pytest.approx(0.7, abs=0.04)
     assert two.results["sparsity_per_layer"] == pytest.approx(one.results["sparsity_per_layer"], abs=1e-6)
-
-
-def calm(tiny, folder):
-    """Writes the model without dropout."""
-    BertConfig.from_pretrained(tiny.model, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).save_pretrained(
-        folder
-    )
-    for file in tiny.model.iterdir():
-        if file.name != "config.json":
-            (folder / file.name).hardlink_to(file)
 
 
 @pytest.mark.timeout(300)

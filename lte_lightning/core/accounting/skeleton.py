@@ -1,11 +1,13 @@
 """Models without weights, for counting: built on the meta device from a configuration alone."""
 
+import copy
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -61,6 +63,17 @@ def skeleton(source: str | os.PathLike[str], expert_size: int | None = None) -> 
             )
     with torch.device("meta"):
         return convert(_build(config), lte, progress=False, group=False)
+
+
+def without_values(model: PreTrainedModel) -> PreTrainedModel:
+    """Returns a copy of a model on the meta device, for counting what it was."""
+    held = (*model.parameters(), *model.buffers())
+    return copy.deepcopy(model, {id(tensor): _empty(tensor) for tensor in held})
+
+
+def _empty(tensor: torch.Tensor) -> torch.Tensor:
+    empty = tensor.detach().to("meta")
+    return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
 
 
 def _build(config: PreTrainedConfig) -> PreTrainedModel:

@@ -7,6 +7,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from lte_lightning.core.model.parts import find_row
+from lte_lightning.core.model.sharding import is_part, whole
 from lte_lightning.errors import UserError
 from lte_lightning.files import abridged
 
@@ -90,6 +91,8 @@ def is_finite(tensor: torch.Tensor) -> bool:
     """Says whether a tensor has finite values only, or none that can be seen (one that was moved to the disk)."""
     if tensor.is_meta or not tensor.numel() or not tensor.dtype.is_floating_point:
         return True
+    if is_part(tensor):
+        return bool(whole(tensor.isfinite().all()))
     lowest, highest = tensor.aminmax()  # in one pass, and NaN is either
     return bool(torch.isfinite(lowest) & torch.isfinite(highest))
 

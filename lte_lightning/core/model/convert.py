@@ -1,6 +1,7 @@
 """Turning FFNs into expert FFNs and back."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import nn
@@ -23,6 +24,7 @@ from lte_lightning.core.model.parts import (
     weight_rows,
 )
 from lte_lightning.core.model.quantized import is_quantized
+from lte_lightning.core.model.sharding import whole
 from lte_lightning.core.model.storage import activation_name, lay_out
 from lte_lightning.core.model.swap import insert, lte_config, remove, set_lte_config
 from lte_lightning.errors import UserError
@@ -115,7 +117,10 @@ def groups_by_activation(config: LteConfig) -> bool:
 
 
 def group_experts(
-    model: PreTrainedModel, progress: bool = True, activations: Sequence[torch.Tensor] | None = None
+    model: PreTrainedModel,
+    progress: bool = True,
+    activations: Sequence[torch.Tensor] | None = None,
+    once: Callable[[Callable[[], Grouping]], Grouping] = lambda work: work(),
 ) -> list[Grouping]:
     """Groups the neurons of a converted model by its configuration's method, in place, without changing its function.
 
@@ -124,6 +129,7 @@ def group_experts(
         progress: Show a progress bar.
         activations: Of each FFN what its neurons do on training rows, [F, N] (see
             `core.routing.observe.neuron_activations`); for grouping ``coactivation``.
+        once: Does a piece of work in one of several processes, and returns what it gave in all of them.
 
     Returns:
         The grouping of each layer, with what clustering gained over chance.
@@ -149,8 +155,9 @@ def group_experts(
     groupings = []
     for i, rows_FX in enumerate(tqdm(rows, desc=f"grouping ({config.grouping})", disable=not progress)):
         seed = (config.seed or 0) + i
+        arguments = whole(rows_FX), config.expert_size, config.grouping, seed, uses[i]
         with torch.device("cpu"):  # as for selectors
-            groupings.append(group_neurons(rows_FX, config.expert_size, config.grouping, seed, uses[i]))
+            groupings.append(once(partial(group_neurons, *arguments)))
     for ffn, grouping in zip(ffns.values(), groupings, strict=True):
         ffn.permute(grouping.permutation_F.to(ffn.up.weight.device))
     return groupings

@@ -18,6 +18,7 @@ from lte_lightning.core.model.prepared import (
     report,
     route,
 )
+from lte_lightning.core.model.sharding import whole, write
 from lte_lightning.errors import UserError
 from lte_lightning.kernels import hidden_activations, scale_experts
 from lte_lightning.kernels.dispatch import Backend
@@ -230,11 +231,11 @@ class ExpertFfn(nn.Module):
             if projection is None:
                 continue
             rows_FD = weight_rows(projection)
-            rows_FD.copy_(rows_FD[permutation_F])
+            write(rows_FD, whole(rows_FD)[permutation_F])
             if projection.bias is not None:
-                projection.bias.copy_(projection.bias[permutation_F])
+                write(projection.bias, whole(projection.bias)[permutation_F])
         columns_DF = weight_rows(self.down)
-        columns_DF.copy_(columns_DF[:, permutation_F])
+        write(columns_DF, whole(columns_DF)[:, permutation_F])
 
     def extra_repr(self) -> str:
         """Describes the experts in ``print(model)``."""

@@ -49,7 +49,7 @@ def calibrate(
     }
     way = ways.get(selectors(model)[0].calibrates())
     if way is not None:
-        way(model, list(enough(batches, tokens)), tokens)
+        way(model, list(enough(batches, tokens, reduce)), tokens)
         set_mode(model, "dense")
 
 

@@ -138,11 +138,13 @@ def neuron_activations(model: nn.Module, batches: Iterator[Batch], tokens: int) 
     return [torch.cat(kept)[:tokens].T for kept in seen.values()]
 
 
-def enough(batches: Iterator[Batch], tokens: int) -> Iterator[Batch]:
-    """Yields batches until they hold so many tokens in every stack."""
+def enough(
+    batches: Iterator[Batch], tokens: int, reduce: Callable[[torch.Tensor], torch.Tensor] = lambda counts: counts
+) -> Iterator[Batch]:
+    """Yields batches until they hold so many tokens in every stack; with ``reduce``, a sum, on every device."""
     counts: list[int] = []
     for run, token_masks_BT in batches:
         yield run, token_masks_BT
         counts = [sum(pair) for pair in zip_longest(counts, (int(mask.sum()) for mask in token_masks_BT), fillvalue=0)]
-        if min(counts) >= tokens:
+        if not int(reduce(token_masks_BT[0].new_tensor(min(counts) < tokens, dtype=torch.long))):
             return

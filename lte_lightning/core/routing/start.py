@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from lte_lightning.core.model.experts import ExpertFfn, require_expert_ffns
+from lte_lightning.core.model.sharding import write
 from lte_lightning.core.routing.control import Reduce
 from lte_lightning.core.routing.observe import observe
 from lte_lightning.core.routing.prune import Batch
@@ -72,8 +73,8 @@ def start_routers(model: PreTrainedModel, batches: Sequence[Batch], reduce: Redu
         total = _Sums(*(reduce(value) for value in vars(sums[id(ffn)]).values()))
         weight_ED, bias_E = _solve(total)
         own_weight_ED, own_bias_E = ffn.selector.linear()  # type: ignore[misc]
-        own_weight_ED.copy_(weight_ED)
-        own_bias_E.copy_(bias_E)  # type: ignore[union-attr]
+        write(own_weight_ED, weight_ED)
+        write(own_bias_E, bias_E)
 
 
 def _log_norms(activity: Activity, experts: int) -> torch.Tensor:
