@@ -4,7 +4,7 @@ import ctypes
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -72,6 +72,12 @@ def write_text(path: Path, text: str) -> None:
     """Writes a text file that is there whole or not at all."""
     with whole_file(path) as file:
         file.write(text)
+
+
+def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Returns a table in Markdown; a stroke within a cell becomes ``/``."""
+    lines = [f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |" for cells in (heads, *rows)]
+    return "\n".join([lines[0], f"|{'---|' * len(heads)}", *lines[1:]]) + "\n"
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lte_lightning.errors import UserError
-from lte_lightning.files import write_text
+from lte_lightning.files import markdown_table, write_text
 from lte_lightning.results import Results
 from lte_lightning.store import reason, shown
 from lte_lightning.sweep.folder import SweepFolder
@@ -209,18 +209,11 @@ class Trials:
     def write_front(self, path: Path) -> Path:
         """Writes the Pareto front, the trials that no other beats in all objectives, as a markdown table."""
         keys, objectives = list(self.search.parameters), list(self.search.objectives)
-        lines = [f"| {' | '.join(['trial', *keys, *objectives])} |", f"|{'---|' * (1 + len(keys) + len(objectives))}"]
+        rows = []
         for trial in self._ask_storage(lambda: self.study.best_trials):
-            cells = [
-                str(trial.number),
-                *(
-                    f"{trial.params[k]:.4g}" if isinstance(trial.params[k], float) else str(trial.params[k])
-                    for k in keys
-                ),
-                *(f"{value:.4f}" for value in trial.values),
-            ]
-            lines.append(f"| {' | '.join(cells)} |")
-        write_text(path, "\n".join(lines) + "\n")
+            drawn = [f"{v:.4g}" if isinstance(v, float) else str(v) for v in (trial.params[key] for key in keys)]
+            rows.append([str(trial.number), *drawn, *(f"{value:.4f}" for value in trial.values)])
+        write_text(path, markdown_table(["trial", *keys, *objectives], rows))
         return path
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lte_lightning.files import whole_file, write_text
+from lte_lightning.files import markdown_table, whole_file, write_text
 from lte_lightning.results import FILE, Results, read_results
 from lte_lightning.sweep.folder import SweepFolder
 from lte_lightning.sweep.paired import Fits, comparisons
@@ -71,7 +71,7 @@ def write_tables(folder: SweepFolder, points: Sequence[Point]) -> list[Path]:
     write_text(files[1], _markdown(rows, keys))
     if differences := _differences(rows, keys, found):
         files.append(folder.path / "differences.md")
-        write_text(files[2], _lines(differences))
+        write_text(files[2], markdown_table(differences[0], differences[1:]))
     return files
 
 
@@ -116,7 +116,7 @@ def _markdown(rows: list[dict[str, Any]], keys: list[str]) -> str:
             groups.setdefault(group, []).append(row)
     heads = ["task", "metric", "variant", *keys, "seeds", "dense", "hard", "sparsity", "floor"]
     heads += ["span kept, of the dense start", "FLOPs", "hard before"]
-    table = [heads]
+    table = []
     for group, members in groups.items():
         cells = [*group, ", ".join(str(row["seed"]) for row in members)]
         cells += [mean_text([row[key] for row in members]) for key in ("dense", "hard")]
@@ -128,7 +128,7 @@ def _markdown(rows: list[dict[str, Any]], keys: list[str]) -> str:
         table.append(cells)
     lost = [row["name"] for row in rows if row["status"] != "done"]
     tail = f"\n{len(lost)} of {len(rows)} fits are not done: {', '.join(lost)}\n" if lost else ""
-    return _lines(table) + tail
+    return markdown_table(heads, table) + tail
 
 
 def _differences(rows: list[dict[str, Any]], keys: list[str], found: dict[str, Results]) -> list[list[str]]:
@@ -145,12 +145,6 @@ def _differences(rows: list[dict[str, Any]], keys: list[str], found: dict[str, R
         for ours, theirs, difference in comparisons(settings):
             table.append([*experiment, ours.called, theirs.called, str(difference.seeds), difference.text()])
     return table if len(table) > 1 else []
-
-
-def _lines(table: list[list[str]]) -> str:
-    """Returns a table, its first row the heads, in Markdown."""
-    heads, *rows = [f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |" for cells in table]
-    return "\n".join([heads, f"|{'---|' * len(table[0])}", *rows]) + "\n"
 
 
 def mean_text(values: Sequence[float | None], scale: float = 1.0, unit: str = "", digits: int = 4) -> str:

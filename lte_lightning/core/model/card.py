@@ -8,6 +8,8 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedConfig
 
+from lte_lightning.files import markdown_table
+
 README = "README.md"
 PLACEHOLDER = "FOLDER"  # where a saved model's own place belongs
 _MARK = "<!-- lte-lightning writes this card anew with the model; take this line out to keep your own text. -->"
@@ -114,14 +116,15 @@ def _results(results: dict[str, Any]) -> str:
     if results.get("hard") is None:
         of["hard_before"] = sparsity
     flops: dict[str, Any] = {"dense": results.get("dense_flops_per_token"), "hard": results.get("flops_per_token")}
-    lines = [f"| FFNs compute | {metric} | FFN sparsity | GFLOPs per token |", "|---|---|---|---|"]
+    rows = []
     for view, label in _VIEWS.items():
         if results.get(view) is not None:
             share = "-" if of.get(view) is None else f"{100 * of[view]:.1f} %"
             cost = "-" if flops.get(view) is None else f"{flops[view] / _GFLOP:.4f}"
-            lines.append(f"| {label} | {results[view]:.4f} | {share} | {cost} |")
+            rows.append([label, f"{results[view]:.4f}", share, cost])
+    table = markdown_table(["FFNs compute", metric, "FFN sparsity", "GFLOPs per token"], rows)
     data = f" Data: {results['data']}." if results.get("data") else ""
-    text = [f"## Results\n\nTask {results['task']}, validation rows.{data} GFLOPs are 2^30.", "\n".join(lines)]
+    text = [f"## Results\n\nTask {results['task']}, validation rows.{data} GFLOPs are 2^30.", table.rstrip()]
     if per_layer := results.get("sparsity_per_layer"):
         shares = ", ".join(f"{100 * share:.1f}" for share in per_layer)
         text.append(f"Sparsity of each FFN, in per cent and the model's order: {shares}.")

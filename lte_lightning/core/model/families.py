@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from lte_lightning.errors import UserError, meant
+from lte_lightning.files import markdown_table
 
 
 @dataclass(frozen=True)
@@ -198,7 +199,7 @@ text.save_pretrained("gemma-3-4b-text")  # and the tokenizer beside it
 
 def page() -> str:
     """Returns the page, in Markdown."""
-    lines = ["| `model_type` | kind | FFN | up | gate | down | examples |", "|" + "---|" * 7]
+    table = []
     for model_type, family in sorted(FAMILIES.items()):
         row = family.row
         rows = [row, row.otherwise] if row.otherwise else [row]
@@ -206,8 +207,9 @@ def page() -> str:
         for part in ("up", "gate", "down"):
             names = [name for each in rows if (name := getattr(each, part))]
             cells.append(", ".join(f"`{name}`" for name in dict.fromkeys(names)) or "-")
-        lines.append(f"| `{model_type}` | {family.kind} | {' | '.join(cells)} | {family.examples} |")
-    return _PAGE.format(table="\n".join(lines))
+        table.append([f"`{model_type}`", family.kind, *cells, family.examples])
+    heads = ["`model_type`", "kind", "FFN", "up", "gate", "down", "examples"]
+    return _PAGE.format(table=markdown_table(heads, table).rstrip())
 
 
 def _form(row: FfnRow) -> str:
