@@ -17,7 +17,10 @@ def main(args: list[str]) -> None:
 
 
 def export(
-    folder: str, to: Literal["dense", "gguf", "onnx", "openvino"], out: Path | None = None, dtype: str = "auto"
+    folder: str,
+    to: Literal["dense", "gguf", "onnx", "openvino", "openvino-sparse"],
+    out: Path | None = None,
+    dtype: str = "auto",
 ) -> None:
     """Writes a saved LTE model for other programs.
 
@@ -25,7 +28,8 @@ def export(
 
     dense is an ordinary Hugging Face folder of the dense function: every neuron runs. gguf is the dense function of a
     decoder for llama.cpp. onnx and openvino are folders with the sparse function: masks give the values of the selected
-    experts, and no speed-up.
+    experts, and no speed-up. openvino-sparse computes the selected experts alone, on a CPU of this kind: for encoders
+    and other passes over many tokens.
 
     Args:
         folder: A saved LTE model, a run's folder, or a hub id, named without the option's name.
@@ -55,7 +59,12 @@ def export(
     base = Path(source) if Path(source).is_dir() else Path(Path(source).name)
     file = out or base.with_name(f"{base.resolve().name}{'.gguf' if to == 'gguf' else f'-{to}'}")
     require_free(file)
-    if to in ("onnx", "openvino"):
+    if to == "openvino-sparse":
+        from lte_lightning.export.extension import LIBRARY, write_openvino_sparse
+
+        write_openvino_sparse(from_pretrained(source, backend="cpu", dtype="float32"), source, file)
+        print(f"{to}: the selected experts in bfloat16; load {LIBRARY} with Core().add_extension", file=sys.stderr)
+    elif to in ("onnx", "openvino"):
         from lte_lightning.export.graph import write_onnx, write_openvino
 
         model = from_pretrained(source, backend="dense-mask", dtype="float32")

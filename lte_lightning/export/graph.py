@@ -20,6 +20,7 @@ from lte_lightning.core.model.experts import expert_ffns
 from lte_lightning.core.model.folder import find
 from lte_lightning.errors import UserError
 from lte_lightning.export.staging import staged
+from lte_lightning.kernels.dispatch import Backend
 from lte_lightning.quiet import without_remarks
 
 _EXAMPLE = {"length": 7, "decoder_length": 5}  # of the text with which the graph is traced; all lengths are open
@@ -80,13 +81,14 @@ class Graph(nn.Module):
         return example
 
 
-def to_program(model: PreTrainedModel) -> ExportedProgram:
+def to_program(model: PreTrainedModel, backend: Backend = "dense-mask") -> ExportedProgram:
     """Returns a converted model as a program of ``torch.export``, in the mode that it is in.
 
     Batch and lengths are open. The program's inputs are named, see `Graph`; ``program.module()(**inputs)`` runs it.
 
     Args:
-        model: A converted model. It is put in eval mode, and on the backend dense-mask.
+        model: A converted model. It is put in eval mode, and on the backend.
+        backend: What computes the experts. Others than dense-mask leave operators of ours in the program.
 
     Raises:
         UserError: If its output depends on more than texts.
@@ -95,7 +97,7 @@ def to_program(model: PreTrainedModel) -> ExportedProgram:
         raise UserError(
             f"a {type(model).__name__} reads {model.main_input_name}, and graphs are made of models of text"
         )
-    set_backend(model, "dense-mask")
+    set_backend(model, backend)
     return graph_program(Graph(model.eval()))
 
 
@@ -141,7 +143,7 @@ def write_onnx(model: PreTrainedModel, source: str, folder: Path) -> None:
         onnx_program.save(
             staging / "model.onnx", external_data=_size(model) > 2**30
         )  # a file of protobuf ends at 2 GiB
-        _write_rest(model, source, staging)
+        write_rest(model, source, staging)
 
 
 def write_openvino(model: PreTrainedModel, source: str, folder: Path) -> None:
@@ -150,23 +152,38 @@ def write_openvino(model: PreTrainedModel, source: str, folder: Path) -> None:
     The arguments and errors are those of `write_onnx`.
     """
     with needs("OpenVINO"):
-        import openvino
+        import openvino  # noqa: F401
     graph, program = Graph(model), to_program(model)
     with staged(folder) as staging, without_remarks(*EXPORTERS):
         staging.mkdir()
-        converted = openvino.convert_model(program)
-        for port, name in zip(converted.inputs, graph.inputs, strict=True):
-            port.get_tensor().set_names({name})
-        converted.outputs[0].get_tensor().set_names({graph.output})
-        openvino.save_model(converted, staging / "openvino_model.xml", compress_to_fp16=False)
-        _write_rest(model, source, staging)
+        save_openvino(graph, program, staging)
+        write_rest(model, source, staging)
+
+
+def save_openvino(graph: Graph, program: ExportedProgram, folder: Path, extension: Path | None = None) -> None:
+    """Writes ``openvino_model.xml`` and ``.bin`` into a folder.
+
+    Args:
+        graph: Whose inputs and output it has.
+        program: Of the graph.
+        folder: Where to.
+        extension: A library with the operators of ours that are in the program.
+    """
+    import openvino
+
+    converted = openvino.convert_model(program, extension=None if extension is None else [str(extension)])
+    for port, name in zip(converted.inputs, graph.inputs, strict=True):
+        port.get_tensor().set_names({name})
+    converted.outputs[0].get_tensor().set_names({graph.output})
+    openvino.save_model(converted, folder / "openvino_model.xml", compress_to_fp16=False)
 
 
 def _named(graph: Graph) -> dict[str, dict[int, str]]:
     return {name: dict(enumerate(axes)) for name, axes in graph.axes().items()}
 
 
-def _write_rest(model: PreTrainedModel, source: str, folder: Path) -> None:
+def write_rest(model: PreTrainedModel, source: str, folder: Path) -> None:
+    """Writes the configuration, and the tokenizer if there is one."""
     model.config.save_pretrained(folder)
     if any(find(source, name) for name in ("tokenizer.json", "tokenizer_config.json")):
         AutoTokenizer.from_pretrained(source).save_pretrained(folder)

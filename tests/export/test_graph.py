@@ -1,5 +1,6 @@
 """Graphs of the masked function: torch.export's, in onnxruntime, in openvino; all give the sparse model's values."""
 
+import copy
 import sys
 from typing import Any
 
@@ -12,7 +13,9 @@ import lte_lightning
 from lte_lightning.core.model.convert import selector_parameters
 from lte_lightning.core.model.experts import expert_ffns
 from lte_lightning.errors import UserError
+from lte_lightning.export.extension import write_openvino_sparse
 from lte_lightning.export.graph import Graph, to_program, write_onnx, write_openvino
+from lte_lightning.kernels.cpu.build import library
 
 SIZES = {
     "vocab_size": 64,
@@ -136,3 +139,73 @@ def test_a_missing_package_is_named(write, package, what, tmp_path, monkeypatch)
     with pytest.raises(UserError, match=rf'{what} models need a package: pip install "lte-lightning\[export\]"'):
         write(build("bert"), str(tmp_path), tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def sparse_in_openvino(tmp_path, monkeypatch):
+    """`sparse_in_openvino(model)`: what OpenVINO computes of a batch with the selected experts alone."""
+    openvino = pytest.importorskip("openvino", reason="the extra export is not installed")
+    if library() is None:
+        pytest.skip("no C++ compiler")
+
+    def make(model):
+        write_openvino_sparse(model, str(tmp_path), tmp_path / "out")
+        core = openvino.Core()
+        core.add_extension(str(tmp_path / "out" / "lte_openvino.so"))
+        exact = {"INFERENCE_PRECISION_HINT": "f32"}
+        compiled = core.compile_model(tmp_path / "out" / "openvino_model.xml", "CPU", exact)
+        return lambda batch: torch.from_numpy(
+            compiled({name: value.numpy() for name, value in batch.items()})["logits"]
+        )
+
+    return make
+
+
+@pytest.mark.timeout(600)  # it is compiled once
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_openvino_runs_the_selected_experts_alone(family, sparse_in_openvino, tmp_path):
+    model = build(family)
+    for ffn in expert_ffns(model).values():
+        ffn.selector.bias.data[2] = -20.0  # no token selects this one
+    poisoned = copy.deepcopy(model)
+    graph = Graph(model)
+    batch = inputs(graph, 3, 9, 4)
+    with torch.no_grad(), lte_lightning.RouterTrace(model, torch.ones_like(batch["input_ids"])) as trace:
+        expected = graph(**batch)
+    unread = 0
+    for ffn, scores_NE in zip(expert_ffns(poisoned).values(), trace.scores().values(), strict=True):
+        for expert in (~(scores_NE > ffn.threshold).any(dim=0)).nonzero().flatten().tolist():
+            rows = slice(expert * ffn.expert_size, (expert + 1) * ffn.expert_size)
+            ffn.up.weight.data[rows] = torch.nan
+            unread += 1
+    assert unread
+    run = sparse_in_openvino(poisoned)
+    found = run(batch)
+    assert found.isfinite().all()
+    assert ((found - expected).norm() / expected.norm()).item() < 0.02  # experts are computed in bfloat16
+    lte_lightning.set_mode(model, "dense")
+    with torch.no_grad():
+        assert ((graph(**batch) - expected).norm() / expected.norm()).item() > 0.02
+    assert {path.name for path in (tmp_path / "out").iterdir()} >= {"lte_openvino.so", "openvino_model.bin"}
+
+
+def test_experts_that_openvino_cannot_skip_are_refused(tmp_path):
+    pytest.importorskip("openvino", reason="the extra export is not installed")
+    with pytest.raises(UserError, match=r"the kernels do not take these experts .*; export the model to openvino"):
+        write_openvino_sparse(build("bert", selector="softmax", target_sparsity=0.5), str(tmp_path), tmp_path / "out")
+    model = build("bert")
+    lte_lightning.set_mode(model, "soft")
+    with pytest.raises(UserError, match="the model is in mode soft, where every expert runs"):
+        write_openvino_sparse(model, str(tmp_path), tmp_path / "out")
+
+
+def test_no_compiler_is_one_line(tmp_path, monkeypatch):
+    pytest.importorskip("openvino", reason="the extra export is not installed")
+    if library() is None:
+        pytest.skip("no C++ compiler")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("CXX", "nonesuch")
+    with pytest.raises(UserError, match="no C\\+\\+ compiler nonesuch, which CXX names"):
+        write_openvino_sparse(build("bert"), str(tmp_path), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

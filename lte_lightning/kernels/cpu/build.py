@@ -17,7 +17,7 @@ import subprocess
 import tempfile
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -198,15 +198,20 @@ def _prune(folder: Path) -> None:
 
 
 def _compile(instructions: str, scratch: Path) -> Path:
-    compiler, out = _find_compiler(), scratch / "library"
-    sources = sorted(map(str, SOURCES.glob("*.cpp")))
+    out = scratch / "library"
+    content = compile_library(instructions, sorted(map(str, SOURCES.glob("*.cpp"))), out)
+    return out.rename(scratch / f"{_stem(instructions)}-{_compiler_digest()}-{_digest(content)}.so")
+
+
+def compile_library(instructions: str, sources: Sequence[str], out: Path, options: Sequence[str] = ()) -> bytes:
+    """Compiles sources into a library, and returns its content; raises `BuildError` if that fails."""
+    compiler = _find_compiler()
     # -ldl behind the sources: older C libraries keep dlsym there
-    said = _run([*compiler, *_flags(instructions), *sources, "-o", str(out), "-pthread", "-ldl"])
+    said = _run([*compiler, *_flags(instructions), *sources, *options, "-o", str(out), "-pthread", "-ldl"])
     try:
-        content = out.read_bytes()
+        return out.read_bytes()
     except OSError as error:
         raise BuildError(f"{shlex.join(compiler)} made no library{said and f': {said}'}") from error
-    return out.rename(scratch / f"{_stem(instructions)}-{_compiler_digest()}-{_digest(content)}.so")
 
 
 def _run(command: list[str]) -> str:

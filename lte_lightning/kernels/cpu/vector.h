@@ -121,6 +121,9 @@ inline vec activate(int kind, vec x) {
 
 // The threads are torch's own OpenMP team where one is loaded: two teams on the same cores would fight.
 typedef void (*gomp_parallel)(void (*)(void*), void*, unsigned, unsigned);
+#ifdef LTE_TEAM  // that of another program, see export/extension.cpp
+void LTE_TEAM(void (*)(void*), void*, unsigned, unsigned);
+#endif
 
 // Runs tasks of a first kind, and when all are done those of a second, in one region: nobody waits in between for a
 // thread that has not come, as it may not for many milliseconds on a busy machine.
@@ -147,7 +150,11 @@ void parallel(int threads, int64_t firsts, const First& first, int64_t seconds, 
         while (s.done.load() < s.firsts) std::this_thread::yield();
         for (int64_t i; (i = s.next_second.fetch_add(1)) < s.seconds;) run(*s.second, i);
     };
+#ifdef LTE_TEAM
+    const gomp_parallel team = LTE_TEAM;
+#else
     static const gomp_parallel team = reinterpret_cast<gomp_parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+#endif
     threads = int(std::min<int64_t>(threads, std::max(firsts, seconds)));
     if (team && threads > 1) {
         team(work, &shared, unsigned(threads), 0);
