@@ -130,7 +130,7 @@ def test_from_somebody_elses_model(follow, tiny, tmp_path):
     AutoTokenizer.from_pretrained(tiny.model).save_pretrained(tmp_path / "their-model")
     follow("checkpoint", SMALL)
     config = json.loads(next(tmp_path.glob("runs/*/*/model/config.json")).read_text())
-    assert list(config["id2label"].values()) == ["GREAT", "bad", "fine"]
+    assert list(config["id2label"].values()) == ["great", "bad", "fine"]  # the model's order, the data's spelling
 
 
 @pytest.mark.timeout(900)
