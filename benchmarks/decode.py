@@ -5,8 +5,8 @@
 Arms are interleaved round by round: each decodes the same number of tokens behind the same prompt. Experts are
 neighbouring neurons, and each router's bias is set so that an expert runs for the wanted share of tokens: that is
 enough for speed, and says nothing of quality. The eager arms are transformers' own model calls with a growing cache. A
-compiled arm has a static cache and one graph (docs/speed.md). llama.cpp runs the same dense weights, and tells its
-own rate.
+compiled arm has a static cache and one graph, a fused one has a static cache too (docs/speed.md). llama.cpp runs the
+same dense weights, and tells its own rate.
 """
 
 import argparse
@@ -32,6 +32,7 @@ def main() -> None:
     parser.add_argument("--kinds", default="bf16,int8,int4")
     parser.add_argument("--sparsity", default="0,0.5,0.8,0.9")
     parser.add_argument("--compiled", default="", help="kinds that are measured compiled, too")
+    parser.add_argument("--fused", default="", help="quantised kinds that are measured in fused_decoding, too")
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--prompt", type=int, default=10)
     parser.add_argument("--threads", type=int, default=2)
@@ -47,8 +48,9 @@ def main() -> None:
         for sparsity in map(float, options.sparsity.split(",")):
             model = sparse_twin(dense, kind)
             even_routers(model, sparsity, {"input_ids": sample_BT})
-            for way in ("eager", "compiled")[: 1 + (kind in options.compiled.split(","))]:
-                arms[f"ours {kind}, {sparsity:.0%}, {way}"] = decoder(model, prompt_BT, options.tokens, way)
+            for way, kinds in (("eager", kind), ("compiled", options.compiled), ("fused", options.fused)):
+                if kind in kinds.split(","):
+                    arms[f"ours {kind}, {sparsity:.0%}, {way}"] = decoder(model, prompt_BT, options.tokens, way)
     with tempfile.TemporaryDirectory() as folder:
         if find_spec("xllamacpp") is None:
             print("llama.cpp is not measured: pip install xllamacpp")

@@ -3,8 +3,8 @@
 The public API: `convert` a model, train it (see the ``lightning`` command), `save_pretrained`, `from_pretrained`,
 `restore`; `register` has transformers' Auto classes load saved models sparse; `set_backend` chooses what computes the
 selected experts; `set_sparsity` turns the knob of a calibrated model; `quantize` rounds weights to 8 or 4 bits, to
-decode faster on a CPU; `equal_rows` makes a row's bits independent of its
-batch; `RouterTrace` reads what the routers decide.
+decode faster on a CPU, and within `fused_decoding` such a model makes a token in one call; `equal_rows` makes a row's
+bits independent of its batch; `RouterTrace` reads what the routers decide.
 """
 
 from typing import TYPE_CHECKING
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lte_lightning.core.model.checkpoint import from_pretrained, register
     from lte_lightning.core.model.config import LteConfig
     from lte_lightning.core.model.convert import convert, restore
+    from lte_lightning.core.model.decoding import fused_decoding
     from lte_lightning.core.model.experts import set_mode
     from lte_lightning.core.model.quantize import quantize
     from lte_lightning.core.model.saving import save_pretrained
@@ -30,6 +31,7 @@ else:
             "core.model.config": ["LteConfig"],
             "core.model.convert": ["convert", "restore"],
             "core.model.backend": ["set_backend"],
+            "core.model.decoding": ["fused_decoding"],
             "core.model.experts": ["set_mode"],
             "core.model.quantize": ["quantize"],
             "core.model.saving": ["save_pretrained"],
@@ -47,6 +49,7 @@ __all__ = [
     "convert",
     "equal_rows",
     "from_pretrained",
+    "fused_decoding",
     "quantize",
     "register",
     "restore",

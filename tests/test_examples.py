@@ -254,11 +254,14 @@ def test_speed(decoder, tmp_path):
     decoder("my-sparse-model")
     run("docs/speed.md:0", tmp_path, lte_lightning=lte_lightning)
     assert (tmp_path / "my-sparse-model-int8" / "lte_config.json").exists()
+    model = lte_lightning.from_pretrained(str(tmp_path / "my-sparse-model-int8"))
+    inputs = {"input_ids": torch.randint(5, 64, (1, 4)), "attention_mask": torch.ones(1, 4, dtype=torch.long)}
+    run("docs/speed.md:1", tmp_path, lte_lightning=lte_lightning, model=model, inputs=inputs)
 
 
 # What needs the hub, other packages, or objects that other pages make. Line by line that is run by test_trainer.py,
 # test_hub.py and test_quantize.py of tests/core/model, tests/export/test_graph.py and tests/cli/test_mlflow.py.
-ELSEWHERE = ("docs/huggingface.md:1", "docs/export.md:0", "docs/speed.md:1", "docs/tracking.md:0")
+ELSEWHERE = ("docs/huggingface.md:1", "docs/export.md:0", "docs/speed.md:2", "docs/tracking.md:0")
 # Run from the notebooks, in tests/cli/test_tutorials.py
 TUTORIALS = (
     *("docs/tutorials/own-classifier.md:0", "docs/tutorials/own-classifier.md:1", "docs/tutorials/chat.md:0"),

@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from lte_lightning.bench.machine import clock_on
 from lte_lightning.core.model.backend import set_backend
 from lte_lightning.core.model.config import LteConfig
 from lte_lightning.core.model.convert import convert
+from lte_lightning.core.model.decoding import fused_decoding
 from lte_lightning.core.model.experts import expert_ffns, set_mode
 from lte_lightning.core.model.quantize import QUANTIZATIONS, quantize
 from lte_lightning.errors import UserError
@@ -29,16 +31,20 @@ def decoder(model: Any, prompt_BT: torch.Tensor, tokens: int, way: str = "eager"
         prompt_BT: The prompt, of each sequence as long.
         tokens: New tokens of each sequence.
         way: ``eager`` calls the model with a growing cache, ``compiled`` one graph with a static one, ``captured`` a
-            CUDA graph that moves itself along.
+            CUDA graph that moves itself along, ``fused`` one with a static cache within `fused_decoding`.
     """
     if way == "captured":
         return _captured(model, prompt_BT, tokens)
-    step = torch.compile(model.forward, fullgraph=True, dynamic=False) if way == "compiled" else model.forward
+    step = torch.compile(model.forward, fullgraph=True, dynamic=False) if way == "compiled" else model
     clock = clock_on(prompt_BT.device)
 
     def arm() -> float:
+        with fused_decoding(model) if way == "fused" else nullcontext():
+            return decode()
+
+    def decode() -> float:
         options: dict[str, Any] = {"use_cache": True}
-        if way == "compiled":
+        if way != "eager":
             options["past_key_values"] = StaticCache(config=model.config, max_cache_len=prompt_BT.shape[1] + tokens + 1)
         outputs = model(prompt_BT, **options)
         cache, start = outputs.past_key_values, clock()

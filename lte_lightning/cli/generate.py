@@ -3,6 +3,7 @@
 import math
 import os
 import sys
+from contextlib import nullcontext
 
 from lte_lightning.errors import UserError
 from lte_lightning.options import call
@@ -68,7 +69,9 @@ def generate(
     from lte_lightning.cli.cost_tables import DTYPES
     from lte_lightning.cli.writing import choose_tokens, encode, find_source, used_sparsity, write
     from lte_lightning.core.model.convert import restore
+    from lte_lightning.core.model.decoding import fused_decoding
     from lte_lightning.core.model.experts import set_mode
+    from lte_lightning.core.model.fusable import why_not_fused
     from lte_lightning.core.model.quantize import QUANTIZATIONS
     from lte_lightning.core.model.thresholds import set_sparsity
     from lte_lightning.data.text import load_tokenizer
@@ -104,7 +107,8 @@ def generate(
     if source.mode != "hard":
         state = "is a plain model" if source.mode is None else f"was saved in mode {source.mode}"
         print(f"{source.name} {state}: every neuron of its FFNs runs", file=sys.stderr)
-    ids_BT, text = write(model, tokenizer, inputs, max_new_tokens)
+    with nullcontext() if why_not_fused(model) else fused_decoding(model):
+        ids_BT, text = write(model, tokenizer, inputs, max_new_tokens)
     share = source.mode or "dense"
     if share == "hard":
         share = f"FFN sparsity {100 * used_sparsity(model, inputs, ids_BT):.1f} %"

@@ -65,7 +65,7 @@ def marks_of(x: torch.Tensor, backend: Backend, expert_size: int, *modules: Any)
         x.device,
         autocast_dtype(x),
         has_global_hooks(),
-        _transforms(),
+        transforms(),
         *map(mark, modules),
     )
 
@@ -102,7 +102,7 @@ def prepare(
             return Prepared(choice, marks=marks)
         try:
             weights = expert_weights(parts, expert_size)
-            return Prepared(choice, weights, choice.backend == "triton" and _routes(selector), marks)
+            return Prepared(choice, weights, choice.backend == "triton" and routes(selector), marks)
         except UserError as error:
             fallback = str(error)
     return Prepared(Choice("dense-mask", fallback), marks=marks)
@@ -128,7 +128,7 @@ def _why_not(parts: FfnParts, selector: Selector, x: torch.Tensor) -> str:
         return f"the input is a {type(x).__name__}"
     if has_global_hooks():
         return "hooks are registered for every module's forward"
-    if _transforms():
+    if transforms():
         return "torch.func or forward-mode differentiation transforms the call"
     for name in ("up", "gate", "down"):
         projection = getattr(parts, name)
@@ -151,7 +151,7 @@ def _why_not(parts: FfnParts, selector: Selector, x: torch.Tensor) -> str:
     return ""
 
 
-def _routes(selector: Selector) -> bool:
+def routes(selector: Selector) -> bool:
     """Says whether the backend may make the mask from the selector's linear layer, passing the module by."""
     # a wrapper, as peft puts around what it trains in full, hands the attribute on and its class lacks it
     wrapped = not hasattr(selector.__class__, "linear") or what_surrounds(selector)
@@ -173,7 +173,7 @@ def report(prepared: Prepared, backend: Backend) -> None:
         say_once(f"backend {backend!r} computes every expert and masks (dense-mask): {prepared.choice.fallback}")
 
 
-def _transforms() -> bool:
+def transforms() -> bool:
     """Says whether torch.func or forward-mode differentiation is at work; torch.compile decides this for itself."""
     if torch.compiler.is_compiling():
         return False

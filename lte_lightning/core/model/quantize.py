@@ -19,6 +19,7 @@ from lte_lightning.core.model.quantized import (
     QuantizedEmbedding,
     QuantizedLinear,
     is_quantized,
+    pack_weights,
     stored_linear,
 )
 from lte_lightning.errors import UserError
@@ -69,6 +70,7 @@ def quantize(model: PreTrainedModel, kind: Quantization = "int8") -> PreTrainedM
         _replace(model, name, QuantizedLinear(matrix, module.bias))  # type: ignore[arg-type]
     if tied is not None:
         _replace_embedding(model, tied)
+    pack_weights(model)
     model.requires_grad_(False)
     return model
 
@@ -237,6 +239,7 @@ def load_quantized(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], 
         if tensor.numel() and tensor.data_ptr() not in given and not (name in tensors and name.endswith(replaced))
     ]:
         raise ValueError(f"weights are missing: {listed(missing)}")
+    pack_weights(model)
     model.requires_grad_(False)
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from lte_lightning.errors import UserError
+from lte_lightning.kernels.cpu.pages import pack, room
 from lte_lightning.kernels.cpu.quantized import run_quantized_linear
 from lte_lightning.kernels.quantized import Quantized, Shape, dequantize
 
@@ -103,6 +104,17 @@ class QuantizedEmbedding(nn.Module):
 def is_quantized(model: nn.Module) -> bool:
     """Says whether a model is quantised."""
     return any(isinstance(module, QuantizedLinear) for module in model.modules())
+
+
+@torch.no_grad()
+def pack_weights(model: nn.Module) -> None:
+    """Moves the weights of a quantised model into one piece of memory of large pages, in the order of its modules."""
+    linears = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    places = [(linear, name) for linear in linears for name in ("blocks", "scale")]
+    size = sum(room(getattr(linear, name)) for linear, name in places)
+    packed = pack((getattr(linear, name) for linear, name in places), size)
+    for (linear, name), tensor in zip(places, packed, strict=True):
+        setattr(linear, name, tensor)
 
 
 def stored_linear(name: str, shape: Shape, tensors: dict[str, torch.Tensor]) -> QuantizedLinear:

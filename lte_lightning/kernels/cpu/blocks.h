@@ -125,19 +125,22 @@ template <class Body> void at_a_time(int64_t begin, int64_t end, const Body& bod
     if (begin < end) body(begin, std::integral_constant<int, 1>());
 }
 
-// Rounds the inputs of N tokens: [N][column parts][groups].
+// Rounds a token's input: [column parts][groups].
+template <int BITS, class T> void round_input(const T* x, const Matrix& m, Group* out) {
+    alignas(64) float v[GROUP];
+    for (int64_t part = 0; part < m.column_parts; part++)
+        for (int64_t c = 0; c < m.columns; c += GROUP) {
+            const int64_t count = std::min(GROUP, m.columns - c);
+            for (int64_t i = 0; i < count; i++) v[i] = widen(x[part * m.columns + c + i]);
+            round_group(v, count, BITS == 8 ? 128 : 8, *out++);
+        }
+}
+
+// The same for N tokens.
 template <int BITS, class T> Group* round_inputs(const T* x, int64_t N, const Matrix& m, int threads) {
-    const int64_t K = m.column_parts * m.columns, groups = m.groups(), all_groups = m.column_parts * groups;
+    const int64_t all_groups = m.column_parts * m.groups();
     Group* const out = scratch<0, Group>(N * all_groups);
-    auto round = [&](int64_t n) {
-        alignas(64) float v[GROUP];
-        for (int64_t part = 0; part < m.column_parts; part++)
-            for (int64_t g = 0; g < groups; g++) {
-                const int64_t c = g * GROUP, count = std::min(GROUP, m.columns - c), k = part * m.columns + c;
-                for (int64_t i = 0; i < count; i++) v[i] = widen(x[n * K + k + i]);
-                round_group(v, count, BITS == 8 ? 128 : 8, out[n * all_groups + part * groups + g]);
-            }
-    };
+    auto round = [&](int64_t n) { round_input<BITS>(x + n * m.column_parts * m.columns, m, out + n * all_groups); };
     parallel(N > 4 ? threads : 1, N, round, 0, round);
     return out;
 }

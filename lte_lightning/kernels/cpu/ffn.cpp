@@ -8,6 +8,7 @@
 //       are packed into panels that stay in cache, and register tiles of MR tokens by NR columns do the rest.
 // In both, who computes what never changes the order of a sum: results do not depend on the threads, nor a row on the
 // others beside it.
+#include "decoder.h"
 #include "few.h"
 #include "many.h"
 #include "quantized.h"
@@ -55,8 +56,19 @@ void run_experts(const int64_t* shape, int activation, int threads, const uint8_
         Ffn<T> f{std::min(chunk, N - n), D, E, S, activation, threads, at(0) + n * D, nullptr, nullptr, nullptr,
                  at(7), at(8), at(9), static_cast<T*>(p[10]) + n * D};
         f.list(mask + n * E);
-        experts<BITS>(f, up, gate.blocks ? &gate : nullptr, down);
+        experts<BITS>(f, up, gate, down);
     }
+}
+
+template <class T>
+bool run_decoder(const Shape& shape, const float* numbers, const int64_t* table, int threads, int activation,
+                 void* const* p) {
+    auto at = [&](int i) { return static_cast<T*>(p[i]); };
+    Decoder<T> decoder(shape, numbers, table, threads, activation, static_cast<const int64_t*>(p[0]), at(1), at(2),
+                       static_cast<const uint8_t*>(p[3]), at(4), at(5));
+    auto run = [&](int64_t) { decoder.run(); };
+    parallel(threads, threads, run, 0, run);
+    return !decoder.ran_out_of_memory();
 }
 
 }  // namespace
@@ -93,6 +105,20 @@ extern "C" int lte_quantized_ffn(int dtype, int bits, const int64_t* shape, int 
                   : (dtype == 0 ? run_experts<4, float> : dtype == 1 ? run_experts<4, bf16> : run_experts<4, f16>);
     run_it(shape, activation, threads, mask, pointers);
     return 0;
+} catch (const std::bad_alloc&) {
+    return 1;
+}
+
+// One token of each sequence through a whole decoder. shape and table: see decoder.h; a last row of the table is the
+// last norm and the head. numbers: the norms' epsilon, the attention's scale. pointers: ids [N] of rows of the head
+// that are the input, or null, if x is it; cos, sin [N, H]; mask [N, mask_places] or null; x [N, D], which is changed;
+// logits [N, V].
+extern "C" int lte_decode(int dtype, const int64_t* shape, const float* numbers, const int64_t* table, int threads,
+                          int activation, void* const* pointers) try {
+    const auto run_it = dtype == 0 ? run_decoder<float> : dtype == 1 ? run_decoder<bf16> : run_decoder<f16>;
+    Shape s;
+    std::memcpy(&s, shape, sizeof s);
+    return run_it(s, numbers, table, threads, activation, pointers) ? 0 : 1;
 } catch (const std::bad_alloc&) {
     return 1;
 }

@@ -18,6 +18,7 @@ template <class T> struct Ffn {
 
     void list(const uint8_t* mask) {
         first.assign(E + 1, 0);
+        active.clear();
         for (int64_t n = 0; n < N; n++)
             for (int64_t e = 0; e < E; e++) first[e + 1] += mask[n * E + e] != 0;
         for (int64_t e = 0; e < E; e++) {

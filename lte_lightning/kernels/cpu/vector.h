@@ -119,6 +119,16 @@ inline vec activate(int kind, vec x) {
     }
 }
 
+// Calls ready until it is true: at first without a system call, since a step waits hundreds of times for a microsecond.
+template <class Ready> void wait_until(const Ready& ready) {
+    for (int i = 0; !ready(); i++) {
+        if (i > 4000) std::this_thread::yield();  // the others may be waiting for this core
+#if defined(__x86_64__)
+        else __builtin_ia32_pause();
+#endif
+    }
+}
+
 // The threads are torch's own OpenMP team where one is loaded: two teams on the same cores would fight.
 typedef void (*gomp_parallel)(void (*)(void*), void*, unsigned, unsigned);
 #ifdef LTE_TEAM  // that of another program, see export/extension.cpp
@@ -147,7 +157,7 @@ void parallel(int threads, int64_t firsts, const First& first, int64_t seconds, 
             }
         };
         for (int64_t i; (i = s.next_first.fetch_add(1)) < s.firsts; s.done.fetch_add(1)) run(*s.first, i);
-        while (s.done.load() < s.firsts) std::this_thread::yield();
+        wait_until([&s] { return s.done.load() >= s.firsts; });
         for (int64_t i; (i = s.next_second.fetch_add(1)) < s.seconds;) run(*s.second, i);
     };
 #ifdef LTE_TEAM
