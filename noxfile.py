@@ -110,6 +110,13 @@ def mutants(session: nox.Session) -> None:
 
 
 @nox.session(python=False, requires=["env"], default=False)
+def coverage(session: nox.Session) -> None:
+    """Run the tests and show which lines and branches of the package they reach, with the total; -- FILE for a part."""
+    counted = ("--cov=lte_lightning", "--cov-branch", "--cov-report=term-missing:skip-covered")
+    session.run("pytest", *ON_EVERY_CORE, *counted, *session.posargs, env=ONE_THREAD)
+
+
+@nox.session(python=False, requires=["env"], default=False)
 def docs(session: nox.Session) -> None:
     """Build the documentation site in site/: warnings are errors, links are checked."""
     session.run("mkdocs", "build", "--strict", *session.posargs, env=OFFLINE | {"NO_MKDOCS_2_WARNING": "1"})
