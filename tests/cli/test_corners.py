@@ -8,6 +8,7 @@ import pytest
 import yaml
 from torch.utils.data import BatchSampler, DataLoader
 
+from lte_lightning.callbacks import StageSchedule
 from lte_lightning.cli.training import make_cli
 from lte_lightning.data import GlueData
 
@@ -128,6 +129,7 @@ def test_straight_through_training_behind_a_config(parse, tiny):
     wanted = yaml.safe_load(overlay.read_text())["model"]["init_args"]
     assert {key: cli.model.hparams[key] for key in wanted} == wanted
     assert cli.model.lte.target_sparsity == 0.8
+    assert next(c for c in cli.trainer.callbacks if isinstance(c, StageSchedule)).keep_optimizer
 
 
 def test_the_beginning_of_an_option_is_not_the_option(tiny, lightning, tmp_path):

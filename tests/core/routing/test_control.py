@@ -12,6 +12,7 @@ from lte_lightning.core.routing.control import (
     follow,
     gaps,
     histogram,
+    rest,
     wanted_sparsity,
 )
 from lte_lightning.errors import UserError
@@ -116,3 +117,15 @@ def test_layers_need_a_target_and_their_number():
     net = BertForSequenceClassification(BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2))
     with pytest.raises(UserError, match=r"gives 3 layers, and this BertForSequenceClassification has 2"):
         convert(net, LteConfig(target_sparsity=0.7, sparsity_per_layer=[0.7, 0.7, 0.7]))
+
+
+def test_rest_says_how_far_it_moved_the_logits(model):
+    ids_BT, mask_BT = torch.randint(64, (16, 20)), torch.ones(16, 20, dtype=torch.long)
+    batches = [(lambda: model(input_ids=ids_BT, attention_mask=mask_BT), (mask_BT,))]
+    before = [ffn.selector.bias.detach().clone() for ffn in expert_ffns(model).values()]
+    moved_L = rest(model, batches, 0.85, rounds=3)
+    after = [ffn.selector.bias for ffn in expert_ffns(model).values()]
+    assert moved_L.abs().min() > 0
+    for old_E, new_E, moved in zip(before, after, moved_L, strict=True):
+        assert torch.allclose(new_E - old_E, moved.expand_as(old_E), atol=1e-5)
+    assert trace_of(model, ids_BT, mask_BT).sparsity() == pytest.approx(0.85, abs=0.002)
