@@ -31,7 +31,7 @@ def completions(tmp_path):
         ("lte cos", ["cost"]),
         ("lte cost --spar", ["--sparsity"]),
         ("lightning fit --trainer.max_ep", ["--trainer.max_epochs"]),
-        ("lte push --pri", ["--private"]),
+        ("lte push --priv", ["--private"]),
     ],
 )
 def test_commands_and_their_options_are_completed(line, expected, completions):
