@@ -261,7 +261,7 @@ def test_speed(decoder, tmp_path):
 
 # What needs the hub, other packages, or objects that other pages make. Line by line that is run by test_trainer.py,
 # test_hub.py and test_quantize.py of tests/core/model, tests/export/test_graph.py and tests/cli/test_mlflow.py.
-ELSEWHERE = ("docs/huggingface.md:1", "docs/export.md:0", "docs/speed.md:2", "docs/tracking.md:0")
+ELSEWHERE = ("docs/huggingface.md:1", "docs/export.md:0", "docs/export.md:1", "docs/speed.md:2", "docs/tracking.md:0")
 # Run from the notebooks, in tests/cli/test_tutorials.py
 TUTORIALS = (
     *("docs/tutorials/own-classifier.md:0", "docs/tutorials/own-classifier.md:1", "docs/tutorials/chat.md:0"),
