@@ -52,7 +52,8 @@ class SaveConfig(SaveConfigCallback):
         if stage != "fit" or not (recorder.folder / name).exists():
             write_text(recorder.folder / name, text)
         config = yaml.safe_load(text)
-        recorder.options = options_by_name(config)
+        # how a fit went on is no choice: one that was resumed equals one that was not interrupted
+        recorder.options = options_by_name(config | {"ckpt_path": None})
         announce(trainer, pl_module, config)
         send_files(trainer, recorder.folder / name)
 
