@@ -20,6 +20,7 @@ from lte_lightning.sweep.table import mean_text
 # Where methods are compared at one sparsity, and how far a setting may lie from it to be compared
 AT, REACH = 0.8, 0.15
 OWN_ROWS = 16  # of LTE in a heat map
+LONG = 12  # rows; a longer table of differences is folded
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,8 @@ def main_sections(material: Material, tolerance: float | None) -> list[Section]:
             what = f"{_capital(in_words(metric))} on {title} against {against}"
             section.pictures.append(_picture(f"{name}-{task}", what, claims.within(settings, tolerance, axis), draw))
         section.tables.append(tables.levels(material, task))
+        if (differences := tables.differences(material, task)) is not None:
+            (section.tables if len(differences.rows) <= LONG else section.folded).append(differences)
         section.folded.append(tables.everything(material, task))
         found.append(section)
     found.append(

@@ -9,9 +9,11 @@ from lte_lightning.report.material import Material
 from lte_lightning.report.methods import marked
 from lte_lightning.report.names import counted, in_words
 from lte_lightning.report.run import GFLOP, Setting
+from lte_lightning.report.style import selectors
 from lte_lightning.report.tolerance import percent, tolerance_of, tolerated
 from lte_lightning.report.words import sentences
 from lte_lightning.results import better
+from lte_lightning.sweep.paired import Fits, comparisons
 from lte_lightning.sweep.table import mean_text
 
 # Percent, two points below the sparsities that one asks a method for, since a calibrated one lands beside them
@@ -80,6 +82,23 @@ def levels(material: Material, task: str) -> Table:
     return Table(
         ["best mean at FFN sparsity", *(f"≥ {level} % off" for level in LEVELS)], rows, caption, f"levels-{task}"
     )
+
+
+def differences(material: Material, task: str) -> Table | None:
+    """Returns how far LTE's settings, or the first method's, are above those of each other method at like sparsity.
+
+    The seeds are paired, and so are the rows where the fits have kept draws of them. None if nothing can be compared.
+    """
+    settings, dense = material.settings(task), material.settings(task, dense=True)
+    order = list(selectors(settings))
+    named = [(s.called, s) for s in sorted(settings, key=lambda s: order.index(s.method))]
+    named += [("dense, trained on", s) for s in dense]
+    fits = [Fits(name, s.label.strip("–"), {run.seed: run.results for run in s.runs}) for name, s in named]
+    rows = [[ours.called, theirs.called, str(gap.seeds), gap.text()] for ours, theirs, gap in comparisons(fits)]
+    metric = in_words(material.tasks[task])
+    caption = f"Is it better? Paired differences of {metric} on {material.title(task)}, with 95 % intervals"
+    heads = [f"{metric} of", "less that of", "seeds", "difference"]
+    return Table(heads, rows, caption, f"differences-{task}") if rows else None
 
 
 def everything(material: Material, task: str) -> Table:

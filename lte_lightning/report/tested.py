@@ -15,7 +15,7 @@ TESTS = "test*.json"  # in a run folder
 METRICS = ("rouge_l", "macro_accuracy", "accuracy", "perplexity")
 COSTS = ("sparsity", "sparsity_per_layer", "flops_per_token", "dense_flops_per_token", "bound")
 # What only the fit has measured
-OWN = ("soft", "hard_before", "hard", "dense", "floor", "union_sparsity", "speedup")
+OWN = ("soft", "hard_before", "hard", "dense", "floor", "union_sparsity", "speedup", "draws")
 
 
 def tested(run: Run) -> Iterator[Run]:

@@ -123,6 +123,30 @@ def test_the_best_figure_at_a_sparsity(material):
     ]
 
 
+def test_differences_are_paired_by_seed(material, make_points, figures, tmp_path):
+    """The seeds of the swept points differ by as much in every method, so that their differences have no spread."""
+    rows = tables.differences(material, "sst2").rows
+    assert len(rows) == 4 * 2  # LTE's settings and the other methods
+    assert rows[4][1].startswith("TEAL")
+    assert rows[4][3] == "+0.1372 (+0.1372 to +0.1372, seeds): better"
+    # 0.03 and 0.01 above it: a mean of 0.02, and Student's interval of two seeds is 12.71 standard errors wide
+    points = [
+        {
+            "name": f"{name}{seed}",
+            "variant": name,
+            "selector": selector,
+            "seed": seed,
+            "results": figures(hard, 0.8, seed),
+        }
+        for name, selector, values in (("CATS", "cats", (0.80, 0.80)), ("LTE", "router", (0.83, 0.81)))
+        for seed, hard in enumerate(values)
+    ]
+    table = tables.differences(collect([make_points(tmp_path / "pairs", points)]), "sst2")
+    assert table.rows == [["LTE (80.0 %)", "CATS (80.0 %)", "2", "+0.0200 (-0.1071 to +0.1471, seeds): not told apart"]]
+    alone = collect([make_points(tmp_path / "alone", points[:2])])
+    assert tables.differences(alone, "sst2") is None
+
+
 def test_a_column_has_what_it_prints(make_points, figures, tmp_path):
     """47.9 and 87.9 % are printed as 48 and 88 %, so the columns of 48 and 88 % have them."""
     rows = [
