@@ -5,6 +5,7 @@ import json
 import os
 import random
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -53,11 +54,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture
 def forgets_selectors() -> Iterator[None]:
-    """What the test registers as a selector is forgotten after it."""
+    """What the test registers as a selector is forgotten after it, and so is the module that it wrote."""
     from lte_lightning.selection import registry
 
     before = dict(registry._selectors)
     yield
+    sys.modules.pop("my_baselines", None)
     registry._selectors.clear()
     registry._selectors.update(before)
 

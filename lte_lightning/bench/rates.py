@@ -1,11 +1,14 @@
 """Tokens per second of whole models: one row for each engine, type and way, as it is printed, kept and drawn."""
 
+import csv
+import io
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lte_lightning.errors import UserError
 from lte_lightning.files import whole_file
 
 if TYPE_CHECKING:
@@ -73,6 +76,44 @@ class Rate:
         """For people."""
         sparsity = f" at {self.sparsity:.0%}" if self.engine == "ours" else ""
         return " ".join(filter(None, (self.engine, self.dtype, self.way))) + sparsity
+
+
+def is_rates(file: Path) -> bool:
+    """Says whether a CSV file is of whole models beside other engines."""
+    try:
+        with file.open(encoding="utf-8-sig") as lines:
+            return {"engine", "tokens_per_second"} <= {*lines.readline().strip().split(",")}
+    except (OSError, UnicodeDecodeError):
+        return False  # what is wrong with it is said by who reads it
+
+
+def read_rates(file: Path) -> list[tuple[str, Rate]]:
+    """Returns the rows, each with the file's name.
+
+    Raises:
+        UserError: If a column is missing, or a value in it cannot be.
+    """
+    try:
+        rows = list(csv.DictReader(io.StringIO(file.read_text(encoding="utf-8-sig"))))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the benchmark {file}: {error}") from error
+    found = []
+    for number, row in enumerate(rows, 2):
+        values = {}
+        for field in fields(Rate):
+            text = row.get(field.name)
+            try:
+                values[field.name] = field.type(text)  # type: ignore[operator]  # str, int or float
+                if text is None or (field.name == "tokens_per_second" and not 0 < values[field.name] < math.inf):
+                    raise ValueError
+            except (TypeError, ValueError):
+                raise UserError(
+                    f"{file}, line {number}: {field.name} is {text!r}; run lte bench again, or remove the line"
+                ) from None
+        found.append((str(file), Rate(**values)))
+    if not found:
+        raise UserError(f"{file} has columns, but no figures; run lte bench again, or leave it out of --bench")
+    return found
 
 
 def show_rates(rates: Sequence[Rate]) -> None:

@@ -7,13 +7,12 @@ from typing import Any
 
 import yaml
 
-from lte_lightning.bench.rates import RATES_FILE
+from lte_lightning.bench.rates import RATES_FILE, is_rates, read_rates
 from lte_lightning.choices import options_by_name
 from lte_lightning.documents import check_yaml
 from lte_lightning.errors import UserError, meant_path
 from lte_lightning.files import read_json, read_text
 from lte_lightning.report.bench import read_bench
-from lte_lightning.report.engines import is_rates, read_rates
 from lte_lightning.report.experiments import OLDER, settle
 from lte_lightning.report.material import Material
 from lte_lightning.report.methods import method_name

@@ -13,11 +13,10 @@ from lte_lightning.bench import main
 from lte_lightning.bench.decoding import Stepper, even_routers, set_biases, sparse_twin
 from lte_lightning.bench.engines import ENGINES
 from lte_lightning.bench.jobs import Job
-from lte_lightning.bench.rates import draw_rates
+from lte_lightning.bench.rates import draw_rates, read_rates
 from lte_lightning.bench.whole import find_whole
 from lte_lightning.core.model.experts import expert_ffns
 from lte_lightning.errors import UserError
-from lte_lightning.report.engines import read_rates
 
 CPU = torch.device("cpu")
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -156,7 +156,8 @@ def test_a_decoder_learns_from_its_dense_self_and_writes(tiny_lm, processes, lig
 
 
 def test_lightnings_own_strategy_is_refused_by_name(make, processes, tmp_path):
-    fit = processes(1, tmp_path / "one", make(), "fit", **{"trainer.strategy": "ModelParallelStrategy"})
+    name = "lightning.pytorch.strategies.ModelParallelStrategy"
+    fit = processes(1, tmp_path / "one", make(), "fit", **{"trainer.strategy": {"class_path": name}})
     assert fit.code == 1
     assert "stages cannot be switched under ModelParallelStrategy: use trainer.strategy ddp" in fit.err
     assert "or fsdp2, where each holds a part" in fit.err

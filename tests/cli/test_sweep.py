@@ -362,6 +362,7 @@ def test_the_smoke_sweep_on_a_real_mlflow_server(server, tiny, sweep, tmp_path, 
     assert "--data.train_rows 32" in parent.data.tags["lte.command"]
     files = {file.path for file in client.list_artifacts(parent.info.run_id)}
     assert files == {
+        "differences.md",
         "plan.json",
         "sweep.yaml",
         "table.csv",
