@@ -91,15 +91,13 @@ def start_all(
     started, reasons = {}, []
     for engine in engines:
         if missing := engine.missing(next(iter(engine.types))):
-            reasons.append(f"{engine.name} is not measured: {', '.join(missing)} is not installed; {PIP}")
+            reasons.append(f"{engine.name} is not measured: {_absent(missing)}")
             continue
         for dtype in dtypes:
             if dtype not in engine.types:
                 reasons.append(f"{engine.name} is not measured in {dtype}: it has {', '.join(engine.types)}")
             elif missing := engine.missing(dtype):
-                reasons.append(
-                    f"{engine.name} is not measured in {dtype}: {', '.join(missing)} is not installed; {PIP}"
-                )
+                reasons.append(f"{engine.name} is not measured in {dtype}: {_absent(missing)}")
             else:
                 try:
                     started[engine.name, dtype] = engine.start(job, dtype)
@@ -118,3 +116,7 @@ def processor() -> str:
     }
     name, family, model = found.values()
     return f"{name} (family {family}, model {model})" if name else os.uname().machine
+
+
+def _absent(packages: Sequence[str]) -> str:
+    return f"{' and '.join(packages)} {'is' if len(packages) == 1 else 'are'} not installed; {PIP}"

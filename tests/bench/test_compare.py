@@ -108,6 +108,7 @@ def test_table_csv_picture_and_the_report(folders, tmp_path, capsys, monkeypatch
     pytest.importorskip("openvino", reason="the extra bench is not installed")
     monkeypatch.setitem(sys.modules, "xllamacpp", None)
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
     file = tmp_path / "out.csv"
     words = "--against llama.cpp,openvino,onnxruntime --dtype bf16,int8 --repeats 2 --new-tokens 4 --ways eager"
     words += " --threads 1 --device cpu"
@@ -116,7 +117,7 @@ def test_table_csv_picture_and_the_report(folders, tmp_path, capsys, monkeypatch
     said = capsys.readouterr()
     line = 'pip install "lte-lightning[bench]"'
     assert f"llama.cpp is not measured: xllamacpp is not installed; {line}" in said.err
-    assert f"onnxruntime is not measured: onnxruntime is not installed; {line}" in said.err
+    assert f"onnxruntime is not measured: onnxruntime and onnxscript are not installed; {line}" in said.err
     assert f"openvino is not measured in int8: nncf is not installed; {line}" in said.err
     rows = rows_of(file)
     names = [(row["engine"], row["dtype"], row["way"]) for row in rows]
