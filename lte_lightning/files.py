@@ -168,12 +168,12 @@ def exchange(new: Path, old: Path) -> None:
     """Gives a folder another one's name; what had the name before is then at the new one's, if there was any.
 
     On Linux that is one step, where the file system can do it. Else a kill between two renames leaves the folder that
-    was there before as ``<name>.old``.
+    was there before beside the new one, named like that with ``.old``.
     """
     if not old.exists():
         new.rename(old)
     elif not _swap(new, old):
-        aside = old.with_name(f"{old.name}.old")
+        aside = new.with_name(f"{new.name}.old")
         old.rename(aside)
         try:
             new.rename(old)

@@ -50,7 +50,7 @@ def write_folder(checkpoint: dict[str, Any], path: Path) -> None:
     try:
         if first:
             _remove(staging)
-            _remove(path.with_name(f"{path.name}.old"))
+            _remove(staging.with_name(f"{staging.name}.old"))
             staging.mkdir(parents=True)
         dcp.save(tensors, storage_writer=dcp.FileSystemWriter(staging, sync_files=True))
         if first:

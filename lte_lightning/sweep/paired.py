@@ -32,7 +32,7 @@ class Difference:
         half: Half of the 95 % interval; None of one seed without draws.
         seeds: How many seeds both have.
         rows: Whether the interval has the rows' part.
-        better: Whether a higher value is better.
+        higher_is_better: Whether a higher value is better.
     """
 
     mean: float

@@ -38,7 +38,7 @@ from lte_lightning.core.model.quantized import is_quantized
 from lte_lightning.core.model.swap import lte_config, plain
 from lte_lightning.core.model.thresholds import THRESHOLDS_FILE, save_kept_table
 from lte_lightning.errors import UserError
-from lte_lightning.files import sync, sync_all
+from lte_lightning.files import exchange, sync, sync_all
 from lte_lightning.selection import selector_class
 
 
@@ -74,8 +74,9 @@ def save_pretrained(
         _write(model, staging, about, **kwargs)
         _permit(staging)
         sync_all(staging)  # or after a power cut the folder may be there, and its files empty
-        _replace(folder, staging)
-        sync(folder.parent)
+        exchange(staging, folder)
+        if staging.exists():  # what was there before
+            shutil.rmtree(staging)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return folder
@@ -279,18 +280,3 @@ def _require_loadable(model: PreTrainedModel, state: dict[str, torch.Tensor]) ->
             raise UserError(
                 f"{key} is {list(value.shape)}, and that of a {name} of this configuration is {list(wanted[key].shape)}"
             )
-
-
-def _replace(folder: Path, staging: Path) -> None:
-    """Moves ``staging`` to ``folder``; the old folder is removed once the new one is in place."""
-    if not folder.exists():
-        staging.rename(folder)
-        return
-    old = staging.with_name(f"{staging.name}-old")
-    folder.rename(old)
-    try:
-        staging.rename(folder)
-    except BaseException:
-        old.rename(folder)
-        raise
-    shutil.rmtree(old)
