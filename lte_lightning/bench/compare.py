@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from lte_lightning import __version__
 from lte_lightning.bench.decoding import Arm, decoder, even_routers, forward, set_biases
-from lte_lightning.bench.engines import Engine, processor, start_all
+from lte_lightning.bench.engines import Engine, start_all
 from lte_lightning.bench.jobs import Job, Logits, Started
 from lte_lightning.bench.measure import interleave
 from lte_lightning.bench.rates import Rate, show_rates
@@ -26,6 +26,7 @@ from lte_lightning.core.model.quantize import QUANTIZATIONS
 from lte_lightning.core.routing.trace import RouterTrace
 from lte_lightning.errors import UserError
 from lte_lightning.kernels.cpu.build import library
+from lte_lightning.kernels.cpu.processor import processor
 from lte_lightning.kernels.dispatch import Backend
 
 PROMPT = 32  # tokens that are decoded behind
@@ -183,7 +184,7 @@ def _torch_rows(plan: Plan, whole: Whole, batch: Mapping[str, torch.Tensor], dec
 
             def logits() -> Logits:
                 before()
-                return lambda inputs: model(**{k: v for k, v in inputs.items() if k != "labels"}).logits.float()
+                return _calls(model)
 
             made_by = f"torch {version('torch')}" + (f", lte-lightning {__version__}" if engine == "ours" else "")
             rows.append(_Row(engine, dtype, way, arm, logits, made_by, sparsity))
@@ -214,5 +215,8 @@ def _sparsity(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> floa
 def _logits_of(engine: Started) -> Logits | None:
     if engine.logits is not None or engine.model is None:
         return engine.logits
-    model = engine.model()
+    return _calls(engine.model())
+
+
+def _calls(model: Any) -> Logits:
     return lambda inputs: model(**{k: v for k, v in inputs.items() if k != "labels"}).logits.float()

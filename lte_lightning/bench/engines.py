@@ -1,11 +1,9 @@
 """Other programs that run the dense model: which there are, what they need, and how each is started."""
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
-from pathlib import Path
 
 from lte_lightning.bench import llama_cpp
 from lte_lightning.bench.graphs import start_onnxruntime, start_openvino
@@ -104,18 +102,6 @@ def start_all(
                 except UserError as error:
                     reasons.append(f"{engine.name} is not measured in {dtype}: {error}")
     return started, reasons
-
-
-def processor() -> str:
-    """Returns the processor's name, as Linux knows it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    wanted = ("model name", "cpu family", "model\t")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    found = {
-        key: next((line.partition(":")[2].strip() for line in lines if line.startswith(key)), "") for key in wanted
-    }
-    name, family, model = found.values()
-    return f"{name} (family {family}, model {model})" if name else os.uname().machine
 
 
 def _absent(packages: Sequence[str]) -> str:

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from lte_lightning.kernels.cpu.processor import cpu_facts
+
 PACKAGE = Path(__file__).parents[1]
 
 
@@ -17,7 +19,7 @@ def machine(device: torch.device) -> dict[str, Any]:
     affinity = getattr(os, "sched_getaffinity", None)
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
-        "cpu": _cpu(),
+        "cpu": cpu_facts().get("model name") or platform.processor() or platform.machine(),
         "gpu": gpu,
         "cores": len(affinity(0)) if affinity else os.cpu_count(),
         "memory_gib": _memory_gib(),
@@ -48,15 +50,6 @@ def _commit(package: Path) -> str | None:
         return git("describe", "--always", "--dirty", "--abbrev=12")
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
 
 
 def _memory_gib() -> float | None:

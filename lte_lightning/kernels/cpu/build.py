@@ -27,6 +27,7 @@ import torch
 from lte_lightning.cache import cache_folder, cache_place
 from lte_lightning.errors import UserError
 from lte_lightning.files import hold_folder, whole_file
+from lte_lightning.kernels.cpu.processor import cpu_flags
 
 SOURCES = Path(__file__).parent
 PLACE = "LTE_KERNELS"  # names a folder of libraries that were built ahead of time
@@ -278,14 +279,6 @@ def _digest(content: bytes) -> str:
 
 def _flags(instructions: str) -> tuple[str, ...]:
     return (*FLAGS, *INSTRUCTION_SETS[instructions])
-
-
-@cache
-def cpu_flags() -> frozenset[str]:
-    """Returns what /proc/cpuinfo says that this processor can do; nothing on other systems."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    return frozenset(next((line for line in lines if line.startswith("flags")), "").split())
 
 
 def instruction_set() -> str:
