@@ -34,7 +34,7 @@ def env(session: nox.Session) -> None:
     ).hexdigest()
     stamp = Path(session.virtualenv.location, "installed.sha256")
     if not stamp.exists() or stamp.read_text() != wanted:
-        session.install("-c", "constraints.txt", "-e", ".[quickstart,dev,sweep,peft,harness,export,docs]")
+        session.install("-c", "constraints.txt", "-e", ".[quickstart,dev,sweep,peft,harness,bench,docs]")
         stamp.write_text(wanted)
     # The sessions that require this one inherit the environment of this process.
     os.environ["PATH"] = os.pathsep.join([session.bin, os.environ["PATH"]])

@@ -78,8 +78,8 @@ def bench(
         repeats: Rounds, after one that is not counted.
         clock: wall, or cpu: time of one thread, for machines that are never quiet.
         rivals: Measure the obvious alternatives besides, in scope ffn.
-        ways: How torch runs whole models: eager, compiled, captured (a CUDA graph), several with commas. By default all
-            that the device has.
+        ways: How torch runs whole models: eager, compiled, fused (int8 and int4 on a CPU), captured (a CUDA
+            graph), several with commas. By default all that the device has.
         new_tokens: Tokens that a whole model decodes behind a prompt of 32.
         data: A configuration (.yaml) or a text with the rows that quality is measured on, beside other engines. By
             default the run's own.

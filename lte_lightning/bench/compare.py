@@ -1,5 +1,6 @@
 """``lte bench --scope generate`` and ``--against``: whole models in tokens per second, ours beside what others run."""
 
+import copy
 import math
 import os
 import statistics
@@ -20,9 +21,12 @@ from lte_lightning.bench.decoding import Arm, decoder, even_routers, forward, se
 from lte_lightning.bench.engines import Engine, start_all
 from lte_lightning.bench.jobs import Job, Logits, Started
 from lte_lightning.bench.measure import interleave
+from lte_lightning.bench.narrow import NARROW, narrowed
 from lte_lightning.bench.rates import Rate, show_rates
-from lte_lightning.bench.whole import DTYPES, Whole, find_whole
+from lte_lightning.bench.whole import DTYPES, Whole, find_whole, typed
+from lte_lightning.core.model.fusable import why_not_fused
 from lte_lightning.core.model.quantize import QUANTIZATIONS
+from lte_lightning.core.model.quantize_plain import quantize_plain
 from lte_lightning.core.routing.trace import RouterTrace
 from lte_lightning.errors import UserError
 from lte_lightning.kernels.cpu.build import library
@@ -82,6 +86,11 @@ class Plan:
     repeats: int
     data: str | None
 
+    @property
+    def decodes(self) -> bool:
+        """Whether tokens are decoded behind a prompt."""
+        return self.length == 1
+
 
 @dataclass
 class _Row:
@@ -102,7 +111,7 @@ def compare(plan: Plan, judges: Judges | None) -> list[Rate]:
         UserError: If the model is none that can be measured so, or names no rows though ``data`` was given.
     """
     whole = find_whole(plan.shape, plan.layers, plan.backend)
-    decodes = plan.length == 1
+    decodes = plan.decodes
     if decodes and not whole.decodes:
         raise UserError(
             f"{plan.shape} is a {type(whole.dense).__name__}, which goes on from no text; give --tokens sequences x "
@@ -110,7 +119,9 @@ def compare(plan: Plan, judges: Judges | None) -> list[Rate]:
         )
     batch = whole.batch(plan.sequences, PROMPT if decodes else plan.length, plan.device)
     judge = _judge(plan, whole, judges)
-    rows = _torch_rows(plan, whole, batch, decodes)
+    if "compiled" in plan.ways and plan.device.type == "cpu" and library() is None:
+        print("compiled models are not measured: there is no C++ compiler here", file=sys.stderr)
+    rows = _torch_rows(plan, whole, batch)
     with tempfile.TemporaryDirectory() as folder:
         job = Job(
             whole.dense,
@@ -121,12 +132,10 @@ def compare(plan: Plan, judges: Judges | None) -> list[Rate]:
             judge.calibration() if judge and plan.engines else [batch],
             Path(folder),
         )
-        started, reasons = start_all(plan.engines, job, plan.dtypes)
-        for reason in reasons:
-            print(reason, file=sys.stderr)
-        versions = {engine.name: engine.version for engine in plan.engines}
-        for (name, dtype), engine in started.items():
-            rows.append(_Row(name, dtype, "", engine.arm, partial(_logits_of, engine), versions[name]))
+        rows += _engine_rows(plan, job, plan.dtypes)
+        for sparsity in {round(row.sparsity, 2): row.sparsity for row in rows if row.engine == "ours"}.values():
+            if plan.engines and "int8" in plan.dtypes and sparsity > 0:
+                rows += _narrow_rows(plan, job, sparsity)
         arms: dict[Any, Callable[[], Sequence[float]]] = {str(i): partial(_once, row.arm) for i, row in enumerate(rows)}
         samples = interleave(arms, plan.repeats)
         base = statistics.median(samples["0"])
@@ -150,6 +159,29 @@ def compare(plan: Plan, judges: Judges | None) -> list[Rate]:
     return found
 
 
+def _engine_rows(plan: Plan, job: Job, dtypes: Sequence[str], narrow: float = 0.0) -> list[_Row]:
+    started, reasons = start_all(plan.engines, job, dtypes)
+    for reason in reasons if not narrow else ():  # they were said of the dense model
+        print(reason, file=sys.stderr)
+    versions, behind = {engine.name: engine.version for engine in plan.engines}, f" {NARROW}" if narrow else ""
+    return [
+        _Row(name + behind, dtype, "", engine.arm, partial(_logits_of, engine), versions[name], narrow)
+        for (name, dtype), engine in started.items()
+    ]
+
+
+def _narrow_rows(plan: Plan, job: Job, sparsity: float) -> list[_Row]:
+    """A narrower dense model in int8, as wide as what runs of ours: on our kernels, and in each engine."""
+    model, left_out = narrowed(job.model, sparsity, job.calibration)
+    folder = job.folder / f"narrow-{left_out:.4f}"
+    folder.mkdir()
+    twin = quantize_plain(typed(copy.deepcopy(model), "bf16"), "int8")
+    ways = _ways_of(plan, twin)
+    ways = ["fused"] if "fused" in ways else ways  # the fastest
+    rows = _rows(plan, NARROW, "int8", ways, twin, job.batch, lambda: None, left_out)
+    return rows + _engine_rows(plan, replace(job, model=model, folder=folder), ["int8"], left_out)
+
+
 def _once(arm: Arm) -> list[float]:
     return [arm()]
 
@@ -166,44 +198,67 @@ def _judge(plan: Plan, whole: Whole, judges: Judges | None) -> Judge | None:
         return None
 
 
-def _torch_rows(plan: Plan, whole: Whole, batch: Mapping[str, torch.Tensor], decodes: bool) -> list[_Row]:
-    ways = list(plan.ways)
-    if not decodes and "captured" in ways:
-        ways.remove("captured")
-    if "compiled" in ways and plan.device.type == "cpu" and library() is None:
-        print("compiled models are not measured: there is no C++ compiler here", file=sys.stderr)
-        ways.remove("compiled")
-
-    def add(engine: str, dtype: str, model: PreTrainedModel, before: Callable[[], None], sparsity: float) -> None:
-        for way in ways:
-            run = decoder(model, batch["input_ids"], plan.new_tokens, way) if decodes else forward(model, batch, way)
-
-            def arm(run: Arm = run) -> float:
-                before()
-                return run()
-
-            def logits() -> Logits:
-                before()
-                return _calls(model)
-
-            made_by = f"torch {version('torch')}" + (f", lte-lightning {__version__}" if engine == "ours" else "")
-            rows.append(_Row(engine, dtype, way, arm, logits, made_by, sparsity))
-
+def _torch_rows(plan: Plan, whole: Whole, batch: Mapping[str, torch.Tensor]) -> list[_Row]:
     rows: list[_Row] = []
     for dtype in [dtype for dtype in plan.dtypes if dtype in DTYPES] or ["bf16"]:
-        add("dense", dtype, whole.plain(dtype, plan.device), lambda: None, 0.0)
+        model = whole.plain(dtype, plan.device)
+        ways = _ways_of(plan, None) or ["eager"]  # the first row is what ratios are to
+        rows += _rows(plan, "dense", dtype, ways, model, batch, lambda: None, 0.0)
     sparsities = plan.sparsities or (None if whole.trained else [UNTRAINED])
     for dtype in plan.dtypes:
         model = whole.make(dtype)
         if dtype not in QUANTIZATIONS:
             torch.nn.Module.to(model, plan.device)
         torch._dynamo.reset()
+        ways = _ways_of(plan, model)
+        if plan.decodes and "fused" in plan.ways and (why := why_not_fused(model)):
+            print(f"ours {dtype} is not measured fused: {why}", file=sys.stderr)
         if sparsities is None:
-            add("ours", dtype, model, lambda: None, _sparsity(model, batch))
+            rows += _rows(plan, "ours", dtype, ways, model, batch, lambda: None, _sparsity(model, batch))
         for sparsity in sparsities or []:
             biases = even_routers(model, sparsity, batch)
-            add("ours", dtype, model, partial(set_biases, model, biases), _sparsity(model, batch))
+            before = partial(set_biases, model, biases)
+            rows += _rows(plan, "ours", dtype, ways, model, batch, before, _sparsity(model, batch))
     return rows
+
+
+def _ways_of(plan: Plan, model: PreTrainedModel | None) -> list[str]:
+    """Returns how torch can run a model; None is a dense one."""
+    ways = [way for way in plan.ways if plan.decodes or way in ("eager", "compiled")]
+    if "compiled" in ways and plan.device.type == "cpu" and library() is None:
+        ways.remove("compiled")
+    if "fused" in ways and (model is None or why_not_fused(model)):
+        ways.remove("fused")
+    return ways
+
+
+def _rows(
+    plan: Plan,
+    engine: str,
+    dtype: str,
+    ways: Sequence[str],
+    model: PreTrainedModel,
+    batch: Mapping[str, torch.Tensor],
+    before: Callable[[], None],
+    sparsity: float,
+) -> list[_Row]:
+    """Returns a row for each way that torch runs a model; ``before`` is called before each pass."""
+    made_by = f"torch {version('torch')}" + ("" if engine == "dense" else f", lte-lightning {__version__}")
+
+    def logits() -> Logits:
+        before()
+        return _calls(model)
+
+    def row(way: str) -> _Row:
+        run = decoder(model, batch["input_ids"], plan.new_tokens, way) if plan.decodes else forward(model, batch, way)
+
+        def arm() -> float:
+            before()
+            return run()
+
+        return _Row(engine, dtype, way, arm, logits, made_by, sparsity)
+
+    return [row(way) for way in ways]
 
 
 def _sparsity(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> float:

@@ -19,7 +19,7 @@ from lte_lightning.core.model.quantize import QUANTIZATIONS, quantize
 from lte_lightning.errors import UserError
 
 Arm = Callable[[], float]  # makes one pass, and returns its tokens per second
-WAYS = ("eager", "compiled", "captured")
+WAYS = ("eager", "compiled", "fused", "captured")
 Biases = dict[str, torch.Tensor]
 
 

@@ -42,10 +42,14 @@ def plan_whole(**options: Any) -> Callable[[Judges | None], None]:
     if device.type != "cpu" and (engines or {*dtypes} & {*QUANTIZATIONS}):
         what = "other engines are" if engines else "int8 and int4 are"
         raise UserError(f"--device is {wanted}, and {what} measured on the CPU; leave it out")
-    has = WAYS if device.type == "cuda" else WAYS[:2]
+    other = "fused" if device.type == "cuda" else "captured"  # what this device does not have
+    has = [way for way in WAYS if way != other]
     ways = one_of(options["ways"] or ",".join(has), WAYS, "way")
-    if "captured" in ways and device.type != "cuda":
-        raise UserError("captured is a CUDA graph, and torch runs on the CPU here; leave it out of --ways")
+    if other in ways:
+        what = "captured is a CUDA graph, and torch runs on the CPU here"
+        if other == "fused":
+            what = "fused is a way of the CPU kernels, and torch runs on the GPU here"
+        raise UserError(f"{what}; leave it out of --ways")
     calls = [read_tokens(text) for text in options["tokens"].split(",")]
     if options["scope"] == "generate" and any(length > 1 for _, length in calls):
         raise UserError(f"--tokens is {options['tokens']}; what is generated has a number of sequences, like 1 or 4")

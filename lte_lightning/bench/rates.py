@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lte_lightning.errors import UserError
 from lte_lightning.files import whole_file
@@ -21,6 +21,7 @@ COLOURS = {
     "llama.cpp": "#31688e",
     "openvino": "#35b779",
     "onnxruntime": "#e9a03b",
+    "narrow": "#8b5fbf",
 }
 MARKS = {"f32": "s", "bf16": "o", "f16": "D", "int8": "^", "int4": "v"}
 
@@ -31,14 +32,15 @@ class Rate:
 
     Args:
         model: The folder or shape.
-        engine: ``dense`` is torch's dense model, ``ours`` the sparse one; else a name of `ENGINES`.
+        engine: ``dense`` is torch's dense model, ``ours`` the sparse one, ``narrow`` a narrower dense one on the
+            same kernels; else a name of `ENGINES`, with ``narrow`` behind it where it runs the narrower model.
         dtype: Of the weights.
-        way: ``eager``, ``compiled`` or ``captured`` in torch; empty of other engines.
+        way: ``eager``, ``compiled``, ``fused`` or ``captured`` in torch; empty of other engines.
         phase: ``decode`` or ``forward``.
         sequences: Sequences at once.
         length: Tokens of a prompt, or of a row.
         new_tokens: Tokens decoded behind a prompt, 0 in a forward pass.
-        sparsity: Share of the FFN neurons that did not run on the prompt or batch.
+        sparsity: Share of the FFN neurons that did not run on the prompt or batch, or that a narrower model lacks.
         threads: Of each.
         tokens_per_second: The median over rounds.
         least: The slowest round.
@@ -74,8 +76,18 @@ class Rate:
     @property
     def name(self) -> str:
         """For people."""
-        sparsity = f" at {self.sparsity:.0%}" if self.engine == "ours" else ""
+        sparsity = f" at {self.sparsity:.0%}" if self.engine == "ours" or self.is_narrow else ""
         return " ".join(filter(None, (self.engine, self.dtype, self.way))) + sparsity
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether it is of a narrower dense model."""
+        return "narrow" in self.engine.split()
+
+    @property
+    def colour(self) -> str:
+        """Of its engine."""
+        return COLOURS.get(self.engine.split()[0], "#8b5fbf")
 
 
 def is_rates(file: Path) -> bool:
@@ -157,10 +169,9 @@ def draw_rates(rates: Sequence[Rate], path: Path) -> None:
 def plot_rates(axes: "Axes", rates: Sequence[Rate]) -> None:
     """Draws the same into given axes."""
     measured = [r for r in rates if not math.isnan(r.quality)]
-    colour = {r.engine: COLOURS.get(r.engine, "#8b5fbf") for r in rates}
     if not measured:
         for i, r in enumerate(reversed(rates)):
-            axes.barh(i, r.tokens_per_second, color=colour[r.engine])
+            axes.barh(i, r.tokens_per_second, color=r.colour)
             span = [[r.tokens_per_second - r.least], [r.most - r.tokens_per_second]]
             axes.errorbar(r.tokens_per_second, i, xerr=span, color="0.2", capsize=2, linewidth=1)
         axes.set_yticks(range(len(rates)), [r.name for r in reversed(rates)])
@@ -168,8 +179,12 @@ def plot_rates(axes: "Axes", rates: Sequence[Rate]) -> None:
         return
     for r in measured:
         mark = MARKS.get(r.dtype, "o")
-        filled = colour[r.engine] if r.way != "compiled" else "none"
-        axes.plot(r.tokens_per_second, r.quality, mark, color=colour[r.engine], markerfacecolor=filled, label=r.name)
+        filled = r.colour if r.way != "compiled" else "none"
+        style: Any = "left" if r.is_narrow else "full"
+        axes.plot(
+            *(r.tokens_per_second, r.quality, mark),
+            color=r.colour, markerfacecolor=filled, fillstyle=style, label=r.name,
+        )  # fmt: skip
     axes.set_xlabel("tokens per second")
     axes.set_ylabel(measured[0].metric)
     if measured[0].metric == "perplexity":

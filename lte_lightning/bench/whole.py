@@ -63,7 +63,7 @@ class Whole:
 
     def plain(self, dtype: str, device: torch.device) -> PreTrainedModel:
         """Returns a copy of the dense model in a type."""
-        return moved(_typed(copy.deepcopy(self.dense), dtype), device)
+        return moved(typed(copy.deepcopy(self.dense), dtype), device)
 
     def batch(self, sequences: int, length: int, device: torch.device) -> dict[str, torch.Tensor]:
         """Returns inputs [B, T] of a text, without padding; each sequence begins at another place of it.
@@ -88,7 +88,8 @@ class Whole:
         return batch
 
 
-def _typed(model: PreTrainedModel, dtype: str) -> PreTrainedModel:
+def typed(model: PreTrainedModel, dtype: str) -> PreTrainedModel:
+    """Gives a plain model another type, in place, and returns it."""
     torch.nn.Module.to(model, DTYPES[dtype])
     model.config.dtype = DTYPES[dtype]
     return model
@@ -170,7 +171,7 @@ def _named(shape: str, layers: int | None) -> Whole:
 
 
 def _twin(dense: PreTrainedModel, kind: str, backend: Backend) -> PreTrainedModel:
-    plain = _typed(copy.deepcopy(dense), "bf16" if kind in QUANTIZATIONS else kind)
+    plain = typed(copy.deepcopy(dense), "bf16" if kind in QUANTIZATIONS else kind)
     twin = sparse_twin(plain, kind).eval().requires_grad_(False)
     if backend != "auto":
         set_backend(twin, backend)

@@ -47,7 +47,7 @@ def generate(
         temperature: Temperature of sampling. 0 always takes the most probable token.
         backend: auto, dense-mask, reference, cpu or triton.
         dtype: Of the weights: bf16, fp16, fp32; auto is the type that they were saved in.
-        quantize: int8 or int4: round the weights of an LTE model, to decode faster on a CPU.
+        quantize: int8 or int4: round the weights, to decode faster on a CPU.
         device: cpu, cuda or cuda:1; auto takes a CUDA device where there is one, and no quantised weights.
         chat: Send the prompt as a user's message, in the tokenizer's chat template.
         dense: Write a second time with every neuron, to compare.
@@ -86,8 +86,6 @@ def generate(
     source = find_source(folder)
     kind = quantize or source.quantized
     where = find_device("cpu" if kind and device == "auto" else device)
-    if quantize and source.mode is None:
-        raise UserError(f"--quantize is for LTE models, and {folder} is a plain model; convert it first (lte init)")
     if kind and where.type != "cpu":
         raise UserError(f"--device is {device}, and {kind} weights are computed on a CPU only; leave one of them out")
     skips = source.mode not in (None, "dense")

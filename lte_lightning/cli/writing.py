@@ -26,6 +26,7 @@ from lte_lightning.core.model.experts import expert_ffns
 from lte_lightning.core.model.families import FAMILIES
 from lte_lightning.core.model.folder import find_model, is_lte, read_description, read_lte_config
 from lte_lightning.core.model.quantize import Quantization
+from lte_lightning.core.model.quantize_plain import quantize_plain
 from lte_lightning.core.routing.sparsity import Counts
 from lte_lightning.core.routing.trace import RouterTrace
 from lte_lightning.errors import UserError, meant_path
@@ -53,7 +54,7 @@ class Source:
     def load(
         self, backend: Backend, dtype: torch.dtype | str, device: torch.device, quantize: Quantization | None = None
     ) -> PreTrainedModel:
-        """Returns the model in evaluation mode, an LTE model's weights rounded if that is asked for.
+        """Returns the model in evaluation mode, its weights rounded if that is asked for.
 
         Raises:
             UserError: If its files are damaged, or the device has no room for it.
@@ -69,7 +70,8 @@ class Source:
             if missing := sorted(info["missing_keys"]):
                 raise UserError(f"{self.name} lacks weights: {listed(missing)}; they would be random")
             require_finite(dict(model.named_parameters()), self.name)
-            return moved(model, device).eval()
+            model = moved(model, device).eval()
+            return quantize_plain(model, quantize) if quantize else model
         except UserError:
             raise
         # RuntimeError: weights of another size, or no memory; SafetensorError: a file that was cut short

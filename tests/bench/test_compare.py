@@ -1,21 +1,34 @@
 """`lte bench --against` and `--scope generate`: tiny models in the engines themselves."""
 
+import copy
 import csv
 import math
 import sys
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BertConfig, LlamaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    GPT2Config,
+    LlamaConfig,
+    Phi3Config,
+)
 
 import lte_lightning
 from lte_lightning.bench import main
 from lte_lightning.bench.decoding import Stepper, even_routers, set_biases, sparse_twin
 from lte_lightning.bench.engines import ENGINES
 from lte_lightning.bench.jobs import Job
+from lte_lightning.bench.narrow import narrowed
 from lte_lightning.bench.rates import draw_rates, read_rates
 from lte_lightning.bench.whole import find_whole
 from lte_lightning.core.model.experts import expert_ffns
+from lte_lightning.core.model.quantize_plain import quantize_plain
+from lte_lightning.core.routing.calibrate import calibrate
 from lte_lightning.errors import UserError
 
 CPU = torch.device("cpu")
@@ -119,6 +132,7 @@ def test_table_csv_picture_and_the_report(folders, tmp_path, capsys, monkeypatch
     assert f"llama.cpp is not measured: xllamacpp is not installed; {line}" in said.err
     assert f"onnxruntime is not measured: onnxruntime and onnxscript are not installed; {line}" in said.err
     assert f"openvino is not measured in int8: nncf is not installed; {line}" in said.err
+    assert said.err.count("nncf is not installed") == 1
     rows = rows_of(file)
     names = [(row["engine"], row["dtype"], row["way"]) for row in rows]
     assert names == [
@@ -126,6 +140,7 @@ def test_table_csv_picture_and_the_report(folders, tmp_path, capsys, monkeypatch
         ("ours", "bf16", "eager"),
         ("ours", "int8", "eager"),
         ("openvino", "bf16", ""),
+        ("narrow", "int8", "eager"),
     ]
     base = float(rows[0]["tokens_per_second"])
     for row in rows:
@@ -133,7 +148,7 @@ def test_table_csv_picture_and_the_report(folders, tmp_path, capsys, monkeypatch
         assert float(row["least"]) <= rate <= float(row["most"])
         assert float(row["ratio"]) == pytest.approx(rate / base, rel=2e-3)
         assert (row["phase"], row["sequences"], row["new_tokens"], row["threads"]) == ("decode", "1", "4", "1")
-        assert (float(row["sparsity"]) > 0.1) == (row["engine"] == "ours")
+        assert (float(row["sparsity"]) > 0.1) == (row["engine"] in ("ours", "narrow"))
         assert row["metric"] == ""
     assert "ours, times as fast as" in said.out
     assert "b: ours int8 eager at" in said.out
@@ -175,6 +190,76 @@ def test_compiled_steps_are_measured_beside_eager_ones(folders, tmp_path):
     assert [(row["engine"], row["way"]) for row in rows_of(file)] == [
         (engine, way) for engine in ("dense", "ours") for way in ("eager", "compiled")
     ]
+
+
+def test_fused_steps_are_measured_and_said_where_they_are_not(folders, tmp_path, capsys):
+    file = tmp_path / "out.csv"
+    words = "--scope generate --dtype bf16,int8,int4 --repeats 1 --new-tokens 3 --threads 1 --device cpu"
+    assert main([str(folders / "lm"), *words.split(), "--ways", "eager,fused", "--csv", str(file)]) == 0
+    assert [(row["engine"], row["dtype"], row["way"]) for row in rows_of(file)] == [
+        ("dense", "bf16", "eager"),
+        ("ours", "bf16", "eager"),
+        *(("ours", dtype, way) for dtype in ("int8", "int4") for way in ("eager", "fused")),
+    ]
+    said = capsys.readouterr().err
+    assert "ours bf16 is not measured fused: it is not a quantised language model" in said
+    assert said.count("not measured fused") == 1
+    # the dense model, which ratios are to, has no such way
+    words += " --ways fused --sparsity 0.5"
+    assert main([str(folders / "plain"), *words.split(), "--csv", str(file)]) == 0
+    assert [(row["engine"], row["way"]) for row in rows_of(file)] == [("dense", "eager"), *[("ours", "fused")] * 2]
+
+
+@pytest.mark.parametrize("name", ["openvino", "llama.cpp"])
+def test_a_narrower_dense_model_is_measured_beside_int8(name, folders, tmp_path):
+    for package in ENGINES[name].missing("int8"):
+        pytest.importorskip(package, reason="the extra bench is not installed")
+    file = tmp_path / "out.csv"
+    words = f"--against {name} --dtype int8 --repeats 1 --new-tokens 3 --threads 1 --ways eager,fused --sparsity 0.5"
+    assert main([str(folders / "lm"), *words.split(), "--csv", str(file)]) == 0
+    rows = {(row["engine"], row["way"]): row for row in rows_of(file)}
+    assert list(rows)[-3:] == [(name, ""), ("narrow", "fused"), (f"{name} narrow", "")]
+    for engine in (("narrow", "fused"), (f"{name} narrow", "")):
+        assert float(rows[engine]["sparsity"]) == pytest.approx(0.5)  # two of four times 32 neurons
+    read = [rate for _, rate in read_rates(file)]
+    assert read[-1].name == f"{name} narrow int8 at 50%"
+    draw_rates([replace(rate, quality=1.0 + i, metric="loss") for i, rate in enumerate(read)], tmp_path / "a.svg")
+    assert f"{name} narrow int8 at 50%" in (tmp_path / "a.svg").read_text()
+
+
+KINDS = {
+    "llama": lambda: AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=99, **SIZES)),
+    "bert": lambda: AutoModelForSequenceClassification.from_config(BertConfig(vocab_size=99, **SIZES)),
+    "gpt2": lambda: AutoModelForCausalLM.from_config(
+        GPT2Config(vocab_size=99, n_embd=64, n_head=4, n_inner=128, n_layer=2, bos_token_id=1, eos_token_id=2)
+    ),
+    "phi3": lambda: AutoModelForCausalLM.from_config(Phi3Config(vocab_size=99, pad_token_id=0, **SIZES)),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", KINDS)
+def test_a_narrower_model_is_the_dense_one_without_its_least_active_neurons(name):
+    torch.manual_seed(0)
+    dense = KINDS[name]().eval()
+    batch = {"input_ids": torch.randint(3, 99, (4, 12)), "attention_mask": torch.ones(4, 12, dtype=torch.long)}
+    batch["attention_mask"][2:, 7:] = 0
+    before = {key: value.clone() for key, value in dense.state_dict().items()}
+    model, left_out = narrowed(dense, 0.7, [batch])
+    assert left_out == pytest.approx(0.75)
+    assert all(torch.equal(value, before[key]) for key, value in dense.state_dict().items())
+    # the same choice by the selector, of the whole model
+    lte = lte_lightning.LteConfig(expert_size=1, grouping="contiguous", selector="narrow", target_sparsity=left_out)
+    twin = lte_lightning.convert(copy.deepcopy(dense), lte, progress=False)
+    calibrate(twin, iter([(partial(twin, **batch), (batch["attention_mask"],))]), 4096)
+    lte_lightning.set_mode(twin, "hard")
+    torch.testing.assert_close(model(**batch).logits, twin(**batch).logits, atol=1e-5, rtol=1e-4)
+    # rounded, all of it runs
+    for kind, error in (("int8", 0.03), ("int4", 0.3)):
+        rounded_BTV = quantize_plain(copy.deepcopy(model), kind)(**batch).logits
+        expected_BTV = model(**batch).logits
+        assert ((rounded_BTV - expected_BTV).norm() / expected_BTV.norm()).item() < error
+    assert sum(p.numel() for p in model.parameters()) < sum(p.numel() for p in dense.parameters())
 
 
 def test_a_named_shape(tmp_path, monkeypatch):

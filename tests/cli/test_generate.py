@@ -176,6 +176,21 @@ def test_quantised(kind, folders, lightning, tmp_path):
     assert outcome.code == 0, outcome.err
 
 
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_a_plain_model_quantised_runs_every_neuron(kind, folders, lightning):
+    model = AutoModelForCausalLM.from_pretrained(folders / "plain").eval()
+    lte_lightning.convert(model, lte_lightning.LteConfig(grouping="contiguous", expert_size=32), progress=False)
+    lte_lightning.quantize(model, kind)  # in mode dense: no router is asked
+    text, _ = expected(model, folders / "plain", PROMPT, 12)
+    words = ("--prompt", PROMPT, "--max-new-tokens", "12", "--quantize", kind)
+    outcome = lightning(folders, None, "generate", "plain", *words)
+    assert outcome.code == 0, outcome.err
+    assert outcome.out.startswith(text)
+    first, last = outcome.err.splitlines()
+    assert first == "plain is a plain model: every neuron of its FFNs runs"
+    assert last.endswith(f", dense, {kind}")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -199,7 +214,7 @@ def test_quantised(kind, folders, lightning, tmp_path):
         (["run", "--temperature", ".nan"], "--temperature is nan"),
         (["run", "--max-new-tokens", "0"], "--max-new-tokens is 0; it must be at least 1"),
         (["run", "--quantize", "int2"], "unknown quantisation 'int2'; there are int8, int4"),
-        (["plain", "--quantize", "int8"], "--quantize is for LTE models, and plain is a plain model"),
+        (["plain", "--quantize", "int8", "--device", "cuda"], "--device is cuda, and "),
         (["run", "--threads", "0"], "--threads is 0; it must be at least 1"),
     ],
 )
