@@ -14,10 +14,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from lte_lightning.data.checks import require_at_least, require_columns
-from lte_lightning.data.files import TABLES, find_split, read_split, suffix_of
+from lte_lightning.data.checks import rename_lone, require_at_least, require_columns
+from lte_lightning.data.files import TABLES, find_split, other_files, read_split, suffix_of
+from lte_lightning.data.labels import listed
 from lte_lightning.data.packaged import DataError
-from lte_lightning.data.text import BucketBatchSampler, Loader, load_tokenizer
+from lte_lightning.data.text import BucketBatchSampler, Loader, load_tokenizer, one_or_all
 
 _HOLDOUT = 0.1
 Collate = Callable[[list[dict[str, Any]]], dict[str, Any]]
@@ -79,7 +80,7 @@ class TextData(LightningDataModule):
             seed=(seed, 0),
         )
         self.task = task
-        self.source = source
+        self.source = str(Path(source).expanduser()) if source.startswith("~") else source
         self.subset = subset
         self.revision = revision
         self.max_length = max_length
@@ -122,8 +123,11 @@ class TextData(LightningDataModule):
             return self.load_from_hub()
         if self.is_file:
             return {"train": self.read("train")}
-        names = dict.fromkeys(("train", *self.validation_splits, "test", *self.test_splits))
-        return {name: self.read(name) for name in names if find_split(self.source, name, self.formats)}
+        names = self._split_names
+        splits = {name: self.read(name) for name in names if find_split(self.source, name, self.formats)}
+        if splits and (others := other_files(self.source, names, self.formats)):
+            rank_zero_info(f"not read in {self.source}: {listed(others)}; the splits are {', '.join(names)}")
+        return splits
 
     def read(self, split: str) -> Dataset:
         """Returns the rows of a local split."""
@@ -139,6 +143,10 @@ class TextData(LightningDataModule):
                 f"no folder {self.source!r}, and cannot load {self.subset or self.task} from the hub's data set of "
                 f"that name (offline, only what was downloaded before is found): {error}"
             ) from error
+
+    @property
+    def _split_names(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(("train", *self.validation_splits, "test", *self.test_splits)))
 
     @property
     def is_local(self) -> bool:
@@ -193,14 +201,16 @@ class TextData(LightningDataModule):
     def split(self, name: str, columns: Sequence[str] | None = None) -> Dataset:
         """Returns a split's columns, checked; by default all that training needs."""
         if name not in self._splits:
+            there = other_files(self.source, self._split_names, self.formats)
             raise DataError(
                 f"{self.source} has no split {name!r} for {self.task} (found: {', '.join(self._splits) or 'none'}); "
                 f"a folder needs {name}{self.formats[0]}, or {', '.join(self.formats[1:])}"
+                + (f"; it has {listed(there)}: name that instead, or rename it" if there else "")
             )
         rows, where = self._splits[name], self._name(name)
         if len(rows) == 0:
             raise DataError(f"{where} has no rows")
-        columns = list(columns or self.columns)
+        rows, columns = rename_lone(rows, columns or (), where), list(columns or self.columns)
         require_columns(rows, columns, where, self.hint)
         rows = rows.select_columns(columns)
         self.check_rows(rows, where)
@@ -221,7 +231,9 @@ class TextData(LightningDataModule):
         if self.train_rows is not None and self.train_rows > left:
             raise DataError(f"train_rows is {self.train_rows}, but {self._name('train')} has {left} rows for training")
         if held_out and left < 1:
-            raise DataError(f"{self._name('train')} has {len(rows)} row: too few to hold one out for validation")
+            raise DataError(
+                f"{self._name('train')} has {len(rows)} row: too few to hold one out for validation: add rows"
+            )
         order = self.shuffled(rows, held_out)
         chosen = order[held_out:][: self.train_rows]
         return rows.select(np.sort(chosen)), rows.select(np.sort(order[:held_out]))
@@ -265,24 +277,18 @@ class TextData(LightningDataModule):
     def loader_in_order(self, rows: Dataset, collate: Collate) -> Loader:
         """Returns evaluation batches in the order of the rows."""
         expect_no_workers()
-        replicas, rank = self.processes()
         return DataLoader(
             rows,
             # By keyword: Lightning makes a loader for predictions again, from the arguments that it saw.
             batch_size=self.eval_batch_size,
             # Lightning leaves a DistributedSampler alone, whatever use_distributed_sampler says.
-            sampler=UnrepeatedDistributedSampler(rows, replicas, rank, shuffle=False),
+            sampler=UnrepeatedDistributedSampler(rows, *self.processes(), shuffle=False),
             collate_fn=collate,
         )
 
     def processes(self) -> tuple[int, int]:
         """Returns how many processes share the rows, and the rank of this process."""
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
-
-
-def one_or_all(loaders: list[Loader]) -> Loader | list[Loader]:
-    """Returns the only loader, or the list of all."""
-    return loaders[0] if len(loaders) == 1 else loaders
 
 
 def expect_no_workers() -> None:

@@ -80,7 +80,8 @@ def conversation(turns: Any) -> Messages:
     if isinstance(turns, dict) and all(isinstance(values, list) for values in turns.values()):
         turns = [dict(zip(turns, values, strict=True)) for values in zip(*turns.values(), strict=True)]
     if not isinstance(turns, list) or not turns:
-        raise DataError(f"{turns!r:.200}, not a conversation")
+        why = " but a text: write lists of messages, as JSON lines do" if isinstance(turns, str) else ""
+        raise DataError(f"{turns!r:.200}, not a conversation{why}")
     messages = []
     for turn in turns:
         known = turn if isinstance(turn, dict) else {}
@@ -90,7 +91,8 @@ def conversation(turns: Any) -> Messages:
         )
         if not isinstance(role, str) or role not in _ROLE_OF or not isinstance(content, str):
             raise DataError(
-                f"{turn!r} is no message with a role ({', '.join(ROLES)}; ShareGPT: human, gpt) and a text as content"
+                f"{turn!r:.200} is no message with a role ({', '.join(ROLES)}; ShareGPT: human, gpt) and a text "
+                "as content"
             )
         messages.append({"role": _ROLE_OF[role], "content": content})
     return messages

@@ -1,8 +1,9 @@
 """Checks of options and rows; each error names the value and the place."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from datasets import Dataset
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lte_lightning.data.packaged import DataError
 from lte_lightning.errors import meant
@@ -23,9 +24,48 @@ def require_columns(rows: Dataset, columns: Sequence[str], where: str, hint: str
             raise DataError(f"{where} has no column {column!r}{near}; it has {', '.join(rows.column_names)}{hint}")
 
 
-def require_text(rows: Dataset, columns: Sequence[str], where: str) -> None:
-    """Checks that every value of the columns is a string."""
+def rename_lone(rows: Dataset, columns: Sequence[str], where: str) -> Dataset:
+    """Returns the rows of one column by the one name that is asked for: there is nothing to mistake."""
+    if len(rows.column_names) != 1 or len(columns) != 1 or rows.column_names == list(columns):
+        return rows
+    rank_zero_info(f"{where}: its only column, {rows.column_names[0]}, is read as {columns[0]}")
+    return rows.rename_column(rows.column_names[0], columns[0])
+
+
+def require_text(rows: Dataset, columns: Sequence[str], where: str, optional: Sequence[str] = ()) -> None:
+    """Checks that every value of the columns is a string; those of optional ones may be missing."""
     for column in columns:
-        for row, text in enumerate(rows[column][:]):
-            if not isinstance(text, str):
-                raise DataError(f"{where}, row {row} (from 0): {column} is {text!r}, not text")
+        values = rows[column][:]
+        wrong = [
+            row
+            for row, value in enumerate(values)
+            if not (isinstance(value, str) or (value is None and column in optional))
+        ]
+        if wrong:
+            raise DataError(
+                f"{where}, row {wrong[0]} (from 0): {column} is {values[wrong[0]]!r:.200}, not text; {len(wrong)} of "
+                f"{len(values)} rows are not: write texts there, or remove the rows"
+            )
+
+
+def report_blank(blank: int, rows: int, part: str, where: str) -> None:
+    """Warns of rows in which a part is white space at most.
+
+    Args:
+        blank: How many there are.
+        rows: How many rows there are in all.
+        part: A column, or what it has.
+        where: Name of the split.
+
+    Raises:
+        DataError: If it is so in all rows.
+    """
+    if blank and blank == rows:
+        raise DataError(f"{where}: {part} is empty in all rows ({rows}): fill it, or name another column")
+    if blank:
+        rank_zero_warn(f"{where}: {part} is empty in {blank} of {rows} rows, which are read as they are")
+
+
+def count_blank(texts: Iterable[str]) -> int:
+    """Returns how many texts are white space at most."""
+    return sum(not text.strip() for text in texts)

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lte_lightning.data.base import TextData
-from lte_lightning.data.checks import require_text
+from lte_lightning.data.checks import count_blank, report_blank, require_text
 from lte_lightning.data.files import COMPRESSIONS, LABEL, read_split, suffix_of
 from lte_lightning.data.labels import (
     Labels,
@@ -19,6 +19,7 @@ from lte_lightning.data.labels import (
     cleaned,
     find_classes,
     is_missing,
+    listed,
     model_config,
     require_labels,
     require_two,
@@ -49,7 +50,7 @@ class ClassificationData(TextData):
         metric: The reported metric if the model names none.
     """
 
-    hint = "; name yours by data.text and data.label"
+    hint = "; name yours by data.text and data.label (the first line of a table names its columns)"
     predict_role = "predict"
     stratifies = True
 
@@ -141,6 +142,8 @@ class ClassificationData(TextData):
     def check_rows(self, rows: Dataset, name: str) -> None:
         """Checks that texts are text, and labels known classes or numbers."""
         require_text(rows, self.text_columns, name)
+        for column in self.text_columns:
+            report_blank(count_blank(rows[column]), len(rows), column, name)
         if self.label in rows.column_names:
             require_labels(rows, self.label, self.classes, self.expected(), name)
 
@@ -157,6 +160,11 @@ class ClassificationData(TextData):
         if role == "train":
             require_two(sets[0][self.label][:], self._name("train"))
             if self.labels:
+                if alike := self.labels.alike():
+                    rank_zero_warn(
+                        f"classes differ in upper and lower case alone, and count as several: {listed(alike)}; write "
+                        "them alike if they are one"
+                    )
                 rank_zero_info(
                     f"{self._name('train')}: {len(sets[0])} rows of {len(self.labels)} classes, {self.labels}"
                 )
@@ -187,7 +195,7 @@ def task_name(source: str, subset: str | None = None) -> str:
     """Returns a short name for a source: that of the file, the folder, or the hub's data set."""
     name = Path(source.rstrip("/")).name
     for suffix in (*COMPRESSIONS, suffix_of(name) if suffix_of(name) in TextData.formats else ""):
-        name = name.removesuffix(suffix)
+        name = name[: len(name) - len(suffix) * name.lower().endswith(suffix)]
     return re.sub(r"[^\w.-]+", "-", f"{name}-{subset}" if subset else name) or "classification"
 
 

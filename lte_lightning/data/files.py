@@ -2,6 +2,7 @@
 
 import glob
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import fsspec
 import pandas as pd
 from datasets import Dataset, Features, IterableDataset, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from pyarrow import ArrowInvalid
 
 from lte_lightning.data.packaged import DataError
@@ -19,7 +21,10 @@ from lte_lightning.errors import meant_path
 TABLES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 FORMATS = (*TABLES, ".txt")
 _BUILDERS = dict(zip((*FORMATS, ".md"), ("json", "json", "csv", "csv", "parquet", "text", "text"), strict=True))
-_NOT_UTF8 = "is not UTF-8 text: convert it; from Latin-1, for example, by iconv -f latin1 -t utf-8 OLD > NEW"
+_NOT_UTF8 = (
+    "is not UTF-8 text: convert it; from Latin-1, for example, by iconv -f latin1 -t utf-8 OLD > NEW (utf-16 is what "
+    "Excel calls Unicode text)"
+)
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 LABEL = "label"
 
@@ -27,7 +32,7 @@ LABEL = "label"
 def suffix_of(file: str | Path) -> str:
     """Returns the suffix of a file's name, without that of a compression."""
     file = Path(file)
-    return Path(file.stem).suffix if file.suffix in COMPRESSIONS else file.suffix
+    return (Path(file.stem).suffix if file.suffix in COMPRESSIONS else file.suffix).lower()
 
 
 def find_split(source: str | Path, split: str, formats: Sequence[str] = FORMATS) -> Path | None:
@@ -57,10 +62,17 @@ def find_split(source: str | Path, split: str, formats: Sequence[str] = FORMATS)
     return files[0] if files else None
 
 
-def find_files(folder: str | Path, formats: Sequence[str]) -> list[Path]:
-    """Returns all files of these formats in a folder and below, but not hidden ones, in the order of their names."""
+def other_files(source: str | Path, splits: Sequence[str], formats: Sequence[str]) -> list[str]:
+    """Returns the names of files that could be read, but are of no split; none if the source is no folder."""
+    folder = Path(source)
+    files = [file for file in (folder.iterdir() if folder.is_dir() else ()) if suffix_of(file) in formats]
+    return sorted(file.name for file in files if file.name.partition(".")[0] not in ("", "README", *splits))
+
+
+def find_files(folder: str | Path) -> list[Path]:
+    """Returns all files in a folder and below, but not hidden ones, in the order of their names."""
     root = Path(folder)
-    files = [file for file in root.rglob("*") if file.is_file() and suffix_of(file) in formats]
+    files = [file for file in root.rglob("*") if file.is_file()]
     return sorted(file for file in files if not any(part.startswith(".") for part in file.relative_to(root).parts))
 
 
@@ -135,7 +147,10 @@ def _refusal(file: Path, suffix: str, error: Exception) -> str:
     cause = error.__cause__ or error
     if isinstance(cause, UnicodeDecodeError):
         return f"{file} {_NOT_UTF8}"
-    return f"{file} has no rows, or is not {suffix[1:]}: {str(cause).strip()}"
+    quotes = (
+        "; a text that contains the separator stands in quotation marks" if "Error tokenizing" in str(cause) else ""
+    )
+    return f"{file} has no rows, or is not {suffix[1:]}: {str(cause).strip()}{quotes}"
 
 
 def _csv_options(file: Path, suffix: str) -> dict[str, Any]:
@@ -147,6 +162,9 @@ def _csv_options(file: Path, suffix: str) -> dict[str, Any]:
     if len(names) == 1 and (other := next((mark for mark in ";\t|," if mark in names[0]), None)):
         separator = other  # what Excel writes where the comma is the decimal sign
         names = pd.read_csv(file, sep=separator, nrows=0, **how).columns
+    head = Counter(pd.read_csv(file, sep=separator, header=None, nrows=1, **how).iloc[0])
+    if twice := [name for name, count in head.items() if count > 1 and name]:
+        rank_zero_warn(f"{file} has several columns of the name {', '.join(twice)}: the first of them is read")
     # All as text: pandas guesses types anew every 10,000 rows, and sentences like "None" and "NA" are text.
     features = Features({name: Value("string") for name in names})
     return {"sep": separator, "keep_default_na": False, "features": features}
@@ -159,7 +177,7 @@ def _with_numbers(rows: Dataset, column: str) -> Dataset:
     numbers: list[Any] = values
     if said and all(re.fullmatch(r"-?(0|[1-9]\d{0,17})", value) for value in said):  # 007 is no number
         numbers = [None if value is None else int(value) for value in values]
-    elif said and all(_NUMBER.fullmatch(value) for value in said):
+    elif said and all(_NUMBER.fullmatch(value) and not re.fullmatch(r"[+-]?\d{19,}", value) for value in said):
         numbers = [None if value is None else float(value) for value in values]
     return rows.remove_columns(column).add_column(column, numbers).select_columns(rows.column_names)
 

@@ -5,8 +5,8 @@ from typing import Any, Literal
 from datasets import Dataset
 from jinja2 import TemplateError
 
-from lte_lightning.data.chats import ALPACA, Form, Messages, answered, conversation, find_form
-from lte_lightning.data.checks import require_text
+from lte_lightning.data.chats import ALPACA, FORMS, Form, Messages, answered, conversation, find_form
+from lte_lightning.data.checks import count_blank, report_blank, require_text
 from lte_lightning.data.example import Example
 from lte_lightning.data.packaged import DataError
 from lte_lightning.data.prompts import PromptData
@@ -93,6 +93,8 @@ class InstructData(PromptData):
         if role != "predict" or name not in self._splits:
             return super().rows(role)
         there = self._splits[name].column_names
+        if len(there) == 1 and not self._named and not any(there[0] in form.columns for form in FORMS):
+            self._take(Form((there[0], "completion"), plain=True))  # a lone column of texts asks
         rows = self.split(name, [column for column in self.columns if column not in self.targets or column in there])
         if self.form.is_conversation:
             column = self.columns[0]
@@ -102,15 +104,20 @@ class InstructData(PromptData):
     def check_rows(self, rows: Dataset, name: str) -> None:
         """Checks that everything is text, in known roles."""
         written = [column for column in rows.column_names if not self._holds_messages(rows, column)]
-        require_text(rows, written, name)
+        require_text(rows, written, name, optional=self.columns[1:-1])
+        for column in written[:1]:
+            report_blank(count_blank(rows[column]), len(rows), column, name)
         for column in (column for column in rows.column_names if column not in written):
+            unasked = 0
             for row, turns in enumerate(rows[column][:]):
                 try:
-                    conversation(turns)
+                    asked = [message["content"] for message in conversation(turns) if message["role"] == "user"]
+                    unasked += count_blank(asked) > 0
                 except DataError as error:
                     is_turn = " is no message" in str(error)
                     kind = "" if is_turn else f"{column} is "
                     raise DataError(f"{name}, row {row} (from 0): {kind}{error}") from None
+            report_blank(unasked, len(rows), f"a question of {column}", name)
 
     def _holds_messages(self, rows: Dataset, column: str) -> bool:
         return self.form.is_conversation or isinstance(rows[0][column], list | dict)
@@ -153,7 +160,7 @@ class InstructData(PromptData):
         segments: list[tuple[str, bool]] = []
         done = ""
         for turn, message in enumerate(messages):
-            if message["role"] != "assistant":
+            if message["role"] != "assistant" or not turn:  # an opening word of the model answers nothing
                 continue
             before = self._render(messages[:turn], add_generation_prompt=True)
             after = self._render(messages[: turn + 1])

@@ -43,6 +43,11 @@ class Labels:
         """Returns the number of each class by its value."""
         return {value: number for number, value in enumerate(self.values)}
 
+    def alike(self) -> list[str]:
+        """Returns the names that differ from another one in upper and lower case alone."""
+        counts = Counter(name.casefold() for name in self.names)
+        return [name for name in self.names if counts[name.casefold()] > 1]
+
     def in_order_of(self, names: Sequence[str] | None) -> "Labels":
         """Returns the model's classes in the model's order if they contain all of these; else these.
 
@@ -77,13 +82,15 @@ def is_missing(label: Any) -> bool:
 def cleaned(rows: Dataset, column: str) -> Dataset:
     """Returns the rows with labels stripped of white space, and whole numbers as integers."""
     labels = rows[column][:]
+    if len({isinstance(label, str) for label in labels if not is_missing(label)}) > 1:
+        return rows  # texts and numbers: `find_classes` refuses them
     feature = rows.features[column]
     named = isinstance(feature, ClassLabel)
     if named:  # Hugging Face marks rows without a label by -1
         clean = [None if label == -1 else label for label in labels]
     elif any(isinstance(label, str) for label in labels):
         clean = [label.strip() or None if isinstance(label, str) else label for label in labels]
-    elif all(is_missing(label) or (isinstance(label, float) and label.is_integer()) for label in labels):
+    elif all(is_missing(label) or (isinstance(label, float) and _is_whole(label)) for label in labels):
         clean = [None if is_missing(label) else int(label) for label in labels]
     else:
         return rows
@@ -123,16 +130,22 @@ def find_classes(rows: Dataset, column: str, where: str) -> Labels:
     if isinstance(feature, ClassLabel):
         return Labels(tuple(range(feature.num_classes)), tuple(feature.names))
     labels = [label for label in rows[column][:] if not is_missing(label)]
+    kinds = {isinstance(label, str): label for label in labels}
+    if len(kinds) > 1:
+        raise DataError(
+            f"{where}: {column} has texts ({kinds[True]!r:.200}) and others ({kinds[False]!r:.200}): write all as texts"
+        )
     for row, label in enumerate(labels):
         if isinstance(label, float):
-            broken = next(value for value in labels if isinstance(value, float) and not value.is_integer())
+            broken = next((value for value in labels if isinstance(value, float) and not _is_whole(value)), label)
             raise DataError(
                 f"{where}: {column} has numbers such as {broken!r}, which are no classes: to predict numbers, set "
                 "data.regression to true"
             )
         if not isinstance(label, str | int):
             raise DataError(
-                f"{where}, row {row} (from 0): {column} is {label!r}; a row has one class, a text or a whole number"
+                f"{where}, row {row} (from 0): {column} is {label!r:.200}; a row has one class, a "
+                "text or a whole number"
             )
     return Labels(tuple(sorted(set(labels))))
 
@@ -195,6 +208,10 @@ def classes_of(config: PreTrainedConfig | None) -> tuple[int, list[str] | None] 
     names = [labels[number] for number in range(len(labels))]
     generic = names == [f"LABEL_{number}" for number in range(len(labels))]
     return len(labels), None if generic else names
+
+
+def _is_whole(number: float) -> bool:
+    return number.is_integer() and abs(number) < 2**63
 
 
 def _is_number(label: Any) -> bool:

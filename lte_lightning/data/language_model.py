@@ -7,11 +7,13 @@ from typing import Any, Literal
 
 import numpy as np
 from datasets import Dataset, Value, concatenate_datasets
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import DataLoader
 
 from lte_lightning.data.blocks import CollateBlocks, PackedBlocks
-from lte_lightning.data.checks import require_columns, require_text
+from lte_lightning.data.checks import count_blank, require_columns, require_text
 from lte_lightning.data.files import FORMATS, TABLES, find_files, find_split, read_split, suffix_of
+from lte_lightning.data.labels import listed
 from lte_lightning.data.packaged import DataError
 from lte_lightning.data.streaming import Mark, StreamingData
 from lte_lightning.data.text import BucketBatchSampler, Loader, fingerprint
@@ -103,7 +105,7 @@ class LanguageModelData(StreamingData):
             if files:
                 splits = super().load_splits()
             else:
-                files = find_files(self.source, self.formats)
+                files = self._text_files()
                 splits = {"train": self._joined(files)} if files else {}
         if self.documents == "auto":
             is_text = any(suffix_of(file) not in TABLES for file in files)
@@ -122,6 +124,14 @@ class LanguageModelData(StreamingData):
         # The lines of a file of text come as "text"
         is_named = suffix_of(file) in TABLES or self.text == "text"
         return rows if is_named else rows.rename_column("text", self.text)
+
+    def _text_files(self) -> list[Path]:
+        """Returns the files of text in the folder, and says which files are not read."""
+        files = find_files(self.source)
+        read = [file for file in files if suffix_of(file) in self.formats and file.stat().st_size]
+        if others := [file.relative_to(self.source) for file in files if file not in read]:
+            rank_zero_info(f"not read in {self.source}, since empty or of another kind: {listed(others)}")
+        return read
 
     def _joined(self, files: list[Path]) -> Dataset:
         """Returns the rows of several files, and whether each begins a document: a file of text, a row of a table."""
@@ -153,6 +163,8 @@ class LanguageModelData(StreamingData):
         (rows,) = self.rows(role)
         if not any(text.strip() for text in rows[self.text]):
             raise DataError(f"the {len(rows)} rows of {self.source} for {role} have no text; set another data.holdout")
+        if self.documents == "row" and (blank := count_blank(rows[self.text])):
+            rank_zero_info(f"{blank} of {len(rows)} rows of {self.source} for {role} are empty, and no documents")
         encoded = rows.map(
             self._encode,
             batched=True,

@@ -17,7 +17,7 @@ from lte_lightning.data.padding import CollateAnswers, CollatePrompts
 from lte_lightning.data.streaming import Mark, StreamingData
 from lte_lightning.data.text import Loader, fingerprint, is_encoder_decoder
 
-_ENCODING = 2  # part of the cache's key; raise it when the same rows shall give other tokens
+_ENCODING = 3  # part of the cache's key; raise it when the same rows shall give other tokens
 
 
 class PromptData(StreamingData):
@@ -85,9 +85,9 @@ class PromptData(StreamingData):
         examples = self.examples([dict(zip(columns, row, strict=True)) for row in zip(*rows.values(), strict=True)])
         encode = self._encode_pairs if self.encoder_decoder else self._encode_chains
         encoded = encode(examples)
-        for labels, example in zip(encoded["labels"], examples, strict=True):
-            if not self.plain(example):
-                labels[:] = [IGNORED] * len(labels)
+        encoded["empty"] = [not self.plain(example) for example in examples]
+        for labels in (labels for labels, empty in zip(encoded["labels"], encoded["empty"], strict=True) if empty):
+            labels[:] = [IGNORED] * len(labels)
         # The first label is never asked for in a decoder: nothing stands before it.
         first = 0 if self.encoder_decoder else 1
         encoded["answer_tokens"] = [sum(label != IGNORED for label in row[first:]) for row in encoded["labels"]]
@@ -150,7 +150,7 @@ class PromptData(StreamingData):
                 desc=f"Tokenising {role}",
             )
             kept = [i for i, count in enumerate(encoded["answer_tokens"][:]) if count]
-            self._report(role, len(rows), len(rows) - len(kept), sum(encoded["shortened"][:]))
+            self._report(role, len(rows), len(rows) - len(kept), sum(encoded["empty"][:]), sum(encoded["shortened"][:]))
             self._report_cut(role, len(kept), sum(encoded["cut"][:]))
             # Always a selection: `select` of all rows is the table itself.
             parts.append(encoded.select(kept).select_columns(["input_ids", "labels", "length"]))
@@ -191,15 +191,16 @@ class PromptData(StreamingData):
             self._counted = state_dict["counted"]
             self.skipped |= {"train": state_dict["skipped"]} if state_dict["skipped"] else {}
 
-    def _report(self, role: str, rows: int, skipped: int, shortened: int) -> None:
+    def _report(self, role: str, rows: int, skipped: int, empty: int, shortened: int) -> None:
         if shortened:
             rank_zero_info(f"{shortened} of {rows} inputs for {role} were cut to {self.max_length} tokens")
         if skipped == rows:
             raise DataError(
-                f"none of the {rows} rows for {role} has an answer within its first {self.max_length} tokens: answers "
-                "are missing or empty, or max_length is too low"
+                f"none of the {rows} rows for {role} has an answer within its first {self.max_length} tokens: {empty} "
+                f"are missing or empty, max_length is too low for {skipped - empty}"
             )
-        self._skip(role, rows, skipped, f"no answer is left of them within {self.max_length} tokens (or it was empty)")
+        left = f"no answer is left of them within {self.max_length} tokens; the answers of {empty} are empty"
+        self._skip(role, rows, skipped, left)
 
     def _report_cut(self, role: str, rows: int, cut: int) -> None:
         if cut:

@@ -219,6 +219,11 @@ def fingerprint(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *parts: An
     return hashlib.sha256(json.dumps(whole).encode()).hexdigest()[:32]
 
 
+def one_or_all(loaders: list[Loader]) -> Loader | list[Loader]:
+    """Returns the only loader, or the list of all."""
+    return loaders[0] if len(loaders) == 1 else loaders
+
+
 class Collate:
     """Pads tokenised rows to the longest of their batch, rounded up to a multiple of 8.
 

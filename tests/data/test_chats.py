@@ -95,6 +95,48 @@ def test_what_is_to_predict_may_end_with_what_is_asked(chats, row, references):
     assert batch["references"] == [references * 2]
 
 
+def test_a_lone_column_of_texts_asks(chats):
+    data = chats({"anything": "eat"}, count=2)
+    data.setup("predict")
+    (batch,) = data.predict_dataloader()
+    assert batch["prompt"] == ["<|user|>eat\n<|assistant|>"]
+    with pytest.raises(DataError, match=r"no column 'instruction'; it has anything"):
+        chats({"anything": "eat"}).setup("fit")
+
+
+def test_a_conversation_that_the_model_opens_is_read_with_its_opening(chats):
+    opened = [{"from": "gpt", "value": "the dog"}, *SHARE]
+    data = chats({"conversations": opened})
+    data.setup("fit")
+    assert read(data, data.train_dataloader()) == (
+        "<|assistant|>the dog</s>\n<|user|>eat\n<|assistant|>a cat</s>",
+        "a cat</s>",
+    )
+
+
+def test_an_input_may_be_missing_in_a_row(chats):
+    data = chats({"instruction": "eat", "input": None, "output": "a cat"})
+    data.setup("fit")
+    assert read(data, data.train_dataloader())[1] == "a cat</s>"
+
+
+@pytest.mark.parametrize(
+    ("row", "part"),
+    [
+        ({"messages": [{"role": "user", "content": " "}, *MESSAGES[1:]]}, "a question of messages"),
+        ({"prompt": "", "completion": "a cat"}, "prompt"),
+    ],
+)
+def test_empty_questions_are_refused_if_all_are(chats, row, part):
+    with pytest.raises(DataError, match=rf"instruct/train .*: {part} is empty in all rows \(20\)"):
+        chats(row).setup("fit")
+
+
+def test_a_conversation_in_a_text_is_refused(chats):
+    with pytest.raises(DataError, match=r"messages is '\[.*, not a conversation but a text: write lists of messages"):
+        chats({"messages": json.dumps(MESSAGES)}).setup("fit")
+
+
 def test_streams_find_their_form_too(chats, tmp_path):
     make = chats(FORMS["sharegpt"], name="train.jsonl")
     (tmp_path / "validation.jsonl").write_text(json.dumps(FORMS["sharegpt"]) + "\n")

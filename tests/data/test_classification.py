@@ -300,6 +300,11 @@ def changed(row, **cells):
         ({"one": table(20, lambda i: [i]), "name": "r.jsonl"}, r"row 0 .*stars is \[0\]; a row has one class"),
         ({"one": {"review": [1, 2] * 9, "stars": [1, 2] * 9}, "name": "r.jsonl"}, r"row 0 .*: review is 1, not text"),
         (
+            {"one": {"review": [None, "a", "b", None] * 5, "stars": ["x", "y"] * 10}, "name": "r.parquet"},
+            r"row 0 .*: review is None, not text; 10 of 20 rows are not: write texts there",
+        ),
+        ({"one": {"review": [" ", "\t"] * 9, "stars": [1, 2] * 9}}, r"review is empty in all rows \(18\): fill it"),
+        (
             {"train": table(), "validation": None, "holdout": 0},
             r"no split 'validation'.*validation\.jsonl, or \.json",
         ),
@@ -325,6 +330,7 @@ def test_a_misspelt_file_is_told_its_neighbour(own, tmp_path):
     [
         ("review,stars\ncafé,good\n".encode("latin-1"), r"not UTF-8 text: .*iconv -f latin1"),
         (b"review,stars\na,good,late\nb,bad,late\n", "Expected 2 fields in line 2, saw 3"),
+        (b"review,stars\none, two,good\n", "saw 3; a text that contains the separator stands in quotation marks"),
         (b"review,stars\n", "odd.csv has no rows"),
     ],
 )
@@ -332,6 +338,64 @@ def test_files_that_are_no_csv(own, tmp_path, content, complaint):
     (tmp_path / "odd.csv").write_bytes(content)
     with pytest.raises(DataError, match=complaint):
         own(table(), source=str(tmp_path / "odd.csv")).setup("fit")
+
+
+def test_texts_that_are_empty_are_counted(own):
+    with pytest.warns(UserWarning, match=r"reviews/train .*: review is empty in 2 of 50 rows") as told:
+        own(table() | {"review": ["", "  ", *texts(48)]}).setup("fit")
+    assert all("review is empty in 2" in str(warning.message) for warning in told)
+
+
+def test_classes_that_differ_in_case_alone_are_told(own):
+    with pytest.warns(UserWarning, match=r"upper and lower case alone, and count as several: Good, good;"):
+        own(table(20, lambda i: ["good", "Good", "bad"][i % 3])).setup("fit")
+
+
+def test_two_columns_of_one_name_are_told(own, tmp_path):
+    (tmp_path / "twice.csv").write_text("review,stars,review\n" + "a film,good,x\nthe plot,bad,y\n" * 10)
+    with pytest.warns(UserWarning, match=r"several columns of the name review: the first of them is read"):
+        rows = own(table(), source=str(tmp_path / "twice.csv")).split("train")
+    assert rows["review"][:2] == ["a film", "the plot"]
+
+
+def test_labels_of_several_kinds_are_refused(own, tmp_path):
+    rows = [{"review": text, "stars": 1 if i % 2 else "bad"} for i, text in enumerate(texts(20))]
+    (tmp_path / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match=r"stars has texts \('bad'\) and others \(1\): write all as texts"):
+        own(table(), source=str(tmp_path / "mixed.jsonl")).setup("fit")
+
+
+def test_numbers_too_long_for_a_number_are_classes(own):
+    data = own(table(20, lambda i: ["12345678901234567890", "7"][i % 2]))
+    assert data.labels.names == ("12345678901234567890", "7")
+
+
+def test_a_suffix_may_be_in_capitals_and_a_path_begin_at_home(own, tmp_path, monkeypatch):
+    write(tmp_path / "reviews.csv", table()), (tmp_path / "reviews.csv").rename(tmp_path / "Reviews.CSV")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    data = own(table(), name="other.csv", source="~/Reviews.CSV")
+    data.setup("fit")
+    assert len(data.labels) == 5
+    assert data.task == "Reviews"
+
+
+def test_files_of_a_folder_that_are_not_read_are_told(own, tmp_path, caplog):
+    with caplog.at_level("INFO"):
+        data = own(train=table(), validation=table())
+        for name in ("dev.csv", "notes.txt", "README.md", ".hidden.csv"):
+            (tmp_path / "reviews" / name).write_text("x")
+        data.setup("fit")
+    assert f"not read in {tmp_path / 'reviews'}: dev.csv; the splits are train, validation, test" in caplog.text
+    (tmp_path / "reviews" / "train.csv").unlink()
+    with pytest.raises(DataError, match=r"no split 'train' .*; it has dev\.csv: name that instead, or rename it"):
+        own(train=None).setup("fit")
+
+
+def test_the_only_column_of_rows_to_predict_may_have_any_name(own, tmp_path):
+    write(tmp_path / "new.csv", {"body": texts(4)})
+    data = own(table(), source=str(tmp_path / "new.csv"), classes=STARS)
+    data.setup("predict")
+    assert len(data._ready["predict"][0]) == 4
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "csv"])

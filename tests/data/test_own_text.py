@@ -80,6 +80,22 @@ def test_a_folder_without_splits_is_all_its_files(lm, tmp_path):
     assert text(data, "validation") == "".join(written[18:]) + "</s>"
 
 
+def test_files_that_are_not_read_and_rows_that_are_empty_are_told(lm, tmp_path, caplog):
+    folder = tmp_path / "notes"
+    folder.mkdir()
+    write(folder / "a.txt")
+    (folder / "empty.txt").write_bytes(b"")
+    (folder / "scan.pdf").write_bytes(b"%PDF")
+    with caplog.at_level("INFO"):
+        assert "eats" in text(lm(folder), "train")
+        lm(write(tmp_path / "b.jsonl", [*LINES, " ", ""]), holdout=0.5)
+    assert f"not read in {folder}, since empty or of another kind: empty.txt, scan.pdf" in caplog.text
+    counts = [
+        int(line.partition(" rows of")[0].split()[-3]) for line in caplog.messages if "are empty, and no doc" in line
+    ]
+    assert sum(counts) == 2
+
+
 def test_a_folder_with_splits_is_read_as_ever(lm, tmp_path):
     write(tmp_path / "train.txt", LINES[:10])
     write(tmp_path / "validation.md", LINES[10:])

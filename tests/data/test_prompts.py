@@ -193,6 +193,7 @@ def test_an_answer_beyond_the_limit_is_left_out_counted_and_reported(instruct):
     with pytest.warns(UserWarning, match=r"2 of 3 rows for (train|validation) are left out: no answer is left") as told:
         data.setup("fit")
     assert len(told) == 2
+    assert all("; the answers of 1 are empty" in str(warning.message) for warning in told)
     assert data.skipped == {"train": 2, "validation": 2}
     assert [answer for _, answer in texts(data, only_batch(data.train_dataloader()))] == ["a</s>"]
 
