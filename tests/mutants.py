@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 # A file of the package, and the tests that should notice what happens to it
 TARGETS = {
     "core/routing/losses.py": ["core/routing/test_losses.py"],
-    "core/routing/trace.py": ["core/routing/test_trace.py"],
+    "core/routing/trace.py": ["core/routing/test_trace.py", "core/routing/test_union.py"],
     "core/model/grouping.py": ["core/model/test_grouping.py"],
     "core/model/storage.py": ["core/model/test_storage.py", "core/model/test_skipping.py"],
     "core/model/checkpoint.py": ["core/model/test_checkpoint.py", "core/model/test_damage.py"],

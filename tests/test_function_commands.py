@@ -48,6 +48,11 @@ OPTIONS = {
         "expert_size": None,
         "batch_size": 1,
         "precision": "bf16-mixed",
+        "devices": None,
+        "gpu": None,
+        "link": None,
+        "utilisation": None,
+        "texts": None,
         "json": False,
     },
     "curve": {

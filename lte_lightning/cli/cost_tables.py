@@ -8,7 +8,9 @@ from rich.table import Table
 from transformers import PreTrainedModel
 from transformers.utils import logging as hf_logging
 
+from lte_lightning.cli.cost_devices import fit_costs
 from lte_lightning.core.accounting.cost import GFLOP, TokenCost, check_context, speedup_bound, token_cost
+from lte_lightning.core.accounting.fit import Machines
 from lte_lightning.core.accounting.memory import GIB, training_memory
 from lte_lightning.core.accounting.skeleton import skeleton
 from lte_lightning.core.model.convert import lte_config
@@ -35,8 +37,12 @@ def work_out(
     expert_size: int | None,
     batch_size: int,
     precision: str,
+    machines: Machines | None = None,
+    texts: int | None = None,
 ) -> dict[str, Any]:
     """Returns the costs of a model as ``lte cost --json`` prints them; the arguments are the command's options.
+
+    Of devices, those of a fit on them; what a token costs is left out then if no sparsity is known.
 
     Raises:
         UserError: If one of them is wrong.
@@ -50,16 +56,19 @@ def work_out(
     model = skeleton(place, expert_size)
     context = check_context(model, context)
     layers = len(require_expert_ffns(model))
+    found: dict[str, Any] = {"model": source, "expert_size": lte_config(model).expert_size, "context": context}
+    if machines is not None:
+        found["fit"] = fit_costs(model, batch_size, context, precision, machines, texts)
+        if sparsity is None and not has_measured(place):
+            return found
     per_layer = measured_sparsity(place, model) if sparsity is None else [sparsity] * layers
     dense = token_cost(model, None, DTYPES[dtype], context)
     sparse = token_cost(model, per_layer, DTYPES[dtype], context)
     memory = training_memory(model, batch_size * context, precision)
     return {
-        "model": source,
-        "expert_size": lte_config(model).expert_size,
+        **found,
         "sparsity_per_layer": per_layer,
         "dtype": str(DTYPES[dtype]).removeprefix("torch."),
-        "context": context,
         **figures(model, dense, sparse, per_layer),
         "training_memory": {
             "precision": precision,
@@ -95,10 +104,19 @@ def figures(
     }
 
 
+def _hardest(source: str) -> dict[str, Any]:
+    measured = read_description(source)["about"].get("measured", {}) if is_lte(source) else {}
+    return measured.get("hard") or measured.get("hard_before") or {}
+
+
+def has_measured(source: str) -> bool:
+    """Says whether a model remembers a sparsity per layer."""
+    return "sparsity_per_layer" in _hardest(source)
+
+
 def measured_sparsity(source: str, model: PreTrainedModel) -> list[float]:
     """Returns the sparsity per layer that a saved LTE model remembers of its last measurement."""
-    measured = read_description(source)["about"].get("measured", {}) if is_lte(source) else {}
-    hardest = measured.get("hard") or measured.get("hard_before") or {}
+    hardest = _hardest(source)
     if "sparsity_per_layer" not in hardest:
         where = f"{CONFIG_FILE} of {source} has none" if is_lte(source) else f"{source} is a plain model"
         raise UserError(f"which sparsity? {where}: give --sparsity, a share from 0 to 1")

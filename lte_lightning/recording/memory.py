@@ -3,6 +3,7 @@
 from lightning.pytorch import Trainer
 
 from lte_lightning.core.accounting.memory import PRECISIONS, kept_per_weight, training_memory
+from lte_lightning.core.model.exact import is_sharded
 from lte_lightning.tasks.base import LteModule
 from lte_lightning.trainer import declared
 
@@ -22,6 +23,7 @@ def expected_memory(trainer: Trainer, module: LteModule) -> str:
     checkpointing = any(getattr(part, "gradient_checkpointing", False) for part in net.modules())
     saving = ", gradient checkpointing" if checkpointing else ""
     optimizer = trainer.optimizers[0]
-    memory = training_memory(net, tokens, precision, kept_per_weight(optimizer))
+    devices, sharded = trainer.world_size, is_sharded(net)
+    memory = training_memory(net, tokens, precision, kept_per_weight(optimizer), devices=devices, sharded=sharded)
     listed = memory.describe(checkpointing, type(optimizer).__name__)
     return f"{listed}; {precision}{saving}, {at}"

@@ -139,6 +139,39 @@ def test_a_fit_says_what_memory_it_expects(tiny, lightning, tmp_path, caplog):
     assert line.endswith(f" GiB ({sizes}); 32-true, at most 8 x 16 tokens")
 
 
+def test_a_fit_on_several_devices(llama, cost):
+    words = ("--devices", 8, "--batch-size", 4, "--context", 2048, "--texts", 100_001)
+    found = figures(cost(llama, *words, "--json"))
+    assert set(found) == {"model", "expert_size", "context", "fit"}  # no sparsity is known, and none is needed
+    fit = found["fit"]
+    assert (fit["devices"], fit["gpu"], fit["texts_per_step"], fit["tokens_per_device"]) == (8, "H100 SXM", 32, 8192)
+    for strategy in ("ddp", "fsdp2"):
+        assert set(fit[strategy]) == {"dense", "router", "expert"}
+        for stage in fit[strategy].values():
+            assert stage["hours"] == pytest.approx(3126 * stage["seconds_per_step"] / 3600)  # the last step is not full
+            assert stage["seconds_per_step_checkpointed"] >= stage["seconds_per_step"]
+    assert fit["ddp"]["dense"]["gradients"] == pytest.approx(8 * fit["fsdp2"]["dense"]["gradients"], rel=1e-6)
+    outcome = cost(llama, *words)
+    assert (outcome.code, outcome.err) == (0, "")
+    for strategy in ("ddp", "fsdp2"):
+        for stage, expected in fit[strategy].items():
+            (row,) = (line for line in outcome.out.splitlines() if line.startswith(f"│ {strategy}") and stage in line)
+            shown = [cell.strip() for cell in row.strip("│").split("│")][2:]
+            sizes = ("weights", "gradients", "optimizer", "shared", "activations", "total", "total_checkpointed")
+            assert shown[:7] == [f"{expected[name] / 2**30:.2f}" for name in sizes]
+            assert shown[7:] == [f"{expected['seconds_per_step']:.3g}", f"{expected['hours']:.3g}"]
+    assert "cost per token" not in outcome.out
+
+
+def test_both_tables_where_a_sparsity_is_known(llama, cost, fitted):
+    for words in ((llama, "--sparsity", 0.5), (fitted.run / "model",)):
+        outcome = cost(*words, "--devices", 2, "--precision", "64-true")
+        assert (outcome.code, outcome.err) == (0, "")
+        assert "cost per token" in outcome.out
+        assert "a fit on 2 x H100 SXM, 64-true" in outcome.out
+        assert "│ fsdp2    │ router │" in outcome.out
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -153,6 +186,16 @@ def test_a_fit_says_what_memory_it_expects(tiny, lightning, tmp_path, caplog):
         ({"--expert-size": 0}, "expert_size is 0"),
         ({"--batch-size": 0}, "batch-size is 0; it must be at least 1"),
         ({"--precision": "fp4"}, "unknown precision 'fp4'; there are 64-true, 32-true"),
+        ({"--devices": 0}, "devices is 0; it must be at least 1"),
+        ({"--gpu": "H100 SXM"}, "--gpu H100 SXM is about a fit on several devices; add --devices N"),
+        ({"--texts": 10}, "--texts 10 is about a fit on several devices"),
+        ({"--devices": 2, "--gpu": "H100"}, "unknown GPU 'H100'; there are RTX 3090 Ti"),
+        ({"--devices": 2, "--link": 0}, "link is 0.0; it is what a device sends"),
+        ({"--devices": 2, "--link": ".nan"}, "link is nan"),
+        ({"--devices": 2, "--utilisation": 1.5}, "utilisation is 1.5; it is the share of the GPU's peak"),
+        ({"--devices": 2, "--texts": 0}, "texts is 0; it must be at least 1"),
+        ({"--devices": 2, "--context": 0}, "a fit has texts of at least one token"),
+        ({"--devices": 2, "--precision": "fp4"}, "unknown precision 'fp4'; there are 64-true, 32-true"),
         ({"--model": "./nowhere"}, "no folder or file ./nowhere, and no model of that name"),
         ({"--model": "nobody/nothing"}, "no folder or file nobody/nothing, and no model of that name"),
         ({"--model": "empty"}, "empty has no config.json, so it is no Hugging Face model folder"),

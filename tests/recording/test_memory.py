@@ -18,9 +18,11 @@ def model():
         return convert(LlamaForCausalLM(config), LteConfig(32, "contiguous"), progress=False)
 
 
-def described(model, precision="bf16-mixed", optimizer=AdamW, **data):
+def described(model, precision="bf16-mixed", optimizer=AdamW, devices=1, **data):
     optimizers = [optimizer([torch.nn.Parameter(torch.zeros(1))], lr=0.1)]
-    trainer = SimpleNamespace(precision=precision, datamodule=SimpleNamespace(**data), optimizers=optimizers)
+    trainer = SimpleNamespace(
+        precision=precision, datamodule=SimpleNamespace(**data), optimizers=optimizers, world_size=devices
+    )
     return expected_memory(trainer, SimpleNamespace(net=model))
 
 
@@ -49,6 +51,14 @@ def test_gradient_checkpointing_is_seen(model):
     line = described(model, batch_size=4, max_length=512)
     assert ", gradient checkpointing, at most" in line
     assert float(line.split()[0]) < float(plain.split()[0])
+
+
+def test_several_devices_keep_gradients_twice(model):
+    one, two = (described(model, "32-true", devices=devices) for devices in (1, 2))
+    gradients = sum(4 * parameter.numel() for parameter in model.parameters()) / 2**30
+    assert f", for the other devices {gradients:.2f});" in two
+    assert "other devices" not in one
+    assert float(two.split()[0]) - float(one.split()[0]) == pytest.approx(gradients, abs=0.011)
 
 
 def test_data_that_do_not_say_how_long_they_are(model):

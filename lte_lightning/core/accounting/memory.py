@@ -36,6 +36,7 @@ class TrainingMemory:
         optimizer: What the optimizer keeps of each trainable weight, AdamW its two moments.
         activations: What a forward pass keeps for the backward pass.
         activations_checkpointed: The same with gradient checkpointing.
+        shared: What more than one device takes: DDP's copies of the gradients, FSDP2's gathered layers.
     """
 
     weights: int
@@ -43,11 +44,12 @@ class TrainingMemory:
     optimizer: int
     activations: int
     activations_checkpointed: int
+    shared: int = 0
 
     def total(self, checkpointing: bool = False) -> int:
         """Returns the sum, with or without gradient checkpointing."""
         activations = self.activations_checkpointed if checkpointing else self.activations
-        return self.weights + self.gradients + self.optimizer + activations
+        return self.weights + self.gradients + self.optimizer + activations + self.shared
 
     def describe(self, checkpointing: bool = False, optimizer: str = "AdamW") -> str:
         """Returns one line for people, in GiB, where the optimizer has its name."""
@@ -57,7 +59,7 @@ class TrainingMemory:
             "gradients": self.gradients,
             optimizer: self.optimizer,
             "activations": activations,
-        }
+        } | ({"for the other devices": self.shared} if self.shared else {})
         listed = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
         return f"{self.total(checkpointing) / GIB:.2f} GiB ({listed})"
 
@@ -76,9 +78,15 @@ def kept_per_weight(optimizer: Optimizer) -> float:
 
 
 def training_memory(
-    model: PreTrainedModel, tokens: int, precision: str = "bf16-mixed", optimizer_values: float = 2.0
+    model: PreTrainedModel,
+    tokens: int,
+    precision: str = "bf16-mixed",
+    optimizer_values: float = 2.0,
+    soft: bool = True,
+    devices: int = 1,
+    sharded: bool = False,
 ) -> TrainingMemory:
-    """Estimates the memory of training on each device, under data parallelism (every device holds the whole model).
+    """Estimates the memory of training on each device.
 
     With P weights of which Q are trainable, b_w and b_a bytes per weight and activation (``bf16-mixed``: 4 and 2,
     ``bf16-true``: 2 and 2), N tokens in a batch, L layers and V words in the vocabulary:
@@ -87,11 +95,15 @@ def training_memory(
       ``2 b_w Q``
     - a layer keeps, per token, ``A`` numbers: the outputs of its projections outside the FFN, the attention's output
       (D), input and output of two norms (4 D), and in the FFN 2 F numbers, 4 F if it is gated (gate, its activation,
-      up, their product), F more for the scaled neurons of soft mode and E scores
+      up, their product), in soft mode F more for the scaled neurons and E scores
     - activations ``b_a N L A``; with gradient checkpointing ``b_a N (L D + A)``, the inputs of all layers and one layer
       that is being computed again
     - a language model's head adds ``N V (b_a + 8)``: the logits, their float32 copy and its gradient; less where only a
       part of the tokens has a label, for the others get no logits
+    - DDP keeps the gradients once more, in the buckets that it sends
+    - FSDP2 divides weights, gradients and AdamW's by the number of devices, but not the copies that autocast makes.
+      What lies outside the layers stays gathered, and four of the largest layer: one that computes, one that is
+      fetched, their gradients, and what is sent
 
     It assumes attention that does not keep its scores (``sdpa`` or flash attention) and an activation that is one
     operation; then it was within 15 % of what autograd kept of Llama and BERT. GPT-2's ``gelu_new`` is written out in
@@ -102,6 +114,9 @@ def training_memory(
         tokens: N, tokens in one device's batch, padding included; 0 if unknown.
         precision: Lightning's name of it.
         optimizer_values: How many values the optimizer keeps of each weight.
+        soft: Whether the routers learn, so that soft mode's share of the activations is kept.
+        devices: How many share the work.
+        sharded: Whether they share the weights as well (FSDP2); else each has all of them (DDP).
 
     Raises:
         UserError: If the precision is unknown, or the number of tokens negative.
@@ -112,29 +127,38 @@ def training_memory(
         raise UserError(f"a batch cannot have {tokens} tokens")
     weight_bytes, activation_bytes = PRECISIONS[precision]
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    weights = weight_bytes * sum(parameter.numel() for parameter in model.parameters())
+    parts = devices if sharded else 1
+    weights = weight_bytes * sum(parameter.numel() for parameter in model.parameters()) // parts
     if precision.endswith("mixed"):
         weights += activation_bytes * sum(m.weight.numel() for m in model.modules() if isinstance(m, Projection))
     layers = find_layers(model)
-    per_token = [_kept_per_token(layer) for layer in layers]
+    per_token = [_kept_per_token(layer, soft) for layer in layers]
     inputs = len(layers) * model.config.get_text_config().hidden_size
     head = model.get_output_embeddings()
     logits = tokens * head.weight.shape[0] * (activation_bytes + 8) if isinstance(head, nn.Linear) else 0
     return TrainingMemory(
         weights=weights,
-        gradients=weight_bytes * trainable,
-        optimizer=round(optimizer_values * weight_bytes * trainable),
+        gradients=weight_bytes * trainable // parts,
+        optimizer=round(optimizer_values * weight_bytes * trainable) // parts,
         activations=activation_bytes * tokens * sum(per_token) + logits,
         activations_checkpointed=activation_bytes * tokens * (inputs + max(per_token)) + logits,
+        shared=weight_bytes * (_gathered(model) if sharded else trainable * (devices > 1)),
     )
 
 
-def _kept_per_token(layer: nn.Module) -> int:
+def _gathered(model: PreTrainedModel) -> int:
+    """Weights that FSDP2 holds whole at its peak: those outside the layers, and four times the largest layer's."""
+    in_layers = [sum(parameter.numel() for parameter in layer.parameters()) for layer in find_layers(model)]
+    return sum(parameter.numel() for parameter in model.parameters()) - sum(in_layers) + 4 * max(in_layers)
+
+
+def _kept_per_token(layer: nn.Module, soft: bool) -> int:
     """Numbers that a layer keeps of each token for the backward pass."""
     ffns = list(expert_ffns(layer).values())
     inside = {id(module) for ffn in ffns for module in ffn.modules()}
     projections = [m for m in layer.modules() if isinstance(m, Projection) and id(m) not in inside]
     kept = sum(weight_rows(projection).shape[0] for projection in projections)
     for ffn in ffns:
-        kept += 5 * ffn.width + ffn.neurons * (3 if ffn.gate is None else 5) + ffn.experts
+        kept += 5 * ffn.width + ffn.neurons * (2 if ffn.gate is None else 4)
+        kept += (ffn.neurons + ffn.experts) * soft
     return kept

@@ -76,7 +76,8 @@ class RouterTrace:
             ffn.recorder = None
 
     def _record(self, ffn: ExpertFfn, scores_BTE: torch.Tensor, x_BTD: torch.Tensor) -> None:
-        if torch._C._current_graph_task_id() != -1:  # a backward pass is recomputing this layer
+        # a backward pass is recomputing this layer; a compiled one records once
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
             return
         if self._grad_enabled and ffn.training and not scores_BTE.requires_grad and _trainable(ffn.selector):
             raise RuntimeError(

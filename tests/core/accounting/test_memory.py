@@ -1,9 +1,12 @@
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from lte_lightning import LteConfig, convert, set_mode
 from lte_lightning.core.accounting.memory import GIB, training_memory
+from lte_lightning.core.model.convert import selector_parameters
+from lte_lightning.core.model.sharding import shard
 from lte_lightning.errors import UserError
 
 
@@ -36,11 +39,15 @@ def kept(model: PreTrainedModel, ids_BT: torch.Tensor) -> int:
 
 
 @pytest.mark.parametrize("family", ["llama", "bert"])
-def test_activations_are_near_what_autograd_keeps(family):
+@pytest.mark.parametrize("mode", ["dense", "soft", "hard"])
+def test_activations_are_near_what_autograd_keeps(family, mode):
     model = small(family)
-    set_mode(model, "soft")  # the stage that keeps most
+    set_mode(model, mode)
+    for parameter in selector_parameters(model):
+        parameter.requires_grad_(mode == "soft")
     ids_BT = torch.randint(0, 64, (4, 64))
-    assert training_memory(model, 256, "32-true").activations == pytest.approx(kept(model, ids_BT), rel=0.15)
+    memory = training_memory(model, 256, "32-true", soft=mode == "soft")
+    assert memory.activations == pytest.approx(kept(model, ids_BT), rel=0.15)
 
 
 def test_checkpointed_activations_are_near_what_autograd_keeps():
@@ -121,6 +128,48 @@ def test_llama_7b_in_half_precision_with_checkpointing():
     assert inputs < memory.activations_checkpointed < 0.25 * memory.activations
     assert memory.describe(checkpointing=True).startswith(f"{memory.total(checkpointing=True) / GIB:.2f} GiB (weights ")
     assert memory.total() - memory.total(checkpointing=True) == memory.activations - memory.activations_checkpointed
+
+
+def test_the_parts_of_a_sharded_model_add_up_to_the_whole_one():
+    model = small("llama")
+    one, four = (training_memory(model, 256, "32-true", devices=n, sharded=True) for n in (1, 4))
+    assert [4 * four.weights, 4 * four.gradients, 4 * four.optimizer] == [one.weights, one.gradients, one.optimizer]
+    assert (one.activations, one.shared) == (four.activations, four.shared)
+    whole = training_memory(model, 256, "32-true", devices=4)
+    assert (whole.weights, whole.shared) == (one.weights, one.gradients)
+    in_layer = sum(p.numel() for p in model.model.layers[0].parameters())
+    outside = sum(p.nbytes for p in model.parameters()) - 4 * 4 * in_layer
+    assert four.shared == outside + 4 * 4 * in_layer
+    assert four.total() == four.weights + four.gradients + four.optimizer + four.activations + four.shared
+
+
+def test_a_sharded_model_under_autocast_keeps_whole_copies_of_its_weights(tmp_path):
+    """They are what FSDP2 does not divide."""
+    model = set_soft(small("llama"))
+    shapes = {tuple(sorted(m.weight.shape)) for m in model.modules() if isinstance(m, torch.nn.Linear)}
+    mine, copies = training_memory(model, 256, "bf16-mixed", devices=1, sharded=True), {}
+    assert mine.weights == training_memory(model, 256, "bf16-mixed").weights
+    many = training_memory(model, 256, "bf16-mixed", devices=1000, sharded=True)
+
+    def pack(tensor):
+        if tensor.dtype == torch.bfloat16 and tuple(sorted(tensor.shape)) in shapes:
+            copies[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        shard(model, init_device_mesh("cpu", (1,)))
+        ids_BT = torch.randint(0, 64, (4, 60))  # no activation has the shape of a weight
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast("cpu"):
+            model(input_ids=ids_BT, labels=ids_BT).loss.backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert many.weights == pytest.approx(sum(copies.values()), rel=0.05)
+
+
+def set_soft(model: PreTrainedModel) -> PreTrainedModel:
+    set_mode(model, "soft")
+    return model
 
 
 @pytest.mark.parametrize(

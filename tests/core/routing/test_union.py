@@ -47,6 +47,17 @@ def counted(active_BTE, real_BT, size, decodes):
     return idle, batches
 
 
+def test_a_score_on_the_threshold_does_not_run(routed):
+    model = routed("bert", "classification")
+    ids_BT = torch.arange(14).view(2, 7) + 3
+    with torch.no_grad(), RouterTrace(model, torch.ones(2, 7)) as trace:
+        model(input_ids=ids_BT)
+    for name, scores_NE in trace.scores().items():
+        expert_ffns(model)[name].threshold = float(scores_NE.max())  # that of one token and expert, exactly
+    idle_LK, batches_LK = trace.idle_experts(2)
+    assert idle_LK.equal(batches_LK * scores_NE.shape[1])
+
+
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize(("family", "head"), DECODES, ids="-".join)
 def test_equals_counting_by_hand(routed, family, head, side):
