@@ -304,7 +304,10 @@ def two_processes() -> Callable[..., Outcome]:
 
 @pytest.fixture(scope="session")
 def processes() -> Callable[..., Outcome]:
-    """`processes(2, cwd, config, "fit")` runs a command in processes that begin with everything imported (FSDP2)."""
+    """`processes(2, cwd, config, "fit")` runs a command in processes that begin with everything imported.
+
+    They share out the weights (FSDP2), unless ``trainer.strategy`` is given.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["lte_lightning.cli.training", "transformers.models.bert.modeling_bert"])
 
@@ -331,6 +334,7 @@ def processes() -> Callable[..., Outcome]:
             time.sleep(0.05)
         codes = [process.exitcode for process in started]
         out, err = ((cwd / f"{name}-0.txt").read_text() for name in ("out", "err"))
+        assert "sync_dist" not in err  # Lightning's warning that values were not summed over devices
         return Outcome(next(filter(None, codes), 0), out, err, cwd)
 
     return run

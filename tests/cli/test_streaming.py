@@ -82,7 +82,7 @@ def test_killed_in_the_middle_of_a_stage(step, row, whole, tiny_lm, lightning, t
 
 
 @pytest.mark.timeout(300)
-def test_two_processes_equal_one(tiny_lm, lightning, two_processes, tmp_path):
+def test_two_processes_equal_one(tiny_lm, lightning, processes, tmp_path):
     options = {"optimizer": "torch.optim.SGD", "learning_rate": 0.05, "router_learning_rate": 2.0}
     sgd = {f"stages.{stage}.{key}": v for stage in ("dense", "router", "expert") for key, v in options.items()}
     config = tiny_lm.config(**{**STREAM, **sgd, "data.init_args.batch_size": 4, "trainer.limit_train_batches": 6})
@@ -91,7 +91,7 @@ def test_two_processes_equal_one(tiny_lm, lightning, two_processes, tmp_path):
     one = lightning(tmp_path / "one", config, "fit", "--trainer.accumulate_grad_batches", 2)
     assert one.code == 0, one.err
     config["trainer"]["limit_train_batches"] = 3
-    two = two_processes(tmp_path / "two", config, "fit")
+    two = processes(2, tmp_path / "two", config, "fit", **{"trainer.strategy": "ddp"})
     assert two.code == 0, two.err
     mine, theirs = weights(one.run), weights(two.run)
     assert mine["global_step"] == theirs["global_step"] == 17

@@ -1,12 +1,18 @@
-"""Two processes do what one does."""
+"""Two processes do what one does.
+
+One test starts them as a user would: a command whose strategy starts the other. In the others they begin with
+everything imported, each told its place as torchrun tells it.
+"""
 
 import pytest
 import torch
 
+DDP = {"trainer.strategy": "ddp"}
+
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(("accumulate", "steps"), [(1, 4), (3, 2)])
-def test_two_processes_equal_one(accumulate, steps, tiny, calm, lightning, two_processes, tmp_path):
+def test_two_processes_equal_one(accumulate, steps, tiny, calm, lightning, two_processes, processes, tmp_path):
     """Each process takes every other batch, so two of them are one that accumulates two batches to a step.
 
     Batches differ in length. With three of them to a step the last step of an epoch has one of each process.
@@ -26,7 +32,11 @@ def test_two_processes_equal_one(accumulate, steps, tiny, calm, lightning, two_p
     assert one.code == 0, one.err
 
     config["trainer"]["accumulate_grad_batches"] = accumulate
-    two = two_processes(tmp_path / "two", config, "fit")
+    two = (
+        two_processes(tmp_path / "two", config, "fit")
+        if accumulate == 1
+        else processes(2, tmp_path / "two", config, "fit", **DDP)
+    )
     assert two.code == 0, two.err
     results = two.results
     assert results["versions"]["devices"] == 2
@@ -50,7 +60,7 @@ def test_two_processes_equal_one(accumulate, steps, tiny, calm, lightning, two_p
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("layers", ["equal", "free"])
-def test_a_target_is_held_over_two_processes_as_by_one(layers, tiny, calm, lightning, two_processes, tmp_path):
+def test_a_target_is_held_over_two_processes_as_by_one(layers, tiny, calm, lightning, processes, tmp_path):
     """Quantiles of two processes are those of one, as are the closed form and the calibration between the stages."""
     options = {"optimizer": "torch.optim.SGD", "learning_rate": 0.05, "router_learning_rate": 0.5}
     stages = {f"stages.{stage}.{key}": v for stage in ("dense", "router", "expert") for key, v in options.items()}
@@ -63,7 +73,7 @@ def test_a_target_is_held_over_two_processes_as_by_one(layers, tiny, calm, light
         (tmp_path / name).mkdir()
     one = lightning(tmp_path / "one", config, "fit", "--trainer.accumulate_grad_batches", 2)
     assert one.code == 0, one.err
-    two = two_processes(tmp_path / "two", config, "fit")
+    two = processes(2, tmp_path / "two", config, "fit", **DDP)
     assert two.code == 0, two.err
     assert two.results["versions"]["devices"] == 2
     (other,) = (tmp_path / "two").glob("runs/*/*/checkpoints/last.ckpt")
@@ -80,13 +90,12 @@ def test_a_target_is_held_over_two_processes_as_by_one(layers, tiny, calm, light
 
 
 @pytest.mark.timeout(300)
-def test_two_processes_write_and_score_what_one_does(tiny_lm, lightning, two_processes, tmp_path):
+def test_two_processes_write_and_score_what_one_does(tiny_lm, lightning, processes, tmp_path):
     config = tiny_lm.config()
     (tmp_path / "one").mkdir()
     one = lightning(tmp_path / "one", config, "test")
     assert one.code == 0, one.err
-    (tmp_path / "two").mkdir()
-    two = two_processes(tmp_path / "two", config, "test")
+    two = processes(2, tmp_path / "two", config, "test", **DDP)
     assert two.code == 0, two.err
     found = two.results
     assert found.keys() == one.results.keys()
