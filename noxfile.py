@@ -109,6 +109,12 @@ def mutants(session: nox.Session) -> None:
     session.run("python", "tests/mutants.py", *session.posargs, env=ONE_THREAD)
 
 
+@nox.session(name="hf-tests", python=False, requires=["env"], default=False)
+def hf_tests(session: nox.Session) -> None:
+    """Run Hugging Face's own tests of any model on converted ones; -- FOLDER, the tests of transformers."""
+    session.run("python", "tests/hugging_face.py", *session.posargs, env=ONE_THREAD)
+
+
 @nox.session(python=False, requires=["env"], default=False)
 def coverage(session: nox.Session) -> None:
     """Run the tests and show which lines and branches of the package they reach, with the total; -- FILE for a part."""

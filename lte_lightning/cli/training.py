@@ -24,6 +24,7 @@ from lte_lightning.callbacks import (
 )
 from lte_lightning.choices import options_by_name
 from lte_lightning.cli import refuse
+from lte_lightning.cli.damaged import guard_checkpoints, reading
 from lte_lightning.cli.guard import MODE, guard_configurations
 from lte_lightning.cli.parser import LteParser
 from lte_lightning.cli.unused import Given, check_given
@@ -105,11 +106,12 @@ class LteCLI(LightningCLI):
         """Lets Lightning read the options that a checkpoint was written with, of a folder too."""
         options: Any = self.config[self.config.subcommand] if self.config.get("subcommand") else {}
         path = options.get("ckpt_path")
-        if not path or not Path(path).is_dir():
-            super()._parse_ckpt_path()
+        if not path:
             return
-        options.ckpt_path = str(Path(path, SHARDED[0]))
-        super()._parse_ckpt_path()
+        if Path(path).is_dir():
+            options.ckpt_path = str(Path(path, SHARDED[0]))
+        with reading(path):
+            super()._parse_ckpt_path()
         self.config[self.config.subcommand].ckpt_path = path
 
     def before_instantiate_classes(self) -> None:
@@ -139,7 +141,9 @@ class LteCLI(LightningCLI):
             own.append(StageProgressBar())  # before the recorder, so that the bar stops before the recorder prints
         kwargs["callbacks"] = [*own, *callbacks]
         try:
-            return super().instantiate_trainer(**kwargs)
+            trainer: Trainer = super().instantiate_trainer(**kwargs)
+            guard_checkpoints(trainer)
+            return trainer
         except Exception as error:  # for example a missing device
             config.run.forget(kwargs["logger"][0] if kwargs.get("logger") else None)
             if isinstance(error, ValueError) and not isinstance(error, UserError):  # of Lightning's options

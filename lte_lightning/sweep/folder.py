@@ -182,8 +182,10 @@ class SweepFolder:
 
     def planned(self) -> dict[str, Point | None]:
         """Returns the points that the sweep asked for last, by name; an earlier version knew their names alone."""
-        names: dict[str, Point | None] = dict.fromkeys(self.about.get("planned", []))
-        points = [restore(content) for content in self.about.get("plan", [])]
+        planned, plan = (self.about.get(key) for key in ("planned", "plan"))
+        words = [name for name in planned if isinstance(name, str)] if isinstance(planned, list) else []
+        names: dict[str, Point | None] = dict.fromkeys(words)
+        points = [restore(content) for content in plan] if isinstance(plan, list) else []
         return names | {point.name: point for point in points if point is not None}
 
     def log(self, name: str) -> Path:

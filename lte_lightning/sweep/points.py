@@ -79,14 +79,30 @@ class Point:
         return words + options({"seed_everything": self.seed} | self.overrides)
 
 
-def restore(content: dict[str, Any]) -> Point | None:
+def restore(content: Any) -> Point | None:
     """Returns a point as it was stored, with empty configs and options by an earlier version; None if it is none."""
+    if not isinstance(content, dict):
+        return None
     known = {each.name for each in fields(Point)}
     kept = {"configs": (), "overrides": {}} | {key: value for key, value in content.items() if key in known}
     try:
-        return Point(**kept | {"configs": tuple(kept["configs"])})
+        point = Point(**kept | {"configs": tuple(kept["configs"])})
     except TypeError:
         return None
+    return point if _is_sound(point) else None
+
+
+def _is_sound(point: Point) -> bool:
+    """Says whether a point's values are of their types, and its names those of files in its sweep's folder."""
+    names = [point.name, *(name for name in (point.start, point.floor) if name is not None)]
+    return (
+        all(isinstance(name, str) and name.isprintable() and Path(name).name == name for name in names)
+        and point.role in ("point", "start", "floor")
+        and isinstance(point.variant, str | None)
+        and type(point.seed) is int
+        and all(isinstance(values, dict) for values in (point.parameters, point.overrides))
+        and all(isinstance(word, str) for word in (*point.parameters, *point.overrides, *point.configs, point.identity))
+    )
 
 
 @dataclass(frozen=True)

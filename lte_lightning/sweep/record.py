@@ -37,9 +37,20 @@ class Record:
         """Returns the record that a file holds; None if it holds none."""
         known = {each.name for each in fields(cls)} - {"point"}
         point = restore(content)
-        return None if point is None else cls(point, **{key: value for key, value in content.items() if key in known})
+        if point is None:
+            return None
+        return cls(point, **{key: content[key] for key in known & content.keys() if _fits(key, content[key])})
 
     def content(self) -> dict[str, Any]:
         """Returns the content of the file: the point and its facts."""
         facts = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "point"}
         return asdict(self.point) | {key: value for key, value in facts.items() if value is not None}
+
+
+def _fits(name: str, value: Any) -> bool:
+    """Says whether a fact is of its type; a damaged one counts as unknown."""
+    if name == "resumed":
+        return isinstance(value, bool)
+    if name in ("seconds", "code"):
+        return type(value) in (int, float) and abs(value) < float("inf")
+    return isinstance(value, str)

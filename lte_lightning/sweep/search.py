@@ -56,7 +56,8 @@ class Trials:
             raise UserError(f"{sweep.path}: Optuna cannot draw from the parameters of search: {error}") from error
         # Nothing runs yet, so giving up soon costs little
         self.study = self._ask_storage(self._open_study, min(patience, 10))
-        if [d.name.lower() for d in self.study.directions] != list(self.search.objectives.values()):
+        directions = self._ask_storage(lambda: self.study.directions)
+        if [d.name.lower() for d in directions] != list(self.search.objectives.values()):
             raise UserError(
                 f"study {self.study.study_name!r} in {shown(self.storage)} has other objectives; name another study"
             )
@@ -89,14 +90,14 @@ class Trials:
 
     def _ask_storage(self, ask: Callable[[], Any], patience: float | None = None) -> Any:
         """Uses the storage, and tries again while another process has it."""
-        from sqlalchemy.exc import OperationalError, SQLAlchemyError
+        from sqlalchemy.exc import OperationalError
 
         passing = (self._optuna.exceptions.StorageInternalError, OperationalError, OSError)
         deadline = time.monotonic() + (self.patience if patience is None else patience)
         while True:
             try:
                 return ask()
-            except (*passing, SQLAlchemyError, ValueError, ImportError) as error:
+            except Exception as error:  # a damaged database is any error of Optuna's
                 if isinstance(error, passing) and time.monotonic() < deadline:
                     time.sleep(1)
                     continue
@@ -211,6 +212,8 @@ class Trials:
         keys, objectives = list(self.search.parameters), list(self.search.objectives)
         rows = []
         for trial in self._ask_storage(lambda: self.study.best_trials):
+            if not trial.params.keys() >= set(keys):  # a damaged database has lost some
+                continue
             drawn = [f"{v:.4g}" if isinstance(v, float) else str(v) for v in (trial.params[key] for key in keys)]
             rows.append([str(trial.number), *drawn, *(f"{value:.4f}" for value in trial.values)])
         write_text(path, markdown_table(["trial", *keys, *objectives], rows))

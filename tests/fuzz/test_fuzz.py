@@ -9,6 +9,7 @@ import copy
 import json
 import os
 import shutil
+import sqlite3
 import struct
 import tempfile
 import threading
@@ -22,12 +23,15 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from lightning.pytorch import Trainer
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 
 import lte_lightning
+from lte_lightning.callbacks import StagePlan, StageSchedule
 from lte_lightning.cli.check import check_commands
+from lte_lightning.cli.damaged import guard_checkpoints
 from lte_lightning.core.model.folder import read_lte_config
 from lte_lightning.data import ClassificationData, GenerationData, GlueData, InstructData, LanguageModelData, MmluData
 from lte_lightning.errors import UserError
@@ -37,7 +41,11 @@ from lte_lightning.report.page import write_report
 from lte_lightning.report.tracked import collect_tracked
 from lte_lightning.results import Evaluation, Place, Results, read_evaluation, read_results
 from lte_lightning.store import read_run_file
+from lte_lightning.sweep.folder import SweepFolder
+from lte_lightning.sweep.recall import recognise
+from lte_lightning.sweep.search import Trials
 from lte_lightning.sweep.spec import read_sweep
+from lte_lightning.tasks import Classification
 
 pytestmark = pytest.mark.timeout(3600 if "LTE_FUZZ" in os.environ else 300)
 EXAMPLES = int(os.environ.get("LTE_FUZZ", "25"))
@@ -60,7 +68,8 @@ def tries(cost: int = 1) -> Callable[[Any], Any]:
     """How often a target is tried; `cost` is how much slower than the others it is."""
     quiet = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
     anew = {"derandomize": False} if "LTE_FUZZ" in os.environ else {}
-    return settings(max_examples=max(EXAMPLES // cost, 5), suppress_health_check=quiet, **anew)
+    phases = [phase for phase in Phase if phase is not Phase.explain]  # which traces every line
+    return settings(max_examples=max(EXAMPLES // cost, 5), suppress_health_check=quiet, phases=phases, **anew)
 
 
 def attempt(target: str, read: Callable[[], Any]) -> None:
@@ -187,14 +196,15 @@ def model(tmp_path_factory) -> Path:
     return folder
 
 
-RESULTS = Results(
+RESULTS_GIVEN: dict[str, Any] = dict(
     task="sst2", metric="accuracy", dense=0.9, hard_before=0.7, hard=0.8, soft=0.85, sparsity=0.5, sparsity_before=0.4,
     sparsity_per_layer=[0.5], flops_per_token=10.0, dense_flops_per_token=20.0, bytes_per_token=1.0,
     dense_bytes_per_token=2.0, bound=2.0, seed=0, floor=0.5, union_sparsity={"1": 0.5}, grouping={"inertia": 1.0},
     seconds_per_stage={"dense": 1.0, "router": 1.0, "expert": 1.0}, versions={"torch": "2"}, skipped_rows={"a": 1},
     score_histogram=[[1] * 50], speedup=1.5, latency_ms=1.0, dense_latency_ms=1.5, latency_of={"rows": 2},
     others={"f1": {"hard": 0.5}},
-).content()  # fmt: skip
+)  # fmt: skip
+RESULTS = Results(**RESULTS_GIVEN).content()
 RUN = {"layout": 1, "experiment": "lte", "run_id": "ab", "tracking_uri": "sqlite:///mlflow.db", "name": "one"}
 CONFIG = {
     "seed_everything": 1,
@@ -309,6 +319,66 @@ def test_bench_csv(data, tmp_path):
     attempt("CSV file of lte bench", lambda: read_bench(tmp_path / "bench.csv"))
 
 
+@pytest.fixture(scope="module")
+def fit(model, tmp_path_factory) -> Callable[..., Any]:
+    """`fit(command, checkpoint)` runs a trainer from a checkpoint; or from the beginning."""
+    place = tmp_path_factory.mktemp("fit")
+    rows = [{"sentence": "a good film", "label": 1}, {"sentence": "a bad film", "label": 0}] * 4
+    split_files(place, ".jsonl", b"\n".join(map(dumped, rows)))
+    lte_lightning.restore(lte_lightning.from_pretrained(model)).save_pretrained(place / "plain")
+    data = GlueData(task="sst2", source=str(place), tokenizer=str(model), max_length=16, batch_size=4)
+
+    def run(command: str, checkpoint: Path | None = None) -> Any:
+        module = Classification(task="sst2", pretrained=str(place / "plain"), lte=lte_lightning.LteConfig(8))
+        schedule = StageSchedule(*[StagePlan(epochs=1) for _ in range(3)])
+        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "log_every_n_steps": 1}
+        trainer = Trainer(accelerator="cpu", max_epochs=-1, callbacks=schedule, enable_checkpointing=False, **quiet)
+        guard_checkpoints(trainer)
+        getattr(trainer, command)(module, datamodule=data, **({"ckpt_path": str(checkpoint)} if checkpoint else {}))
+        return trainer
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def last(fit, tmp_path_factory) -> Path:
+    """The checkpoint of a fit that has ended."""
+    file = tmp_path_factory.mktemp("last") / "last.ckpt"
+    fit("fit").save_checkpoint(file)
+    return file
+
+
+@contextlib.contextmanager
+def checkpoint_of(content: Any) -> Iterator[Path]:
+    """A file of bytes, or one that torch writes of anything else."""
+    with tempfile.TemporaryDirectory() as place:
+        file = Path(place, "fuzzed.ckpt")
+        if isinstance(content, bytes):
+            file.write_bytes(content)
+        else:
+            torch.save(content, file)
+        yield file
+
+
+def parts(checkpoint: dict[str, Any]) -> st.SearchStrategy[Any]:
+    """The checkpoint with one of its parts changed; tensors are replaced, too."""
+    return st.sampled_from(list(checkpoint)).flatmap(
+        lambda key: changed(checkpoint[key]).map(lambda value: checkpoint | {key: value})
+    ) | changed({key: None for key in checkpoint}).map(
+        lambda keys: {key: checkpoint.get(key) for key in keys} if isinstance(keys, dict) else keys
+    )
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's and Lightning's own, of what they make of it
+@pytest.mark.parametrize("command", ["test", "fit"])
+@given(data=st.data())
+@tries(cost=5)
+def test_checkpoint(command, data, fit, last):
+    valid = torch.load(last, weights_only=True)
+    with checkpoint_of(data.draw(parts(valid) | spoilt(last.read_bytes()))) as file:
+        attempt(f"checkpoint (.ckpt), {command}", lambda: fit(command, file))
+
+
 SWEEP = {
     "about": "x", "configs": ["base.yaml"], "seeds": [0, 1], "overrides": {"data.batch_size": 8},
     "variants": {
@@ -336,6 +406,79 @@ def test_sweep_file(content, tmp_path):
     (tmp_path / "base.yaml").write_bytes(as_yaml(CONFIG))
     (tmp_path / "sweep.yaml").write_bytes(content)
     attempt("sweep file", lambda: [point.arguments() for point in read_sweep(tmp_path / "sweep.yaml").points()])
+
+
+POINT = {
+    "name": "LTE-0.1-0", "role": "point", "variant": "LTE", "parameters": {"model.efficiency_weight": 0.1}, "seed": 0,
+    "configs": ["base.yaml"], "overrides": {"data.batch_size": 8, "model.efficiency_weight": 0.1}, "start": "start-0",
+    "floor": None, "identity": "ab", "status": "done", "seconds": 1.5, "run": "r",
+}  # fmt: skip
+
+
+@given(point=files(POINT), plan=changed([POINT]))
+@tries()
+def test_points_of_a_sweep(point, plan, run):
+    with tempfile.TemporaryDirectory() as place:
+        (Path(place) / "base.yaml").write_bytes(as_yaml(CONFIG))
+        (Path(place) / "sweep.yaml").write_bytes(as_yaml(SWEEP))
+        sweep, folder = read_sweep(Path(place) / "sweep.yaml"), SweepFolder(Path(place) / "folder")
+        with folder.hold(sweep):
+            folder.plan(sweep.points())
+        about = json.loads((folder.path / "sweep.json").read_text())
+        (folder.path / "sweep.json").write_bytes(dumped(about | {"plan": plan}))
+        (folder.points / "LTE-0.1-0.json").write_bytes(point)
+        attempt("points of a sweep", lambda: recognise(sweep, folder).points())
+        attempt("report of a sweep", lambda: report(folder.path))
+
+
+@pytest.fixture(scope="module")
+def search(tmp_path_factory) -> Path:
+    """A search's folder with three trials in Optuna's database."""
+    pytest.importorskip("optuna", reason="Optuna is not installed: pip install optuna")
+    place = tmp_path_factory.mktemp("search")
+    (place / "base.yaml").write_bytes(as_yaml(CONFIG))
+    (place / "sweep.yaml").write_bytes(as_yaml(SEARCH))
+    folder = SweepFolder(place / "folder")
+    folder.points.mkdir(parents=True)
+    trials = Trials(read_sweep(place / "sweep.yaml"), folder)
+    for _ in range(2):
+        (point,) = trials.ask()
+        trials.tell(point.name, Results(**RESULTS_GIVEN))
+    trials.ask()
+    return place
+
+
+@given(data=st.data())
+@tries(cost=2)
+def test_optuna_database(data, search):
+    with folder_with(search) as place:
+        file = place / "folder" / "optuna.db"
+        content = file.read_bytes()
+        file.unlink()
+        if data.draw(st.booleans()):
+            file.write_bytes(data.draw(spoilt(content)))
+        else:
+            file.write_bytes(content)
+            with contextlib.closing(sqlite3.connect(file)) as database:
+                names = "SELECT name FROM sqlite_master WHERE type = 'table'"
+                table = data.draw(st.sampled_from(sorted(name for (name,) in database.execute(names))))
+                columns = sorted(row[1] for row in database.execute(f"PRAGMA table_info({table})"))
+                column = data.draw(st.sampled_from(columns))
+                value = data.draw(st.none() | st.integers(-3, 300) | st.floats() | st.sampled_from(["", "x", "é"]))
+                with contextlib.suppress(sqlite3.Error):  # what the database itself refuses
+                    if data.draw(st.booleans()):
+                        database.execute(f"DROP TABLE {table}")
+                    else:
+                        database.execute(f"UPDATE {table} SET {column} = ?", (value,))
+                    database.commit()
+
+        def read() -> None:
+            trials = Trials(read_sweep(place / "sweep.yaml"), SweepFolder(place / "folder"), patience=0)
+            trials.left()
+            trials.ask()
+            trials.write_front(place / "front.md")
+
+        attempt("Optuna's database", read)
 
 
 @given(data=st.data())

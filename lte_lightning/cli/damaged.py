@@ -1,0 +1,49 @@
+"""A checkpoint that cannot be read is refused in one line, whatever torch and Lightning make of it."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import wraps
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
+
+from lte_lightning.errors import UserError
+
+
+@contextmanager
+def reading(path: object) -> Iterator[None]:
+    """Turns what goes wrong while a checkpoint is read into one line.
+
+    Raises:
+        UserError: If something does, other than a lack of memory.
+    """
+    try:
+        yield
+    except (UserError, MisconfigurationException, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        line = (str(error).strip().splitlines() or [""])[0][:200]
+        raise UserError(
+            f"the checkpoint {path} is damaged, or not one of this program ({type(error).__name__}: {line}); resume "
+            "from another one, or begin anew"
+        ) from error
+
+
+def guard_checkpoints(trainer: Trainer) -> None:
+    """Has a trainer refuse a damaged checkpoint, whichever part of it is."""
+    connector: Any = trainer._checkpoint_connector
+    paths: list[Any] = [None]
+
+    def guarded(restore: Callable[..., None]) -> Callable[..., None]:
+        @wraps(restore)
+        def call(*args: Any, **kwargs: Any) -> None:
+            paths.extend(args[:1])  # the first of them is given the path
+            with nullcontext() if paths[-1] is None else reading(paths[-1]):
+                restore(*args, **kwargs)
+
+        return call
+
+    for name in ("_restore_modules_and_callbacks", "restore_training_state"):
+        setattr(connector, name, guarded(getattr(connector, name)))
