@@ -1,5 +1,7 @@
 """The options of the commands that are one typed function, and how their words are read."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -95,6 +97,7 @@ OPTIONS = {
         "revision": None,
         "message": "Upload model",
         "pull_request": False,
+        "cache": None,
     },
     "sweep": {
         "sweep": "FILE",
@@ -243,3 +246,13 @@ def test_lists(words, expected):
 def test_a_configuration_file(tmp_path):
     (tmp_path / "a.yaml").write_text("batch_size: 7\nout: x\n")
     assert call(takes, "lte takes", ["--config", str(tmp_path / "a.yaml"), "--quick"]) == (7, True, None, Path("x"))
+
+
+def test_a_reader_that_has_seen_enough_gets_no_traceback():
+    command = subprocess.Popen(
+        [sys.executable, "-m", "lte_lightning", "configs"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    command.stdout.close()
+    assert command.stderr.read() == b""
+    assert command.wait() == 141
+    command.stderr.close()

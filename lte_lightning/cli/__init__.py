@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import io
+import os
 import signal
 import sys
 from importlib import import_module
@@ -42,9 +43,13 @@ def main(args: list[str] | None = None) -> None:
     """Runs the command line; an error that the user can put right is one message and exit code 1."""
     try:
         _run(args)
+        sys.stdout.flush()
     except KeyboardInterrupt:  # before or outside training; Lightning itself ends a fit
         print("\nInterrupted.", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:  # `lte configs | head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's last flush fails
+        sys.exit(128 + signal.SIGPIPE)
 
 
 def _run(args: list[str] | None) -> None:

@@ -61,7 +61,7 @@ def card(description: dict[str, Any], config: PreTrainedConfig, name: str) -> Mo
             dataset_type=str(results["task"]),
             dataset_name=str(results["task"]),
             metric_type=str(results["metric"]),
-            metric_value=results["hard"],
+            metric_value=round(results["hard"], 6),
         )
         own = name if name != PLACEHOLDER else f"{str(base.get('model') or architecture).rpartition('/')[2]}-sparse"
         facts = {"model_name": own, "eval_results": [value]}
@@ -159,7 +159,7 @@ def _recipe(description: dict[str, Any], base: dict[str, Any]) -> str:
         "stage reached": about.get("stage"),
         **(about.get("recipe") or {}),
         "seed": results.get("seed"),
-        "seconds per stage": results.get("seconds_per_stage"),
+        "seconds per stage": ", ".join(f"{k} {v}" for k, v in (results.get("seconds_per_stage") or {}).items()) or None,
         "commit": versions.get("commit"),
         "versions": ", ".join(f"{key} {versions[key]}" for key in versions if key not in ("commit", "code")) or None,
     }

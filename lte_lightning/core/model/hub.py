@@ -1,13 +1,18 @@
-"""Uploading a folder to the Hugging Face hub."""
+"""Uploading a folder to the Hugging Face hub, or to a folder in the form of the hub's cache."""
 
+import hashlib
+import shutil
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, ModelCard
+from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub.utils import filter_repo_objects
 from transformers import AutoConfig
 
 from lte_lightning.core.model.card import README, write_card
 from lte_lightning.core.model.folder import read_description
+from lte_lightning.files import exchange, sync_all, write_text
 
 # What training leaves beside a model is large, and of no use to others.
 _LEFT_BEHIND = ["checkpoint-*/**", "optimizer.*", "scheduler.pt", "scaler.pt", "rng_state*", "training_args.bin"]
@@ -43,3 +48,40 @@ def push_folder(
         card.save(folder / README)
     kwargs = {"commit_message": "Upload model"} | kwargs
     return str(api.upload_folder(folder_path=folder, repo_id=repo_id, ignore_patterns=_LEFT_BEHIND, **kwargs))
+
+
+def store_folder(folder: Path, repo_id: str, cache: Path, revision: str = "main") -> Path:
+    """Writes a saved model to a folder in the form of the hub's cache, as if it had been downloaded.
+
+    Whatever reads the hub finds it there by its name, with ``HF_HUB_CACHE`` (or ``cache_dir=``) and no connection.
+
+    Args:
+        folder: Where the model lies.
+        repo_id: Its name, OWNER/NAME.
+        cache: The cache; it may hold other models, and other versions of this one.
+        revision: The branch.
+
+    Returns:
+        The model's folder within the cache.
+    """
+    place = cache / repo_folder_name(repo_id=repo_id, repo_type="model")
+    staging = place / "snapshots" / "new.tmp"
+    shutil.rmtree(staging, ignore_errors=True)
+    names = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
+    digest = hashlib.sha1(usedforsecurity=False)
+    for name in filter_repo_objects(names, ignore_patterns=_LEFT_BEHIND, key=str):
+        (staging / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(folder / name, staging / name)
+    write_card(staging, read_description(folder), AutoConfig.from_pretrained(folder), repo_id)
+    for path in sorted(staging.rglob("*")):
+        if path.is_file():
+            with path.open("rb") as file:
+                content = hashlib.file_digest(file, "sha256").hexdigest()
+            digest.update(f"{path.relative_to(staging).as_posix()} {content}\n".encode())
+    commit = digest.hexdigest()  # as long as the hub's, and the same for the same files
+    sync_all(staging)
+    exchange(staging, place / "snapshots" / commit)
+    shutil.rmtree(staging, ignore_errors=True)  # the same files, if they were there
+    (place / "refs" / revision).parent.mkdir(parents=True, exist_ok=True)
+    write_text(place / "refs" / revision, commit)
+    return place / "snapshots" / commit

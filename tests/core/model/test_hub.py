@@ -6,12 +6,15 @@ import json
 import re
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
+import torch
 import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import close_session
+from transformers import AutoModelForSequenceClassification
 
 from lte_lightning import LteConfig, convert, from_pretrained, save_pretrained, set_mode
 from lte_lightning.cli import main
@@ -220,11 +223,33 @@ def test_lte_push(model, hub, tmp_path, capsys, monkeypatch):
     assert "Traceback" not in said
 
 
+def test_lte_push_to_a_folder_in_the_form_of_the_hub_s_cache(model, tmp_path, capsys):
+    folder = save_pretrained(model, tmp_path / "saved", ABOUT)
+    (folder / "optimizer.pt").write_bytes(b"")
+    for _ in range(2):  # the same files are the same commit
+        main(["push", str(folder), "me/sparse", "--cache", str(tmp_path / "cache")])
+    place = Path(capsys.readouterr().out.splitlines()[-1])
+    (other,) = (tmp_path / "cache" / "models--me--sparse" / "snapshots").iterdir()
+    assert other == place
+    assert {path.name for path in place.iterdir()} == {path.name for path in folder.iterdir()} - {"optimizer.pt"}
+    assert 'lte_lightning.from_pretrained("me/sparse")' in (place / "README.md").read_text()
+    ids = torch.tensor([[5, 6, 7]])
+    sparse = from_pretrained("me/sparse", cache_dir=tmp_path / "cache")
+    assert torch.equal(sparse(ids).logits, from_pretrained(folder)(ids).logits)
+    dense = AutoModelForSequenceClassification.from_pretrained("me/sparse", cache_dir=tmp_path / "cache")
+    assert torch.equal(dense(ids).logits, AutoModelForSequenceClassification.from_pretrained(folder)(ids).logits)
+
+
 def test_lte_push_of_what_cannot_be_pushed(model, tmp_path, capsys, build):
     folder = save_pretrained(model, tmp_path / "saved")
     build().save_pretrained(tmp_path / "plain")
     for words, message in (
         ([str(folder), "me/sparse"], "cannot upload to me/sparse: .*offline"),
+        (
+            [str(folder), "./me/sparse"],
+            "the repository is './me/sparse', but must be OWNER/NAME; .* add --cache FOLDER",
+        ),
+        ([str(folder), "me/sparse", "--cache", "x", "--private"], "is neither private nor has pull requests"),
         ([str(tmp_path / "plain"), "me/sparse"], "plain is no folder of a saved LTE model"),
         ([str(tmp_path / "none"), "me/sparse"], "none is no folder of a saved LTE model"),
     ):
