@@ -1,4 +1,4 @@
-"""``lte bench``: what skipping experts saves on this machine, against the dense model, in one process."""
+"""``lte bench``: time the sparse model against the dense one on this machine, in one process."""
 
 from lte_lightning.bench.command import main
 

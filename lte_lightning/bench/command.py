@@ -1,4 +1,4 @@
-"""``lte bench``: its options, what they may be, and the order of the measurements."""
+"""``lte bench``: its options, their checks, and the order of the measurements."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -10,15 +10,15 @@ from lte_lightning.errors import UserError
 
 if TYPE_CHECKING:
     from lte_lightning.bench.compare import Judges
-    from lte_lightning.bench.figure import Figure
+    from lte_lightning.bench.timing import Timing
 
 
 def main(args: Sequence[str] | None = None, judges: "Judges | None" = None) -> int:
-    """Runs the command and returns its exit code; what the user can put right is said in one message.
+    """Runs the command and returns its exit code; a mistake of the user is one message on stderr.
 
     Args:
         args: The command line.
-        judges: Measures quality, where models are compared that have rows to measure it on.
+        judges: Measures quality when whole models are compared and validation rows are available.
     """
     from lte_lightning.options import call
 
@@ -58,37 +58,37 @@ def bench(
     lte bench RUN --against llama.cpp,openvino,onnxruntime
 
     Args:
-        shape: llama2-7b, smollm2-135m or roberta-base with random weights, or a converted model's folder or hub id,
-            which may be named without the option's name. Whole models may be plain ones, too.
-        scope: ffn (one FFN block), model (all measured layers, both stacks of an encoder-decoder; never the head, so
-            that a folder compares with a named shape), or both with a comma; or generate: tokens per second of whole
-            models that decode.
-        against: llama.cpp, openvino, onnxruntime, several with commas: tokens per second of the whole dense model in
-            each, of torch's, and of ours.
+        shape: llama2-7b, smollm2-135m or roberta-base with random weights, or a converted model's folder or hub id.
+            It may be given without the option's name. Whole models may also be plain (not converted).
+        scope: ffn (one FFN block); model (all measured layers, both stacks of an encoder-decoder, without the head, so
+            that a folder compares with a named shape); ffn,model for both; or generate (tokens per second of a whole
+            decoder).
+        against: llama.cpp, openvino, onnxruntime, several with commas. Measures tokens per second of the whole dense
+            model in each engine and in torch, beside the sparse model.
         dtype: f32, bf16, f16, mixed (f32 weights, bf16 autocast), several with commas; by default f32,bf16. Whole
-            models take int8 and int4, too, and no mixed; by default bf16, beside other engines bf16,int8.
-        tokens: Tokens per call, several with commas. 4 decodes for 4 sequences, 32x128 is 32 sequences of 128 tokens.
-        sparsity: Shares of experts that each token skips, by default 0,0.25,0.5,0.65,0.8,0.9,0.95. Of whole models
-            they set the routers' biases, and nobody measures their quality; by default routers stay as they were
-            trained, and those that were not skip 0.8.
+            models take int8 and int4 instead of mixed; their default is bf16, or bf16,int8 with --against.
+        tokens: Tokens per call, several with commas. 4 decodes 4 sequences; 32x128 is 32 sequences of 128 tokens.
+        sparsity: Shares of experts that each token skips, by default 0,0.25,0.5,0.65,0.8,0.9,0.95. For whole models
+            this sets the routers' biases, and quality is not measured. By default, trained routers stay as they are
+            and untrained routers skip 0.8.
         backend: auto, dense-mask, reference, cpu or triton.
         device: cpu, cuda or cuda:1; auto takes a CUDA device where there is one.
-        threads: torch's threads, bound to as many cores while it measures. By default torch's own choice.
-        layers: Layers of a named shape. By default FFN weights of eight times the last cache.
-        repeats: Rounds, after one that is not counted.
-        clock: wall, or cpu: time of one thread, for machines that are never quiet.
-        rivals: Measure the obvious alternatives besides, in scope ffn.
+        threads: Number of torch threads, bound to as many cores during the measurement. By default torch chooses.
+        layers: Layers of a named shape. By default enough that the FFN weights fill the last-level cache eight times.
+        repeats: Measured rounds, after one warm-up round.
+        clock: wall; or cpu, the time of one thread, for machines that are never quiet.
+        rivals: Also measure the obvious alternatives, in scope ffn.
         ways: How torch runs whole models: eager, compiled, fused (int8 and int4 on a CPU), captured (a CUDA
-            graph), several with commas. By default all that the device has.
-        new_tokens: Tokens that a whole model decodes behind a prompt of 32.
-        data: A configuration (.yaml) or a text with the rows that quality is measured on, beside other engines. By
-            default the run's own.
-        csv: Write one row per figure here.
-        picture: Draw speed-up against sparsity here. By default beside the CSV.
-        mlflow: Log the CSV and the picture in this experiment (MLFLOW_TRACKING_URI, or mlflow.db).
+            graph), several with commas. By default every way that the device supports.
+        new_tokens: Tokens that a whole model decodes after a prompt of 32.
+        data: A configuration (.yaml) or a text file with the rows for measuring quality, with --against. By default
+            the run's own validation rows.
+        csv: Write one row per measurement to this file.
+        picture: Draw speed-up against sparsity in this file. By default beside the CSV.
+        mlflow: Log the CSV and the picture in this experiment (at MLFLOW_TRACKING_URI, or in mlflow.db).
 
     Raises:
-        UserError: If an option's value is not one.
+        UserError: If an option has an invalid value.
     """
     options = dict(locals())
     scopes = one_of(scope, ("ffn", "model", "generate"), "scope")
@@ -123,10 +123,10 @@ def bench(
     check_files(csv, picture)
     where = find_device(device)
     if clock == "cpu" and (threads != 1 or where.type != "cpu"):
-        raise UserError("--clock cpu sees one thread of the CPU only: add --threads 1 --device cpu")
+        raise UserError("--clock cpu times a single CPU thread; add --threads 1 --device cpu")
     if mlflow:
         begin_mlflow(mlflow)
-    figures: list[Figure] = []
+    timings: list[Timing] = []
     cores: Sequence[int] = ()
     try:
         with pinned(threads) as cores:
@@ -141,8 +141,8 @@ def bench(
                                 subject, part, batch, length, sparsities, repeats, others, CLOCKS[clock]
                             )
                         show(rows, samples, subject.layers)
-                        figures += rows
-    finally:  # what was measured is kept, whatever ends the rest
-        if figures:
-            write(figures, csv, picture, options | {"device": str(where), "cores": named(cores)}, draw)
+                        timings += rows
+    finally:  # keep finished measurements if a later one fails
+        if timings:
+            write(timings, csv, picture, options | {"device": str(where), "cores": named(cores)}, draw)
     return None

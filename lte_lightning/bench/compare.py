@@ -1,4 +1,4 @@
-"""``lte bench --scope generate`` and ``--against``: whole models in tokens per second, ours beside what others run."""
+"""``lte bench --scope generate`` and ``--against``: tokens per second of whole models, in torch and other engines."""
 
 import copy
 import math
@@ -33,20 +33,20 @@ from lte_lightning.kernels.cpu.build import library
 from lte_lightning.kernels.cpu.processor import processor
 from lte_lightning.kernels.dispatch import Backend
 
-PROMPT = 32  # tokens that are decoded behind
-UNTRAINED = 0.8  # the sparsity of routers that nobody trained, unless another is asked for
+PROMPT = 32  # tokens of the prompt before decoding
+UNTRAINED = 0.8  # default sparsity of untrained routers
 
 
 class Judge(Protocol):
-    """Who measures quality on a run's validation rows."""
+    """Measures quality on a run's validation rows."""
 
     metric: str
 
     def __call__(self, logits: Logits) -> float:
-        """Returns the metric of a model that gives these logits."""
+        """Returns the metric of a model that computes these logits."""
 
     def calibration(self) -> Sequence[Mapping[str, torch.Tensor]]:
-        """Returns some training batches, without labels."""
+        """Returns a few training batches, without labels."""
 
 
 Judges = Callable[[str, str | None], Judge]
@@ -54,22 +54,22 @@ Judges = Callable[[str, str | None], Judge]
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be measured; see the options of ``lte bench``.
+    """The measurements to make; see the options of ``lte bench``.
 
     Args:
         shape: A folder, or a named shape.
-        engines: Those of ``--against``.
-        dtypes: Of the weights.
-        ways: How torch runs.
-        sequences: At once.
-        length: Tokens of each in a forward pass; 1 decodes.
-        new_tokens: To decode.
-        sparsities: To set the routers to; None leaves those that were trained.
+        engines: The engines of ``--against``.
+        dtypes: Types of the weights.
+        ways: How torch runs the models.
+        sequences: Sequences per batch.
+        length: Tokens per sequence of a forward pass; 1 decodes.
+        new_tokens: Tokens to decode.
+        sparsities: Sparsities to set the routers to; None keeps trained routers as they are.
         device: Where torch runs.
-        backend: Of the sparse model.
-        layers: Of a named shape.
+        backend: Backend of the sparse model.
+        layers: Layers of a named shape.
         repeats: Rounds.
-        data: Where validation rows are from, instead of the run's own configuration.
+        data: Source of validation rows in place of the run's own configuration.
     """
 
     shape: str
@@ -108,14 +108,14 @@ def compare(plan: Plan, judges: Judges | None) -> list[Rate]:
     """Measures, prints and returns the rows.
 
     Raises:
-        UserError: If the model is none that can be measured so, or names no rows though ``data`` was given.
+        UserError: If the model cannot be measured this way, or ``data`` was given and has no rows for it.
     """
     whole = find_whole(plan.shape, plan.layers, plan.backend)
     decodes = plan.decodes
     if decodes and not whole.decodes:
         raise UserError(
-            f"{plan.shape} is a {type(whole.dense).__name__}, which goes on from no text; give --tokens sequences x "
-            "tokens of a forward pass, like 32x128"
+            f"{plan.shape} is a {type(whole.dense).__name__}, which does not generate text; give --tokens "
+            "SEQUENCESxTOKENS for a forward pass, for example 32x128"
         )
     batch = whole.batch(plan.sequences, PROMPT if decodes else plan.length, plan.device)
     judge = _judge(plan, whole, judges)
@@ -139,10 +139,10 @@ def compare(plan: Plan, judges: Judges | None) -> list[Rate]:
         arms: dict[Any, Callable[[], Sequence[float]]] = {str(i): partial(_once, row.arm) for i, row in enumerate(rows)}
         samples = interleave(arms, plan.repeats)
         base = statistics.median(samples["0"])
-        found, quality = [], dict[tuple[str, str, float], float]()
+        rates, quality = [], dict[tuple[str, str, float], float]()
         for i, row in enumerate(rows):
             rate = statistics.median(samples[str(i)])
-            found.append(
+            rates.append(
                 Rate(
                     plan.shape, row.engine, row.dtype, row.way, "decode" if decodes else "forward", plan.sequences,
                     batch["input_ids"].shape[1], plan.new_tokens if decodes else 0, row.sparsity, job.threads, rate,
@@ -154,9 +154,9 @@ def compare(plan: Plan, judges: Judges | None) -> list[Rate]:
             key = (row.engine, row.dtype, row.sparsity)
             if key not in quality and (logits := row.logits()) is not None:
                 quality[key] = judge(logits)  # type: ignore[misc]
-            found[i] = replace(found[i], quality=quality.get(key, math.nan))
-    show_rates(found)
-    return found
+            rates[i] = replace(rates[i], quality=quality.get(key, math.nan))
+    show_rates(rates)
+    return rates
 
 
 def _engine_rows(plan: Plan, job: Job, dtypes: Sequence[str], narrow: float = 0.0) -> list[_Row]:

@@ -1,15 +1,15 @@
-"""Long contexts: synthetic rows that ask for what stands far back, and how often a language model finds it.
+"""Long contexts: synthetic rows whose answers stand far back, and how often a language model finds them.
 
-Three kinds, made of single-token words in random order, so that nothing helps but the context:
+The three tasks use single-token words in random order, so that only the context helps:
 
-- ``copy``: random words, and the same once more; each word of the second copy is asked for (Olsson et al.: "In-context
-  Learning and Induction Heads", 2022, arXiv 2209.11895).
-- ``retrieve``: lines of a key and a value; at the end some keys are named again, and their values are asked for
+- ``copy``: random words, then the same words again; the model predicts each word of the second copy (Olsson et al.:
+  "In-context Learning and Induction Heads", 2022, arXiv 2209.11895).
+- ``retrieve``: lines of a key and a value; the last lines repeat some keys, and the model predicts their values
   (Mohtashami, Jaggi: "Landmark Attention: Random-Access Infinite Context Length for Transformers", 2023, arXiv
-  2305.16300, ask for one passkey).
-- ``count``: four words, one of them twice as often as each other; the commonest is asked for, among the four (after the
-  common words of Hsieh et al.: "RULER: What's the Real Context Size of Your Long-Context Language Models?", 2024, arXiv
-  2404.06654).
+  2305.16300, use a single passkey).
+- ``count``: four words, one of them twice as frequent as each of the others; the model chooses the most frequent of the
+  four (after the common-words task of Hsieh et al.: "RULER: What's the Real Context Size of Your Long-Context Language
+  Models?", 2024, arXiv 2404.06654).
 
 Shapes: B rows, T tokens, A answers of a row, C candidates, V words of the vocabulary.
 """
@@ -32,19 +32,19 @@ from lte_lightning.core.routing.trace import RouterTrace
 from lte_lightning.errors import UserError
 
 SHORTEST = 32
-_PREFIX = 4  # words of a second copy that are given, so that it is clear what is copied
-_QUERIES = 8  # keys that are asked for, at the most
+_PREFIX = 4  # first words of the second copy, which are not scored: they tell the model what to copy
+_QUERIES = 8  # the most keys that a row asks for
 _CANDIDATES = 4
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of one kind and length.
+    """Rows of one task and length.
 
     Args:
         ids_BT: Tokens.
-        places_A: Where the answers stand; each is predicted at the token before.
-        candidates_BC: What an answer is chosen among; None for the whole vocabulary.
+        places_A: Positions of the answers; each is predicted at the token before it.
+        candidates_BC: Tokens that an answer is chosen from; None for the whole vocabulary.
     """
 
     ids_BT: torch.Tensor
@@ -54,15 +54,15 @@ class Rows:
 
 @dataclass(frozen=True)
 class Score:
-    """What a model found.
+    """A model's accuracy on one task and length.
 
     Args:
         setting: ``dense``, ``sparse`` as the model was saved, or the sparsity that its knob was set to.
-        task: The kind of rows.
-        tokens: Their length, as it was asked for.
-        rows: How many.
-        accuracy: Share of the answers that the model ranks first, a mean over rows.
-        error: Its standard error; NaN of a single row.
+        task: A name in `TASKS`.
+        tokens: Requested length of the rows.
+        rows: Number of rows.
+        accuracy: Share of the answers that the model ranks first, averaged over rows.
+        error: Standard error of the accuracy; NaN for a single row.
         sparsity: FFN sparsity over all tokens of these rows; 0 in dense mode.
     """
 
@@ -76,13 +76,13 @@ class Score:
 
 
 class Words:
-    """Single tokens to make rows of: whole words where the vocabulary has enough, else whatever is not special.
+    """Single tokens to build rows from: whole words if the vocabulary has enough, else all tokens that are not special.
 
     Args:
         tokenizer: The model's.
 
     Raises:
-        UserError: If it has fewer than sixteen tokens.
+        UserError: If the tokenizer has fewer than 16 such tokens.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -93,11 +93,13 @@ class Words:
         self.line = _ids(tokenizer, "\n") or [int(self.ids_V[0])]
         self.ids_V = self.ids_V[~torch.isin(self.ids_V, torch.tensor(self.line))]
         if len(self.ids_V) < 16:
-            raise UserError(f"the tokenizer has {len(self.ids_V)} tokens that are not special; 16 are needed")
+            raise UserError(
+                f"the tokenizer has only {len(self.ids_V)} tokens that are not special; at least 16 are needed"
+            )
         self.question = _ids(tokenizer, "\nThe most common of these words is") or self.line
 
     def draw(self, count: int, generator: torch.Generator) -> torch.Tensor:
-        """Returns that many words, each once as long as the vocabulary lasts, [count]."""
+        """Returns random words [count]; none repeats before all have been used."""
         rounds = -(-count // len(self.ids_V))
         orders = [torch.randperm(len(self.ids_V), generator=generator) for _ in range(rounds)]
         return self.ids_V[torch.cat(orders)[:count]]
@@ -119,10 +121,10 @@ def _pairs(words: Words, rows: int, tokens: int, generator: torch.Generator) -> 
     lines = (tokens - len(words.start)) // each
     asked = max(1, min(_QUERIES, lines // 4))
     kept = lines - asked
-    if 2 * kept > len(words.ids_V):  # keys would not differ from each other and from values
+    if 2 * kept > len(words.ids_V):  # some words would repeat, and a key would have two values
         raise UserError(
-            f"{kept} keys and values, for rows of {tokens} tokens, want {2 * kept} words, and the tokenizer has "
-            f"{len(words.ids_V)}; shorten the rows"
+            f"rows of {tokens} tokens need {2 * kept} different words for {kept} keys and values, and the tokenizer "
+            f"has {len(words.ids_V)}; shorten the rows"
         )
     ids = []
     for _ in range(rows):
@@ -156,17 +158,17 @@ CHANCE = {"count": 1 / _CANDIDATES}
 
 
 def make_rows(task: str, words: Words, rows: int, tokens: int, seed: int = 0) -> Rows:
-    """Returns rows of a kind, of at most so many tokens; the same for the same arguments.
+    """Returns rows of a task; the same arguments give the same rows.
 
     Args:
         task: A name in `TASKS`.
-        words: What they are made of.
+        words: The words to build them from.
         rows: B.
-        tokens: T, at least `SHORTEST`; a row may be a little shorter.
-        seed: Another one gives other rows.
+        tokens: The largest T, at least `SHORTEST`; a row may be a little shorter.
+        seed: Seed of the rows.
 
     Raises:
-        UserError: If the vocabulary has too few words for it.
+        UserError: If the vocabulary has too few words for rows of this length.
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + tokens * 11 + list(TASKS).index(task))
     return TASKS[task](words, rows, tokens, generator)
@@ -186,18 +188,18 @@ def compare(
     """Measures a language model densely and at each sparsity, on the same rows.
 
     Args:
-        model: Plain, or with expert FFNs, in evaluation mode. It is left in hard mode if it was in that.
-        words: What rows are made of.
+        model: Plain, or with expert FFNs, in evaluation mode. A model that selects experts is in hard mode afterwards.
+        words: The words to build rows from.
         tasks: Names in `TASKS`.
         lengths: Tokens of the rows.
-        sparsities: Where its knob is set; None leaves it where it is.
+        sparsities: Settings of its sparsity knob; None leaves the knob as it is.
         rows: Rows of each task and length.
-        batch: Rows at a time.
-        seed: Another one gives other rows.
+        batch: Rows per forward pass.
+        seed: Seed of the rows.
         skips: Whether the model selects experts.
 
     Raises:
-        UserError: If the model has no knob, or it does not reach so far; before anything is measured.
+        UserError: If the model has no knob, or the knob does not reach a sparsity. Nothing has been measured then.
     """
     settings: list[tuple[str, float | None]] = [("dense", None)]
     if skips:
@@ -219,12 +221,12 @@ def compare(
 
 @torch.no_grad()
 def measure(model: PreTrainedModel, rows: Rows, batch: int, traced: bool) -> tuple[float, float, float]:
-    """Returns how often a language model finds the answers, the standard error of that, and the FFN sparsity.
+    """Returns a language model's accuracy, its standard error, and the FFN sparsity.
 
     Args:
-        model: In the mode to be measured.
+        model: In the mode to measure.
         rows: The rows.
-        batch: Rows at a time.
+        batch: Rows per forward pass.
         traced: Whether experts are selected, so that there is a sparsity.
     """
     hits, counts = [], []
@@ -238,14 +240,14 @@ def measure(model: PreTrainedModel, rows: Rows, batch: int, traced: bool) -> tup
         else:
             hidden_BTD = model.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state
         head: Any = model.get_output_embeddings()
-        logits_BAV = head(hidden_BTD[:, places_A - 1])  # of answers alone: all would be gigabytes
+        logits_BAV = head(hidden_BTD[:, places_A - 1])  # at answers alone: logits of all tokens would be gigabytes
         if rows.candidates_BC is None:
-            found_BA = logits_BAV.argmax(dim=-1)
+            answers_BA = logits_BAV.argmax(dim=-1)
         else:
             candidates_BC = rows.candidates_BC[begin : begin + batch].to(model.device)
             logits_BAC = logits_BAV.gather(-1, candidates_BC[:, None].expand(-1, len(places_A), -1))
-            found_BA = candidates_BC.gather(1, logits_BAC.argmax(dim=-1))
-        hits.append((found_BA == ids_BT[:, places_A]).double().mean(dim=1))
-    found_B = torch.cat(hits)
-    error = found_B.std().item() / math.sqrt(len(found_B)) if len(found_B) > 1 else math.nan
-    return found_B.mean().item(), error, reduce(add, counts).sparsity() if counts else 0.0
+            answers_BA = candidates_BC.gather(1, logits_BAC.argmax(dim=-1))
+        hits.append((answers_BA == ids_BT[:, places_A]).double().mean(dim=1))
+    hits_B = torch.cat(hits)
+    error = hits_B.std().item() / math.sqrt(len(hits_B)) if len(hits_B) > 1 else math.nan
+    return hits_B.mean().item(), error, reduce(add, counts).sparsity() if counts else 0.0

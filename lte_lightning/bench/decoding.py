@@ -1,4 +1,4 @@
-"""Passes of a whole model that are timed, and routers that run a wanted share of the experts."""
+"""Timed passes of a whole model, and routers set to run a wanted share of the experts."""
 
 import copy
 import math
@@ -18,7 +18,7 @@ from lte_lightning.core.model.experts import expert_ffns, set_mode
 from lte_lightning.core.model.quantize import QUANTIZATIONS, quantize
 from lte_lightning.errors import UserError
 
-Arm = Callable[[], float]  # makes one pass, and returns its tokens per second
+Arm = Callable[[], float]  # runs one pass and returns its tokens per second
 WAYS = ("eager", "compiled", "fused", "captured")
 Biases = dict[str, torch.Tensor]
 
@@ -28,10 +28,11 @@ def decoder(model: Any, prompt_BT: torch.Tensor, tokens: int, way: str = "eager"
 
     Args:
         model: A decoder with its head.
-        prompt_BT: The prompt, of each sequence as long.
+        prompt_BT: The prompts, all of one length.
         tokens: New tokens of each sequence.
-        way: ``eager`` calls the model with a growing cache, ``compiled`` one graph with a static one, ``captured`` a
-            CUDA graph that moves itself along, ``fused`` one with a static cache within `fused_decoding`.
+        way: ``eager`` calls the model with a growing cache, ``compiled`` a compiled model with a static cache,
+            ``captured`` a CUDA graph that advances its own position, ``fused`` the model within `fused_decoding`, with
+            a static cache.
     """
     if way == "captured":
         return _captured(model, prompt_BT, tokens)
@@ -57,12 +58,12 @@ def decoder(model: Any, prompt_BT: torch.Tensor, tokens: int, way: str = "eager"
 
 
 class Stepper:
-    """One greedy step of a decoder whose cache, places and tokens stay where they are, so that a graph may hold it.
+    """A greedy step of a decoder that updates cache, positions and tokens in place, so that a CUDA graph can replay it.
 
     Args:
         model: A decoder with its head.
         prompt_BT: The prompt.
-        tokens: New tokens that there must be room for.
+        tokens: New tokens that the cache has room for.
     """
 
     def __init__(self, model: Any, prompt_BT: torch.Tensor, tokens: int) -> None:
@@ -74,7 +75,7 @@ class Stepper:
         self.forward = model.forward
 
     def read(self) -> None:
-        """Reads the prompt from the beginning."""
+        """Empties the cache and reads the prompt."""
         for layer in self.cache.layers:
             if layer.is_initialized:
                 layer.reset()
@@ -83,7 +84,7 @@ class Stepper:
         self.place_T.fill_(self.prompt_BT.shape[1])
 
     def step(self) -> None:
-        """Puts the next token of each sequence in the place of the last."""
+        """Replaces each sequence's last token by the next."""
         dtype = self.model.dtype
         seen_L = torch.where(self.places_L <= self.place_T, 0.0, torch.finfo(dtype).min).to(dtype)
         outputs = self.forward(
@@ -110,10 +111,10 @@ def _captured(model: Any, prompt_BT: torch.Tensor, tokens: int) -> Arm:
             for _ in range(3):
                 stepper.step()
         torch.cuda.current_stream().wait_stream(stream)
-        found = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(found):
+        recorded = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(recorded):
             stepper.step()
-        return found
+        return recorded
 
     def arm() -> float:
         nonlocal graph
@@ -130,7 +131,7 @@ def _captured(model: Any, prompt_BT: torch.Tensor, tokens: int) -> Arm:
 
 
 def forward(model: Any, batch: Mapping[str, torch.Tensor], way: str = "eager") -> Arm:
-    """Returns an arm of one forward pass over a batch; ``way`` is ``eager`` or ``compiled``."""
+    """Returns an arm that runs one forward pass over a batch; ``way`` is ``eager`` or ``compiled``."""
     call = torch.compile(model.forward, fullgraph=True, dynamic=False) if way == "compiled" else model
     clock = clock_on(batch["input_ids"].device)
 
@@ -146,28 +147,28 @@ def forward(model: Any, batch: Mapping[str, torch.Tensor], way: str = "eager") -
 def even_routers(model: PreTrainedModel, sparsity: float, batch: Mapping[str, torch.Tensor]) -> Biases:
     """Sets the routers' biases so that each expert runs for the wanted share of a batch's tokens, and returns them.
 
-    That is enough for speed, and says nothing of quality.
+    This is enough to measure speed; the quality means nothing.
 
     Args:
         model: A converted model in hard mode.
-        sparsity: The share of tokens that an expert is skipped for.
-        batch: What the model is run on, from layer to layer with the biases that are set.
+        sparsity: Share of the tokens that skip each expert.
+        batch: Inputs of the model. Each layer sees the output of layers whose biases are already set.
 
     Raises:
-        UserError: If a selector is no linear router with a bias.
+        UserError: If a selector is not a linear router with a bias.
     """
     biases: Biases = {}
 
     def set_bias(name: str, ffn: Any, x_BTD: torch.Tensor) -> None:
-        found = ffn.selector.linear()
-        if found is None or found[1] is None:
+        linear = ffn.selector.linear()
+        if linear is None or linear[1] is None:
             raise UserError(
-                f"--sparsity sets the biases of linear routers, and {name} selects by a "
-                f"{type(ffn.selector).__name__}; leave it out"
+                f"--sparsity sets the biases of linear routers, and {name} has a {type(ffn.selector).__name__}; "
+                "leave --sparsity out"
             )
-        weight_ED, bias_E = found
+        weight_ED, bias_E = linear
         logits_NE = torch.nn.functional.linear(x_BTD.flatten(0, -2), weight_ED).float()
-        at = math.log(ffn.threshold / (1.0 - ffn.threshold))  # the logit that must be exceeded
+        at = math.log(ffn.threshold / (1.0 - ffn.threshold))  # an expert runs above this logit
         bias_E.data.copy_(at - logits_NE.quantile(sparsity, dim=0) + (1e-3 if sparsity == 0 else 0.0))
         biases[name] = bias_E.data.clone()
 
@@ -184,18 +185,18 @@ def even_routers(model: PreTrainedModel, sparsity: float, batch: Mapping[str, to
 
 
 def set_biases(model: PreTrainedModel, biases: Biases) -> None:
-    """Puts back the biases that `even_routers` returned, in place: a graph goes on with them."""
+    """Restores the biases that `even_routers` returned, in place, so that a captured graph sees them."""
     for name, ffn in expert_ffns(model).items():
-        found: Any = ffn.selector.linear()
-        found[1].data.copy_(biases[name])
+        _, bias_E = ffn.selector.linear()
+        bias_E.data.copy_(biases[name])
 
 
 def sparse_twin(dense: PreTrainedModel, kind: str) -> PreTrainedModel:
-    """Returns a converted copy of a plain model in hard mode, with untrained routers; experts are neighbouring neurons.
+    """Returns a converted copy of a plain model in hard mode, with untrained routers and contiguous experts.
 
     Args:
-        dense: The plain model, in the type that is wanted.
-        kind: ``int8`` or ``int4`` to quantise it; anything else leaves its type.
+        dense: The plain model, in the wanted type.
+        kind: ``int8`` or ``int4`` quantises the copy; any other value keeps its type.
     """
     model = convert(copy.deepcopy(dense), LteConfig(grouping="contiguous", router_margin=0.0), progress=False)
     set_mode(model, "hard")

@@ -1,4 +1,4 @@
-"""Other programs that run the dense model: which there are, what they need, and how each is started."""
+"""Other inference engines for the dense model: their names, the packages they need, and how each is started."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,13 +16,13 @@ PIP = 'pip install "lte-lightning[bench]"'
 
 @dataclass(frozen=True)
 class Engine:
-    """One that can be named in ``--against``.
+    """An engine for ``--against``.
 
     Args:
-        name: Its name.
-        packages: What it needs: the names to import.
-        start: Starts it with weights of one of our types.
-        types: Those types, each with what it needs besides.
+        name: Its name on the command line.
+        packages: Modules that it needs.
+        start: Starts it with weights of one type.
+        types: The types that it supports, each with the further modules that it needs.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Engine:
 
     @property
     def version(self) -> str:
-        """Of its first package."""
+        """Version of its first package; empty if unknown."""
         try:
             return version(self.packages[0])
         except PackageNotFoundError:
@@ -46,7 +46,7 @@ class Engine:
 def _is_there(package: str) -> bool:
     try:
         return find_spec(package) is not None
-    except ValueError:  # a module that somebody put in its place
+    except ValueError:  # a module without a spec, such as a stand-in
         return False
 
 
@@ -57,34 +57,34 @@ ENGINES = {
         Engine(
             "openvino", ("openvino",), start_openvino, {"f32": (), "bf16": (), "int8": ("nncf",), "int4": ("nncf",)}
         ),
-        # it has no products of bfloat16 on a CPU
+        # its CPU kernels do not multiply bfloat16
         Engine("onnxruntime", ("onnxruntime", "onnx", "onnxscript"), start_onnxruntime, {"f32": (), "int8": ()}),
     )
 }
 
 
 def find_engines(names: str) -> list[Engine]:
-    """Returns engines by their names, with commas.
+    """Returns engines by their names, separated by commas.
 
     Raises:
-        UserError: If one is unknown.
+        UserError: If a name is unknown.
     """
-    found = {}
+    engines = {}
     for name in names.split(","):
         if name.strip() not in ENGINES:
             near = meant(name.strip(), ENGINES, "; did you mean {}?") or f"; there are {', '.join(ENGINES)}"
             raise UserError(f"unknown engine {name.strip()!r} in --against{near}")
-        found[name.strip()] = ENGINES[name.strip()]
-    return list(found.values())
+        engines[name.strip()] = ENGINES[name.strip()]
+    return list(engines.values())
 
 
 def start_all(
     engines: Sequence[Engine], job: Job, dtypes: Sequence[str]
 ) -> tuple[dict[tuple[str, str], Started], list[str]]:
-    """Starts engines, each with every type that it has.
+    """Starts each engine with every type that it supports.
 
     Returns:
-        Those that run by engine and type, and of the others a line each that says why not.
+        The started engines by name and type, and a line for each that could not start, with the reason.
     """
     started, reasons = {}, []
     for engine in engines:
@@ -93,7 +93,7 @@ def start_all(
             continue
         for dtype in dtypes:
             if dtype not in engine.types:
-                reasons.append(f"{engine.name} is not measured in {dtype}: it has {', '.join(engine.types)}")
+                reasons.append(f"{engine.name} is not measured in {dtype}: it supports {', '.join(engine.types)}")
             elif missing := engine.missing(dtype):
                 reasons.append(f"{engine.name} is not measured in {dtype}: {_absent(missing)}")
             else:

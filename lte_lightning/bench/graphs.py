@@ -1,4 +1,4 @@
-"""OpenVINO and onnxruntime: the model's graph, decoding with a cache or in one forward pass."""
+"""OpenVINO and onnxruntime: export the model's graph, then decode with a cache or run one forward pass."""
 
 import contextlib
 import io
@@ -20,7 +20,7 @@ from lte_lightning.quiet import without_remarks
 
 
 def _decoding(job: Job, read: Callable[[], np.ndarray], step: Callable[[np.ndarray], np.ndarray]) -> Arm:
-    """An arm that decodes greedily: ``read`` takes the prompt anew, and both return logits [B, T, V]."""
+    """Returns an arm that decodes greedily; ``read`` starts over with the prompt, and both return logits [B, T, V]."""
     tokens = job.new_tokens or 0
 
     def arm() -> float:
@@ -46,7 +46,7 @@ def _passing(job: Job, run: Callable[[Mapping[str, np.ndarray]], np.ndarray]) ->
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps what packages say of their own progress from the user."""
+    """Hides the packages' own progress messages."""
     with contextlib.redirect_stdout(io.StringIO()), without_remarks(*EXPORTERS, "nncf", "root"):
         yield
 
@@ -55,10 +55,12 @@ def _quiet() -> Iterator[None]:
 
 
 def start_openvino(job: Job, dtype: str) -> Started:
-    """Converts the model, rounds its weights and, of one forward pass in int8, its activations, and compiles it.
+    """Converts the model, quantises and compiles it.
+
+    In int8, a single forward pass has quantised activations, too; decoding quantises weights alone.
 
     Raises:
-        UserError: If OpenVINO cannot take the model.
+        UserError: If OpenVINO cannot run the model.
     """
     import openvino
 
@@ -81,12 +83,12 @@ def start_openvino(job: Job, dtype: str) -> Started:
                 },
             )
     except RuntimeError as error:
-        raise UserError(f"OpenVINO cannot run it: {' '.join(str(error).split())[:300]}") from error
+        raise UserError(f"OpenVINO cannot run the model: {' '.join(str(error).split())[:300]}") from error
     request = compiled.create_infer_request()
 
     def logits(batch: Mapping[str, Any]) -> np.ndarray:
-        found: np.ndarray = request.infer(dict(batch))[0]
-        return found
+        logits_BTV: np.ndarray = request.infer(dict(batch))[0]
+        return logits_BTV
 
     if job.new_tokens is None:
         names = {name for port in compiled.inputs for name in port.get_names()}
@@ -141,10 +143,10 @@ def _arrays(batch: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
 
 
 def start_onnxruntime(job: Job, dtype: str) -> Started:
-    """Converts the model, rounds its weights in int8 (activations as they come), and loads it.
+    """Converts the model, quantises its weights in int8 (and activations on the fly), and loads it.
 
     Raises:
-        UserError: If it cannot be written as ONNX.
+        UserError: If PyTorch cannot write the model as ONNX.
     """
     import onnxruntime
 
@@ -156,8 +158,10 @@ def start_onnxruntime(job: Job, dtype: str) -> Started:
                 _write_onnx(job, file)
         except UserError:
             raise
-        except Exception as error:  # the exporter's own, of whatever operator it stumbles over
-            raise UserError(f"PyTorch cannot write it as ONNX: {str(error).strip().splitlines()[0][:300]}") from error
+        except Exception as error:  # the exporter raises many types, depending on the operator
+            raise UserError(
+                f"PyTorch cannot write the model as ONNX: {str(error).strip().splitlines()[0][:300]}"
+            ) from error
     if dtype == "int8":
         from onnxruntime.quantization import QuantType, quantize_dynamic
 
@@ -174,8 +178,8 @@ def start_onnxruntime(job: Job, dtype: str) -> Started:
     if job.new_tokens is None:
 
         def run(batch: Mapping[str, np.ndarray]) -> np.ndarray:
-            found: np.ndarray = session.run(None, {key: value for key, value in batch.items() if key in names})[0]
-            return found
+            logits: np.ndarray = session.run(None, {key: value for key, value in batch.items() if key in names})[0]
+            return logits
 
         return Started(_passing(job, run), lambda batch: torch.from_numpy(run(_arrays(batch))))
     shapes = {port.name: port.shape for port in session.get_inputs() if port.name != "input_ids"}
@@ -192,8 +196,8 @@ def start_onnxruntime(job: Job, dtype: str) -> Started:
         session.run_with_iobinding(binding)
         logits, *present = binding.get_outputs()
         state.update(zip(shapes, present, strict=True))
-        found: np.ndarray = logits.numpy()
-        return found
+        logits_BTV: np.ndarray = logits.numpy()
+        return logits_BTV
 
     def anew(ids_BT: np.ndarray) -> np.ndarray:
         for name, (_, heads, _, width) in shapes.items():
@@ -212,8 +216,8 @@ def _write_onnx(job: Job, file: Path) -> None:
     with needs("ONNX"):
         import onnxscript  # noqa: F401
     graph = Graph(job.model.eval())
-    found = torch.onnx.export(
+    program = torch.onnx.export(
         graph_program(graph), input_names=graph.inputs, output_names=[graph.output], dynamo=True, verbose=False
     )
-    assert found is not None
-    found.save(file, external_data=True)
+    assert program is not None
+    program.save(file, external_data=True)

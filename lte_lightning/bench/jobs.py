@@ -1,4 +1,4 @@
-"""What an engine is given, and what it gives back."""
+"""What an engine receives, and what it returns."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,15 +15,15 @@ Logits = Callable[[Mapping[str, torch.Tensor]], torch.Tensor]
 
 @dataclass(frozen=True)
 class Job:
-    """What every engine is to do: the same model, inputs, threads and tokens.
+    """The same work for every engine: model, inputs, threads and number of tokens.
 
     Args:
-        model: The dense model with its head, plain, in float32.
-        tokenizer: Its own, None if there is none.
-        batch: Inputs [B, T]: a prompt that is decoded behind, or a batch of one forward pass.
-        new_tokens: Tokens to decode behind the prompt; None for one forward pass.
-        threads: As many as torch has.
-        calibration: Batches by which activations are given their scales, where they are rounded beforehand.
+        model: The plain dense model with its head, in float32.
+        tokenizer: The model's tokenizer, or None.
+        batch: Inputs [B, T]: a prompt to continue, or a batch for one forward pass.
+        new_tokens: Tokens to decode after the prompt; None for one forward pass.
+        threads: Number of threads, the same as torch's.
+        calibration: Batches for the scales of activations, for engines with static quantisation.
         folder: Where an engine may keep its files.
     """
 
@@ -38,12 +38,12 @@ class Job:
 
 @dataclass(frozen=True)
 class Started:
-    """An engine that has the model.
+    """An engine that has loaded the model.
 
     Args:
-        arm: Makes one pass and returns its tokens per second.
-        logits: Of a batch; None where the engine gives none.
-        model: Makes a model of torch whose function the engine computes, where it gives no logits itself.
+        arm: Runs one pass and returns its tokens per second.
+        logits: Computes the logits of a batch; None if the engine cannot return logits.
+        model: Makes a torch model with the same weights, for an engine that cannot return logits.
     """
 
     arm: Arm

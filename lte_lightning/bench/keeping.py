@@ -1,4 +1,4 @@
-"""Where results go: a CSV file, a picture, an experiment of MLflow."""
+"""Writes results to a CSV file, a picture and an MLflow experiment."""
 
 import os
 import tempfile
@@ -10,10 +10,10 @@ from lte_lightning.errors import UserError
 
 
 def begin_mlflow(experiment: str) -> None:
-    """Names the experiment, if the server can be reached.
+    """Selects the MLflow experiment, before anything is measured.
 
     Raises:
-        UserError: If that is not what is there.
+        UserError: If the server cannot be reached or refuses.
     """
     import mlflow
 
@@ -30,20 +30,20 @@ def begin_mlflow(experiment: str) -> None:
 
 
 def write(
-    figures: Any, csv: Path | None, picture: Path | None, options: dict[str, Any], draw: "Callable[[Any, Path], None]"
+    timings: Any, csv: Path | None, picture: Path | None, options: dict[str, Any], draw: "Callable[[Any, Path], None]"
 ) -> None:
-    """Writes the CSV file and the picture, and logs them in MLflow's experiment if there is one."""
+    """Writes the CSV file and the picture, and logs them in the MLflow experiment if one was named."""
     from lte_lightning.bench.output import write_table
     from lte_lightning.network import failures
     from lte_lightning.store import reason
 
-    with tempfile.TemporaryDirectory() as passing:  # for what only MLflow keeps
+    with tempfile.TemporaryDirectory() as passing:  # for files that only MLflow keeps
         table = csv or (Path(passing) / "bench.csv" if options["mlflow"] else None)
         picture = picture or (table.with_suffix(".png") if table else None)
         if table:
-            write_table(figures, table)
+            write_table(timings, table)
         if picture:
-            draw(figures, picture)
+            draw(timings, picture)
         written = [path for path in (table, picture) if path]
         if options["mlflow"]:
             import mlflow
@@ -54,7 +54,7 @@ def write(
                     for path in written:
                         mlflow.log_artifact(str(path))
             except failures() as error:
-                raise UserError(f"MLflow did not take the results: {reason(error)}") from None
+                raise UserError(f"MLflow did not accept the results: {reason(error)}") from None
         named = [str(path) for path in written if path.parent != Path(passing)]
     if named:
         print(f"\nwritten: {', '.join(named)}")

@@ -1,4 +1,4 @@
-"""llama.cpp, by the package xllamacpp: it decodes behind a prompt, and tells its own rate."""
+"""llama.cpp, through the package xllamacpp: decodes after a prompt and reports its own rate."""
 
 import copy
 import json
@@ -20,10 +20,10 @@ def start(job: Job, dtype: str) -> Started:
     """Writes the model as a GGUF file and loads it.
 
     Raises:
-        UserError: If llama.cpp has no such model, or is asked for more than to decode one text.
+        UserError: If llama.cpp does not support the model, or the job is not to decode a single sequence.
     """
     if job.new_tokens is None or job.batch["input_ids"].shape[0] > 1:
-        raise UserError("it decodes one text here (--tokens 1 of a decoder)")
+        raise UserError("lte bench runs it on one sequence of a decoder only (--tokens 1)")
     if job.tokenizer is None:
         raise UserError("a GGUF file needs a tokenizer, and the model's folder has none")
     file = job.folder / f"{dtype}.gguf"
@@ -33,13 +33,13 @@ def start(job: Job, dtype: str) -> Started:
 
 
 def llama_cpp(file: Path, prompt_BT: torch.Tensor, tokens: int, threads: int) -> Arm:
-    """Returns an arm that decodes behind a prompt of one sequence.
+    """Returns an arm that decodes after a prompt of one sequence.
 
     Args:
         file: A GGUF file.
         prompt_BT: The prompt.
         tokens: New tokens.
-        threads: Its threads.
+        threads: Threads of llama.cpp.
     """
     import xllamacpp
 
@@ -64,16 +64,16 @@ def llama_cpp(file: Path, prompt_BT: torch.Tensor, tokens: int, threads: int) ->
 
 
 def rounded(model: PreTrainedModel, dtype: str) -> PreTrainedModel:
-    """Returns a copy whose matrices have the values that the GGUF file's have.
+    """Returns a copy of the model with the weight values of the GGUF file.
 
-    llama.cpp gives no logits of a prompt, so this is what its quality is measured on; that it rounds activations to 8
-    bits, too, is left out.
+    llama.cpp does not return the logits of a prompt, so its quality is measured on this copy. llama.cpp also rounds
+    activations to 8 bits; the copy does not.
     """
     import gguf
 
-    found, kind = copy.deepcopy(model), gguf.GGMLQuantizationType[TYPES[DTYPES[dtype]]]
+    twin, kind = copy.deepcopy(model), gguf.GGMLQuantizationType[TYPES[DTYPES[dtype]]]
     with torch.no_grad():
-        for parameter in {id(p): p for p in found.parameters() if p.dim() == 2 and p.shape[1] % 32 == 0}.values():
+        for parameter in {id(p): p for p in twin.parameters() if p.dim() == 2 and p.shape[1] % 32 == 0}.values():
             blocks = gguf.quants.quantize(parameter.float().numpy(), kind)
             parameter.copy_(torch.from_numpy(gguf.quants.dequantize(blocks, kind)))
-    return found
+    return twin

@@ -1,4 +1,4 @@
-"""The machine that is measured: its device, its clock, its cores and its cache."""
+"""The measured machine: its device, clock, cores and cache."""
 
 import os
 import re
@@ -16,15 +16,15 @@ from lte_lightning.kernels.dispatch import BACKENDS, Backend
 
 Clock = Callable[[], float]
 Model = TypeVar("Model", bound=nn.Module)
-# "cpu" is the time of the calling thread alone: what other processes took from it is left out.
+# "cpu" counts the processor time of the calling thread alone, so other processes do not disturb it.
 CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "cpu": time.thread_time}
 
 
 def find_device(name: str) -> torch.device:
-    """Returns a device by name; ``auto`` is CUDA where torch sees such a device, and else the CPU.
+    """Returns a device by name; ``auto`` is CUDA if torch sees a CUDA device, else the CPU.
 
     Raises:
-        UserError: If there is none of this name here.
+        UserError: If this machine has no such device.
     """
     seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
@@ -33,7 +33,7 @@ def find_device(name: str) -> torch.device:
         raise UserError(f"unknown device {name!r}; there are auto, cpu, cuda, and cuda:1 and so on")
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= seen:
-        raise UserError(f"--device is {name}, and torch sees {seen} CUDA devices here; leave it out, or take cpu")
+        raise UserError(f"--device is {name}, and torch sees {seen} CUDA devices here; leave it out, or use cpu")
     return device
 
 
@@ -41,7 +41,7 @@ def find_backend(name: str) -> Backend:
     """Returns a backend by name.
 
     Raises:
-        UserError: If there is none of this name.
+        UserError: If the name is unknown.
     """
     for backend in BACKENDS:
         if name == backend:
@@ -50,13 +50,13 @@ def find_backend(name: str) -> Backend:
 
 
 def moved(model: Model, device: torch.device) -> Model:
-    """Moves a model to a device, and returns it with the type that it has."""
+    """Moves a model to a device and returns it, with its own Python type."""
     nn.Module.to(model, device)
     return model
 
 
 def clock_on(device: torch.device, clock: Clock = time.perf_counter) -> Clock:
-    """Returns a clock, in seconds, that first waits until the device has done all that it was given."""
+    """Returns a clock, in seconds, that first waits for all work of the device."""
     if device.type == "cpu":
         return clock
 
@@ -68,31 +68,30 @@ def clock_on(device: torch.device, clock: Clock = time.perf_counter) -> Clock:
 
 
 def cache_bytes(device: torch.device) -> int:
-    """Returns the size of the last cache: a GPU's, or that which Linux knows, or 64 MiB."""
+    """Returns the size of the last-level cache in bytes: the GPU's, or the CPU's as Linux reports it, or 64 MiB."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).L2_cache_size)
     sizes = [p.read_text().strip() for p in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
-    found = [int(size[:-1]) * 1024 for size in sizes if re.fullmatch(r"\d+K", size)]
-    return max(found, default=64 << 20)
+    return max((int(size[:-1]) * 1024 for size in sizes if re.fullmatch(r"\d+K", size)), default=64 << 20)
 
 
 @contextmanager
 def pinned(threads: int | None = None) -> Iterator[list[int]]:
-    """Sets torch's number of threads, and binds this process to as many cores, until the block ends.
+    """Sets torch's number of threads and binds this process to as many cores, until the block ends.
 
-    A thread may move between these cores and to no other. The first that the process is allowed are taken (``taskset``
-    allows it others), one logical CPU of each core before the second of any.
+    Threads may move among these cores only. They are the first that the process may use (``taskset`` selects others),
+    one logical CPU of each core before the second of any core.
 
     Args:
-        threads: torch's threads; as they are if not given.
+        threads: torch's threads; None leaves the number as it is.
 
     Yields:
-        The logical CPUs; none where the system binds nothing.
+        The logical CPUs; an empty list if the system cannot bind threads.
     """
     before = torch.get_num_threads()
     if threads:
         torch.set_num_threads(threads)
-    allowed: dict[int, set[int]] = {}  # by thread: those of torch's that are there already do not follow the first
+    allowed: dict[int, set[int]] = {}  # by thread: torch's existing threads do not follow the main thread
     cores: list[int] = []
     try:
         if hasattr(os, "sched_setaffinity"):
@@ -117,7 +116,7 @@ def _threads() -> list[int]:
 
 
 def _spread(cpus: set[int]) -> list[int]:
-    """Orders logical CPUs: one of each core, then the others."""
+    """Orders logical CPUs: one of each core, then the rest."""
     seen: dict[str, int] = {}
 
     def place(cpu: int) -> tuple[int, int]:

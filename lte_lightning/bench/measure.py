@@ -1,4 +1,4 @@
-"""Interleaved timings of one subject, and the figures they make."""
+"""Interleaved timings of one subject, and the rows made of them."""
 
 import copy
 import os
@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from lte_lightning.bench.figure import Figure
 from lte_lightning.bench.machine import Clock, clock_on
 from lte_lightning.bench.rivals import GATHERING, Rival, with_dense_down
 from lte_lightning.bench.subject import Subject, dense_blocks
+from lte_lightning.bench.timing import Timing
 from lte_lightning.core.model.backend import set_backend
 from lte_lightning.core.model.experts import ExpertFfn
 from lte_lightning.core.model.parts import Projection, find_layers
@@ -32,12 +32,12 @@ Samples = dict[Any, list[float]]
 
 
 def interleave(arms: dict[Any, Callable[[], Sequence[float]]], repeats: int, seed: int = 0) -> Samples:
-    """Runs every arm in each round, in an order drawn anew, so that all see the same disturbances.
+    """Runs every arm once per round, in a new random order, so that all see the same disturbances.
 
     Args:
-        arms: Each makes one pass and returns its timings.
-        repeats: Rounds, after one that is not counted.
-        seed: Of the orders.
+        arms: Each runs one pass and returns its timings.
+        repeats: Measured rounds, after one warm-up round.
+        seed: Seed of the orders.
     """
     order, generator = list(arms), random.Random(seed)
     samples: Samples = {name: [] for name in arms}
@@ -73,24 +73,24 @@ def measure(
     repeats: int,
     rivals: dict[str, Rival] | None = None,
     clock: Clock = time.perf_counter,
-) -> tuple[list[Figure], Samples]:
+) -> tuple[list[Timing], Samples]:
     """Measures one subject at some sparsities.
 
     Args:
         subject: What to measure.
         scope: ``ffn`` or ``model``.
         batch: Sequences.
-        length: Tokens of each; 1 decodes, where the model is a decoder. Of an encoder-decoder both stacks get them.
+        length: Tokens of each; 1 decodes if the model is a decoder. In an encoder-decoder, both stacks read them.
         sparsities: Shares of experts that a token skips.
         repeats: Rounds.
-        rivals: Measured besides, in scope ``ffn``.
+        rivals: Alternatives to measure as well, in scope ``ffn``.
         clock: One of `machine.CLOCKS`; it waits for the device.
 
     Returns:
-        The figures, and all timings: keys are "dense", "router" and (sparsity, backend).
+        The rows, and all timings by "dense", "router" and (sparsity, backend).
 
     Raises:
-        UserError: If no sparse backend can take what the rivals are to compute, or the model has fewer positions.
+        UserError: If the rivals cannot run on these weights, or the model has too few positions.
     """
     timer: Timer = partial(timed, clock=clock_on(subject.device, clock))
     generator = torch.Generator().manual_seed(0)
@@ -124,15 +124,15 @@ def measure(
             todo[sparsity, name] = at(sparsity, run)
     samples = interleave(todo, repeats)
     dense_ms, router_ms = (statistics.median(samples[key]) for key in ("dense", "router"))
-    figures = []
+    timings = []
     for key, times in samples.items():
         if not isinstance(key, tuple):
             continue
         sparsity, name = key
         ms, best = statistics.median(times), bound(subject, scope, phase, batch * length, sparsity)
         ratio = dense_ms / ms
-        figures.append(
-            Figure(
+        timings.append(
+            Timing(
                 subject.name,
                 scope,
                 phase,
@@ -150,11 +150,11 @@ def measure(
                 os.getloadavg()[0],
             )
         )
-    return figures, samples
+    return timings, samples
 
 
 def backend_name(subject: Subject, batch: int, length: int) -> str:
-    """Returns what will compute the sparse twin's FFNs; a declared fallback is part of the name."""
+    """Returns the name of the backend that will compute the sparse twin's FFNs, a fallback included."""
     ffn = subject.ffns[0]
     x_BTD = torch.empty(batch, length, ffn.width, dtype=subject.dense.dtype, device=subject.device)
     name = ffn.prepare(x_BTD).choice.backend
@@ -197,9 +197,9 @@ def _rival_arms(
     return {name: arm(name, rival) for name, rival in rivals.items()}
 
 
-@torch.inference_mode(False)  # in it nothing can be laid out
+@torch.inference_mode(False)  # inference mode forbids changing the storage of weights
 def _by_expert(subject: Subject, x_BTD: torch.Tensor) -> list[ExpertWeights]:
-    """Returns the weights as sparse backends take them: the FFNs' own, or a copy's where those are not laid out so."""
+    """Returns the weights by expert: the FFNs' own, or those of a copy if the FFNs keep another layout."""
     weights = []
     for ffn in subject.ffns:
         taken = copy.deepcopy(ffn) if ffn.backend == "dense-mask" else copy.copy(ffn)
@@ -207,7 +207,7 @@ def _by_expert(subject: Subject, x_BTD: torch.Tensor) -> list[ExpertWeights]:
         prepared = taken.prepare(x_BTD)
         if not isinstance(prepared.weights, ExpertWeights):
             why = prepared.choice.fallback or "weights are quantised"
-            raise UserError(f"--rivals compute by expert, and here {why}; leave them out")
+            raise UserError(f"--rivals need weights stored by expert, but {why}; leave --rivals out")
         weights.append(prepared.weights)
     return weights
 
@@ -217,8 +217,8 @@ def _model_arms(
 ) -> dict[str, Callable[[], list[float]]]:
     needed = length + (CONTEXT if phase == "decode" else 0)
     if needed > subject.longest:
-        raise UserError(f"{subject.name} has positions for {subject.longest} tokens, and {needed} are asked for")
-    V = subject.dense.config.get_text_config().vocab_size  # ids of its upper half are no special ones
+        raise UserError(f"{subject.name} has positions for {subject.longest} tokens, and this run needs {needed}")
+    V = subject.dense.config.get_text_config().vocab_size  # the upper half holds no special tokens
     ids_BT, prompt_BT = (torch.randint(V // 2, V, (batch, n)).to(subject.device) for n in (length, CONTEXT))
     routers = _block_arms(subject, batch, length, timed)["router"]
 
@@ -233,12 +233,12 @@ def _model_arms(
             if cache.get_seq_length() == 0:
                 model(prompt_BT, past_key_values=cache, use_cache=True)
             times = timed([lambda: model(ids_BT, past_key_values=cache, use_cache=True)])
-            cache.crop(-1)  # the token is forgotten: every call sees the same context
+            cache.crop(-1)  # drop the new token, so that every call sees the same context
             return times
 
         return one_token
 
-    # the prompt goes through densely: the prepared masks are for one token each
+    # the prompt runs in dense mode: the prepared masks are for a single token each
     sparse = arm(subject.sparse)
     if phase == "decode":
         for ffn in subject.ffns:
@@ -250,7 +250,7 @@ def _model_arms(
 
 
 def bound(subject: Subject, scope: str, phase: str, tokens: int, sparsity: float) -> float:
-    """Returns the best possible ratio, see `Figure`; weights outside of FFNs count in scope ``model``."""
+    """Returns the best possible ratio, see `Timing`; weights outside of FFNs count in scope ``model``."""
     ffn = subject.ffns[0]
     block = ffn.flops_dense() / 2
     router = sum(p.numel() for p in ffn.selector.parameters() if p.dim() == 2)

@@ -1,4 +1,4 @@
-"""What a benchmark prints, and its CSV file."""
+"""Prints benchmark results and writes their CSV file."""
 
 import csv
 import os
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from lte_lightning.bench.context import Score
-from lte_lightning.bench.figure import Figure
+from lte_lightning.bench.timing import Timing
 from lte_lightning.files import whole_file
 
 
@@ -27,7 +27,7 @@ def say_where(device: torch.device, cores: Sequence[int]) -> None:
         f"torch {torch.__version__}, {threads} on cores {named(cores)}, load {load:.2f}"
     )
     if load > 0.25 * count:
-        print(f"warning: this machine is busy (load {load:.2f} on {count} cores): expect noise", file=sys.stderr)
+        print(f"warning: this machine is busy (load {load:.2f} on {count} cores); expect noise", file=sys.stderr)
 
 
 def named(cores: Sequence[int]) -> str:
@@ -40,9 +40,9 @@ def counted(count: int, what: str) -> str:
     return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
-def show(figures: list[Figure], samples: dict[Any, list[float]], layers: int) -> None:
-    """Prints the figures of one measurement as a table."""
-    first = figures[0]
+def show(timings: list[Timing], samples: dict[Any, list[float]], layers: int) -> None:
+    """Prints the rows of one measurement as a table."""
+    first = timings[0]
     low, high = quartiles(samples["dense"])
     print(
         f"\n{first.shape} {first.scope}, {first.phase}, {first.dtype}, {counted(first.tokens, 'token')}, "
@@ -50,7 +50,7 @@ def show(figures: list[Figure], samples: dict[Any, list[float]], layers: int) ->
         f"dense {first.dense_ms:.3f} ms [{low:.3f} .. {high:.3f}], router {first.router_ms:.3f} ms"
     )
     print(f"{'sparsity':>8}  {'backend':16}{'ms':>10}  {'quartiles':^21}{'ratio':>7}{'bound':>7}{'share':>7}")
-    for f in figures:
+    for f in timings:
         low, high = quartiles(samples[f.sparsity, f.backend])
         print(
             f"{f.sparsity:8.0%}  {f.backend:16}{f.ms:10.3f}  {f'{low:.3f} .. {high:.3f}':^21}"
@@ -64,14 +64,14 @@ def quartiles(times: list[float]) -> tuple[float, float]:
     return low, high
 
 
-def write_table(figures: Sequence[Figure | Score], path: Path) -> None:
-    """Writes one row per figure, a column for each of its fields."""
+def write_table(timings: Sequence[Timing | Score], path: Path) -> None:
+    """Writes one row per measurement, with a column for each field."""
     with whole_file(path, newline="") as file:
-        writer = csv.DictWriter(file, as_row(figures[0]))
+        writer = csv.DictWriter(file, as_row(timings[0]))
         writer.writeheader()
-        writer.writerows(map(as_row, figures))
+        writer.writerows(map(as_row, timings))
 
 
-def as_row(figure: Figure | Score) -> dict[str, Any]:
-    """Returns a CSV row, floats to four significant digits."""
-    return {key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in asdict(figure).items()}
+def as_row(row: Timing | Score) -> dict[str, Any]:
+    """Returns a CSV row, with floats to four significant digits."""
+    return {key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in asdict(row).items()}

@@ -1,25 +1,25 @@
-"""The pictures: speed-up against sparsity, with the bound; and what is found in long contexts."""
+"""The pictures: speed-up against sparsity, with the bound; and accuracy in long contexts."""
 
 import math
 from pathlib import Path
 
 from lte_lightning.bench.context import CHANCE, Score
-from lte_lightning.bench.figure import Figure
 from lte_lightning.bench.output import counted
+from lte_lightning.bench.timing import Timing
 from lte_lightning.files import whole_file
 
 COLUMNS = 4  # panels side by side; more are not legible
 
 
-def draw(figures: list[Figure], path: Path) -> None:
+def draw(timings: list[Timing], path: Path) -> None:
     """Draws a panel for each scope, phase, type and number of tokens, and saves it."""
-    from matplotlib.figure import Figure as Picture
+    from matplotlib.figure import Figure
 
-    groups: dict[tuple[str, str, str, int], list[Figure]] = {}
-    for f in figures:
+    groups: dict[tuple[str, str, str, int], list[Timing]] = {}
+    for f in timings:
         groups.setdefault((f.scope, f.phase, f.dtype, f.tokens), []).append(f)
     columns, rows = min(COLUMNS, len(groups)), math.ceil(len(groups) / COLUMNS)
-    picture = Picture(figsize=(4 * columns, 3.6 * rows), layout="constrained")
+    picture = Figure(figsize=(4 * columns, 3.6 * rows), layout="constrained")
     all_axes = picture.subplots(rows, columns, squeeze=False).flatten()
     for axes in all_axes[len(groups) :]:
         axes.remove()
@@ -43,10 +43,10 @@ def draw(figures: list[Figure], path: Path) -> None:
 
 def draw_context(scores: list[Score], path: Path) -> None:
     """Draws a panel for each task, accuracy over the context's length, a line for each setting, and saves it."""
-    from matplotlib.figure import Figure as Picture
+    from matplotlib.figure import Figure
 
     tasks = list(dict.fromkeys(score.task for score in scores))
-    picture = Picture(figsize=(4 * len(tasks), 3.6), layout="constrained")
+    picture = Figure(figsize=(4 * len(tasks), 3.6), layout="constrained")
     for axes, task in zip(picture.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
         for setting in dict.fromkeys(score.setting for score in scores):
             group = [score for score in scores if (score.task, score.setting) == (task, setting)]

@@ -1,4 +1,4 @@
-"""The options of ``lte bench`` that whole models take, read and checked before anything is loaded."""
+"""The options of ``lte bench`` for whole models, read and checked before a model is loaded."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -18,17 +18,20 @@ from lte_lightning.errors import UserError
 
 
 def plan_whole(**options: Any) -> Callable[[Judges | None], None]:
-    """Checks the options, and returns what measures, prints and writes.
+    """Checks the options, and returns a function that measures, prints and writes.
 
     Args:
-        **options: Those of ``lte bench``.
+        **options: The options of ``lte bench``.
 
     Raises:
-        UserError: If an option's value is not one, or has no effect here.
+        UserError: If an option has an invalid value, or no effect for whole models.
     """
     against, scope = options["against"], options["scope"]
     if scope not in ("generate", "ffn,model") or (against is not None and scope == "generate"):
-        raise UserError(f"--scope is {scope}; generate stands alone, and --against says itself what is measured")
+        raise UserError(
+            f"--scope is {scope}; generate does not combine with another scope, and --against already measures the "
+            "whole model, so leave --scope out"
+        )
     for name, default in (("rivals", False), ("clock", "wall")):
         if options[name] != default:
             raise UserError(f"--{name} is for the scopes ffn and model; leave it out")
@@ -41,8 +44,8 @@ def plan_whole(**options: Any) -> Callable[[Judges | None], None]:
     device = find_device("cpu" if wanted == "auto" and (engines or {*dtypes} & {*QUANTIZATIONS}) else wanted)
     if device.type != "cpu" and (engines or {*dtypes} & {*QUANTIZATIONS}):
         what = "other engines are" if engines else "int8 and int4 are"
-        raise UserError(f"--device is {wanted}, and {what} measured on the CPU; leave it out")
-    other = "fused" if device.type == "cuda" else "captured"  # what this device does not have
+        raise UserError(f"--device is {wanted}, but {what} measured on the CPU; leave it out")
+    other = "fused" if device.type == "cuda" else "captured"  # the way that this device lacks
     has = [way for way in WAYS if way != other]
     ways = one_of(options["ways"] or ",".join(has), WAYS, "way")
     if other in ways:
@@ -52,11 +55,13 @@ def plan_whole(**options: Any) -> Callable[[Judges | None], None]:
         raise UserError(f"{what}; leave it out of --ways")
     calls = [read_tokens(text) for text in options["tokens"].split(",")]
     if options["scope"] == "generate" and any(length > 1 for _, length in calls):
-        raise UserError(f"--tokens is {options['tokens']}; what is generated has a number of sequences, like 1 or 4")
+        raise UserError(
+            f"--tokens is {options['tokens']}; with --scope generate it is the number of sequences, for example 4"
+        )
     sparsities = None if options["sparsity"] is None else sorted(numbers(options["sparsity"]))
     if options["data"] is not None and sparsities is not None:
         raise UserError(
-            "--data measures quality, and with --sparsity nobody trained the routers; leave one of them out"
+            "--data measures quality, but --sparsity replaces the trained routers' biases; leave one of them out"
         )
     check_files(options["csv"], options["picture"])
     backend = find_backend(options["backend"])
@@ -75,7 +80,7 @@ def plan_whole(**options: Any) -> Callable[[Judges | None], None]:
                         device, backend, options["layers"], options["repeats"], options["data"],
                     )  # fmt: skip
                     rates += compare(plan, judges)
-        finally:  # what was measured is kept, whatever ends the rest
+        finally:  # keep finished measurements if a later one fails
             if rates:
                 csv, picture = (_beside(options["shape"], options[name], end) for name, end in _FILES)
                 write(rates, csv, picture, options | {"device": str(device), "cores": named(cores)}, draw_rates)
@@ -87,7 +92,7 @@ _FILES = (("csv", RATES_FILE), ("picture", "engines.png"))
 
 
 def _beside(shape: str, file: Path | None, name: str) -> Path | None:
-    """Returns where to write: of a run's folder in it, where its report looks."""
+    """Returns where to write; the results of a run go into its folder, where its report looks for them."""
     run = Path(shape)
     is_run = run.is_dir() and (run / "model").is_dir() and (run / "config.yaml").is_file()
     return file or (run / name if is_run else None)

@@ -1,4 +1,4 @@
-"""Tokens per second of whole models: one row for each engine, type and way, as it is printed, kept and drawn."""
+"""Tokens per second of whole models: one row for each engine, type and way; printed, saved and drawn."""
 
 import csv
 import io
@@ -28,28 +28,28 @@ MARKS = {"f32": "s", "bf16": "o", "f16": "D", "int8": "^", "int4": "v"}
 
 @dataclass(frozen=True)
 class Rate:
-    """One row.
+    """The speed and quality of one model in one engine.
 
     Args:
         model: The folder or shape.
-        engine: ``dense`` is torch's dense model, ``ours`` the sparse one, ``narrow`` a narrower dense one on the
-            same kernels; else a name of `ENGINES`, with ``narrow`` behind it where it runs the narrower model.
-        dtype: Of the weights.
-        way: ``eager``, ``compiled``, ``fused`` or ``captured`` in torch; empty of other engines.
+        engine: ``dense`` is torch's dense model, ``ours`` the sparse model, ``narrow`` a narrower dense model on the
+            same kernels; else a name of `ENGINES`, followed by ``narrow`` if it runs the narrower model.
+        dtype: Type of the weights.
+        way: ``eager``, ``compiled``, ``fused`` or ``captured`` in torch; empty for other engines.
         phase: ``decode`` or ``forward``.
-        sequences: Sequences at once.
+        sequences: Sequences per batch.
         length: Tokens of a prompt, or of a row.
-        new_tokens: Tokens decoded behind a prompt, 0 in a forward pass.
+        new_tokens: Tokens decoded after a prompt; 0 for a forward pass.
         sparsity: Share of the FFN neurons that did not run on the prompt or batch, or that a narrower model lacks.
-        threads: Of each.
+        threads: Threads of each engine.
         tokens_per_second: The median over rounds.
         least: The slowest round.
         most: The fastest round.
-        ratio: Times the first dense row.
-        metric: What quality is measured by; empty if it is not.
-        quality: On all validation rows; NaN if it is not measured.
-        version: Of the engine.
-        processor: The machine's.
+        ratio: Speed relative to the first dense row.
+        metric: Name of the quality metric; empty if quality was not measured.
+        quality: The metric on all validation rows; NaN if it was not measured.
+        version: Version of the engine.
+        processor: Name of the processor.
         load: Load average of the last minute.
     """
 
@@ -75,41 +75,41 @@ class Rate:
 
     @property
     def name(self) -> str:
-        """For people."""
+        """The row's label, for people."""
         sparsity = f" at {self.sparsity:.0%}" if self.engine == "ours" or self.is_narrow else ""
         return " ".join(filter(None, (self.engine, self.dtype, self.way))) + sparsity
 
     @property
     def is_narrow(self) -> bool:
-        """Whether it is of a narrower dense model."""
+        """Whether the row is for a narrower dense model."""
         return "narrow" in self.engine.split()
 
     @property
     def colour(self) -> str:
-        """Of its engine."""
+        """Colour of the engine."""
         return COLOURS.get(self.engine.split()[0], "#8b5fbf")
 
 
 def is_rates(file: Path) -> bool:
-    """Says whether a CSV file is of whole models beside other engines."""
+    """Whether a CSV file holds rates of whole models."""
     try:
         with file.open(encoding="utf-8-sig") as lines:
             return {"engine", "tokens_per_second"} <= {*lines.readline().strip().split(",")}
     except (OSError, UnicodeDecodeError):
-        return False  # what is wrong with it is said by who reads it
+        return False  # the reader of the file reports the error
 
 
 def read_rates(file: Path) -> list[tuple[str, Rate]]:
     """Returns the rows, each with the file's name.
 
     Raises:
-        UserError: If a column is missing, or a value in it cannot be.
+        UserError: If a column is missing, or a value is invalid.
     """
     try:
         rows = list(csv.DictReader(io.StringIO(file.read_text(encoding="utf-8-sig"))))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the benchmark {file}: {error}") from error
-    found = []
+    rates = []
     for number, row in enumerate(rows, 2):
         values = {}
         for field in fields(Rate):
@@ -122,17 +122,17 @@ def read_rates(file: Path) -> list[tuple[str, Rate]]:
                 raise UserError(
                     f"{file}, line {number}: {field.name} is {text!r}; run lte bench again, or remove the line"
                 ) from None
-        found.append((str(file), Rate(**values)))
-    if not found:
-        raise UserError(f"{file} has columns, but no figures; run lte bench again, or leave it out of --bench")
-    return found
+        rates.append((str(file), Rate(**values)))
+    if not rates:
+        raise UserError(f"{file} has columns, but no rows; run lte bench again, or leave it out of --bench")
+    return rates
 
 
 def show_rates(rates: Sequence[Rate]) -> None:
-    """Prints a table, and how many times as fast as each dense row each of ours is."""
+    """Prints a table, and the speed-up of each sparse row over each dense row."""
     first = rates[0]
     what = (
-        f"{first.new_tokens} new tokens behind {first.length}" if first.new_tokens else f"rows of {first.length} tokens"
+        f"{first.new_tokens} new tokens after {first.length}" if first.new_tokens else f"rows of {first.length} tokens"
     )
     several = f"{first.sequences} sequences, " if first.sequences > 1 else ""
     print(f"\n{first.model}, {first.phase}: {several}{what}")
@@ -152,12 +152,12 @@ def show_rates(rates: Sequence[Rate]) -> None:
 
 
 def letter(number: int) -> str:
-    """Returns a, b, ... for a column's head."""
+    """Returns a, b, ... for the head of a column."""
     return chr(ord("a") + number % 26)
 
 
 def draw_rates(rates: Sequence[Rate], path: Path) -> None:
-    """Draws quality over tokens per second, or the tokens per second alone where no quality was measured."""
+    """Draws quality over tokens per second, or only the tokens per second if quality was not measured."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.5, 4.6), layout="constrained")
@@ -167,7 +167,7 @@ def draw_rates(rates: Sequence[Rate], path: Path) -> None:
 
 
 def plot_rates(axes: "Axes", rates: Sequence[Rate]) -> None:
-    """Draws the same into given axes."""
+    """Draws the picture of `draw_rates` into the given axes."""
     measured = [r for r in rates if not math.isnan(r.quality)]
     if not measured:
         for i, r in enumerate(reversed(rates)):

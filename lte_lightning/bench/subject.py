@@ -1,4 +1,4 @@
-"""What is measured: a dense model and the same with experts, of which a given share runs."""
+"""The measured pair: a dense model, and its sparse twin in which a set share of the experts runs."""
 
 import copy
 import math
@@ -26,7 +26,7 @@ from lte_lightning.kernels import hidden_activations
 from lte_lightning.kernels.dispatch import Backend
 from lte_lightning.selection import Selector, selector_class, selector_names
 
-# Vocabularies are small: embedding and head take no part in any figure here.
+# Vocabularies are small: no measurement here includes the head, and the embedding is only a look-up.
 SHAPES: dict[str, PreTrainedConfig] = {
     "llama2-7b": LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, vocab_size=256),
     "smollm2-135m": LlamaConfig(
@@ -45,7 +45,7 @@ POOL = 16  # masks per sparsity; one is drawn for each call
 
 
 class ForcedSelector(Selector):
-    """Pays for the router, as the FFN would, and then returns prepared scores, others at every call."""
+    """Runs the router, as the FFN would, then returns prepared scores in its place, different ones at each call."""
 
     def __init__(self, ffn: ExpertFfn, dtype: torch.dtype) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class ForcedSelector(Selector):
         self.calls = 0
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        """Returns scores [B, T, E] of 0 and 1, or [B * T, E] where the model gives its tokens in one row (OPT)."""
+        """Returns scores [B, T, E] of 0 and 1, or [B * T, E] if the model flattens its tokens (OPT)."""
         (ffn,) = self.ffn
         if ffn.backend not in self.routes:
             prepared = prepare(ffn.parts, self.router, ffn.expert_size, ffn.backend, x_BTD)
@@ -69,19 +69,19 @@ class ForcedSelector(Selector):
         return self.pool[self.calls % len(self.pool)].view(*x_BTD.shape[:-1], -1)
 
     def flops_per_token(self) -> int:
-        """Returns the router's."""
+        """Returns the router's FLOPs."""
         return self.router.flops_per_token()
 
 
 @dataclass
 class Subject:
-    """A dense model beside its sparse twin, each with weights of its own.
+    """A dense model and its sparse twin, each with its own weights.
 
     Args:
-        name: Shape's name or folder.
-        dense: As transformers made it, without a head.
-        sparse: Converted, in hard mode, on a backend.
-        layers: How many of the shape's layers there are.
+        name: Name of the shape, or the folder.
+        dense: The model of transformers, without a head.
+        sparse: The converted model, in hard mode, on a backend.
+        layers: Number of measured layers.
     """
 
     name: str
@@ -91,7 +91,7 @@ class Subject:
 
     @property
     def device(self) -> torch.device:
-        """Where both are."""
+        """Device of both models."""
         return self.dense.device
 
     @property
@@ -101,15 +101,15 @@ class Subject:
 
     @property
     def is_decoder(self) -> bool:
-        """Whether it generates token by token."""
+        """Whether the model generates token by token."""
         kind = FAMILIES[self.dense.config.model_type].kind
         if kind == "encoder-decoder":
-            return False  # its two stacks are measured at once
+            return False  # its two stacks are measured together
         return kind == "decoder" or bool(getattr(self.dense.config, "is_decoder", False))
 
     @property
     def longest(self) -> float:
-        """How many tokens have a learned position; infinite where positions are not learned."""
+        """Number of learned positions; infinite if positions are not learned."""
         for name, module in self.dense.named_modules():
             if isinstance(module, nn.Embedding) and re.search("position|wpe", name):
                 padding = -1 if module.padding_idx is None else module.padding_idx
@@ -117,7 +117,7 @@ class Subject:
         return math.inf
 
     def force(self, batch: int, length: int, sparsity: float, generator: torch.Generator) -> None:
-        """Prepares masks with which each token skips this share of the experts, independently of the others."""
+        """Prepares masks with which each token skips this share of the experts, independently of other tokens."""
         for ffn, forced in zip(self.ffns, self.forced, strict=True):
             active = round((1.0 - sparsity) * ffn.experts)
             order_PBTE = torch.rand(POOL, batch, length, ffn.experts, generator=generator).argsort(dim=-1)
@@ -125,7 +125,7 @@ class Subject:
 
     @property
     def forced(self) -> list[ForcedSelector]:
-        """The selector of each of the FFNs that are measured."""
+        """The selectors of the measured FFNs."""
         return [cast(ForcedSelector, ffn.selector) for ffn in self.ffns]
 
 
@@ -136,18 +136,18 @@ def make_subject(
     layers: int | None = None,
     device: torch.device = torch.device("cpu"),  # noqa: B008 - it cannot be changed
 ) -> Subject:
-    """Builds both models, without a head: it is no part of what experts make faster, and named shapes have none.
+    """Builds both models without a head: experts do not make the head faster, and named shapes have none.
 
     Args:
         shape: A name in `SHAPES` (random weights), or a folder or hub id of a saved LTE model.
-        dtype: Of weights and input.
-        backend: Of the sparse twin.
-        layers: How many layers; by default as many as keep the FFNs' weights at eight times the cache, at least two and
+        dtype: Type of weights and input.
+        backend: Backend of the sparse twin.
+        layers: Number of layers; by default enough that the FFN weights fill the cache eight times, at least two and
             at most all.
-        device: Where to.
+        device: Device of both models.
 
     Raises:
-        UserError: If it is neither, or selects in a way that no sparse backend makes faster.
+        UserError: If the shape is unknown, or the model selects in a way that no sparse backend makes faster.
     """
     if shape in SHAPES:
         config = copy.deepcopy(SHAPES[shape])
@@ -161,7 +161,7 @@ def make_subject(
         if not is_lte(shape):
             raise UserError(f"{shape} is not a saved LTE model; make one with fit, or name {', '.join(SHAPES)}")
         if layers is not None:
-            raise UserError(f"--layers {layers} is for named shapes; {shape} is measured with all that it has")
+            raise UserError(f"--layers {layers} is for named shapes; {shape} is measured with all its layers")
         lte = read_lte_config(shape)
         _check_selector(shape, lte.selector)
         dense = moved(_without_head(restore(from_pretrained(shape, dtype=dtype, backend="dense-mask"))), device)
@@ -179,23 +179,24 @@ def make_subject(
 def _check_selector(shape: str, name: str) -> None:
     def wrong(kind: type[Selector]) -> str:
         if kind.reads != "input":
-            return "reads activations of every neuron before it chooses, so all of them are computed"
+            return "reads the activations of all neurons before it chooses, so every expert is computed"
         if kind.scales:
-            return "scales what experts give, which no sparse backend does: all of them are computed"
+            return "scales the experts' outputs, which no sparse backend does, so every expert is computed"
         return "sets weights to 0 and runs every expert" if kind.calibration == "pruning" else ""
 
     if why := wrong(selector_class(name)):
         can = [other for other in selector_names() if other != "none" and not wrong(selector_class(other))]
         raise UserError(
-            f"{shape} selects by {name!r}, which {why}, and nothing is faster. Name a model that selects by "
-            f"{', '.join(can)}, or a shape ({', '.join(SHAPES)}); run.latency_rows of a fit times this one as it is"
+            f"{shape} selects by {name!r}, which {why}, and no time is saved. Name a model that selects by "
+            f"{', '.join(can)}, or a shape ({', '.join(SHAPES)}); to time this model as it is, set run.latency_rows "
+            "in a fit"
         )
 
 
 def _without_head(model: PreTrainedModel) -> PreTrainedModel:
     body = model.base_model
     assert isinstance(body, PreTrainedModel)
-    if body is model and model.get_output_embeddings() is not None:  # T5 has its head beside its two stacks
+    if body is model and model.get_output_embeddings() is not None:  # T5's head is beside its two stacks
         model.set_output_embeddings(nn.Identity())
     return body
 
@@ -219,5 +220,5 @@ class DenseFfn(nn.Module):
         """Returns the FFN's output [B, T, D]."""
         gate_BTF = None if self.gate is None else self.gate(x_BTD)
         _, hidden_BTF = hidden_activations(self.activation, self.up(x_BTD), gate_BTF)
-        # T5 keeps its down projections in float32; all else is of one type, or autocast's
+        # T5 keeps its down projections in float32; other models have a single type, or autocast's
         return self.down(hidden_BTF.float() if self.casts else hidden_BTF)

@@ -1,4 +1,4 @@
-"""What is measured whole, head included: a dense model and its sparse twin, and texts to run them on."""
+"""Whole models, head included: a dense model, its sparse twin, and texts to run them on."""
 
 import copy
 from collections.abc import Callable
@@ -43,15 +43,15 @@ TEXT = (
 
 @dataclass(frozen=True)
 class Whole:
-    """A model that is measured with its head.
+    """A model to measure with its head.
 
     Args:
         name: Its folder, hub id, or the name of a shape.
         dense: The plain model, in evaluation mode, in float32 and on the CPU.
         make: Makes its sparse twin in one of `TYPES`.
-        tokenizer: Its own, None if there is none.
-        trained: Whether the routers of the twin were trained: else their biases must be set.
-        decodes: Whether it goes on from a text.
+        tokenizer: The model's tokenizer, or None.
+        trained: Whether the twin's routers were trained; if not, their biases must be set.
+        decodes: Whether it generates text.
     """
 
     name: str
@@ -66,15 +66,15 @@ class Whole:
         return moved(typed(copy.deepcopy(self.dense), dtype), device)
 
     def batch(self, sequences: int, length: int, device: torch.device) -> dict[str, torch.Tensor]:
-        """Returns inputs [B, T] of a text, without padding; each sequence begins at another place of it.
+        """Returns inputs [B, T] from a fixed text, without padding; each sequence begins at another place of the text.
 
         Raises:
-            UserError: If the model has fewer positions.
+            UserError: If the model has too few positions.
         """
         config = self.dense.config.get_text_config()
         limit = getattr(config, "max_position_embeddings", None)
         if limit and length > limit - 2:
-            raise UserError(f"{self.name} has positions for {limit - 2} tokens, and {length} are asked for")
+            raise UserError(f"{self.name} has positions for {limit - 2} tokens, and --tokens asks for {length}")
         if self.tokenizer is None:
             generator = torch.Generator().manual_seed(0)
             ids_BT = torch.randint(config.vocab_size // 2, config.vocab_size, (sequences, length), generator=generator)
@@ -96,20 +96,20 @@ def typed(model: PreTrainedModel, dtype: str) -> PreTrainedModel:
 
 
 def find_whole(shape: str, layers: int | None, backend: Backend) -> Whole:
-    """Loads the dense model of a saved LTE model, of a run, of a plain folder or hub id, or makes one of a named shape.
+    """Loads the dense model of a saved LTE model, a run, or a plain folder or hub id; or makes that of a named shape.
 
     Args:
-        shape: Its name.
-        layers: Of a named shape.
-        backend: Of the sparse twin.
+        shape: Folder, hub id, or the name of a shape.
+        layers: Layers of a named shape.
+        backend: Backend of the sparse twin.
 
     Raises:
-        UserError: If there is no such model, every expert of it runs, or it is an encoder-decoder.
+        UserError: If there is no such model, all of its experts run, or it is an encoder-decoder.
     """
     if shape in SHAPES:
         return _named(shape, layers)
     if layers is not None:
-        raise UserError(f"--layers {layers} is for named shapes; {shape} is measured with all that it has")
+        raise UserError(f"--layers {layers} is for named shapes; {shape} is measured with all its layers")
     if "/" not in shape and not Path(shape).exists():
         near = meant(shape, SHAPES) or f"; there are the shapes {', '.join(SHAPES)}"
         raise UserError(f"no folder {shape}, and no shape of that name{near}")
@@ -130,7 +130,7 @@ def find_whole(shape: str, layers: int | None, backend: Backend) -> Whole:
     description = read_description(source)
     if description.get("quantized"):
         raise UserError(
-            f"{shape} was saved quantised, so its dense model is gone; name the folder that it was made from"
+            f"{shape} was saved quantised, so its dense model is gone; name the folder that it was quantised from"
         )
     if (mode := description["mode"]) != "hard":
         raise UserError(
@@ -149,9 +149,9 @@ def find_whole(shape: str, layers: int | None, backend: Backend) -> Whole:
 
 def _require_measurable(shape: str, config: Any) -> None:
     if config.is_encoder_decoder:
-        raise UserError(f"{shape} is an encoder-decoder; whole models are measured if they are encoders or decoders")
+        raise UserError(f"{shape} is an encoder-decoder; only encoders and decoders can be measured as whole models")
     if config.model_type not in FAMILIES:
-        raise UserError(f"{shape} is a {config.model_type} model; there are {', '.join(FAMILIES)}")
+        raise UserError(f"{shape} is a {config.model_type} model; supported are {', '.join(FAMILIES)}")
 
 
 def _decodes(model: PreTrainedModel) -> bool:

@@ -1,4 +1,4 @@
-"""``lte bench`` with the quality of what it compares: the metric of a run's task on its validation rows."""
+"""``lte bench`` with quality: measures each compared model by the metric of the run's task on its validation rows."""
 
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
@@ -20,14 +20,14 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 class RunJudge:
-    """Measures logits by the metric of a run's task, on all validation rows.
+    """Computes the metric of a run's task from logits, on all validation rows.
 
     Args:
         folder: A run, or its model.
-        data: A configuration, or a text, instead of the run's own configuration.
+        data: A configuration or a text file, in place of the run's own configuration.
 
     Raises:
-        UserError: If no rows are known, or the task measures something else than classes or next tokens.
+        UserError: If no validation rows are known, or the task is neither classification nor language modelling.
     """
 
     def __init__(self, folder: str, data: str | None) -> None:
@@ -37,8 +37,8 @@ class RunJudge:
         self.rows = load_rows(folder, data, torch.device("cpu"))
         if not isinstance(self.rows.module, Classification | LanguageModel):
             raise UserError(
-                f"{type(self.rows.module).__name__} measures no logits; name a configuration of classification or "
-                "language modelling by --data"
+                f"{type(self.rows.module).__name__} is not measured by logits; give --data a configuration for "
+                "classification or language modelling"
             )
         self.predicts_next = isinstance(self.rows.module, LanguageModel)
         self.metric = self.rows.module.metric_name
@@ -48,8 +48,8 @@ class RunJudge:
         module: Any = self.rows.module
         for batch, number in self.rows.validation():
             if number == 0:
-                found = logits({key: value for key, value in batch.items() if key != "words"}).float()
-                outputs = SimpleNamespace(logits=found, loss=self._loss(found, batch))
+                values = logits({key: value for key, value in batch.items() if key != "words"}).float()
+                outputs = SimpleNamespace(logits=values, loss=self._loss(values, batch))
                 module.meters["dense"].update(*module.outputs_for_metric(outputs, batch))
         return float(module.read_meters("dense")[self.metric])
 
@@ -57,11 +57,11 @@ class RunJudge:
         if not self.predicts_next:
             return None
         if not batch["attention_mask"][:, 0].all():
-            raise UserError("rows that are padded before their texts cannot be given to other engines")
+            raise UserError("other engines cannot read rows with padding on the left")
         return functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
 
     def calibration(self) -> list[dict[str, torch.Tensor]]:
-        """Returns some training batches."""
+        """Returns a few training batches, without labels."""
         loader = self.rows.data.train_dataloader()
         batches = [batch for batch, _ in zip(loader, range(CALIBRATING), strict=False)]
         return [{key: value for key, value in batch.items() if key not in ("labels", "words")} for batch in batches]

@@ -114,7 +114,7 @@ def _architecture(folder: str, config: PreTrainedConfig) -> type[PreTrainedModel
     is_encoder = family is not None and family.kind == "encoder" and not getattr(config, "is_decoder", False)
     if is_encoder or not architecture.can_generate() or architecture.main_input_name != "input_ids":
         raise UserError(
-            f"{folder} is a {name}, which goes on from no text; name a decoder with its language model head, or an "
+            f"{folder} is a {name}, which does not generate text; name a decoder with its language model head, or an "
             "encoder-decoder"
         )
     return architecture

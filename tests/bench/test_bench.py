@@ -22,10 +22,10 @@ from transformers import (
 
 from lte_lightning import LteConfig, convert, save_pretrained, set_mode
 from lte_lightning.bench import machine, main, output
-from lte_lightning.bench.figure import COLUMNS
 from lte_lightning.bench.measure import bound, interleave, measure, timed
 from lte_lightning.bench.rivals import executed_width, index_select, make_rivals, masked, with_dense_down
 from lte_lightning.bench.subject import SHAPES, ForcedSelector, Subject, dense_blocks, make_subject
+from lte_lightning.bench.timing import COLUMNS
 from lte_lightning.core.model.experts import expert_ffns
 from lte_lightning.errors import UserError
 from lte_lightning.kernels.cpu import ffn as cpu_ffn
@@ -128,7 +128,7 @@ def test_an_encoder_and_rivals(backend, tokens, tmp_path):
 def test_rivals_of_what_no_backend_takes(monkeypatch, capsys):
     monkeypatch.setitem(SHAPES, "odd", LlamaConfig(vocab_size=256, hidden_act="quick_gelu", **SIZES))
     assert main(["--shape", "odd", "--dtype", "f32", "--sparsity", "0.5", "--repeats", "1", "--rivals"]) == 1
-    assert "no sparse backend has the activation QuickGELUActivation; leave them out" in capsys.readouterr().err
+    assert "no sparse backend has the activation QuickGELUActivation; leave --rivals out" in capsys.readouterr().err
 
 
 SEQ2SEQ = {"d_model": 32, "d_ff": 96, "d_kv": 8, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
@@ -162,7 +162,7 @@ def test_no_more_tokens_than_positions(config, longest, saved):
     assert subject.longest == longest
     measure(subject, "model", 1, 40 if longest == math.inf else longest, [0.5], 1)
     if longest < math.inf:
-        with pytest.raises(UserError, match=f"has positions for {longest} tokens, and {longest + 1} are asked"):
+        with pytest.raises(UserError, match=f"has positions for {longest} tokens, and this run needs {longest + 1}"):
             measure(subject, "model", 1, longest + 1, [0.5], 1)
 
 
@@ -205,8 +205,8 @@ def test_selectors_are_timed_or_refused(selector, saved, capsys):
     status = main(f"--shape {folder} --dtype f32 --sparsity 0.5 --repeats 1".split())
     captured = capsys.readouterr()
     why = {
-        **dict.fromkeys(("cats", "kla", "narrow", "teal"), "reads activations of every neuron before it chooses"),
-        **dict.fromkeys(("sigmamoe", "softmax"), "scales what experts give, which no sparse backend does"),
+        **dict.fromkeys(("cats", "kla", "narrow", "teal"), "reads the activations of all neurons before it chooses"),
+        **dict.fromkeys(("sigmamoe", "softmax"), "scales the experts' outputs, which no sparse backend does"),
         "wanda": "sets weights to 0 and runs every expert",
     }
     if selector not in why:
@@ -278,7 +278,7 @@ def test_the_help_names_the_shapes(capsys):
     for name in ("llama2-7b", "smollm2-135m", "roberta-base"):
         assert name in SHAPES
         assert name in text
-    assert "never the head, so that a folder compares with a named shape" in text
+    assert "without the head, so that a folder compares with a named shape" in text
 
 
 def test_quartiles_lie_within_the_timings():
@@ -451,18 +451,18 @@ def test_a_busy_machine_is_said_to_be(monkeypatch, capsys):
         ("--dtype fp8", "unknown dtype 'fp8'; there are f32, bf16, f16, mixed"),
         ("--scope layer", "unknown scope 'layer'; there are ffn, model"),
         ("--backend cuda", "unknown backend 'cuda'; there are auto, dense-mask"),
-        ("--sparsity 50", "--sparsity is '50'; it takes shares between 0 and 1"),
+        ("--sparsity 50", "--sparsity is '50'; it takes shares from 0 to 1"),
         ("--sparsity half", "--sparsity is 'half'"),
-        ("--tokens 0", "--tokens is '0'; it takes a number like 4, or sequences x tokens like 32x128"),
+        ("--tokens 0", "--tokens is '0'; it takes a number like 4, or SEQUENCESxTOKENS like 32x128"),
         ("--tokens 2x3x4", "--tokens is '2x3x4'"),
         ("--clock sun", "unknown clock 'sun'; there are wall, cpu"),
-        ("--clock cpu --threads 2", "--clock cpu sees one thread of the CPU only: add --threads 1 --device cpu"),
+        ("--clock cpu --threads 2", "--clock cpu times a single CPU thread; add --threads 1 --device cpu"),
         ("--device gpu", "unknown device 'gpu'; there are auto, cpu, cuda"),
         ("--device cuda:99", "--device is cuda:99, and torch sees"),
         ("--threads 0", "--threads is 0; it must be at least 1"),
         ("--csv nowhere/out.csv", "there is no folder nowhere to write out.csv to"),
         ("--csv tests", "tests is a folder; name the file to write"),
-        ("--csv speed.png", "--csv is speed.png, a picture's name; the picture is --picture's"),
+        ("--csv speed.png", "--csv is speed.png, which is the name of a picture; use --picture"),
         ("--tokens ²", "--tokens is '²'"),
         ("--picture speed.foo", "--picture is speed.foo; its name must end in .png, .svg, .pdf"),
         ("--shape /no/such/folder", "unknown shape '/no/such/folder'; there are llama2-7b"),

@@ -112,7 +112,7 @@ def test_a_classifier_in_each_engine(name, dtype, folders, tmp_path):
 
 
 def test_llama_cpp_decodes_one_text(folders, tmp_path):
-    with pytest.raises(UserError, match=r"decodes one text here"):
+    with pytest.raises(UserError, match=r"on one sequence of a decoder only"):
         started("llama.cpp", "bf16", job_of(folders / "lm", tmp_path, sequences=2))
 
 
@@ -314,7 +314,7 @@ def test_other_selectors_have_no_bias_to_set(folders):
     config = lte_lightning.LteConfig(selector="random", expert_size=32, target_sparsity=0.5)
     lte_lightning.convert(model, config, progress=False)
     lte_lightning.set_mode(model, "hard")
-    with pytest.raises(UserError, match=r"--sparsity sets the biases of linear routers, and .* selects by a Random"):
+    with pytest.raises(UserError, match=r"--sparsity sets the biases of linear routers, and .* has a Random"):
         even_routers(model, 0.5, {"input_ids": torch.ones(1, 4, dtype=torch.long)})
 
 
@@ -326,17 +326,17 @@ def test_other_selectors_have_no_bias_to_set(folders):
         ("{lm} --against openvino --dtype int9", "unknown dtype 'int9' (do you mean 'int8'?)"),
         ("{lm} --against openvino --ways egger", "unknown way 'egger' (do you mean 'eager'?)"),
         ("{lm} --against openvino --rivals", "--rivals is for the scopes ffn and model"),
-        ("{lm} --against openvino --scope ffn", "--scope is ffn; generate stands alone"),
+        ("{lm} --against openvino --scope ffn", "--scope is ffn; generate does not combine"),
         ("{lm} --against openvino --layers 2", "--layers 2 is for named shapes"),
-        ("{lm} --scope generate --tokens 2x8", "--tokens is 2x8; what is generated has a number of sequences"),
+        ("{lm} --scope generate --tokens 2x8", "--tokens is 2x8; with --scope generate it is the number of seq"),
         ("{lm} --scope generate --ways captured --device cpu", "captured is a CUDA graph, and torch runs on the CPU"),
         ("{lm} --new-tokens 4", "--new-tokens is for whole models: add --scope generate or --against"),
-        ("{bert} --scope generate --device cpu", "a BertForSequenceClassification, which goes on from no text"),
-        ("{bert} --against openvino --tokens 1x70", "has positions for 62 tokens, and 70 are asked for"),
+        ("{bert} --scope generate --device cpu", "a BertForSequenceClassification, which does not generate text"),
+        ("{bert} --against openvino --tokens 1x70", "has positions for 62 tokens, and --tokens asks for 70"),
         ("{root}/plian --scope generate", "do you mean 'plain'?"),
         ("smollm2-135n --scope generate", "no shape of that name (do you mean 'smollm2-135m'?)"),
         ("{lm} --against openvino --csv {root}/nowhere/a.csv", "no folder"),
-        ("{lm} --against openvino --data a.yaml --sparsity 0.5", "--data measures quality, and with --sparsity nobody"),
+        ("{lm} --against openvino --data a.yaml --sparsity 0.5", "--data measures quality, but --sparsity replaces"),
     ],
 )
 def test_bad_input(words, message, folders, capsys):

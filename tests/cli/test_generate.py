@@ -198,7 +198,7 @@ def test_a_plain_model_quantised_runs_every_neuron(kind, folders, lightning):
         (["nowhere"], "no folder nowhere, and no model of that name in the cache or on the hub"),
         (["empty"], "empty holds no model: it has no config.json, and no model/config.json as a run has"),
         (["plain/config.json"], "plain/config.json is a file; name the folder of a model"),
-        (["encoder"], "encoder is a BertForMaskedLM, which goes on from no text"),
+        (["encoder"], "encoder is a BertForMaskedLM, which does not generate text"),
         (["no-tokenizer"], "tokenizer 'no-tokenizer' "),
         (["plain", "--prompt", "cat " * 300], "max_position_embeddings"),
         (["plain", "--max-new-tokens", "255"], "255 new ones are more than plain takes (256, its max_pos"),

@@ -1,4 +1,4 @@
-"""Calibration of selectors on training rows, in the way that each asks for."""
+"""Calibrates selectors on training rows, each in its own way."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -14,11 +14,11 @@ from lte_lightning.core.routing.prune import Batch, prune
 from lte_lightning.core.routing.trace import RouterTrace
 from lte_lightning.selection import Activity
 
-BISECTIONS = 12  # of a level between 0 and 1: closer than one in four thousand
+BISECTIONS = 12  # of a level between 0 and 1; leaves an error below 1/4000
 
 
 def needs_calibration(model: nn.Module) -> bool:
-    """Says whether the model's selectors must be calibrated on training rows."""
+    """Whether the model's selectors must be calibrated on training rows."""
     return selectors(model)[0].calibrates() != "none"
 
 
@@ -26,19 +26,18 @@ def needs_calibration(model: nn.Module) -> bool:
 def calibrate(
     model: PreTrainedModel, batches: Iterator[Batch], tokens: int, reduce: Reduce = lambda counts: counts
 ) -> None:
-    """Calibrates the selectors on training rows, by their ``calibration``; nothing if that is ``none``.
+    """Calibrates the selectors on training rows, as their ``calibration`` says; ``none`` changes nothing.
 
-    Levels are set where they will be used: a layer's behind layers that leave out what theirs tell them to, and a level
-    common to all layers by what the whole model leaves out. A level from the dense model would miss the sparsity that
-    is asked for, since sparse layers hand on other activations. TEAL's are from the dense model all the same, as its
-    authors' are, and so is a fixed choice.
+    Levels are set on the activations of the sparse model: each layer's level behind layers that are already sparse, and
+    a common level by the sparsity of the whole model. Levels from the dense model would miss the target sparsity,
+    because sparse layers change the activations of later layers. TEAL's levels and fixed choices come from the dense
+    model all the same, as their authors define them.
 
     Args:
         model: A converted model, in eval mode; its mode is ``dense`` afterwards.
-        batches: For each batch what runs the model on it, and its token masks.
-        tokens: How many to calibrate on; batches are run until there are as many.
-        reduce: Sums counts over devices; for selectors that are calibrated by their control, the only ones that are on
-            several devices.
+        batches: For each batch, a function that runs the model on it, and its token masks.
+        tokens: Number of tokens to calibrate on; batches run until this number is reached.
+        reduce: Sums counts over devices. Only selectors that are calibrated by sparsity control use several devices.
     """
     ways: dict[str, Callable[[PreTrainedModel, Sequence[Batch], int], None]] = {
         "dense": _on_dense,
@@ -74,7 +73,7 @@ def _control(model: PreTrainedModel, batches: Sequence[Batch], reduce: Reduce) -
 
 
 def _common_level(model: PreTrainedModel, batches: Sequence[Batch], tokens: int) -> None:
-    """Looks for the one level of all layers, between 0 and 1, at which they are as sparse on average as asked for."""
+    """Searches the common level of all layers, between 0 and 1, that gives the model its target sparsity."""
     low, high = 0.0, 1.0
     wanted = lte_config(model).target_sparsity or 0.0
     set_mode(model, "hard")
@@ -92,7 +91,7 @@ def _common_level(model: PreTrainedModel, batches: Sequence[Batch], tokens: int)
 
 
 def _samples(ffns: Sequence[ExpertFfn], batches: Sequence[Batch]) -> list[torch.Tensor]:
-    """Returns the samples of every token for the selectors of FFNs that run densely, on the CPU."""
+    """Returns each selector's calibration samples of every token, on the CPU; the FFNs run densely."""
     seen: dict[int, list[torch.Tensor]] = {id(ffn): [] for ffn in ffns}
 
     def see(ffn: ExpertFfn, activity: Activity) -> None:
@@ -105,7 +104,7 @@ def _samples(ffns: Sequence[ExpertFfn], batches: Sequence[Batch]) -> list[torch.
 
 
 class _Runs:
-    """Runs one FFN for its selector; the FFN keeps its mode."""
+    """Runs an FFN for its selector, and leaves its mode unchanged."""
 
     def __init__(self, ffn: ExpertFfn) -> None:
         self.ffn = ffn

@@ -1,4 +1,4 @@
-"""A sparsity knob for a trained model: thresholds of each layer by sparsity, from calibration rows."""
+"""A sparsity knob for a trained model: each layer's threshold for each sparsity, from calibration rows."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -20,13 +20,13 @@ from lte_lightning.selection import selector_class
 Layers = Literal["free", "equal", "least-loss"]
 LAYERS: tuple[Layers, ...] = get_args(Layers)
 ROUNDS = 8
-CLOSE = 0.001  # no further round once this near to the sparsity
-SAMPLE = 1 << 22  # scores of a layer that a quantile is taken of; of more, those of evenly spaced tokens
+CLOSE = 0.001  # stop within this distance of the sparsity
+SAMPLE = 1 << 22  # scores per layer for a quantile; a layer with more is sampled at evenly spaced tokens
 GRID = (0.0, 0.2, 0.4, 0.55, 0.7, 0.8, 0.9, 0.97)  # sparsities of one layer at which the loss is measured
 
 
 def require_knob(model: PreTrainedModel) -> None:
-    """Refuses a model whose sparsity no threshold decides.
+    """Refuses a model whose sparsity does not follow from a threshold.
 
     Raises:
         UserError: If its selector chooses without a threshold, or scales experts.
@@ -50,27 +50,27 @@ def find_thresholds(
 ) -> ThresholdTable:
     """Finds thresholds that give a model these sparsities on calibration rows.
 
-    Thresholds are quantiles of scores. A layer's scores depend on what the layers before it leave out, so they are
-    read again behind the new thresholds, `ROUNDS` times at most; the setting that came nearest is kept.
+    Thresholds are quantiles of scores. A layer's scores depend on the sparsity of earlier layers, so they are read
+    again with the new thresholds, at most `ROUNDS` times. The closest setting is kept.
 
     Args:
-        model: A converted model in eval mode; afterwards in mode ``hard``, with the thresholds that it had.
-        batches: What to calibrate on. For ``least-loss`` each must return outputs with a ``loss``.
-        sparsities: Shares of the FFN neurons that shall not run, each above 0 and below 1.
-        layers: ``free`` has one threshold for all layers, which is how the model was trained: a layer whose scores are
-            low skips more. ``equal`` gives every layer the same sparsity. ``least-loss`` shares a budget out by what a
-            sparsity of each layer alone costs in loss (see `layer_losses` and `share_out`).
+        model: A converted model in eval mode. Afterwards it is in mode ``hard``, with its old thresholds.
+        batches: Calibration rows. For ``least-loss`` each must return outputs with a ``loss``.
+        sparsities: Shares of the FFN neurons to skip, each above 0 and below 1.
+        layers: ``free`` uses one threshold for all layers, as in training: a layer with low scores skips more.
+            ``equal`` gives every layer the same sparsity. ``least-loss`` divides the budget by the loss that each
+            layer's sparsity costs (see `layer_losses` and `share_out`).
         progress: Show a progress bar.
 
     Raises:
-        UserError: If the model's selector has no threshold, or a sparsity cannot be had.
+        UserError: If the model's selector has no threshold, or a sparsity cannot be reached.
     """
     require_knob(model)
     wanted = sorted(set(sparsities))
     if not wanted or not all(0.0 < sparsity < 1.0 for sparsity in wanted):
         raise UserError(f"sparsities are {list(sparsities)}; each must be above 0 and below 1")
     if layers not in LAYERS:
-        raise UserError(f"unknown sharing out among the layers {layers!r}; there are {', '.join(LAYERS)}")
+        raise UserError(f"layers is {layers!r}; it must be one of {', '.join(LAYERS)}")
     ffns = list(require_expert_ffns(model).values())
     before = [ffn.threshold for ffn in ffns]
     set_mode(model, "hard")
@@ -111,12 +111,12 @@ def _setting(
             best = Setting(sparsity, reached, thresholds, tuple(counts.per_layer()))
         if abs(reached - sparsity) < CLOSE:
             break
-    assert best is not None  # there is a round
+    assert best is not None  # at least one round ran
     return best, int(counts.tokens_L.max())
 
 
 def _scores(model: PreTrainedModel, batches: Sequence[Batch]) -> tuple[list[torch.Tensor], Counts]:
-    """Returns the scores of each layer, a part of them if they are many, on the CPU, and what ran."""
+    """Returns the scores of each layer on the CPU (a sample if there are many), and the counts of experts that ran."""
     seen: list[list[torch.Tensor]] = [[] for _ in require_expert_ffns(model)]
     counts: Counts | None = None
     for run, token_masks_BT in batches:
@@ -132,7 +132,7 @@ def _scores(model: PreTrainedModel, batches: Sequence[Batch]) -> tuple[list[torc
 
 
 def _level(scores: torch.Tensor, share: float) -> float:
-    """Returns the score that a share of the scores does not exceed; 0 for none of them."""
+    """Returns the quantile of the scores at this share; 0 for a share of none."""
     cut = round(share * len(scores))
     return float(scores.kthvalue(cut).values) if cut else 0.0
 
@@ -140,7 +140,7 @@ def _level(scores: torch.Tensor, share: float) -> float:
 def layer_losses(
     model: PreTrainedModel, batches: Sequence[Batch], progress: bool = False
 ) -> tuple[torch.Tensor, list[int]]:
-    """Returns what the loss is where one layer has a sparsity of `GRID` and the others are as they are.
+    """Returns the loss with one layer at a sparsity of `GRID` and the other layers unchanged.
 
     Args:
         model: In mode ``hard``.
@@ -148,10 +148,10 @@ def layer_losses(
         progress: Show a progress bar.
 
     Returns:
-        The losses [L, G], mean over the tokens, and how many (token, expert) pairs each layer has.
+        The losses [L, G], averaged over tokens, and the number of (token, expert) pairs of each layer.
 
     Raises:
-        UserError: If there is no loss.
+        UserError: If the outputs have no loss.
     """
     ffns = list(require_expert_ffns(model).values())
     scores, counts = _scores(model, batches)
@@ -171,38 +171,36 @@ def _loss(batches: Sequence[Batch]) -> float:
         outputs: Any = run()
         loss = getattr(outputs, "loss", None)
         if loss is None:
-            raise UserError("least-loss needs a loss, and these rows give none: they have no labels; use free or equal")
+            raise UserError("least-loss needs a loss, but these rows have no labels; use free or equal")
         weight = float(token_masks_BT[-1].sum())
         total, tokens = total + float(loss) * weight, tokens + weight
     return total / tokens
 
 
 def share_out(losses_LG: torch.Tensor, pairs: Sequence[int], sparsity: float) -> list[float]:
-    """Returns each layer's sparsity such that the sum of their losses is least under a budget.
+    """Returns the layers' sparsities with the least sum of losses under a budget.
 
-    Losses of single layers are taken to add up, and to be convex: each layer's lower convex hull over `GRID` is what
-    counts, which also takes the noise out. The budget then buys the cheapest segments first, as in TEAL's greedy
+    The losses of single layers are assumed to add up and to be convex: each layer is replaced by its lower convex hull
+    over `GRID`, which also removes noise. The budget then buys the cheapest segments first, as in TEAL's greedy
     allocation (James Liu and others, "Training-Free Activation Sparsity in Large Language Models", 2024, arXiv
-    2408.14690), which has the error of a block's output where this has the loss.
+    2408.14690). TEAL allocates by the error of a block's output; this function allocates by the loss.
 
     Args:
-        losses_LG: As of `layer_losses`.
-        pairs: The weight of each layer in the whole sparsity.
+        losses_LG: The losses of `layer_losses`.
+        pairs: The weight of each layer in the model's sparsity.
         sparsity: The budget.
 
     Raises:
-        UserError: If the budget is more than all layers at the grid's last sparsity.
+        UserError: If the budget exceeds the last sparsity of the grid.
     """
     if sparsity > GRID[-1]:
-        raise UserError(
-            f"least-loss goes up to a sparsity of {GRID[-1]}, and {sparsity} is asked for; use free or equal"
-        )
+        raise UserError(f"least-loss reaches sparsities up to {GRID[-1]}, not {sparsity}; use free or equal")
     segments = []  # slope in loss per pair, layer, from, to
     for layer, losses_G in enumerate(losses_LG.tolist()):
         hull = _lower_hull(list(zip(GRID, losses_G, strict=True)))
         segments += [((y1 - y0) / ((x1 - x0) * pairs[layer]), layer, x0, x1) for (x0, y0), (x1, y1) in pairwise(hull)]
     left, share_L = sparsity * sum(pairs), [GRID[0]] * len(pairs)
-    for _, layer, start, end in sorted(segments):  # of one layer slopes rise, so its segments come in order
+    for _, layer, start, end in sorted(segments):  # slopes of a convex layer rise, so its segments stay in order
         taken = min((end - start) * pairs[layer], left)
         share_L[layer] = start + taken / pairs[layer]
         left -= taken

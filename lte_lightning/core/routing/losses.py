@@ -1,4 +1,4 @@
-"""The two losses that LTE adds to the task's in its first stage, in float32.
+"""The two losses that LTE adds to the task's loss in its first stage, in float32.
 
 Source: equations 4 and 5 of the paper, arXiv 2402.06126 (cited in full in ``lte_lightning/selection/router.py``).
 """
@@ -15,7 +15,7 @@ def efficiency_loss(scores: Sequence[torch.Tensor], weights_L: torch.Tensor | No
 
     Args:
         scores: One tensor [N, E] per layer: the scores of the N real tokens.
-        weights_L: Multiplies each layer's mean, where these tokens are a part of those that a step learns from.
+        weights_L: Factor of each layer's mean, for a batch that is only a part of the optimizer step's tokens.
 
     Returns:
         A scalar in [0, 1]: the mean over layers of the mean over tokens and experts.
@@ -31,9 +31,9 @@ def separability_loss(
 ) -> torch.Tensor:
     """Mean of ``1 / ((score - threshold)^2 + epsilon)`` (equation 5), which pushes scores away from the threshold.
 
-    The paper has no epsilon, and a pole at the threshold. With 0.01 a score on the threshold costs 100, one at 0 or 1
-    costs 3.85 (the paper's floor is 4, for a threshold of 0.5), and the gradient is at most 650 per score, reached at a
-    distance of 0.058; it vanishes on the threshold itself.
+    The paper has no epsilon, so its loss has a pole at the threshold. With 0.01, a score on the threshold costs 100 and
+    a score of 0 or 1 costs 3.85 (the paper's minimum is 4, for a threshold of 0.5). The gradient per score is at most
+    650, at a distance of 0.058 from the threshold; it vanishes on the threshold itself.
 
     Args:
         scores: One tensor [N, E] per layer: the scores of the N real tokens.

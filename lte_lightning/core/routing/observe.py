@@ -18,15 +18,15 @@ See = Callable[[ExpertFfn, Activity], None]
 
 @contextmanager
 def observe(model: nn.Module, see: See, *token_masks_BT: torch.Tensor) -> Iterator[None]:
-    """Runs the model densely within a ``with`` block, and shows its FFNs' activity on real tokens.
+    """Puts the model in dense mode, and reports its FFNs' activity on real tokens within a ``with`` block.
 
     Args:
         model: A converted model; its mode is ``dense`` afterwards.
         see: Called once for each FFN and forward pass.
-        *token_masks_BT: True (or 1) for real tokens; of an encoder-decoder the encoder's and the decoder's.
+        *token_masks_BT: True (or 1) for real tokens; for an encoder-decoder, a mask for each stack.
 
     Raises:
-        UserError: If the model was not converted; in a forward pass, if the mask has another shape than the tokens.
+        UserError: If the model was not converted; in a forward pass, if the mask does not have the tokens' shape.
     """
     ffns = list(require_expert_ffns(model).values())
     set_mode(model, "dense")
@@ -36,20 +36,20 @@ def observe(model: nn.Module, see: See, *token_masks_BT: torch.Tensor) -> Iterat
 
 @contextmanager
 def watch(ffns: Sequence[ExpertFfn], see: See, *token_masks_BT: torch.Tensor) -> Iterator[None]:
-    """Shows what some FFNs, which are in mode ``dense``, do on real tokens for the time of a ``with`` block.
+    """Reports the activity of some FFNs in mode ``dense`` on real tokens within a ``with`` block.
 
     Args:
-        ffns: The FFNs; what mode the others are in is left to the caller.
+        ffns: The FFNs; the caller sets the mode of all others.
         see: As for `observe`.
         *token_masks_BT: As for `observe`.
 
     Raises:
-        UserError: In a forward pass, if the mask has another shape than the tokens.
+        UserError: In a forward pass, if the mask does not have the tokens' shape.
     """
 
     def show(ffn: ExpertFfn, x_BTD: torch.Tensor, gate_BTF: torch.Tensor, hidden_BTF: torch.Tensor) -> None:
         mask_BT = token_masks_BT[ffn.stack]
-        if x_BTD.shape[:-1] not in (mask_BT.shape, (mask_BT.numel(),)):  # OPT hands over its tokens in one row
+        if x_BTD.shape[:-1] not in (mask_BT.shape, (mask_BT.numel(),)):  # OPT flattens its tokens
             raise UserError(f"the token mask has shape {tuple(mask_BT.shape)}, the tokens {tuple(x_BTD.shape[:-1])}")
         real_N = mask_BT.flatten().bool()
         x_ND, gate_NF, hidden_NF = (tensor.flatten(0, -2)[real_N] for tensor in (x_BTD, gate_BTF, hidden_BTF))
@@ -66,40 +66,40 @@ def watch(ffns: Sequence[ExpertFfn], see: See, *token_masks_BT: torch.Tensor) ->
 
 
 def selectors(model: nn.Module) -> list[Selector]:
-    """Returns the selectors of a model, one of each FFN; all are of the same class."""
+    """Returns the selectors of a model, one per FFN, all of the same class."""
     return [ffn.selector for ffn in require_expert_ffns(model).values()]
 
 
 def learns(model: nn.Module) -> bool:
-    """Says whether the model's selectors are trained at all."""
+    """Whether the model's selectors are trained at all."""
     return selectors(model)[0].learns != "never"
 
 
 def imitates(model: nn.Module) -> bool:
-    """Says whether the model's selectors learn from the dense model's activations instead of with the task."""
+    """Whether the model's selectors learn from the dense model's activations, not with the task."""
     return selectors(model)[0].learns == "imitation"
 
 
 def balances(model: nn.Module) -> bool:
-    """Says whether the model's selectors have a balance loss, instead of equation 6's two terms."""
+    """Whether the model's selectors have a balance loss in place of equation 6's two terms."""
     return selectors(model)[0].learns == "balance"
 
 
 def learns_with_task(model: nn.Module) -> bool:
-    """Says whether the model's selectors are trained with the task: LTE's routers, and gates."""
+    """Whether the model's selectors are trained with the task, as LTE's routers and gates are."""
     return selectors(model)[0].learns_with_task()
 
 
 def imitation_loss(
     model: nn.Module, run: Callable[[], object], *token_masks_BT: torch.Tensor, weights: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Returns the mean over the layers of their predictors' loss; nothing but the predictors gets a gradient.
+    """Returns the loss of the layers' predictors, averaged over layers; only the predictors get a gradient.
 
     Args:
-        model: Whose selectors learn by imitation.
+        model: A model whose selectors learn by imitation.
         run: Runs the model once.
         *token_masks_BT: As for `observe`.
-        weights: Multiply the losses of each stack's layers, one weight per stack.
+        weights: Factors of the losses, one per stack.
     """
     losses = []
 
@@ -114,15 +114,15 @@ def imitation_loss(
 
 
 def neuron_activations(model: nn.Module, batches: Iterator[Batch], tokens: int) -> list[torch.Tensor]:
-    """Returns the |activations| of each FFN's neurons on training rows, [F, tokens], in bfloat16 on the CPU.
+    """Returns the absolute activations of each FFN's neurons on training rows, [F, tokens], in bfloat16 on the CPU.
 
     Args:
         model: A converted model.
-        batches: For each batch what runs the model on it, and its token masks.
-        tokens: How many to look at, or fewer if there are no more.
+        batches: For each batch, a function that runs the model on it, and its token masks.
+        tokens: The largest number of tokens to read.
 
     Raises:
-        UserError: If there is no token.
+        UserError: If the rows hold no token.
     """
     seen: dict[int, list[torch.Tensor]] = {id(ffn): [] for ffn in require_expert_ffns(model).values()}
 
@@ -134,14 +134,14 @@ def neuron_activations(model: nn.Module, batches: Iterator[Batch], tokens: int) 
             with observe(model, see, *token_masks_BT):
                 run()
     if not all(any(map(len, kept)) for kept in seen.values()):
-        raise UserError("the training rows gave no token to see the neurons' activations on")
+        raise UserError("the training rows hold no tokens, so there are no activations to read")
     return [torch.cat(kept)[:tokens].T for kept in seen.values()]
 
 
 def enough(
     batches: Iterator[Batch], tokens: int, reduce: Callable[[torch.Tensor], torch.Tensor] = lambda counts: counts
 ) -> Iterator[Batch]:
-    """Yields batches until they hold so many tokens in every stack; with ``reduce``, a sum, on every device."""
+    """Yields batches until every stack has seen this many tokens; ``reduce`` sums the count over devices."""
     counts: list[int] = []
     for run, token_masks_BT in batches:
         yield run, token_masks_BT

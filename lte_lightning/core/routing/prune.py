@@ -1,4 +1,4 @@
-"""Pruning of a converted model's weights, for selectors such as Wanda that leave weights out for every token."""
+"""Prunes a converted model's weights, for selectors such as Wanda that remove weights for every token."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,22 +14,22 @@ from lte_lightning.core.model.parts import Projection, find_layers, weight_rows
 from lte_lightning.errors import UserError
 from lte_lightning.selection import selector_class
 
-# What runs the model on a batch, and the batch's token masks
+# a function that runs the model on a batch, and the batch's token masks
 Batch = tuple[Callable[[], object], tuple[torch.Tensor, ...]]
 
 
 @torch.no_grad()
 def prune(model: PreTrainedModel, batches: Sequence[Batch]) -> None:
-    """Sets the weights to 0 that the model's selectors name, in place (see `Selector.least_important`).
+    """Sets the least important weights to 0, in place, as the model's selectors choose (`Selector.least_important`).
 
-    As Wanda's authors do, layers are pruned one after the other, each by the inputs that it has behind the pruned ones.
+    Layers are pruned one after the other, each by its inputs behind pruned layers, as Wanda's authors do.
 
     Args:
         model: A converted model; its mode is ``dense`` afterwards.
-        batches: What to calibrate on; each runs once for every layer.
+        batches: Calibration rows; each batch runs once per layer.
 
     Raises:
-        UserError: If a projection is given something else than the batch's tokens.
+        UserError: If a projection's input does not match the batch's tokens.
     """
     set_mode(model, "dense")
     for ffn, projections in _targets(model):
@@ -54,7 +54,7 @@ def hold_zeros(model: PreTrainedModel) -> None:
 
 
 def weights_left(model: PreTrainedModel) -> dict[Projection, int]:
-    """Returns how many weights each projection keeps that is to be pruned; empty where none is.
+    """Returns the number of weights that each pruned projection keeps; empty if none is pruned.
 
     The weights may be on the meta device: every row of a projection keeps the same number.
     """
@@ -67,7 +67,7 @@ def weights_left(model: PreTrainedModel) -> dict[Projection, int]:
 
 
 def _targets(model: PreTrainedModel) -> Iterator[tuple[ExpertFfn, list[Projection]]]:
-    """The projections that are pruned, layer after layer."""
+    """Yields the pruned projections, layer by layer."""
     if selector_class(lte_config(model).selector).calibration != "pruning":
         return
     for layer in find_layers(model):
@@ -82,7 +82,7 @@ def _targets(model: PreTrainedModel) -> Iterator[tuple[ExpertFfn, list[Projectio
 def _input_squares(
     projections: Sequence[Projection], stack: int
 ) -> Iterator[tuple[dict[Projection, torch.Tensor], Callable[[tuple[torch.Tensor, ...]], None]]]:
-    """Sums the squares of the projections' inputs over real tokens, [I] each, and takes each batch's masks."""
+    """Sums the squares of the projections' inputs over real tokens, [I] each, and takes the masks of batches."""
     squares = {p: torch.zeros(weight_rows(p).shape[1], device=p.weight.device) for p in projections}
     real_N = torch.empty(0)
 
@@ -94,7 +94,7 @@ def _input_squares(
         x_NI = given[0].flatten(0, -2)
         if len(x_NI) != len(real_N):
             raise UserError(
-                f"pruning cannot tell real tokens from padding: a projection is given {len(x_NI)} rows, and the batch "
+                f"pruning cannot tell real tokens from padding: a projection reads {len(x_NI)} rows, but the batch "
                 f"has {len(real_N)} tokens; set wanda_scope to ffn"
             )
         squares[projection] += x_NI[real_N].float().square().sum(0)

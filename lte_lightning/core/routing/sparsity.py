@@ -10,12 +10,12 @@ import torch
 class Counts:
     """Counts of the experts that ran, over real tokens.
 
-    All experts of a model have as many neurons, so shares of experts are shares of FFN neurons. Where a selector says
-    which share of the weights a token uses, pairs are counted by that share.
+    All experts of a model have the same number of neurons, so shares of experts are shares of FFN neurons. If a
+    selector reports the share of the weights that a token uses, pairs count by that share.
 
     Args:
         active_L: (token, expert) pairs that ran in each layer, int64.
-        tokens_L: Tokens that each layer has seen, int64; an encoder and its decoder see different ones.
+        tokens_L: Tokens that each layer has seen, int64; an encoder and a decoder see different numbers.
         experts: Number of experts of each layer.
     """
 
@@ -28,7 +28,7 @@ class Counts:
 
     @property
     def pairs(self) -> list[int]:
-        """The (token, expert) pairs of each layer."""
+        """Number of (token, expert) pairs of each layer."""
         return [int(tokens) * experts for tokens, experts in zip(self.tokens_L, self.experts, strict=True)]
 
     def sparsity(self) -> float:
@@ -36,5 +36,5 @@ class Counts:
         return 1.0 - int(self.active_L.sum()) / max(sum(self.pairs), 1)
 
     def per_layer(self) -> list[float]:
-        """Returns the same of each layer."""
+        """Returns the sparsity of each layer."""
         return [1.0 - int(active) / max(pairs, 1) for active, pairs in zip(self.active_L, self.pairs, strict=True)]

@@ -1,8 +1,8 @@
-"""Routers that start from what the dense model does, in closed form: no gradient steps.
+"""Starts routers from the dense model's activations, in closed form, without gradient steps.
 
-A router regresses the logarithm of the norm of each expert's output, less its mean over the token's experts, by ridge
-regression on the FFN's input. Source: trials of this project (docs/sparsity.md). D2DMoE regresses the norms themselves,
-by gradient steps (Szatkowski and others, NeurIPS 2024, arXiv 2310.04361).
+Ridge regression on the FFN's input predicts the logarithm of the norm of each expert's output, less its mean over the
+token's experts. Source: trials of this project (docs/sparsity.md). D2DMoE predicts the norms themselves, by gradient
+steps (Szatkowski and others, NeurIPS 2024, arXiv 2310.04361).
 
 Shape suffixes: N real tokens of a batch, D width, E experts, S neurons per expert.
 """
@@ -22,7 +22,7 @@ from lte_lightning.errors import UserError
 from lte_lightning.selection import Activity
 
 PENALTY = 0.3
-"""Of the ridge, in units of the mean variance of an input."""
+"""Strength of the ridge, in units of the mean variance of an input."""
 SPREAD = 1.5
 """Standard deviation of the logits over tokens and experts."""
 FLOOR = 1e-6
@@ -42,7 +42,7 @@ class _Sums:
 
 @torch.no_grad()
 def start_routers(model: PreTrainedModel, batches: Sequence[Batch], reduce: Reduce = lambda counts: counts) -> None:
-    """Sets the routers' weights; the level of their biases is left to `control.rest`.
+    """Sets the routers' weights; `control.rest` sets the level of their biases afterwards.
 
     Args:
         model: A converted model in eval mode with linear routers that have a bias; its mode is ``dense`` afterwards.
@@ -50,13 +50,15 @@ def start_routers(model: PreTrainedModel, batches: Sequence[Batch], reduce: Redu
         reduce: Sums over devices.
 
     Raises:
-        UserError: If the selectors are no linear routers with a bias.
+        UserError: If the selectors are not linear routers with a bias.
     """
     ffns = list(require_expert_ffns(model).values())
     for ffn in ffns:
         linear = ffn.selector.linear()
         if linear is None or linear[1] is None:
-            raise UserError("the closed form starts linear routers with a bias; set router_start to random")
+            raise UserError(
+                "router_start closed-form needs linear routers with a bias, and this model has none; use random"
+            )
     sums: dict[int, _Sums] = {}
 
     def see(ffn: ExpertFfn, activity: Activity) -> None:
@@ -96,7 +98,7 @@ def _solve(sums: _Sums) -> tuple[torch.Tensor, torch.Tensor]:
     ridge = PENALTY * variance_DD.diagonal().mean().clamp_min(1e-12)
     identity_DD = torch.eye(len(mean_D), dtype=variance_DD.dtype, device=variance_DD.device)
     weight_DE = torch.linalg.solve(variance_DD + ridge * identity_DD, covariance_DE)
-    # over tokens and experts: what each expert's logits vary, and how far their means lie apart
+    # variance over tokens and experts: the mean variance within experts, and the variance of their means
     within = torch.einsum("de,df,fe->e", weight_DE, variance_DD, weight_DE).mean()
     scale = SPREAD / (within + mean_E.var(unbiased=False)).clamp_min(1e-12).sqrt()
     return scale * weight_DE.T, scale * (mean_E - mean_D @ weight_DE)

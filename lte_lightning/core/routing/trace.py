@@ -13,24 +13,24 @@ from lte_lightning.errors import UserError
 
 
 class RouterTrace:
-    """Collects the scores of the real tokens while it is open.
+    """Collects the routers' scores of the real tokens while the context is open.
 
     >>> with RouterTrace(model, attention_mask) as trace:
     ...     loss = model(**batch).loss
     >>> (loss + eta * trace.efficiency_loss()).backward()
 
-    What is computed again during a backward pass (gradient checkpointing) is not counted again.
+    A layer that gradient checkpointing computes again in the backward pass is counted once.
 
     Args:
         model: A converted model, in mode ``soft`` or ``hard``.
-        token_mask_BT: True (or 1) for real tokens; padding is excluded from everything here. None: all are real. Of a
-            model with an encoder and a decoder, the encoder's.
-        decoder_mask_BT: The decoder's mask, of a model with an encoder too; ``labels != -100`` where it is trained.
+        token_mask_BT: True (or 1) for real tokens; padding is excluded from everything here. None means that all tokens
+            are real. For an encoder-decoder, this is the encoder's mask.
+        decoder_mask_BT: The decoder's mask of an encoder-decoder; ``labels != -100`` in training.
 
     Raises:
-        UserError: If the model was not converted, or one of its stacks is given no mask and the other is; in a forward
-            pass, if a mask is not of the tokens' shape.
-        RuntimeError: If the model is being traced already; in a forward pass, if its scores lost their gradient.
+        UserError: If the model was not converted, or only one of two stacks has a mask; in a forward pass, if a mask
+            does not have the tokens' shape.
+        RuntimeError: If the model is already traced; in a forward pass, if its scores lost their gradient.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class RouterTrace:
         self._names = {id(ffn): name for name, ffn in self._ffns.items()}
         self._masks = [None if mask is None else mask.bool() for mask in (token_mask_BT, decoder_mask_BT)]
         has_decoder = any(ffn.stack for ffn in self._ffns.values())
-        # Of an encoder-decoder only the decoder sees one token of a row at a time
+        # in an encoder-decoder, only the decoder sees a row token by token
         can_generate = getattr(model, "can_generate", None)
         self._decodes = int(has_decoder) if can_generate and can_generate() else None
         if not has_decoder and decoder_mask_BT is not None:
@@ -52,7 +52,7 @@ class RouterTrace:
             )
         if has_decoder and (token_mask_BT is None) != (decoder_mask_BT is None):
             raise UserError(
-                f"{type(model).__name__} has an encoder and a decoder: give both token_mask_BT (the encoder's) and "
+                f"{type(model).__name__} has an encoder and a decoder; give both token_mask_BT (the encoder's) and "
                 "decoder_mask_BT (labels != -100, or ones), or neither if no token is padding"
             )
         self._recorded: dict[str, list[torch.Tensor]] = {name: [] for name in self._ffns}
@@ -63,7 +63,7 @@ class RouterTrace:
 
     def __enter__(self) -> Self:
         if any(ffn.recorder is not None for ffn in self._ffns.values()):
-            raise RuntimeError("this model is traced already; close the other RouterTrace first")
+            raise RuntimeError("this model is already traced; close the other RouterTrace first")
         for ffn in self._ffns.values():
             ffn.recorder = self._record
         self._grad_enabled = torch.is_grad_enabled()
@@ -81,16 +81,16 @@ class RouterTrace:
             return
         if self._grad_enabled and ffn.training and not scores_BTE.requires_grad and _trainable(ffn.selector):
             raise RuntimeError(
-                "the scores carry no gradient although the router is trainable: reentrant gradient checkpointing "
-                "hides it, pass {'use_reentrant': False} when you enable checkpointing (for figures without gradients, "
-                "enter torch.no_grad() before the trace)"
+                "the scores carry no gradient although the router is trainable. Reentrant gradient checkpointing hides "
+                "it: pass {'use_reentrant': False} when you enable checkpointing. To count without gradients, enter "
+                "torch.no_grad() before the trace"
             )
         mask_BT, tokens = self._masks[ffn.stack], scores_BTE.shape[:-1]
         # OPT hands its tokens over as one list.
         if mask_BT is not None and tokens not in (mask_BT.shape, (mask_BT.numel(),)):
             which = "decoder" if ffn.stack else "token"
             raise UserError(f"the {which} mask has shape {tuple(mask_BT.shape)}, the tokens {tuple(tokens)}")
-        # The mask is applied later: gradient checkpointing wants the same operations here when it computes again.
+        # The mask is applied later: gradient checkpointing must repeat the same operations here.
         self._recorded[self._names[id(ffn)]].append(scores_BTE)
         used_BT1 = ffn.selector.used(x_BTD, scores_BTE)
         if used_BT1 is not None:
@@ -107,7 +107,7 @@ class RouterTrace:
 
         Raises:
             RuntimeError: If a layer did not run, or ran in mode ``dense``.
-            UserError: If there was no real token.
+            UserError: If no token was real.
         """
         for name, recorded in self._recorded.items():
             mask_BT = self._masks[self._ffns[name].stack]
@@ -117,22 +117,22 @@ class RouterTrace:
         silent = [name for name, records in self._scores.items() if not records]
         if silent:
             raise RuntimeError(
-                f"no scores were seen from {silent[0]} ({len(silent)} of {len(self._scores)} layers): run the model "
+                f"{silent[0]} recorded no scores ({len(silent)} of {len(self._scores)} layers); run the model "
                 "inside the trace, in mode 'soft' or 'hard'"
             )
         scores = {name: torch.cat(records) for name, records in self._scores.items()}
         empty = [name for name, scores_NE in scores.items() if scores_NE.shape[0] == 0]
         if empty:
             which = "decoder" if self._ffns[empty[0]].stack else "token"
-            raise UserError(f"no real token: the {which} mask is all zeros")
+            raise UserError(f"there is no real token: the {which} mask is all zeros")
         return scores
 
     def efficiency_loss(self, weights: torch.Tensor | None = None) -> torch.Tensor:
         """Returns equation 4 over the real tokens.
 
         Args:
-            weights: Multiply the means of each stack's layers, one weight per stack (of an encoder-decoder two): what
-                share this batch has of the tokens of an optimizer step of several batches.
+            weights: Factor of each stack's mean, one per stack (two for an encoder-decoder): the share of this batch in
+                the tokens of an optimizer step over several batches.
         """
         return efficiency_loss(list(self.scores().values()), self._by_layer(weights))
 
@@ -149,7 +149,8 @@ class RouterTrace:
     def balance_loss(self, weights: torch.Tensor | None = None) -> torch.Tensor:
         """Returns the selectors' balance losses over the real tokens, at their method's weight, summed over layers.
 
-        For a model whose selectors have one, traced while gradients are enabled; ``weights`` as for `efficiency_loss`.
+        The model's selectors must have such a loss, and the trace must record with gradients enabled. ``weights`` as
+        for `efficiency_loss`.
         """
         losses = []
         for name, gates_NE in self.scores().items():
@@ -161,9 +162,9 @@ class RouterTrace:
 
     @torch.no_grad()
     def counts(self) -> Counts:
-        """Returns how many (token, expert) pairs run in each layer in hard mode, and the tokens that it has seen.
+        """Returns the number of (token, expert) pairs that run in each layer in hard mode, and the tokens it has seen.
 
-        Where a selector says which share of the weights a token uses, that counts as the same share of the experts.
+        If a selector reports the share of the weights that a token uses, pairs count by that share.
         """
         scores, active = self.scores(), []
         for name, scores_NE in scores.items():
@@ -179,7 +180,7 @@ class RouterTrace:
         return Counts(active_L, tokens_L, [ffn.experts for ffn in self._ffns.values()])
 
     def active_counts(self) -> tuple[torch.Tensor, int]:
-        """Returns how many (token, expert) pairs run in each layer in hard mode, [L] int64, and the tokens N.
+        """Returns the number of (token, expert) pairs that run in each layer in hard mode, [L] int64, and N tokens.
 
         With an encoder and a decoder, N is the encoder's; `counts` has the decoder's.
         """
@@ -190,19 +191,19 @@ class RouterTrace:
     def idle_experts(self, sizes: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Counts the experts that no token of a batch needs in hard mode (the paper's figure 15), by batch size.
 
-        Batches are of 1, 2, 4, ... neighbouring rows. Where the model generates, a batch is what one decoding step
-        sees: of each row the token at one position (counted from the row's first real token), as long as no row has
-        ended. Encoders, and models that do not generate, see all real tokens of the rows at once.
+        Batches are of 1, 2, 4, ... neighbouring rows. For a model that generates, a batch is one decoding step: the
+        token of each row at one position (counted from the row's first real token), until the first row ends. Encoders,
+        and models that do not generate, see all real tokens of the rows at once.
 
         Args:
-            sizes: Number K of batch sizes, the largest is 2^(K-1).
+            sizes: Number K of batch sizes; the largest is 2^(K-1).
 
         Returns:
-            The idle (batch, expert) pairs of each layer and size, [L, K] int64, and the batches that were counted,
-            [L, K] int64; 0 where there are fewer rows than that.
+            The idle (batch, expert) pairs of each layer and size, [L, K] int64, and the number of counted batches,
+            [L, K] int64, which is 0 for sizes above the number of rows.
 
         Raises:
-            UserError: If the model hands over its tokens in one row (OPT), and no mask says where the rows end.
+            UserError: If the model flattens its tokens (OPT), and no mask says where the rows end.
         """
         self.scores()  # takes in what was recorded since
         counts_L = []
@@ -210,7 +211,7 @@ class RouterTrace:
             mask_BT, counts = self._masks[ffn.stack], []
             for scores_NE, shape in zip(self._scores[name], self._shapes[name], strict=True):
                 if mask_BT is None and len(shape) != 2:
-                    raise UserError(f"{name} gives no rows: tell RouterTrace which tokens are real (token_mask_BT)")
+                    raise UserError(f"{name} flattens its rows; pass token_mask_BT to RouterTrace to tell them apart")
                 real_BT = scores_NE.new_ones(shape, dtype=torch.bool) if mask_BT is None else mask_BT
                 counts.append(_union_counts(scores_NE > ffn.threshold, real_BT, sizes, ffn.stack == self._decodes))
             counts_L.append(torch.stack(counts).sum(0))
@@ -235,7 +236,7 @@ def _union_counts(active_NE: torch.Tensor, real_BT: torch.Tensor, sizes: int, de
     counts = []
     for _ in range(sizes):
         counts.append(torch.stack([(~active_BTE & there_BT.unsqueeze(-1)).sum(), there_BT.sum()]))
-        even = len(there_BT) // 2 * 2  # a row without a neighbour is in no larger batch
+        even = len(there_BT) // 2 * 2  # a last row without a neighbour joins no larger batch
         active_BTE = active_BTE[:even:2] | active_BTE[1:even:2]
         there_BT = there_BT[:even:2] & there_BT[1:even:2]
     return torch.stack(counts, dim=1)

@@ -118,7 +118,7 @@ def test_a_budget_is_shared_out_by_slopes():
     assert share_out(torch.stack([cheap, dear]), [3, 1], 0.75) == pytest.approx([0.97, 0.09])  # sizes count
     bumpy = cheap + torch.tensor([0.0, 0.05, 0, 0, 0.05, 0, 0, 0])
     assert sum(share_out(torch.stack([bumpy, cheap]), [1, 1], 0.5)) == pytest.approx(1.0)
-    with pytest.raises(UserError, match=r"goes up to a sparsity of 0\.97, and 0\.98"):
+    with pytest.raises(UserError, match=r"reaches sparsities up to 0\.97, not 0\.98"):
         share_out(torch.stack([cheap, dear]), [1, 1], 0.98)
 
 

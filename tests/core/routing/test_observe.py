@@ -101,7 +101,7 @@ def test_grouping_by_activations_keeps_the_function(build):
 
 def test_no_token_to_group_by(build):
     model = convert(build("bert"), LteConfig(8, "coactivation"), progress=False, group=False).eval()
-    with pytest.raises(UserError, match="gave no token"):
+    with pytest.raises(UserError, match="hold no tokens"):
         neuron_activations(model, iter([]), 100)
 
 

@@ -108,7 +108,7 @@ def test_padding_counts_for_nothing(model):
 @pytest.mark.parametrize("options", [{"router_bias": False}, {"selector": "kla", "target_sparsity": 0.5}])
 def test_it_needs_linear_routers_with_a_bias(options, build):
     model = convert(build("llama", "lm"), LteConfig(expert_size=8, grouping="contiguous", **options))
-    with pytest.raises(UserError, match="starts linear routers with a bias"):
+    with pytest.raises(UserError, match="closed-form needs linear routers with a bias"):
         start_routers(model, batches_of(model, 1))
 
 

@@ -142,14 +142,14 @@ def test_a_mask_for_each_stack(routed, batch, masks, seq2seq_family):
     model = routed(seq2seq_family)
     model_class = type(model).__name__
     for given in ({"token_mask_BT": masks[0]}, {"decoder_mask_BT": masks[1]}):
-        with pytest.raises(UserError, match=rf"{model_class} has an encoder and a decoder: give both .* or neither"):
+        with pytest.raises(UserError, match=rf"{model_class} has an encoder and a decoder; give both .* or neither"):
             RouterTrace(model, **given)
     with RouterTrace(model) as bare:
         model(**batch)
     assert [len(scores) for scores in bare.scores().values()] == [21, 21]
     with RouterTrace(model, masks[0], torch.zeros_like(masks[1])) as trace:
         model(**batch)
-    with pytest.raises(UserError, match="no real token: the decoder mask is all zeros"):
+    with pytest.raises(UserError, match="there is no real token: the decoder mask is all zeros"):
         trace.sparsity()
 
 
@@ -200,7 +200,7 @@ def test_no_forward_inside(routed, batch):
         pass
     model(**batch)
     for read in (trace.scores, trace.efficiency_loss, trace.separability_loss, trace.sparsity):
-        with pytest.raises(RuntimeError, match=r"no scores were seen from .*\(2 of 2 layers\)"):
+        with pytest.raises(RuntimeError, match=r"recorded no scores \(2 of 2 layers\)"):
             read()
 
 
@@ -220,7 +220,7 @@ def test_a_model_that_was_not_converted(build):
 def test_nested_traces_are_refused_and_the_outer_one_goes_on(routed, batch):
     model = routed()
     with RouterTrace(model) as outer:
-        with pytest.raises(RuntimeError, match="traced already"), RouterTrace(model):
+        with pytest.raises(RuntimeError, match="already traced"), RouterTrace(model):
             pass
         model(**batch)
     assert len(outer.scores()) == 2

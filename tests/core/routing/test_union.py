@@ -103,5 +103,5 @@ def test_opt_needs_a_mask_to_know_its_rows(routed, batch):
     model = routed("opt", "lm")
     with torch.no_grad(), RouterTrace(model) as trace:
         model(batch["input_ids"])
-    with pytest.raises(UserError, match=r"gives no rows: tell RouterTrace which tokens are real"):
+    with pytest.raises(UserError, match=r"flattens its rows; pass token_mask_BT to RouterTrace"):
         trace.idle_experts(2)
