@@ -1,1 +1,1 @@
-"""What sweeps and runs found, as pictures and one page that people look at."""
+"""The report: the results of sweeps and runs as pictures and one page."""

@@ -1,4 +1,4 @@
-"""Reads what ``lte bench --csv`` and ``lte curve`` wrote."""
+"""Reads the CSV files of ``lte bench`` and ``lte curve``."""
 
 import csv
 import math
@@ -28,10 +28,10 @@ SAME = ("file", "shape", "scope", "phase", "device", "dtype", "threads", "tokens
 
 
 def read_bench(file: Path) -> list[dict[str, Any]]:
-    """Returns the rows of a benchmark or a curve, numbers as such, each with its ``file``.
+    """Returns the rows of a benchmark or a curve, with numbers parsed, each with its ``file``.
 
     Raises:
-        UserError: If the file is none of ``lte bench`` or ``lte curve``, holds no row, or a value in it cannot be.
+        UserError: If the file is not from ``lte bench`` or ``lte curve``, has no row, or holds an invalid value.
     """
     rows: list[dict[str, Any]] = []
     number = 1
@@ -41,7 +41,7 @@ def read_bench(file: Path) -> list[dict[str, Any]]:
             heads = next(reader, [])
             command = "lte curve" if "setting" in heads else "lte bench"
             if missing := ({"setting", *POINT} if command == "lte curve" else {*WORDS, *NUMBERS}) - set(heads):
-                raise UserError(f"{file} is no CSV file of {command}: it has no column {', '.join(sorted(missing))}")
+                raise UserError(f"{file} is not a CSV file of {command}: it has no column {', '.join(sorted(missing))}")
             for cells in reader:
                 number = reader.line_num
                 if not cells:
@@ -61,7 +61,7 @@ def read_bench(file: Path) -> list[dict[str, Any]]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the benchmark {file}: {error}") from error
     if not rows:
-        raise UserError(f"{file} has columns, but no figures; run {command} again, or leave it out of --bench")
+        raise UserError(f"{file} has columns, but no rows; run {command} again, or leave it out of --bench")
     return rows
 
 
@@ -91,21 +91,21 @@ def metric_of(point: Mapping[str, Any]) -> str:
 
 
 def groups(rows: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Returns the rows that belong in one picture together, in the order of files, names and numbers."""
+    """Groups the rows by picture, in the order of files, names and numbers."""
     found: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
         found.setdefault(tuple(row.get(key, "") for key in SAME), []).append(row)
     files = list(dict.fromkeys(row["file"] for row in rows))
 
     def order(key: tuple[Any, ...]) -> tuple[Any, ...]:
-        # a number and a missing one cannot be compared
+        # a number does not compare with a missing value
         return files.index(key[0]), *((value, "") if isinstance(value, float) else (0.0, value) for value in key[1:])
 
     return [found[key] for key in sorted(found, key=order)]
 
 
 def title(group: Sequence[dict[str, Any]], several_files: bool) -> str:
-    """Says what the rows of a group have in common."""
+    """Returns the title of a group: what its rows have in common."""
     row = group[0]
     words = [row["file"]] if several_files else []
     words += [row[key] for key in ("shape", "scope", "phase", "device", "dtype") if row.get(key)]

@@ -1,4 +1,4 @@
-"""What pictures claim, a sentence each, for their captions."""
+"""The captions' claims: one sentence per picture."""
 
 from collections.abc import Mapping, Sequence
 from statistics import fmean
@@ -14,7 +14,7 @@ from lte_lightning.report.tolerance import tolerance_of, tolerated
 
 
 def within(settings: Sequence[Setting], tolerance: float | None, axis: Axis) -> str:
-    """Says how far each method gets along an axis at a tolerated loss: to what sparsity, cost or speed."""
+    """Names the sparsity, cost or speed that each method reaches within the tolerated loss."""
     sign = -1 if axis is FLOPS else 1
     methods = {name: [s for s in settings if s.method == name] for name in selectors(settings)}
     limit, best = tolerance_of(settings[0].metric, tolerance), {}
@@ -33,7 +33,7 @@ def within(settings: Sequence[Setting], tolerance: float | None, axis: Axis) -> 
 
 
 def ranked(values: Sequence[tuple[str, float]], shown: int = 3) -> str:
-    """Names the best, and the last of the rest."""
+    """Names the best values, and the last of the rest."""
     order = sorted(values, key=lambda pair: -pair[1])
     words = [f"{name} {value:.0f}\N{NO-BREAK SPACE}%" for name, value in order[:shown]]
     if len(order) > shown:
@@ -42,7 +42,7 @@ def ranked(values: Sequence[tuple[str, float]], shown: int = 3) -> str:
 
 
 def by_layer(settings: Sequence[Setting], sparsity: float) -> str:
-    """Says which layers of the setting nearest to a sparsity run the most and the least."""
+    """Names the least and the most sparse layer of the setting nearest to a sparsity."""
     first = min(settings, key=lambda setting: abs(setting.sparsity - sparsity))
     shares = [100 * fmean(layer) for layer in zip(*first.values("sparsity_per_layer"), strict=True)]
     low, high = min(shares), max(shares)
@@ -52,13 +52,13 @@ def by_layer(settings: Sequence[Setting], sparsity: float) -> str:
 
 
 def separated(settings: Sequence[Setting]) -> str:
-    """Says how many scores of each setting lie near its threshold."""
+    """Gives the share of each setting's scores near its threshold."""
     shares = [f"{s.called} {near:.1f} %" for s in settings if (near := near_threshold(s)) is not None]
     return f"Scores within 0.1 of the threshold: {', '.join(shares)}." if shares else ""
 
 
 def together(settings: Sequence[Setting]) -> str:
-    """Says how many experts the largest batch leaves idle."""
+    """Gives the share of experts that stay idle in the largest batch."""
     found = [(setting, union) for setting in settings for union in setting.values("union_sparsity")]
     rows = max((size for _, union in found for size in union), key=int)
     shares = {s.called: [100 * union[rows] for own, union in found if own is s and rows in union] for s in settings}
@@ -67,7 +67,7 @@ def together(settings: Sequence[Setting]) -> str:
 
 
 def fastest(points: Sequence[Mapping[str, Any]]) -> str:
-    """Says what the fastest point of ``lte curve`` gains and costs."""
+    """Gives the speed and the quality of the fastest point of ``lte curve``."""
     metric, best = metric_of(points[0]), max(points, key=lambda point: point["tokens_per_second"])
     speed, text = best["tokens_per_second"], f"with {in_words(metric)} {best[metric]:.4g}"
     gain = ""

@@ -1,4 +1,4 @@
-"""Reads what a report is made of: runs, the sweeps that they belong to, and benchmarks."""
+"""Reads the material of a report: runs, their sweeps, and benchmarks."""
 
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
@@ -34,7 +34,7 @@ def collect(sources: Iterable[str | Path], bench: Iterable[str | Path] = ()) -> 
     """Reads sweep folders, run folders, folders of runs or of sweeps, and CSV files of ``lte bench``.
 
     Raises:
-        UserError: If a source is none of them, holds no finished run, or was written by another version.
+        UserError: If a source is none of these, holds no finished run, or was written by another version.
     """
     _configured.cache_clear()  # files may have changed
     material, sweeps, seen = Material(), {}, set()
@@ -56,7 +56,7 @@ def collect(sources: Iterable[str | Path], bench: Iterable[str | Path] = ()) -> 
         if not runs:
             raise UserError(f"{source} holds no finished run (a folder with run.json and results.json)")
         for run in runs:
-            if run.parent not in sweeps and (run.parent / SWEEP_FILE).exists():  # a run of a sweep, named alone
+            if run.parent not in sweeps and (run.parent / SWEEP_FILE).exists():  # one run of a sweep was named
                 sweeps[run.parent] = read_swept(run.parent)
         material.runs += _read([run for run in runs if run not in seen], sweeps, material)
         seen |= set(runs)
@@ -64,10 +64,10 @@ def collect(sources: Iterable[str | Path], bench: Iterable[str | Path] = ()) -> 
 
 
 def finish(material: Material, bench: Iterable[str | Path]) -> Material:
-    """Sorts out the runs of a report, and adds the benchmarks.
+    """Groups the runs of a report into experiments and settings, and adds the benchmarks.
 
     Raises:
-        UserError: If none of the runs counts, or a benchmark cannot be read.
+        UserError: If no run counts, or a benchmark cannot be read.
     """
     if not material.runs:
         name, reason = material.left_out[0]
@@ -88,7 +88,7 @@ def finish(material: Material, bench: Iterable[str | Path]) -> Material:
 
 
 def _read(folders: list[Path], sweeps: dict[Path, SweptFolder], material: Material) -> list[Run]:
-    """Reads run folders. Of a sweep's point only the newest run counts."""
+    """Reads run folders. If a sweep's point has several runs, only the newest counts."""
     alone = [folder for folder in folders if folder.parent not in sweeps]
     points: dict[tuple[Path, Any], list[Path]] = {}
     for folder in folders:
@@ -122,13 +122,13 @@ def read_run(
     Args:
         folder: With ``run.json``, ``results.json``, ``config.yaml`` and ``model/lte_config.json``; the last two may
             be missing.
-        role: What it is in its sweep; of a run that belongs to none, what its model says.
+        role: Its role in the sweep; a run outside of sweeps takes it from its model.
         variant: The sweep's variant.
-        parameters: What tells it from the variant's other points.
-        command: The command that ran it, if anybody remembers that.
+        parameters: The parameters that distinguish it from the variant's other points.
+        command: The command that ran it, if recorded.
 
     Raises:
-        UserError: If it is damaged, or of another version.
+        UserError: If the folder is damaged, or was written by another version.
     """
     about, results = read_run_file(folder), read_results(folder)
     model, options = _json(folder / "model" / "lte_config.json"), _options(folder, results)
@@ -139,7 +139,7 @@ def read_run(
     lte = lte | {"description": model.get("selector")}
     dense = results.sparsity is None and not results.expert_stage_ran
     role = role or ("floor" if lte.get("selector") == "none" else "start" if dense else "point")
-    # A variant may be named like its task, alone (its methods are told by their selectors) or before the method
+    # A variant may have the name of its task (selectors then name the methods), or begin with it
     variant = None if variant == results.task else variant and variant.removeprefix(f"{results.task}: ")
     return Run(
         folder=folder,
@@ -164,7 +164,7 @@ def _json(file: Path) -> dict[str, Any]:
 
 
 def _options(folder: Path, results: Results) -> dict[str, Any]:
-    """Returns a run's choices by name, and those of the fit that it starts from with ``start.``, as far as is known."""
+    """Returns a run's options by name, and with ``start.`` those of the fit that it starts from, as far as known."""
     known = results.options
     if known is None:  # of an earlier version, or fitted without a configuration
         known = _configured(folder)

@@ -1,4 +1,4 @@
-"""The pictures that explain those of quality: layers, scores, batches, and measured time."""
+"""The detailed pictures: layers, scores, batches, and measured time."""
 
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -41,7 +41,7 @@ def layers(settings: Sequence[Setting]) -> Draw:
 
 
 def scores(settings: Sequence[Setting], looks: Mapping[str, Style]) -> Draw:
-    """Draws how scores are distributed (the paper's figure 3), over all layers and seeds; dashed are the thresholds."""
+    """Draws the distribution of scores over all layers and seeds (the paper's figure 3); thresholds are dashed."""
 
     def draw(figure: Figure) -> str:
         axes, handles, least, said = figure.add_subplot(), [], 0.1, []
@@ -60,7 +60,7 @@ def scores(settings: Sequence[Setting], looks: Mapping[str, Style]) -> Draw:
         for threshold in sorted({run.lte["threshold"] for s in settings for run in s.runs if has_threshold(run)}):
             axes.axvline(threshold, color=matplotlib.rcParams["text.color"], linestyle="--", linewidth=1)
         axes.set(xlabel="score", ylabel="share of scores (%)", yscale="log", xlim=(0, 1), ylim=(least / 1.5, 150))
-        # 10^-2 has letters too small to read
+        # the exponent of 10^-2 would be too small to read
         axes.yaxis.set_major_formatter("{x:g}")
         axes.minorticks_off()
         legend(figure, handles)
@@ -70,13 +70,13 @@ def scores(settings: Sequence[Setting], looks: Mapping[str, Style]) -> Draw:
 
 
 def has_threshold(run: Run) -> bool:
-    """Says whether experts of a run were chosen by a threshold on their score."""
+    """Whether the run chose experts by a threshold on their scores."""
     description = describe(run.lte)
     return description.graded and not description.scales and "threshold" in run.lte
 
 
 def near_threshold(setting: Setting, reach: float = 0.1) -> float | None:
-    """Returns the share of a setting's scores that lie so near the threshold, in percent; None if it has none."""
+    """Returns the percentage of a setting's scores within ``reach`` of the threshold; None without a threshold."""
     runs = [run for run in setting.runs if run.histogram and has_threshold(run)]
     if not runs:
         return None
@@ -112,10 +112,10 @@ def union(settings: Sequence[Setting], looks: Mapping[str, Style]) -> Draw:
 
 
 def latency(rows: Sequence[dict[str, Any]], several_files: bool = False) -> Draw:
-    """Draws how many times as fast as dense each backend is, against sparsity, and the bound that memory sets.
+    """Draws each backend's speed-up over dense against sparsity, and the bound that memory sets.
 
     Args:
-        rows: Of one group of `bench.groups`.
+        rows: A group of `bench.groups`.
         several_files: Whether the title names the file.
     """
 

@@ -1,4 +1,4 @@
-"""Shows what ``lte bench --against`` measured: quality against tokens per second."""
+"""Shows the results of ``lte bench --against``: quality against tokens per second."""
 
 import math
 from collections.abc import Sequence
@@ -25,13 +25,14 @@ SHOWN = (
     "load",
 )
 TEXT = (
-    "Tokens per second of torch's dense model, of ours, and of the dense model in other engines: the same inputs, "
-    "threads and number of tokens, by turns. Medians over rounds; ratio is that to the first row."
+    "Tokens per second of the dense model in torch, of the sparse model (ours), and of the dense model in other "
+    "engines. All ran in turn with the same inputs, threads and number of tokens. Values are medians over rounds; "
+    "ratio is relative to the first row."
 )
 
 
 def groups(rates: Sequence[tuple[str, Rate]]) -> dict[str, list[Rate]]:
-    """Returns the rows that belong in one picture, by its title."""
+    """Returns the rows of each picture, by its title."""
     found: dict[str, list[Rate]] = {}
     for file, rate in rates:
         what = f"{rate.new_tokens} new tokens" if rate.new_tokens else f"{rate.sequences} x {rate.length} tokens"
@@ -50,13 +51,13 @@ def picture(group: Sequence[Rate]) -> Draw:
 
 
 def claim(group: Sequence[Rate]) -> str:
-    """Says which is the fastest."""
+    """Names the fastest row."""
     fastest = max(group, key=lambda rate: rate.tokens_per_second)
     return f"Fastest: {fastest.name}, {fastest.tokens_per_second:.4g} tokens per second."
 
 
 def table(group: Sequence[Rate], caption: str, name: str) -> Table:
-    """Returns a group's rows."""
+    """Returns the table of a group's rows."""
 
     def cell(value: object) -> str:
         if isinstance(value, float):

@@ -1,4 +1,4 @@
-"""Which runs belong together: experiments are told apart, settings too, and each has one run per seed."""
+"""Groups runs into experiments and settings, with one run per seed."""
 
 from collections.abc import Hashable, Iterable
 from dataclasses import replace
@@ -10,11 +10,11 @@ from lte_lightning.report.names import title_of
 from lte_lightning.report.run import GFLOP, Run, setting_key
 from lte_lightning.sweep.table import newest
 
-OLDER = "for a newer run of the same setting and seed is there"
+OLDER = "because there is a newer run of the same setting and seed"
 
 
 def settle(material: Material) -> None:
-    """Names the experiments of all runs, tells settings apart, leaves out double runs, and pairs spans by seed."""
+    """Names the runs' experiments, separates settings, leaves out repeated runs, and computes spans seed by seed."""
     name_experiments(material.runs)
     _tell_apart([run for run in material.runs if run.role == "point"])
     _drop_doubles(material)
@@ -31,7 +31,7 @@ def settle(material: Material) -> None:
 
 
 def name_experiments(runs: list[Run]) -> None:
-    """Gives each run the name of its experiment, ``Run.task``: as much of task, metric and model as is needed."""
+    """Sets ``Run.task``, the experiment's name: as much of task, metric and model as tells experiments apart."""
     keys = {id(run): _experiment(run, runs) for run in runs}
     names: dict[tuple[Any, ...], str] = {}
     for key in keys.values():
@@ -67,7 +67,7 @@ def _base(run: Run) -> tuple[Any, ...]:
 
 
 def _layers(run: Run, runs: Iterable[Run]) -> int | None:
-    """How many layers a run's model has; a dense run does not say so itself, but those beside it do."""
+    """Returns the number of layers of a run's model; for a dense run, from a run of the same experiment."""
     if layers := run.results.sparsity_per_layer:
         return len(layers)
     like = [other for other in runs if _base(other) == _base(run) and other.results.sparsity_per_layer]
@@ -95,7 +95,7 @@ def _model_name(model: tuple[Any, ...], models: list[tuple[Any, ...]]) -> str:
 
 
 def _tell_apart(runs: list[Run]) -> None:
-    """Adds what differs between the configurations of an experiment's runs of a method to their parameters."""
+    """Adds the options that differ among an experiment's runs of one method to their parameters."""
     groups: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
         groups.setdefault((run.task, run.method), []).append(run)
@@ -104,7 +104,7 @@ def _tell_apart(runs: list[Run]) -> None:
         known = [run.options for run in same if run.options]
         for options in known:
             for key in {key for other in known for key in other}:
-                if key in options or not key.startswith("start."):  # of some runs the start is not there to be asked
+                if key in options or not key.startswith("start."):  # the start of some runs is gone
                     values.setdefault(key, set()).add(repr(options.get(key)))
         names = dict.fromkeys(key for run in same for key in run.parameters)
         names |= dict.fromkeys(sorted(key for key, different in values.items() if len(different) > 1))

@@ -1,4 +1,4 @@
-"""What a report is made of: the runs that count, what they are read against, and what is missing."""
+"""The material of a report: the runs that count, their references, and what is missing."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -18,16 +18,16 @@ Pairs = Iterable[tuple[Run, float | None]]
 
 @dataclass
 class Material:
-    """All that a report is made of.
+    """All material of a report.
 
     Args:
         runs: The runs that count.
         bench: Rows of ``lte bench``.
         curves: Points of ``lte curve``, by file.
-        rates: Its rows of whole models beside other engines, each with its file.
+        rates: Rows of ``lte bench`` for whole models, each with its file.
         missing: Points of sweeps that are not done.
-        left_out: Names of runs that were found and do not count, each with why.
-        about: What the sweeps say of themselves.
+        left_out: Names of runs that do not count, each with the reason.
+        about: The descriptions in the sweep files.
         typed: The sweeps' commands, each with the folder where it was typed.
     """
 
@@ -45,7 +45,7 @@ class Material:
 
         Args:
             task: One of `tasks`; by default all.
-            dense: The dense models that were trained on, instead of the methods.
+            dense: Return the dense models that were trained further, in place of the methods.
         """
         settings: dict[tuple[str, ...], Setting] = {}
         for run in self.of(task):
@@ -68,22 +68,22 @@ class Material:
 
     @property
     def fits(self) -> list[Run]:
-        """Each fit once, without what tests have found of it."""
+        """Each fit once, without the results of its tests."""
         return [run for run in self.runs if run.test is None]
 
     @property
     def tasks(self) -> dict[str, str]:
-        """The experiments, a task, metric and model each, with their metrics."""
+        """The experiments (task, metric and model) with their metrics."""
         return {run.task: run.results.metric for run in self.runs}
 
     def title(self, task: str) -> str:
-        """Returns what people call an experiment."""
+        """Returns the title of an experiment."""
         return next(run.title for run in self.runs if run.task == task)
 
-    # What the points are read against
+    # References of the points
 
     def dense(self, task: str) -> dict[int, float]:
-        """Returns what is dense for each seed: the start, or the model that was trained on, whichever is better."""
+        """Returns each seed's dense value: the start's or that of the model trained further, whichever is better."""
         return _best([*self._starts(task), *self._trained(task)])
 
     def floor(self, task: str) -> dict[int, float]:
@@ -128,15 +128,15 @@ class Material:
         own = dict.fromkeys(filter(None, (run.trained_on for run, _ in self._trained(task))))
         kind = f"dense, trained on{self._compared(task, own, ' as long as the others')}"
         which = f"seed{'s' * (len(others) > 1)} {', '.join(others)}"
-        return f"{kind}, or {UNTRAINED}, where that is better or the only one ({which})" if others else kind
+        return f"{kind}, or {UNTRAINED} if that is better or the only value ({which})" if others else kind
 
     def floor_kind(self, task: str) -> str:
-        """Says how the floor was adapted."""
+        """Describes how the floor was adapted."""
         own = [length for length, methods in self.lengths(task).items() if "floor" in methods]
         return f"adapted{self._compared(task, own, ' alike')}"
 
     def lengths(self, task: str) -> dict[str, list[str]]:
-        """Returns how long models were trained on, as far as is known, each with the methods; the floor is one."""
+        """Returns the methods (and the floor) by the length of their further training, as far as known."""
         lengths: dict[str, dict[str, None]] = {}
         for run in self.of(task):
             if run.role != "start" and run.trained_on:
@@ -145,15 +145,15 @@ class Material:
         return {length: list(methods) for length, methods in lengths.items()}
 
     def _compared(self, task: str, own: Iterable[str], alike: str) -> str:
-        """Returns ``alike`` if all lengths are the same, else this length; nothing if none is known."""
+        """Returns ``alike`` if all lengths are equal, else the reference's own length; "" if no length is known."""
         if len(self.lengths(task)) == 1:
             return alike
         return f" for {' or '.join(own)}" if own else ""
 
-    # What is not there
+    # What is missing
 
     def absent(self) -> list[tuple[str, list[str]]]:
-        """Returns the rivals that there are no figures of: on no task first, then those lacking on one of them."""
+        """Returns the compared methods without results: first on all tasks, then on single tasks."""
 
         def lacking(task: str | None) -> list[str]:
             points = [run for run in self.of(task) if run.role == "point" and not run.is_dense]
@@ -167,14 +167,14 @@ class Material:
         return [(where, names) for where, names in [("", everywhere), *of_tasks] if names]
 
     def parts(self) -> Counter[tuple[str, str]]:
-        """Counts the fits that saw a part of the rows alone, by option and value."""
+        """Counts the fits that saw only a part of the rows, by option and value."""
         values = [
             (key, str(run.options[key])) for key in PARTS for run in self.fits if run.options.get(key) is not None
         ]
         return Counter(pair for pair in values if pair[1] != "1.0")  # of batches 1.0 are all, and 1 is one
 
     def unfinished(self) -> dict[tuple[str, str, str], dict[tuple[int, ...], list[str]]]:
-        """Returns the points that are not done, by sweep, method and status: their parameters by the seeds."""
+        """Returns the points that are not done, by sweep, method and status: parameters by seeds."""
         seeds: dict[tuple[str, str, str, str], set[int]] = {}
         for point in self.missing:
             key = point.sweep, point.method, point.status, point.parameters
@@ -186,7 +186,7 @@ class Material:
         return groups
 
     def reasons(self) -> dict[str, list[str]]:
-        """Returns why runs do not count, each reason with the runs' names."""
+        """Returns the names of the runs that do not count, by reason."""
         reasons: dict[str, list[str]] = {}
         for name, reason in self.left_out:
             reasons.setdefault(reason, []).append(name)

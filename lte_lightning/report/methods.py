@@ -1,4 +1,4 @@
-"""What a report knows of the methods: what their selectors say, never what the name that a sweep gave them says."""
+"""The methods' descriptions, taken from their selectors and not from the names in a sweep."""
 
 from dataclasses import fields
 from typing import Any
@@ -13,7 +13,7 @@ RIVALS = tuple(dict.fromkeys(name for kind in _OURS for size in (1, 2) if (name 
 
 
 def describe(lte: Lte) -> Description:
-    """Returns what the selector of a run says of itself: the one that is known here, else what the run has kept."""
+    """Returns the description of a run's selector: from the registry, else as the run saved it."""
     name = str(lte.get("selector", "router"))
     kind = SELECTORS.get(name)
     if kind is not None:
@@ -25,11 +25,11 @@ def describe(lte: Lte) -> Description:
 
 
 def method_name(lte: Lte) -> str:
-    """Returns what a method is called that no sweep has named."""
+    """Returns the name of a method that no sweep has named."""
     return describe(lte).label
 
 
 def marked(method: str, lte: Lte) -> str:
-    """Returns a method's name with what its results must not be read without."""
+    """Returns a method's name with its caveat."""
     caveat = describe(lte).caveat
     return method if not caveat or caveat in method else f"{method} ({caveat})"

@@ -11,10 +11,10 @@ class Missing:
 
     Args:
         sweep: Its sweep's name.
-        method: Its variant, or what it is to others.
+        method: Its variant, or its role.
         parameters: Its parameters, in a few words.
         seed: Its seed, if known.
-        status: What became of it.
+        status: Why it is not done.
     """
 
     sweep: str
@@ -25,13 +25,13 @@ class Missing:
 
 
 def missing_point(name: str, point: Point | None, sweep: str, status: str) -> Missing:
-    """Describes a missing point. If nothing else is known of it, its name does.
+    """Describes a missing point, by its name if the sweep has kept nothing else.
 
     Args:
-        name: The point's.
-        point: The point, if it is known.
-        sweep: The sweep's name.
-        status: What became of the point.
+        name: Name of the point.
+        point: The point, if known.
+        sweep: Name of the sweep.
+        status: Why the point is not done.
     """
     if point is None:
         return Missing(sweep, name, "", None, status)

@@ -1,4 +1,4 @@
-"""What people call the data, the metrics and the models that results name in short."""
+"""Full names of data, metrics and models for titles and axes."""
 
 import re
 from collections.abc import Collection
@@ -19,12 +19,12 @@ _KNOWN = re.compile("|".join(_SPELT), re.IGNORECASE)
 
 
 def in_words(name: str) -> str:
-    """Returns what a task or a metric is called in a title or on an axis."""
+    """Returns the full name of a task or a metric, for a title or an axis."""
     return _WORDS.get(name, name.replace("_", " "))
 
 
 def is_unbounded(metric: str) -> bool:
-    """Says whether a metric has no upper end, as a loss; others lie in -1 to 1."""
+    """Whether a metric has no upper bound, like a loss; other metrics lie between -1 and 1."""
     return metric.startswith(LOWER_IS_BETTER)
 
 
@@ -37,10 +37,10 @@ def title_of(results: Results, model: object, layers: int | None, metrics: Colle
     """Returns an experiment's title, such as ``STS-B, MiniLM (6 layers)``.
 
     Args:
-        results: Of one of its runs.
-        model: Where its model is from, if known.
-        layers: How many the model has, if known.
-        metrics: Of its task in the report: where there are several, they are named.
+        results: Results of one of its runs.
+        model: Source of its model, if known.
+        layers: Number of the model's layers, if known.
+        metrics: Metrics of its task in the report; the title names the metric if there are several.
     """
     package = re.match(r"package://([^/]+)", results.data or "")  # anything may be in it, whatever task it stands for
     data = results.title or (package[1].replace("-", " ") if package else in_words(results.task))
@@ -50,6 +50,6 @@ def title_of(results: Results, model: object, layers: int | None, metrics: Colle
 
 
 def model_in_words(source: object) -> str:
-    """Returns a model's name without its owner; nothing if it is not known."""
+    """Returns a model's name without its owner; "" if unknown."""
     name = PurePosixPath(public_name(source) or "").name.replace("_", "-")
     return _KNOWN.sub(lambda found: _SPELT[found[0].lower()], name)

@@ -1,4 +1,4 @@
-"""Puts a report together: one HTML page with everything inside, and its pictures as PNG files."""
+"""Writes a report: one self-contained HTML page, and its pictures as PNG files."""
 
 import os
 import platform
@@ -17,22 +17,22 @@ from lte_lightning.report.publish import publish
 from lte_lightning.report.sections import detail_sections, main_sections, names_of_runs
 from lte_lightning.report.tables import Table
 
-# What a report's pictures are called
+# File names of a report's pictures
 OURS = re.compile(r"(quality|flops|speed|span|layers|scores|union|latency|curve|engines)-.*\.png")
 
 
 def write_report(
     material: Material, out: str | Path, title: str, tolerance: float | None = None, print_to: Path | None = None
 ) -> Path:
-    """Writes ``index.html`` and the pictures into a folder; pictures of an earlier report there go, nothing else does.
+    """Writes ``index.html`` and the pictures into a folder, and removes only the pictures of an earlier report.
 
     Args:
-        material: What to report.
-        out: The folder; it is made if need be.
-        title: The page's.
-        tolerance: What of the metric may be lost in the FLOPs table; by default the paper's for perplexity (0.5) and
+        material: The material to report.
+        out: The folder; it is created if missing.
+        title: Title of the page.
+        tolerance: Tolerated loss of the metric in the FLOPs table; by default the paper's for perplexity (0.5) and
             ROUGE-L (0.05), and 0.01 for other metrics.
-        print_to: A folder for the pictures and tables in the forms that a paper wants, see `publish`.
+        print_to: A folder for pictures and tables in formats for a paper, see `publish`.
 
     Returns:
         The page.
@@ -62,7 +62,7 @@ def write_report(
     out = Path(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        # all of it is written before any of it takes the place of an earlier report
+        # write everything first, then replace the earlier report
         with tempfile.TemporaryDirectory(prefix=".report-", dir=out) as staging:
             for name, content in pictures.items():
                 Path(staging, name).write_bytes(content)
@@ -78,7 +78,7 @@ def write_report(
 
 
 def _remove_old(out: Path, keep: Iterable[str]) -> None:
-    """Removes pictures of an earlier report: those that are called like ours, and say that we made them."""
+    """Removes pictures of an earlier report: those with a name and a mark of ours."""
     for file in out.glob("*.png"):
         if file.name not in keep and OURS.fullmatch(file.name) and file.is_file() and not file.is_symlink():
             with file.open("rb") as content:
@@ -88,7 +88,7 @@ def _remove_old(out: Path, keep: Iterable[str]) -> None:
 
 
 def _here() -> Table:
-    """Returns the versions and the machine that write the page. Those of the runs may differ."""
+    """Returns the versions and the machine that write the page, which may differ from those of the runs."""
     names = ("lte-lightning", "matplotlib", "numpy")
     system = [["system", platform.platform(terse=True)], ["machine", platform.machine()]]
     rows = [["python", platform.python_version()], *([name, version(name)] for name in names), *system]

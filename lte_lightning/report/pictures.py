@@ -1,4 +1,4 @@
-"""The pictures of a report, each in a light and a dark version; here those of quality."""
+"""Renders pictures in a light and a dark version, and draws those of quality."""
 
 import io
 import textwrap
@@ -21,30 +21,30 @@ from lte_lightning.report.run import Setting
 from lte_lightning.report.style import DARK, LIGHT, STRONG, Style
 from lte_lightning.results import better
 
-# In inches and points. A phone shows a picture 358 px wide; letters are 11.8 px high there
+# In inches and points. A phone shows a picture 358 px wide, with letters 11.8 px high
 WIDTH, LETTERS, DPI = 4.2, 10, 200
 HEIGHT = 3.3  # without the legend
 LINE = 0.175  # of text
 LEGEND_LETTERS, NAME_LETTERS, TITLE_LETTERS = 22, 22, 44  # before a label is broken
 DENSE = Style("ink", "s", "")
-MADE_BY = "lte report"  # in each picture, so that it can be told from other people's
+MADE_BY = "lte report"  # a mark in each picture, to tell it from the user's own
 # How far below the floor a picture goes on, as a share of the span from floor to dense; and of how many settings, at
 # most, it may leave out what lies below that; and how many times as far away as the others a floor is left out
 BELOW, HIDDEN, FAR = 0.15, 0.15, 5
 
-Draw = Callable[[Figure], str]  # draws, and says what there is to see
+Draw = Callable[[Figure], str]  # draws, and returns the alternative text
 
 
 @dataclass(frozen=True)
 class Axis:
-    """What settings are drawn against.
+    """A horizontal axis.
 
     Args:
-        key: Of `Setting.values`.
-        label: Of the axis.
-        unit: Behind a value in words.
-        scale: What a value is multiplied by.
-        least: How much of the axis is seen at least: what differs by less is not drawn as if it were far apart.
+        key: The key of `Setting.values`.
+        label: Label of the axis.
+        unit: Unit after a value in a sentence.
+        scale: Factor of the values.
+        least: Smallest span of the axis, so that small differences do not look large.
     """
 
     key: str
@@ -68,7 +68,7 @@ def _style(theme: dict[str, str]) -> dict[str, Any]:
 
 
 def render(draw: Draw) -> tuple[bytes, bytes, str]:
-    """Returns two PNGs of a picture, one for light pages and one for dark ones, and what is to be seen in words."""
+    """Returns two PNGs of a picture, for light and for dark pages, and its alternative text."""
     (light, words), (dark, _) = (
         _saved(draw, _style(theme), format="png", dpi=DPI, metadata={"Software": MADE_BY}) for theme in (LIGHT, DARK)
     )
@@ -83,7 +83,7 @@ def vector(draw: Draw, form: str) -> bytes:
 
 
 def _saved(draw: Draw, options: dict[str, Any], **form: Any) -> tuple[bytes, str]:
-    with matplotlib.rc_context(options):  # type: ignore[arg-type]  # its keys are a list of words
+    with matplotlib.rc_context(options):  # type: ignore[arg-type]  # matplotlib types the keys as literals
         figure, buffer = Figure(figsize=(WIDTH, HEIGHT), layout="constrained"), io.BytesIO()
         words = draw(figure)
         figure.savefig(buffer, **form)
@@ -96,9 +96,9 @@ def quality(
     """Draws quality, or the share of the span kept, against sparsity or cost: means, and the range over the seeds.
 
     Args:
-        material: What is reported.
-        task: Whose points.
-        looks: Of the methods; drawn in this order, the first above the others.
+        material: The material of the report.
+        task: The experiment.
+        looks: Styles of the methods, drawn in this order with the first on top.
         key: ``value`` or ``span_kept``.
         across: The horizontal axis.
     """
@@ -156,14 +156,14 @@ def quality(
 
 
 def ends(name: str, points: Sequence[tuple[float, float]], unit: str) -> str:
-    """Says where a line begins and ends."""
+    """Describes where a line begins and ends."""
     (first, start), (last, end) = points[0], points[-1]
     where = [f"{x:.0f}" if x >= 100 else f"{x:.3g}" for x in (first, last)]
     return f"{name} {start:.3g} at {where[0]}{unit}" + f" to {end:.3g} at {where[1]}{unit}" * (len(points) > 1)
 
 
 def _widen(axes: Axes, which: str, least: float) -> None:
-    """Lets an axis span at least so much, about its middle: what hardly differs must not look far apart."""
+    """Widens an axis about its middle to at least this span, so that small differences do not look large."""
     low, high = getattr(axes, f"get_{which}lim")()
     if abs(high - low) < least:
         middle, half = (low + high) / 2, least / 2
@@ -177,10 +177,10 @@ def _references(material: Material, task: str, key: str) -> tuple[list[float], l
 
 
 def _limits(values: Sequence[float], own: Sequence[float], dense: float, floor: float) -> tuple[float, float]:
-    """Returns what is seen of the vertical axis.
+    """Returns the limits of the vertical axis.
 
-    A few settings far beyond the floor would press the rest together: of all but LTE's, ``own``, some are left out. So
-    would a floor far below all of them.
+    A few settings far below the floor would compress the rest, so some settings other than LTE's (``own``) are left
+    out. So is a floor far below all settings.
     """
     sign = 1 if floor < dense else -1
     high, top = sign * dense, max(sign * value for value in (*values, dense))
@@ -197,7 +197,7 @@ def _limits(values: Sequence[float], own: Sequence[float], dense: float, floor: 
 def _name_references(axes: Axes, dense: float | None, floor: float | None) -> None:
     low, high = axes.get_ylim()
     named = [(value, name) for value, name in ((dense, "dense"), (floor, "floor")) if value is not None]
-    # one beyond the picture is named at its edge, with its figure
+    # a reference beyond the picture is named at the edge, with its value
     named = [(min(max(v, low), high), name if low <= v <= high else f"{name}\n{v:.3g}") for v, name in named]
     right = axes.secondary_yaxis("right")
     right.set_yticks([value for value, _ in named], [name for _, name in named])
@@ -209,7 +209,7 @@ def _name_references(axes: Axes, dense: float | None, floor: float | None) -> No
 
 
 def legend(figure: Figure, handles: Sequence[Artist]) -> None:
-    """Puts the legend below the axes, in two columns, and makes the figure as much higher."""
+    """Puts the legend below the axes, in two columns, and makes the figure taller by its height."""
     labels = [textwrap.fill(str(handle.get_label()), LEGEND_LETTERS) for handle in handles]
     if not labels:
         return
@@ -221,16 +221,16 @@ def legend(figure: Figure, handles: Sequence[Artist]) -> None:
 
 
 def named(setting: Setting) -> str:
-    """Returns a setting's method and its sparsity, which is what pictures of single settings call it."""
-    # what a line is not broken at
+    """Returns a setting's method and sparsity, its label in pictures of single settings."""
+    # keep these together when a line is broken
     return f"{setting.called}, {100 * setting.sparsity:.0f}\N{NO-BREAK SPACE}%"
 
 
 def curve(points: Sequence[Mapping[str, Any]], heading: str) -> Draw:
-    """Draws the quality of one calibrated model against the tokens per second that were measured.
+    """Draws the quality of one calibrated model against its measured tokens per second.
 
     Args:
-        points: Of ``lte curve``: the dense model, the trained threshold, and the sparsities that were asked for.
+        points: Points of ``lte curve``: the dense model, the trained threshold, and the requested sparsities.
         heading: The picture's title.
     """
     metric = metric_of(points[0])

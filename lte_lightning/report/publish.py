@@ -32,14 +32,14 @@ def publish(sections: Sequence[Section], folder: Path) -> list[Path]:
     """Writes each picture as SVG and PDF, on white, and each table as CSV and as LaTeX (booktabs).
 
     Args:
-        sections: Of the report.
-        folder: Where to; it is made if need be, and files of the same names are replaced.
+        sections: Sections of the report.
+        folder: The folder. It is created if missing; files of the same names are replaced.
 
     Returns:
         The files.
 
     Raises:
-        UserError: If one cannot be written.
+        UserError: If a file cannot be written.
     """
     written = []
     try:
@@ -68,14 +68,14 @@ def _files(sections: Sequence[Section]) -> Iterator[tuple[str, bytes]]:
 
 
 def csv_of(table: Table) -> str:
-    """Returns a table as CSV, its first row the heads."""
+    """Returns a table as CSV, with the heads as its first row."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([table.heads, *table.rows])
     return text.getvalue()
 
 
 def latex_of(table: Table) -> str:
-    """Returns a table for LaTeX with the package booktabs: the first column is text, numbers stand on the right."""
+    """Returns a table for LaTeX's package booktabs: text in the first column, right-aligned numbers in the others."""
 
     def line(cells: Sequence[str]) -> str:
         return " & ".join(map(_escaped, cells)) + r" \\"

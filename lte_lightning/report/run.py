@@ -1,4 +1,4 @@
-"""One finished fit as a report knows it, and the fits of one setting over the seeds."""
+"""A finished fit as the report uses it, and a setting: the fits that differ only in the seed."""
 
 import json
 import statistics
@@ -17,25 +17,25 @@ GFLOP = 2**30  # as the paper counts
 
 @dataclass
 class Run:
-    """One finished fit.
+    """A finished fit.
 
     Args:
         folder: Its run folder.
-        name: Its point's name in a sweep, or that of its MLflow run.
+        name: Name of its point in a sweep, or of its MLflow run.
         method: The sweep's variant, or the name of the selector.
-        role: ``point``, or what points shared: ``start`` (dense fine-tuning) or ``floor``.
-        parameters: What tells it from the method's other runs, seeds apart.
+        role: ``point``, or a fit that points share: ``start`` (dense fine-tuning) or ``floor``.
+        parameters: The parameters that distinguish it from the method's other runs, except the seed.
         results: Its ``results.json``.
-        histogram: How many scores of each layer fell in each bin of [0, 1]; empty if there were none.
+        histogram: Number of scores of each layer in each bin of [0, 1]; empty without scores.
         command: The command that ran it.
-        options: Its configuration, flat, without what differs between runs that are the same but for the seed.
-        lte: What its ``lte_config.json`` says of its selection.
+        options: Its configuration, flat, without options that differ between repetitions of the same fit.
+        lte: The selection settings in its ``lte_config.json``.
         family: The ``model_type`` of its model, if known.
-        test: The file of the test that its figures are of; None of the fit's own.
-        task: The experiment that it belongs to: task, metric and model, by the shortest name that tells them apart.
-        title: The same for people, such as ``STS-B, MiniLM (6 layers)``.
-        span_kept: What it keeps of the span from floor to dense, with those of its seed in the report.
-        lost: What it lost of its seed's dense figure; negative where it is better.
+        test: The file of the test that its results are from; None for the fit's own results.
+        task: Its experiment: task, metric and model, in the shortest name that tells experiments apart.
+        title: The experiment's title for people, such as ``STS-B, MiniLM (6 layers)``.
+        span_kept: Share of the span from floor to dense that it keeps, by the floor and the dense model of its seed.
+        lost: Loss against its seed's dense value; negative if it is better.
     """
 
     folder: Path
@@ -62,20 +62,20 @@ class Run:
 
     @property
     def sparsity(self) -> float:
-        """Share of the FFN neurons that do not run; 0 where nothing was selected."""
+        """Share of the FFN neurons that do not run; 0 without selection."""
         return self.results.sparsity or 0.0
 
     @property
     def is_dense(self) -> bool:
-        """Whether it is the dense model, trained on like the methods: an expert stage in which every expert ran."""
+        """Whether it is the dense model trained further like the methods: an expert stage in which every expert ran."""
         trained = self.results.hard is not None or self.results.expert_stage_ran
-        # LTE's soft stage, and gates that scale what an expert gives, are not dense even with all experts
+        # LTE's soft stage, and gates that scale experts, are not dense even with all experts
         routed = describe(self.lte).learns_with_task
         return self.role == "point" and self.results.sparsity == 0 and trained and not routed
 
     @property
     def is_undefined(self) -> bool:
-        """Whether its figure is not defined, such as a correlation of constant predictions."""
+        """Whether its value is undefined, such as a correlation of constant predictions."""
         return self.role == "point" and self.results.value is None
 
     @property
@@ -86,12 +86,12 @@ class Run:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Real tokens that the sparse model computes in a second, as its fit has measured."""
+        """Real tokens per second of the sparse model, measured by its fit."""
         return self._speed(self.results.latency_ms)
 
     @property
     def dense_tokens_per_second(self) -> float | None:
-        """The same of its dense twin."""
+        """Real tokens per second of its dense twin."""
         return self._speed(self.results.dense_latency_ms)
 
     def _speed(self, ms: float | None) -> float | None:
@@ -100,7 +100,7 @@ class Run:
 
     @property
     def inner_sparsity(self) -> float | None:
-        """Sparsity without the last layer, if a classifier reads one token of that layer alone; else None."""
+        """Sparsity without the last layer, if a classifier reads only one token of that layer; else None."""
         layers = self.results.sparsity_per_layer
         classifies = str(self.options.get("model.class")).endswith("Classification")
         reads_one = classifies and reads_first_token(self.family)
@@ -108,7 +108,7 @@ class Run:
 
     @property
     def trained_on(self) -> str | None:
-        """How long the model was trained on after the dense stage, such as ``2 epochs``; None if nothing says so."""
+        """Length of the training after the dense stage, such as ``2 epochs``; None if unknown."""
         stages = ("router", "expert") if describe(self.lte).learns_with_task else ("expert",)
         total: Counter[str] = Counter()
         for stage in stages:
@@ -121,7 +121,7 @@ class Run:
         return " and ".join(told) or "0 epochs"
 
     def better(self, one: float, other: float) -> bool:
-        """Says whether a figure of its metric is better than another."""
+        """Whether a value of its metric is better than another."""
         return better(self.results.metric, one, other)
 
 
@@ -136,10 +136,10 @@ class Setting:
     runs: list[Run]
 
     def values(self, key: str) -> list[Any]:
-        """Returns what every run that has it has of ``key``, a field of `Run` or of its `Results`.
+        """Returns the values of ``key``, a field of `Run` or of its `Results`, of every run that has one.
 
-        Of ``value``, ``lost`` and ``span_kept`` there are none if the figure of a seed is not defined: a mean over the
-        others flatters.
+        ``value``, ``lost`` and ``span_kept`` have no values if a seed's value is undefined: a mean over the other
+        seeds would look too good.
         """
         if self.undefined and key in ("value", "lost", "span_kept"):
             return []
@@ -147,7 +147,7 @@ class Setting:
         return [value for value in found if value is not None]
 
     def mean(self, key: str) -> float | None:
-        """Returns the mean over the seeds, None if no run has the figure."""
+        """Returns the mean over the seeds, None if no run has a value."""
         values = self.values(key)
         return statistics.fmean(values) if values else None
 
@@ -158,7 +158,7 @@ class Setting:
 
     @property
     def undefined(self) -> list[int]:
-        """The seeds whose figure is not defined."""
+        """The seeds whose value is undefined."""
         return sorted(run.seed for run in self.runs if run.is_undefined)
 
     @property
@@ -168,7 +168,7 @@ class Setting:
 
     @property
     def figure(self) -> str:
-        """Its figure as text, with the seeds for which it is not defined."""
+        """Its value as text, with the seeds for which it is undefined."""
         if len(self.undefined) == len(self.runs):
             return "undefined"
         seeds = f" (undefined: seed {', '.join(map(str, self.undefined))})" if self.undefined else ""
@@ -176,28 +176,28 @@ class Setting:
 
     @property
     def kept(self) -> str:
-        """What it keeps of the span from floor to dense, as text."""
+        """The share of the span from floor to dense that it keeps, as text."""
         return span_text([run.span_kept for run in self.runs])
 
     @property
     def gains(self) -> bool:
-        """Whether it is better than the dense figures, by mean over its seeds."""
+        """Whether it is better than the dense model, by the mean over its seeds."""
         return (self.mean("lost") or 0) < 0
 
     @property
     def reads_one_token(self) -> bool:
-        """Whether the model's last layer is read at one token alone; then it has an ``inner_sparsity``."""
+        """Whether the model's last layer is read at one token only; it then has an ``inner_sparsity``."""
         return bool(self.values("inner_sparsity"))
 
     @property
     def called(self) -> str:
-        """The name of its method. An oracle is marked as one, whatever the sweep calls it."""
+        """The name of its method. An oracle is marked as such, whatever the sweep calls it."""
         lte = self.runs[0].lte
         return marked(self.method, lte) if describe(lte).oracle else self.method
 
     @property
     def label(self) -> str:
-        """The parameters in a few words: each by the end of its name, as long as tells it from the others."""
+        """The parameters in a few words, each by the shortest end of its name that is unique."""
         words = []
         for key, value in self.parameters.items():
             parts, others = key.split("."), [f".{other}" for other in self.parameters if other != key]
@@ -209,5 +209,5 @@ class Setting:
 
 
 def setting_key(run: Run) -> tuple[str, ...]:
-    """Returns what the runs of one setting have in common."""
+    """Returns the key that the runs of a setting share."""
     return run.task, run.method, json.dumps(run.parameters, sort_keys=True, default=str)

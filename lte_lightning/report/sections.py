@@ -1,4 +1,4 @@
-"""What a report shows: first quality against sparsity and against cost, then the details."""
+"""The sections of a report: first quality against sparsity and cost, then the details."""
 
 import base64
 from collections import Counter
@@ -25,7 +25,7 @@ LONG = 12  # rows; a longer table of differences is folded
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture, its caption, what it shows for who cannot see it, and what draws it again."""
+    """A picture with its caption, its alternative text, and the function that draws it."""
 
     name: str
     text: str
@@ -47,7 +47,7 @@ class Picture:
 
 @dataclass
 class Section:
-    """A heading, what it is about, pictures, tables, and tables that are shown when asked for."""
+    """A heading, an introduction, pictures, tables, and folded tables."""
 
     title: str
     text: str = ""
@@ -57,8 +57,8 @@ class Section:
 
 
 def main_sections(material: Material, tolerance: float | None) -> list[Section]:
-    """Returns what a reader sees first."""
-    looks, found = styles(material), []
+    """Returns the sections that a reader sees first."""
+    looks, sections = styles(material), []
     for task, metric in material.tasks.items():
         if not (settings := material.settings(task)):
             continue
@@ -75,52 +75,53 @@ def main_sections(material: Material, tolerance: float | None) -> list[Section]:
         if (differences := tables.differences(material, task)) is not None:
             (section.tables if len(differences.rows) <= LONG else section.folded).append(differences)
         section.folded.append(tables.everything(material, task))
-        found.append(section)
-    found.append(
+        sections.append(section)
+    sections.append(
         Section(
             "FLOPs per token at the same tolerated loss",
-            "In the form of the paper's Table 1: the fewest GFLOPs (2³⁰) per token of the layers' projections, routers "
-            "and predictors included, among the settings whose mean lost no more than is tolerated.",
+            "This table has the form of the paper's Table 1. It gives the fewest GFLOPs (2³⁰) per token of the layers' "
+            "projections, routers and predictors included, among the settings whose mean loss is within the tolerance.",
             tables=[tables.flops(material, tolerance)],
         )
     )
-    return found
+    return sections
 
 
 def _how_to_read(material: Material, task: str) -> str:
     settings = material.settings(task)
-    spread = "bars span the least and the greatest over the seeds"
+    spread = "bars span the range over the seeds"
     if all(len(setting.runs) < 2 for setting in settings):
-        spread = "one seed each, so no spread is known"
+        spread = "each setting has one seed, so its spread is unknown"
     undefined = [pictures.named(setting) for setting in settings if setting.undefined]
     rows = "the rows of lightning test" if any(run.test for run in material.of(task)) else "the validation rows"
     text = (
-        f"{_subject(material, task)} Means of {in_words(material.tasks[task])} on {rows}; {spread}. Cost is FLOPs per "
-        "token of the layers' projections, routers and predictors included, as a share of the dense model's: what a "
-        "method pays to know what it may skip shows only there, and oracles pay nothing. Thin lines: the reference "
-        f"({material.dense_kind(task)}), dashed, and the floor, every FFN expert off and {material.floor_kind(task)}, "
-        "dotted; a curve says as much as it stands above the floor, and what lies far below is beyond the picture."
+        f"{_subject(material, task)} Points are means of {in_words(material.tasks[task])} on {rows}; {spread}. Cost is "
+        "the FLOPs per token of the layers' projections, routers and predictors included, as a share of the dense "
+        "model's. Only cost includes what a method pays to choose experts; oracles pay nothing. The dashed line is the "
+        f"reference ({material.dense_kind(task)}). The dotted line is the floor: every FFN expert off and "
+        f"{material.floor_kind(task)}. Read a curve by its height above the floor; points far below the floor are not "
+        "drawn."
     )
     if speeds := [s for run in material.of(task) if (s := run.dense_tokens_per_second)]:
         text += (
-            " Speed is of the whole model and was measured at the end of each fit, beside its dense twin: "
-            f"{mean_text(speeds, digits=0)} tokens/s dense."
+            " Speed is that of the whole model, measured at the end of each fit beside its dense twin "
+            f"({mean_text(speeds, digits=0)} tokens/s)."
         )
-    return text + (f" Not drawn, for a seed's figure is undefined: {', '.join(undefined)}." if undefined else "")
+    return text + (f" Not drawn, because a seed's value is undefined: {', '.join(undefined)}." if undefined else "")
 
 
 def _subject(material: Material, task: str) -> str:
-    """Says which model on which data a section is about."""
+    """Names the model and the data of a section."""
     runs = material.of(task)
     models = [run.options.get("model.pretrained") or run.options.get("start.model.pretrained") for run in runs]
-    found = {"Model": models, "Data": [run.results.data for run in runs]}
-    named = {what: ", ".join(dict.fromkeys(map(str, filter(None, names)))) for what, names in found.items()}
+    subjects = {"Model": models, "Data": [run.results.data for run in runs]}
+    named = {what: ", ".join(dict.fromkeys(map(str, filter(None, names)))) for what, names in subjects.items()}
     return " ".join(f"{what}: {names}." for what, names in named.items() if names)
 
 
 def detail_sections(material: Material) -> list[Section]:
-    """Returns what explains the first sections: spans, layers, scores, batches, and measured time."""
-    looks, found = styles(material), []
+    """Returns the detailed sections: spans, layers, scores, batches, and measured time."""
+    looks, sections = styles(material), []
     for task in material.tasks:
         settings, title = material.settings(task), material.title(task)
         if any(setting.values("span_kept") for setting in settings):
@@ -129,41 +130,41 @@ def detail_sections(material: Material) -> list[Section]:
             claim = f"Kept by {claims.ranked(shares)}." if shares else ""
             draw = pictures.quality(material, task, looks, "span_kept")
             picture = _picture(f"span-{task}", f"Share of the span kept on {title}", claim, draw)
-            text = "How much is left of what the FFNs are good for: the floor is 0, the reference 100 %."
-            found.append(Section(f"Span kept: {title}", text, [picture]))
+            text = "The share of the FFNs' contribution that is left: the floor is 0 %, the reference 100 %."
+            sections.append(Section(f"Span kept: {title}", text, [picture]))
         for make in (_layers, _scores, _union):
-            found += make(task, title, settings, looks)
-    return found + _latency(material) + _curves(material) + _engines(material)
+            sections += make(task, title, settings, looks)
+    return sections + _latency(material) + _curves(material) + _engines(material)
 
 
 def nearest(settings: Sequence[Setting], shown: str | None = None) -> tuple[list[Setting], str]:
-    """Returns the setting of each method that is nearest to 80 % sparsity, and what is to be said of the choice.
+    """Returns each method's setting nearest to 80 % sparsity, and a description of the choice.
 
-    A method that has none within 15 points is left out, unless all have none. One is ``shown`` anyway.
+    A method without a setting within 15 points is left out, unless no method has one. The method ``shown`` stays.
     """
     best: dict[str, Setting] = {}
     for setting in sorted(settings, key=lambda setting: abs(setting.sparsity - AT)):
         best.setdefault(setting.method, setting)
     order = selectors(settings)
     close = [best[method] for method in order if abs(best[method].sparsity - AT) <= REACH]
-    text = f"Of each method the setting nearest to {100 * AT:.0f} % sparsity, named by what it has."
+    text = f"Each method is shown at its setting nearest to {100 * AT:.0f} % sparsity, labelled with its sparsity."
     chosen = close or [best[method] for method in order]
     if not close:
-        text += f" None lies within {100 * REACH:.0f} points of that."
+        text += f" No method has one within {100 * REACH:.0f} points."
     if lacking := [method for method in order if best[method] not in chosen and method != shown]:
-        text += f" None lies within {100 * REACH:.0f} points, and so left out: {', '.join(lacking)}."
+        text += f" Left out, with no setting within {100 * REACH:.0f} points: {', '.join(lacking)}."
     return chosen, text
 
 
 def _layers(task: str, title: str, settings: Sequence[Setting], looks: Mapping[str, Style]) -> list[Section]:
-    # all runs of an experiment have as many layers
+    # all runs of an experiment have the same number of layers
     has = [setting for setting in settings if setting.values("sparsity_per_layer")]
     if not has:
         return []
     chosen, text = nearest(has, shown=ours(has))
     own = pick([setting for setting in has if setting.method == ours(has)], OWN_ROWS)
     if own:
-        text += f" {own[0].method} at {'all its settings' if len(own) < OWN_ROWS else 'settings evenly spread'}."
+        text += f" {own[0].method} is shown at {'all its' if len(own) < OWN_ROWS else 'evenly spread'} settings."
     rows = own + [setting for setting in chosen if setting.method != ours(has)]
     picture = _picture(
         f"layers-{task}",
@@ -171,7 +172,7 @@ def _layers(task: str, title: str, settings: Sequence[Setting], looks: Mapping[s
         claims.by_layer(rows[: len(own) or 1], AT),
         details.layers(rows),
     )
-    return [Section(f"Sparsity per layer: {title}", f"Means over the seeds. {text}", [picture])]
+    return [Section(f"Sparsity per layer: {title}", f"Values are means over the seeds. {text}", [picture])]
 
 
 def _scores(task: str, title: str, settings: Sequence[Setting], looks: Mapping[str, Style]) -> list[Section]:
@@ -182,12 +183,12 @@ def _scores(task: str, title: str, settings: Sequence[Setting], looks: Mapping[s
     if not has:
         return []
     chosen, text = nearest(has)
-    text = f"Of all layers and seeds. {text}"
+    text = f"Scores of all layers and seeds. {text}"
     if any(map(details.has_threshold, (run for setting in chosen for run in setting.runs))):
-        text += " Dashed: LTE's threshold; a well separated selection has few scores near it."
+        text += " The dashed line is LTE's threshold; well separated scores are rare near it."
     if any(describe(run.lte).scales for setting in chosen for run in setting.runs):
-        text += " Softmax and sigma-MoE keep the top experts and have no threshold; gates of the others are 0."
-    text += " Other methods have no scores, only a choice."
+        text += " Softmax and sigma-MoE keep the top experts and have no threshold; the gates of all others are 0."
+    text += " The other methods choose experts without scores."
     picture = _picture(f"scores-{task}", f"Scores on {title}", claims.separated(chosen), details.scores(chosen, looks))
     return [Section(f"Distribution of the scores: {title}", text, [picture])]
 
@@ -199,9 +200,9 @@ def _union(task: str, title: str, settings: Sequence[Setting], looks: Mapping[st
         return []
     chosen, choice = nearest(has)
     text = (
-        "A batch must load every expert that any of its tokens needs: all tokens of its rows in an encoder and in "
-        "classification, one token of each row where a model generates. Means over layers and seeds, on validation "
-        f"rows. {choice}"
+        "A batch must load every expert that any of its tokens needs. Its tokens are all tokens of its rows in an "
+        "encoder or in classification, and one token of each row if the model generates. Values are means over layers "
+        f"and seeds, on validation rows. {choice}"
     )
     picture = _picture(
         f"union-{task}", f"Union sparsity on {title}", claims.together(chosen), details.union(chosen, looks)
@@ -213,8 +214,8 @@ def _latency(material: Material) -> list[Section]:
     if not material.bench:
         return []
     text = (
-        "How many times as fast as dense, the router's time included. Dotted: what the bytes moved allow at most. "
-        "Dashed: dense."
+        "Speed-up over dense, the router's time included. The dotted line is the bound that the moved bytes set; the "
+        "dashed line is dense."
     )
     section = Section("Latency against sparsity", text)
     groups, several = bench.groups(material.bench), len({row["file"] for row in material.bench}) > 1
@@ -224,18 +225,18 @@ def _latency(material: Material) -> list[Section]:
         what = f"Speed-up of {bench.title(group, several)}"
         section.pictures.append(_picture(f"latency-{i}", what, claim, details.latency(group, several)))
     rows = [row for group in groups for row in group]
-    caption = f"All figures of lte bench: {counted(len(rows), 'row')}"
+    caption = f"All measurements of lte bench: {counted(len(rows), 'row')}"
     section.folded.append(_grid(rows, () if several else ("file",), caption, "latency"))
     return [section]
 
 
 def _curves(material: Material) -> list[Section]:
-    """Returns what ``lte curve`` measured: quality against tokens per second of one model at several sparsities."""
+    """Returns the results of ``lte curve``: quality against tokens per second of one model at several sparsities."""
     if not material.curves:
         return []
     text = (
-        "One calibrated model at the sparsities that stand at its points, beside its dense twin: all were measured by "
-        "turns. Quality is that of all validation rows, speed that of the whole model."
+        "One calibrated model at the sparsities beside its points, and its dense twin, all measured in turn. Quality "
+        "is measured on all validation rows, speed on the whole model."
     )
     section = Section("Quality against measured tokens per second", text)
     for i, (file, points) in enumerate(material.curves.items()):
@@ -249,7 +250,7 @@ def _curves(material: Material) -> list[Section]:
                 pictures.curve(points, name),
             )
         )
-        caption = f"All figures of {name}: {counted(len(points), 'row')}"
+        caption = f"All measurements of {name}: {counted(len(points), 'row')}"
         section.folded.append(_grid(points, ("file",), caption, f"curve-{i}"))
     return [section]
 
@@ -272,7 +273,7 @@ def _cell(value: object) -> str:
 
 
 def names_of_runs(runs: Sequence[Run]) -> list[str]:
-    """Returns what a reader calls each run: its method and setting, and the folder where that is not enough."""
+    """Returns a name for each run: its method and setting, and its folder if these are not unique."""
     names = []
     for run in runs:
         what = {"start": "dense start", "floor": "floor"}.get(run.role, run.method)
@@ -283,13 +284,13 @@ def names_of_runs(runs: Sequence[Run]) -> list[str]:
 
 
 def _picture(name: str, what: str, claim: str, draw: pictures.Draw) -> Picture:
-    """Makes a picture, with what it is and what it is to show as its caption."""
+    """Renders a picture; its caption says what it is and what it shows."""
     light, dark, shown = pictures.render(draw)
     return Picture(safe(name), f"{what}. {claim}".strip(), f"{what}: {shown}", draw, light, dark)
 
 
 def safe(name: str) -> str:
-    """Returns a name as a file's."""
+    """Returns a name with only characters that suit a file name."""
     return "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in name)
 
 

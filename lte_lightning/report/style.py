@@ -1,4 +1,4 @@
-"""How methods look: each has its colour, marker and line, the same in every picture and in every report."""
+"""Styles of the methods: each has its colour, marker and line, the same in every picture of every report."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -16,7 +16,7 @@ INK = "ink"  # black on light pages, white on dark ones
 
 @dataclass(frozen=True)
 class Style:
-    """How the line of a method is drawn."""
+    """The look of a method's line."""
 
     colour: str
     marker: str
@@ -25,7 +25,7 @@ class Style:
 
     @property
     def options(self) -> dict[str, Any]:
-        """What matplotlib's ``plot`` and ``Line2D`` are given."""
+        """The arguments of matplotlib's ``plot`` and ``Line2D``."""
         colour = matplotlib.rcParams["text.color"] if self.colour == INK else self.colour
         size = 7 if self.width > 2 else 5
         return {"color": colour, "marker": self.marker, "linestyle": self.line, "linewidth": self.width} | {
@@ -34,7 +34,7 @@ class Style:
 
 
 STRONG = Style("#e5383b", "o", width=2.6)
-# By selector, all legible on both papers. Oracles are grey and dashed, thresholds on magnitudes dash-dotted.
+# By selector, all legible on light and dark pages. Oracles are grey and dashed, magnitude thresholds dash-dotted.
 KNOWN = {
     "narrow": Style(INK, "s"),
     "kla": Style("#858585", "D", "--"),
@@ -48,14 +48,14 @@ KNOWN = {
     "teal": Style("#d9730d", "p", "-."),
     "wanda": Style("#6a6ff0", "h", "-."),
 }
-# What a second method of the same selector is told by
+# Differences of a second method with the same selector
 AGAIN = (("d", ":"), ("8", "--"), ("H", "-."), ("1", ":"), ("2", "--"))
 
 
 def selectors(settings: Iterable[Setting]) -> dict[str, str]:
     """Returns the selector of each method, LTE's first and the others in their order.
 
-    LTE is what is called so, or the first with its routers.
+    LTE is the method with that name, or the first with its routers.
     """
     found: dict[str, str] = {}
     for setting in settings:
@@ -65,16 +65,16 @@ def selectors(settings: Iterable[Setting]) -> dict[str, str]:
 
 
 def ours(settings: Iterable[Setting]) -> str | None:
-    """Returns what LTE is called among settings, None if it is not there."""
+    """Returns the name of LTE among the settings, None if it is missing."""
     name, selector = next(iter(selectors(settings).items()), (None, ""))
     return name if name == "LTE" or selector == "router" else None
 
 
 def styles(material: Material) -> dict[str, Style]:
-    """Returns how each method of the points looks, in the order of a legend.
+    """Returns the style of each method, in the order of a legend.
 
-    A method looks as its selector does, a second one of the same selector differs in marker and line. Variants of
-    LTE, and selectors unknown here, take what no method of the report has.
+    A method has the style of its selector; a second method with the same selector differs in marker and line. Variants
+    of LTE, and unknown selectors, take styles that no method of the report uses.
     """
     methods, own = selectors(material.settings()), ours(material.settings())
     free = [style for name, style in KNOWN.items() if name not in methods.values()] or list(KNOWN.values())

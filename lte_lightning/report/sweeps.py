@@ -1,4 +1,4 @@
-"""What a sweep's folder says of its points: which of its runs count, and what is not done."""
+"""Reads a sweep's folder: which of its runs count, and which points are not done."""
 
 import os
 from dataclasses import dataclass
@@ -19,12 +19,12 @@ class SweptFolder:
 
     Args:
         path: The folder.
-        text: What the sweep says of itself.
-        points: Each of its points, by name, in the order of the sweep's file; None of one that was never begun, if an
-            earlier version kept its name alone.
-        commands: The command of each that was begun.
-        obsolete: Names of those that the sweep's file no longer asks for.
-        missing: The points that are asked for and not done.
+        text: The sweep's description.
+        points: Its points by name, in the order of the sweep's file; None for a point that was never started, if an
+            earlier version kept only its name.
+        commands: The command of each point that was started.
+        obsolete: Names of points that are no longer in the sweep's file.
+        missing: The points of the sweep's file that are not done.
         typed: The commands that ran it, each with the folder where it was typed.
     """
 
@@ -37,10 +37,10 @@ class SweptFolder:
     typed: list[tuple[str, str]]
 
     def left_out(self, name: str | None) -> str | None:
-        """Says why a run of this name does not count; None if it does."""
+        """Returns the reason why a run of this name does not count; None if it counts."""
         if name not in self.points:
-            return "for they lie in a sweep's folder and are none of its points"
-        return "for the sweep no longer asks for them" if name in self.obsolete else None
+            return "because they lie in a sweep's folder but are not points of it"
+        return "because the sweep no longer asks for them" if name in self.obsolete else None
 
 
 def read_swept(path: Path) -> SweptFolder:
@@ -54,7 +54,7 @@ def read_swept(path: Path) -> SweptFolder:
     plan, records = folder.planned(), folder.records()
     points = plan | {name: record.point for name, record in records.items()}
     asked = [point for name in plan if (point := points[name]) is not None]
-    # A sweep that was last started with other seeds plans nothing of the rest's, and a search none of its trials
+    # The last start plans only its own seeds, and a search plans no trials
     shared = {point.seed for point in asked}
     own = {point.seed for point in asked if point.role == "point" and not _is_search(path)}
     obsolete = {
@@ -78,7 +78,7 @@ def _is_search(path: Path) -> bool:
 
 
 def is_running(path: Path) -> bool:
-    """Says whether a sweep, or a fit of one, holds the folder; this process is none that could be waited for."""
+    """Whether another process holds the folder, a sweep or one of its fits."""
     try:
         import fcntl
 
@@ -96,11 +96,11 @@ def is_running(path: Path) -> bool:
 
 def _status(folder: SweepFolder, record: Record | None, name: str, running: bool) -> str:
     status = (record and record.status) or "not started"
-    if status == "stopped" or (status == "running" and not running):  # a sweep that is killed says nothing
+    if status == "stopped" or (status == "running" and not running):  # a killed sweep leaves "running"
         return "stopped before it was done"
     if status == "done":
         return "done, but its run is gone"
     if status == "blocked":
-        return "not run, for a fit that it needs failed"
+        return "not run, because a fit that it needs failed"
     lines = folder.last_lines(name, 1) if status == "failed" else []
     return ": ".join([status, *(line.strip()[:REASON] for line in lines)])

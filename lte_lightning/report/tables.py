@@ -1,4 +1,4 @@
-"""The tables of a report, as rows of text, and what can be said of them in plain words."""
+"""The tables of a report, as rows of text, and their summary in words."""
 
 import statistics
 from collections import Counter
@@ -16,14 +16,14 @@ from lte_lightning.results import better
 from lte_lightning.sweep.paired import Fits, comparisons
 from lte_lightning.sweep.table import mean_text
 
-# Percent, two points below the sparsities that one asks a method for, since a calibrated one lands beside them
+# Percent, two points below the usual targets, because a calibrated model lands near its target
 LEVELS, AT_LEVELS = (48, 68, 78, 88), "50, 70, 80 and 90 %"
 INNER = "sparsity without the last layer"
 
 
 @dataclass(frozen=True)
 class Table:
-    """Heads and rows of text, of which the first names its row; what they show; and what its files are called."""
+    """A table: heads, rows of text whose first cell names the row, a caption, and a file name."""
 
     heads: list[str]
     rows: list[list[str]]
@@ -32,9 +32,9 @@ class Table:
 
 
 def flops(material: Material, tolerance: float | None) -> Table:
-    """Returns the fewest GFLOPs per token at the tolerated loss, as the paper's Table 1.
+    """Returns the fewest GFLOPs per token at the tolerated loss, as in the paper's Table 1.
 
-    A method's name bears what its figures must not be read without: that it is an oracle, or skips weights.
+    A method's name carries its caveat: that it is an oracle, or skips weights.
     """
     tasks = list(material.tasks)
     heads = [
@@ -47,7 +47,7 @@ def flops(material: Material, tolerance: float | None) -> Table:
     for method, settings in material.methods().items():
         cells = [_cheapest(of_tasks[task].get(method, []), tolerance, dense[task]) for task in tasks]
         rows.append([marked(method, settings[-1].runs[0].lte), *cells])
-    return Table(heads, rows, "GFLOPs (2³⁰) per token, of dense by that, and the FFN sparsity", "flops")
+    return Table(heads, rows, "GFLOPs (2³⁰) per token, the saving against dense, and the FFN sparsity", "flops")
 
 
 def _cheapest(settings: list[Setting], tolerance: float | None, dense: float) -> str:
@@ -64,7 +64,7 @@ def _cheapest(settings: list[Setting], tolerance: float | None, dense: float) ->
 
 
 def levels(material: Material, task: str) -> Table:
-    """Returns the best mean figure that each method has at about 50, 70, 80 and 90 % sparsity, or more."""
+    """Returns each method's best mean at about 50, 70, 80 and 90 % sparsity or more."""
     sign = 1 if better(material.tasks[task], 1, 0) else -1
 
     def best(settings: list[Setting], level: int) -> str:
@@ -85,9 +85,9 @@ def levels(material: Material, task: str) -> Table:
 
 
 def differences(material: Material, task: str) -> Table | None:
-    """Returns how far LTE's settings, or the first method's, are above those of each other method at like sparsity.
+    """Returns the differences of LTE's settings (or the first method's) to the other methods' at similar sparsity.
 
-    The seeds are paired, and so are the rows where the fits have kept draws of them. None if nothing can be compared.
+    Seeds are paired, and so are rows if the fits saved draws of them. None if nothing can be compared.
     """
     settings, dense = material.settings(task), material.settings(task, dense=True)
     order = list(selectors(settings))
@@ -97,12 +97,12 @@ def differences(material: Material, task: str) -> Table | None:
     rows = [[ours.called, theirs.called, str(gap.seeds), gap.text()] for ours, theirs, gap in comparisons(fits)]
     metric = in_words(material.tasks[task])
     caption = f"Is it better? Paired differences of {metric} on {material.title(task)}, with 95 % intervals"
-    heads = [f"{metric} of", "less that of", "seeds", "difference"]
+    heads = [f"{metric} of", "minus that of", "seeds", "difference"]
     return Table(heads, rows, caption, f"differences-{task}") if rows else None
 
 
 def everything(material: Material, task: str) -> Table:
-    """Returns every setting of a task with its figures, means and deviations over the seeds."""
+    """Returns all settings of a task, with means and deviations over the seeds."""
     settings = [*material.settings(task, dense=True), *material.settings(task)]
     columns = {
         "method": lambda s: s.called,
@@ -131,7 +131,7 @@ def everything(material: Material, task: str) -> Table:
 
 
 def versions(material: Material) -> Table:
-    """Returns the versions and machines that the runs had, each with their number."""
+    """Returns the versions and machines of the runs, each with its number of runs."""
     found = [run.results.versions for run in material.fits]
     names = list(dict.fromkeys(name for versions in found for name in versions))
     counts = Counter(
@@ -143,17 +143,17 @@ def versions(material: Material) -> Table:
 
 
 def summary(material: Material, task: str, tolerance: float | None) -> list[str]:
-    """Says what was found on a task: of the reference, of each method, and in one sentence of those that lose more."""
+    """Summarises a task: the reference, each method, and in one sentence the methods that lose more."""
     return sentences("summary", material, task, tolerance)
 
 
 def not_run(material: Material) -> list[str]:
-    """Says what a reader might expect, and what there are no figures of."""
+    """Lists results that a reader might expect and that are missing."""
     return sentences("not_run", material)
 
 
 def pick(settings: Sequence[Setting], count: int) -> list[Setting]:
-    """Returns so many settings, evenly from the least sparse to the sparsest."""
+    """Returns ``count`` settings, evenly spaced from the least to the most sparse."""
     if len(settings) <= count:
         return list(settings)
     return [settings[round(i * (len(settings) - 1) / (count - 1))] for i in range(count)]

@@ -1,6 +1,6 @@
-"""What `lightning test` has found of runs: ROUGE-L, or another task (MMLU), beside the figure that their fits end with.
+"""Results of `lightning test` on a run: ROUGE-L, or another task (MMLU), beside the metric of its fit.
 
-The paper's Table 1 and its figures 6 and 7 are in such metrics, which a fit does not measure.
+The paper's Table 1 and its figures 6 and 7 use such metrics, which a fit does not measure.
 """
 
 from collections.abc import Iterator
@@ -11,10 +11,10 @@ from lte_lightning.report.run import Run
 from lte_lightning.results import Results, read_evaluation
 
 TESTS = "test*.json"  # in a run folder
-# Of each test the first of these that is there, unless it is what the fit itself is measured by
+# The first of these that a test has is reported, unless it is the fit's own metric
 METRICS = ("rouge_l", "macro_accuracy", "accuracy", "perplexity")
 COSTS = ("sparsity", "sparsity_per_layer", "flops_per_token", "dense_flops_per_token", "bound")
-# What only the fit has measured
+# Results that only a fit has
 OWN = ("soft", "hard_before", "hard", "dense", "floor", "union_sparsity", "speedup", "draws")
 
 

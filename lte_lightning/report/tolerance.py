@@ -1,16 +1,16 @@
-"""Up to which sparsity a method loses no more of the dense figure than is tolerated."""
+"""The sparsity up to which a method loses no more than a tolerance against dense."""
 
 from dataclasses import dataclass, field
 
 from lte_lightning.report.run import Setting
 
-# What a method may lose and still count as good as dense: the paper's of Table 1, and a point elsewhere
+# Loss at which a method still counts as good as dense: the paper's in Table 1, and one point for other metrics
 TOLERANCES = {"perplexity": 0.5, "rouge": 0.05}
 TOLERANCE = 0.01
 
 
 def tolerance_of(metric: str, tolerance: float | None) -> float:
-    """Returns how much of a metric may be lost: what the user says, else what is usual for it."""
+    """Returns the tolerated loss of a metric: the user's, else the metric's usual tolerance."""
     if tolerance is not None:
         return tolerance
     return next((value for name, value in TOLERANCES.items() if metric.lower().startswith(name)), TOLERANCE)
@@ -18,13 +18,13 @@ def tolerance_of(metric: str, tolerance: float | None) -> float:
 
 @dataclass
 class Tolerated:
-    """A method's settings by what they lost of their own seeds' dense figures, each in the order of sparsity.
+    """A method's settings, sorted by their loss against their own seeds' dense values, each in the order of sparsity.
 
     Args:
-        limit: How much of the metric may be lost.
-        within: Those that lost no more than is tolerated, by mean over their seeds.
-        beyond: Those that lost more, or whose figure is not defined for a seed.
-        unread: Those without a dense figure to be read against.
+        limit: The tolerated loss.
+        within: Settings that lost no more, by the mean over their seeds.
+        beyond: Settings that lost more, or whose value is undefined for a seed.
+        unread: Settings without a dense value to compare with.
     """
 
     limit: float
@@ -34,7 +34,7 @@ class Tolerated:
 
     @property
     def holds(self) -> list[Setting]:
-        """The settings within the tolerance below which all that were measured are within, too."""
+        """The settings within the tolerance such that every less sparse setting is within it, too."""
         end = min((setting.sparsity for setting in self.beyond), default=1.0)
         return [setting for setting in self.within if setting.sparsity <= end]
 
@@ -44,7 +44,7 @@ class Tolerated:
 
 
 def tolerated(settings: list[Setting], tolerance: float | None) -> Tolerated:
-    """Sorts a method's settings by what they lost."""
+    """Sorts a method's settings by their loss."""
     found = Tolerated(tolerance_of(settings[0].metric, tolerance))
     for setting in settings:
         lost = setting.mean("lost")
@@ -55,5 +55,5 @@ def tolerated(settings: list[Setting], tolerance: float | None) -> Tolerated:
 
 
 def percent(settings: list[Setting]) -> str:
-    """Writes the sparsities of settings."""
+    """Returns the sparsities of settings as text."""
     return " and ".join(dict.fromkeys(f"{100 * setting.sparsity:.0f} %" for setting in settings))

@@ -1,4 +1,4 @@
-"""Reads what a report is made of from MLflow: finished runs, with what they left there."""
+"""Reads the material of a report from MLflow: finished runs and their artifacts."""
 
 import contextlib
 import json
@@ -35,15 +35,15 @@ def collect_tracked(
 
     Args:
         uri: The store; by default ``MLFLOW_TRACKING_URI``, or ``sqlite:///mlflow.db``.
-        experiment: The experiment whose runs are reported, all that are finished.
-        run_ids: Instead of an experiment, these runs; that of a sweep stands for all of its fits.
+        experiment: Reports all finished runs of this experiment.
+        run_ids: Reports these runs in place of an experiment; the run of a sweep stands for all its fits.
         bench: See `collect`.
 
     Raises:
-        UserError: If the store does not answer, has no such experiment or run, or a run that was named has no results.
+        UserError: If the store does not answer, has no such experiment or run, or a named run has no results.
     """
     if experiment is not None and run_ids:
-        raise UserError(f"--experiment {experiment} and the run {run_ids[0]} are given; name an experiment, or runs")
+        raise UserError(f"both --experiment {experiment} and the run {run_ids[0]} are given; name only one of them")
     uri = mlflow_store(uri, os.environ.get("MLFLOW_TRACKING_URI"))
     with _store(uri) as client, tempfile.TemporaryDirectory(prefix="lte-report-") as folder:
         runs = _runs(client, shown(uri), experiment, run_ids)
@@ -53,7 +53,7 @@ def collect_tracked(
         for run in others:
             if run.info.run_id in run_ids:
                 raise UserError(
-                    f"run {run.info.run_id} ({_name(run)}) has no results.json, it is {_status(run)}; leave it out"
+                    f"run {run.info.run_id} ({_name(run)}) has no results.json: it is {_status(run)}; leave it out"
                 )
         if not found:
             name = experiment or ", ".join(run_ids)
@@ -72,11 +72,11 @@ def collect_tracked(
 
 @contextlib.contextmanager
 def _store(uri: str) -> Iterator[Any]:
-    """Yields a client of the store, and turns what goes wrong with it into one line."""
+    """Yields a client of the store, and turns its errors into one line."""
     if uri.startswith(("http://", "https://")):
         ask(uri, "the MLflow server")  # MLflow itself would try for minutes
     elif uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///").partition("?")[0]).exists():
-        raise UserError(f"there is no MLflow database {uri}; name another by --tracking-uri")  # or it would be made
+        raise UserError(f"there is no MLflow database {uri}; name another with --tracking-uri")  # or MLflow creates it
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     from mlflow.tracking import MlflowClient
 
@@ -84,13 +84,13 @@ def _store(uri: str) -> Iterator[Any]:
         yield MlflowClient(uri)
     except UserError:
         raise
-    except Exception as error:  # what MLflow's client makes of a reply of another shape is any
-        message = f"MLflow's store {shown(uri)} cannot be read: {reason(error)}; name another by --tracking-uri"
+    except Exception as error:  # MLflow's client raises many types for an unexpected reply
+        message = f"MLflow's store {shown(uri)} cannot be read: {reason(error)}; name another with --tracking-uri"
         raise UserError(message) from error
 
 
 def _runs(client: Any, store: str, experiment: str | None, run_ids: Sequence[str]) -> list[Any]:
-    """Returns the runs that were asked for, oldest first, without the parent runs of sweeps."""
+    """Returns the requested runs, oldest first, without the parent runs of sweeps."""
     if experiment is None and run_ids:
         runs = [run for run_id in dict.fromkeys(run_ids) for run in _run(client, store, run_id)]
     else:
@@ -127,7 +127,7 @@ def _search(client: Any, experiment: str, wanted: str = "") -> list[Any]:
 
 
 def _fetch(client: Any, run: Any, folder: Path) -> bool:
-    """Downloads what a run left, as a run folder; says whether it has results."""
+    """Downloads the artifacts of a run as a run folder; returns whether it has results."""
     there = {file.path for part in (None, "model") for file in client.list_artifacts(run.info.run_id, part)}
     if run.info.status != "FINISHED" or RESULTS not in there:
         return False
@@ -144,14 +144,14 @@ def _fetch(client: Any, run: Any, folder: Path) -> bool:
 
 
 def _read(runs: Sequence[Any], folder: Path, material: Material) -> None:
-    """Reads the folders of runs. Of a sweep's point only the newest run counts."""
+    """Reads run folders. If a sweep's point has several runs, only the newest counts."""
     points: dict[Any, list[Any]] = {}
     for run in runs:
         points.setdefault(_point(run), []).append(run)
     for same in points.values():
         kept = max(same, key=lambda run: newest(folder / run.info.run_id))
         material.left_out += [(run.info.run_id, OLDER) for run in same if run is not kept]
-        # The whole configuration tells the fits of a sweep apart, too
+        # the whole configuration distinguishes the fits of a sweep, too
         tags = kept.data.tags
         facts = tags.get("lte.role"), tags.get("lte.variant"), json.loads(tags.get("lte.parameters", "{}"))
         config = f"mlflow artifacts download --run-id {kept.info.run_id} --artifact-path config.yaml --dst-path ."
@@ -160,7 +160,7 @@ def _read(runs: Sequence[Any], folder: Path, material: Material) -> None:
 
 
 def _plan(client: Any, parent: str) -> dict[str, Point | None]:
-    """Returns the points of a sweep by name, if its parent run has them: a run that was not finished says nothing."""
+    """Returns the points of a sweep by name, if its parent run has saved them; an unfinished parent has not."""
     if not parent or PLAN not in {file.path for file in client.list_artifacts(parent)}:
         return {}
     with tempfile.TemporaryDirectory(prefix="lte-plan-") as folder:
@@ -173,7 +173,7 @@ def _name(run: Any) -> str:
 
 
 def _point(run: Any) -> tuple[str, str]:
-    """What the attempts at one point of a sweep have in common; a run outside of sweeps is alone."""
+    """Returns the key that all attempts at a sweep's point share; a run outside of sweeps has its own."""
     parent = run.data.tags.get(PARENT)
     return (parent, _name(run)) if parent else (run.info.run_id, "")
 

@@ -10,7 +10,7 @@ from lte_lightning.sweep.table import mean_text
 
 
 def environment(markup: bool) -> Environment:
-    """Returns what the templates are made with; with ``markup`` what they are given is no markup of its own."""
+    """Returns the template environment; with ``markup``, values are escaped."""
     loader = PackageLoader(__package__, ".")
     made = Environment(
         loader=loader, autoescape=markup, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -21,8 +21,7 @@ def environment(markup: bool) -> Environment:
 
 
 def sentences(block: str, *facts: Any) -> list[str]:
-    """Returns the sentences that a block of ``words.jinja`` makes of what it is given, as text without markup."""
-    # A sentence may be broken into lines in the template; an empty line ends it
+    """Returns the sentences that a block of ``words.jinja`` makes from the facts, as plain text."""
     paragraphs = getattr(environment(markup=False).get_template("words.jinja").module, block)(*facts).split("\n\n")
     lines = [[line.strip() for line in paragraph.splitlines() if line.strip()] for paragraph in paragraphs]
     return [" ".join(words) for words in lines if words]

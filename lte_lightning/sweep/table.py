@@ -139,7 +139,7 @@ def _differences(rows: list[dict[str, Any]], keys: list[str], found: dict[str, R
             setting = ", ".join(f"{key.split('.')[-1]} {row[key]}" for key in keys if row[key] not in ("", None))
             group = fits.setdefault((row["task"], row["metric"]), {}).setdefault((row["label"], setting), {})
             group[row["seed"]] = found[row["name"]]
-    table = [["task", "metric", "value of", "less that of", "seeds", "difference, 95 % interval"]]
+    table = [["task", "metric", "value of", "minus that of", "seeds", "difference, 95 % interval"]]
     for experiment, groups in fits.items():
         settings = [Fits(*names, by_seed) for names, by_seed in groups.items()]
         for ours, theirs, difference in comparisons(settings):

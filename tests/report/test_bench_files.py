@@ -59,7 +59,7 @@ def test_older_files_lack_columns(tmp_path):
         ("llama2-7b,ffn\n", r"line 2: 2 fields \(llama2-7b,ffn\), but 15 columns; is it cut off"),
         (line(load="1,2"), "line 2: 16 fields"),
         ("x" * 200_000 + "\n", "out.csv, after line 1: field larger than field limit"),
-        ("", "out.csv has columns, but no figures"),
+        ("", "out.csv has columns, but no rows"),
     ],
 )
 def test_a_row_that_cannot_be_is_refused(text, message, tmp_path):
@@ -68,7 +68,7 @@ def test_a_row_that_cannot_be_is_refused(text, message, tmp_path):
 
 
 def test_what_is_no_benchmark_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"out.csv is no CSV file of lte bench: it has no column backend, bound"):
+    with pytest.raises(UserError, match=r"out.csv is not a CSV file of lte bench: it has no column backend, bound"):
         read_bench(write(tmp_path, "1,2\n", heads="a,b\n"))
     (tmp_path / "out.csv").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match=r"cannot read the benchmark .*out.csv: 'utf-8' codec"):
@@ -139,5 +139,7 @@ def test_a_curve_that_cannot_be_is_refused(tmp_path):
     with pytest.raises(UserError, match="line 4: tokens_per_second is 'fast'; it must be a finite number above 0"):
         read_bench(tmp_path / "curve.csv")
     (tmp_path / "curve.csv").write_text("setting,sparsity\n0.8,0.8\n")
-    with pytest.raises(UserError, match="is no CSV file of lte curve: it has no column gflops_per_token, tokens_per"):
+    with pytest.raises(
+        UserError, match="is not a CSV file of lte curve: it has no column gflops_per_token"
+    ):
         read_bench(tmp_path / "curve.csv")

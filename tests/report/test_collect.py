@@ -109,7 +109,7 @@ def test_the_newest_run_of_a_point_counts_alone(make_points, figures, tmp_path):
     age(again, 2000)
     material = collect([folder])
     assert rows_of(material, "seeds", "accuracy") == [["0", "0.8600"]]
-    assert "Left out, for a newer run of the same setting and seed is there: a." in tables.not_run(material)
+    assert "Left out, because there is a newer run of the same setting and seed: a." in tables.not_run(material)
     age(folder / "a", 3000)
     assert rows_of(collect([folder]), "accuracy") == [["0.8800"]]
 
@@ -157,8 +157,8 @@ def test_what_the_sweep_no_longer_asks_for_is_left_out(make_points, figures, tmp
     assert material.dense("sst2")[0] == 0.9
     lines = tables.not_run(material)
     lost = f"{name.format(0.5, 0)}, start-s0-bbbbbbbb"
-    assert f"Left out, for the sweep no longer asks for them: {lost}." in lines
-    assert "Left out, for they lie in a sweep's folder and are none of its points: stray." in lines
+    assert f"Left out, because the sweep no longer asks for them: {lost}." in lines
+    assert "Left out, because they lie in a sweep's folder but are not points of it: stray." in lines
     other = {"role": "point", "variant": "other", "parameters": {}}
     plan = [other | {"name": f"other-s{seed}-01234567", "seed": seed} for seed in (0, 1)]
     about = json.loads((folder / "sweep.json").read_text()) | {"planned": [], "plan": plan}
@@ -206,7 +206,7 @@ def test_missing_points_are_grouped_and_their_state_is_said(make_points, figures
     expected = [
         "Not done: LTE: efficiency_weight 0.5 of seed 0 (stopped before it was done).",
         "Not done: LTE: efficiency_weight 0.5 of seed 1 (failed: RuntimeError: out of memory).",
-        "Not done: LTE: efficiency_weight 0.5 of seed 2 (not run, for a fit that it needs failed).",
+        "Not done: LTE: efficiency_weight 0.5 of seed 2 (not run, because a fit that it needs failed).",
         "Not done: KLA (oracle): target_sparsity 0.5, target_sparsity 0.7 of seeds 1, 2 (not started).",
         "Not done: fit: seed 3 (not started).",
     ]
@@ -265,8 +265,8 @@ def test_what_was_run_is_known_by_the_selector(lte, method, rival, make_points, 
     """Under a name that says nothing in a sweep, and without a name outside of one."""
     point = {"name": "a", "seed": 0, "results": figures(0.9, 0.5), "variant": "mine", "lte": lte}
     folder = make_points(tmp_path / "trial", [point])
-    (line,) = (line for line in tables.not_run(collect([folder])) if line.startswith("No figures of"))
-    absent = line.removeprefix("No figures of: ").removesuffix(".").split(", ")
+    (line,) = (line for line in tables.not_run(collect([folder])) if line.startswith("No results of"))
+    absent = line.removeprefix("No results of: ").removesuffix(".").split(", ")
     assert rival not in absent
     assert len(absent) == 12
     shutil.copytree(folder / "a", tmp_path / "alone" / "a")
@@ -278,8 +278,8 @@ def test_what_lacks_on_one_task_is_said(make_points, figures, tmp_path):
         point = {"name": "a", "seed": 0, "results": figures(0.9, 0.5) | {"task": task}, "selector": selector}
         make_points(tmp_path / task, [point])
     lines = tables.not_run(collect([tmp_path]))
-    assert "No figures on CoLA (3 layers) of: random routers." in lines
-    assert "No figures on RTE (3 layers) of: TEAL." in lines
+    assert "No results on CoLA (3 layers) of: random routers." in lines
+    assert "No results on RTE (3 layers) of: TEAL." in lines
 
 
 def test_what_tests_have_found_is_an_experiment_of_its_own(make_points, figures, tmp_path):

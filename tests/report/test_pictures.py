@@ -191,7 +191,7 @@ def test_one_seed_has_no_spread(make_comparison, tmp_path):
     material = collect([make_comparison(tmp_path / "one", seeds=1)])
     figure = draw(pictures.quality(material, "stsb", styles(material)))
     assert list(figure.axes[0].collections) == []
-    assert "one seed each, so no spread is known" in sections.main_sections(material, None)[0].text
+    assert "each setting has one seed, so its spread is unknown" in sections.main_sections(material, None)[0].text
 
 
 def test_what_lies_far_below_the_floor_does_not_press_the_rest_together(compared, tmp_path):
@@ -253,8 +253,8 @@ def test_details_compare_methods_near_one_sparsity(material):
     assert chosen[0].method == "LTE"
     assert [setting.sparsity for setting in chosen] == pytest.approx([0.8] * 13)
     assert text == (
-        "Of each method the setting nearest to 80 % sparsity, named by what it has. None lies within 15 points, and so "
-        "left out: Wanda, 2:4 and 4:8."
+        "Each method is shown at its setting nearest to 80 % sparsity, labelled with its sparsity. Left out, with no "
+        "setting within 15 points: Wanda, 2:4 and 4:8."
     )
     sparse = [setting for setting in material.settings("stsb") if setting.sparsity < 0.6]
     assert {pictures.named(setting) for setting in sections.nearest(sparse)[0]} >= {"LTE, 50\xa0%", "TEAL, 50\xa0%"}
@@ -287,7 +287,7 @@ def test_an_oracle_is_said_to_be_one_and_an_undefined_figure_is_not_drawn(compar
     assert "KLA (oracle)" in labels(figure)
     teal = next(line for line in figure.axes[0].lines if line.get_color() == KNOWN["teal"].colour)
     np.testing.assert_allclose(teal.get_xdata(), [50, 70, 80])
-    assert "figure is undefined: TEAL, 90\xa0%." in sections.main_sections(material, None)[0].text
+    assert "value is undefined: TEAL, 90\xa0%." in sections.main_sections(material, None)[0].text
 
 
 def test_only_scores_are_drawn_as_scores(compared, watch):

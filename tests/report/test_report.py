@@ -99,7 +99,7 @@ def test_the_summary(material):
         "LTE loses at most 0.01 up to 70 % FFN sparsity (accuracy 0.9004 ± 0.0100) and keeps "
         f"{kept:.0f} ± 0 % of the span from floor to dense."
     )
-    assert lines[2] == "More than 0.01 is lost at every setting that was run by: TEAL; <b>KLA & Co.</b> (oracle)."
+    assert lines[2] == "These methods lose more than 0.01 at every setting: TEAL; <b>KLA & Co.</b> (oracle)."
 
 
 def test_the_flops_table_is_the_papers(material):
@@ -160,13 +160,13 @@ def test_a_column_has_what_it_prints(make_points, figures, tmp_path):
 def test_what_was_not_run_is_said(material, swept, bench_csv):
     lines = tables.not_run(material)
     assert lines[:2] == ["Not done: LTE-never (not started).", "Not done: LTE: seed 0 (failed: error: no)."]
-    (absent,) = (line for line in lines if line.startswith("No figures of"))
+    (absent,) = (line for line in lines if line.startswith("No results of"))
     assert "Wanda" in absent
     assert "TEAL" not in absent
     assert "KLA" not in absent
     assert any("No latency was measured" in line for line in lines)
     assert not any("No latency" in line for line in tables.not_run(collect([swept], [bench_csv])))
-    assert not any("One seed only" in line for line in lines)
+    assert not any("The spread is unknown" in line for line in lines)
 
 
 def test_fits_on_a_part_of_the_rows_are_said(swept):
@@ -174,10 +174,10 @@ def test_fits_on_a_part_of_the_rows_are_said(swept):
     assert not any("All rows" in line for line in tables.not_run(material))
     for run, rows in zip(material.runs, (100, 100, None), strict=False):
         run.options |= {"data.train_rows": rows, "trainer.limit_val_batches": 1.0}
-    assert f"All rows: data.train_rows is 100 in 2 of {len(material.runs)} fits." in tables.not_run(material)
+    assert f"Not all rows were used: data.train_rows is 100 in 2 of {len(material.runs)} fits." in tables.not_run(material)
     assert not any("limit_val_batches" in line for line in tables.not_run(material))
     material.runs[0].options["trainer.limit_val_batches"] = 1  # one batch
-    assert f"All rows: trainer.limit_val_batches is 1 in 1 of {len(material.runs)} fits." in tables.not_run(material)
+    assert f"Not all rows were used: trainer.limit_val_batches is 1 in 1 of {len(material.runs)} fits." in tables.not_run(material)
 
 
 def test_the_page_has_the_sweep_s_commands_its_model_and_its_data(make_points, figures, tmp_path):
@@ -186,7 +186,7 @@ def test_the_page_has_the_sweep_s_commands_its_model_and_its_data(make_points, f
     folder = make_points(tmp_path / "trial", [row], commands=typed)
     said = " ".join(" ".join(read(write_report(collect([folder]), tmp_path / "page", "Trial").parent).text).split())
     assert "In /a/folder lte sweep a.yaml --workers 2" in said
-    assert "Model: some/model. Data: x. Means of accuracy" in said
+    assert "Model: some/model. Data: x. Points are means of accuracy" in said
 
 
 def test_a_reference_that_was_not_trained_on_is_said_to_be_surpassed(make_points, figures, tmp_path):

@@ -45,7 +45,7 @@ def test_a_seed_is_read_against_its_own_dense_figure(material_of, start, figures
     """0.905 is near the mean of 0.90, 0.91 and 0.92, but its own seed's dense model has 0.92."""
     material = material_of(*map(start, range(3)), ("KLA", "kla", figures(0.905, 0.8, 2)))
     assert column(material, "lost") == ["0.0150"]
-    assert said(material, "KLA") == "KLA (oracle) loses more than 0.01 at every setting that was run."
+    assert said(material, "KLA") == "KLA (oracle) loses more than 0.01 at every setting."
     assert tables.flops(material, None).rows[1] == ["KLA (oracle)", "none within"]
 
 
@@ -67,7 +67,7 @@ def test_an_undefined_figure_is_no_good_one(material_of, start, figures):
     }
     (cats,) = (setting for setting in material.settings() if setting.method == "CATS")
     assert cats.mean("value") is None  # so that no picture has the mean of the other seeds
-    assert said(material, "KLA") == "KLA (oracle) has an undefined accuracy at every setting that was run."
+    assert said(material, "KLA") == "KLA (oracle) has an undefined accuracy at every setting."
     assert "undefined" in said(material, "CATS")
     assert "loses at most 0.01 up to 50 %" in said(material, "without")
     cells = dict(tables.flops(material, None).rows)
@@ -112,7 +112,7 @@ def test_dense_is_the_better_of_start_and_trained_on(material_of, start, figures
     material = material_of(start(0), start(1), *trained)
     assert material.dense("sst2") == {0: 0.95, 1: 0.91}
     assert material.dense_kind("sst2") == (
-        "dense, trained on as long as the others, or dense, not trained on, where that is better or the only one "
+        "dense, trained on as long as the others, or dense, not trained on if that is better or the only value "
         "(seed 1)"
     )
 
@@ -141,7 +141,7 @@ def test_models_that_were_not_trained_on_equally_long_are_named(make_points, fig
     lines = tables.summary(unlike, "sst2", None)
     assert "adapted for 1 epoch, the floor" in lines[0]
     assert lines[1] == (
-        "Not all models were trained on equally long, which may help by itself: 1 epoch (floor, on, Deja Vu); "
+        "The models were trained further for different lengths, and longer training may help by itself: 1 epoch (floor, on, Deja Vu); "
         "3 epochs (LTE)."
     )
     assert unlike.dense_kind("sst2") == "dense, trained on for 1 epoch"
@@ -211,7 +211,7 @@ def test_one_seed_has_no_spread(material_of, start, figures):
     material = material_of(start(0), ("LTE", "router", figures(0.9, 0.5, floor=0.6)))
     assert "±" not in " ".join(tables.everything(material, "sst2").rows[0] + tables.summary(material, "sst2", None))
     assert column(material, "seeds") == ["0"]
-    assert "One seed only, so no spread is known: 1 of 1 setting." in tables.not_run(material)
+    assert "The spread is unknown for 1 of 1 setting, which have only one seed." in tables.not_run(material)
 
 
 def test_an_encoder_s_classifier_reads_one_token_of_the_last_layer(make_points, figures, tmp_path):

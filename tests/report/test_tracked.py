@@ -127,7 +127,7 @@ def test_bad_input(store, tmp_path):
     refused(r"which runs of sqlite.*\?; name one by --experiment, or runs by their ids; it has", uri)
     refused("none of the 0 runs of empty is a finished fit", uri, "empty")
     refused("there is no run 'abc' in sqlite", uri, None, ["abc"])
-    refused(r"has no results.json, it is failed; leave it out", uri, None, [ids["own"], ids["failed"]])
+    refused(r"has no results.json: it is failed; leave it out", uri, None, [ids["own"], ids["failed"]])
     refused("--experiment trial and the run abc are given", uri, "trial", ["abc"])
     refused("there is no MLflow database .*nowhere.db", f"sqlite:///{tmp_path}/nowhere.db", "trial")
     assert not (tmp_path / "nowhere.db").exists()

@@ -104,7 +104,7 @@ def test_the_first_variant_is_compared_with_the_others(bench):
         change(swept, f"dense-s{seed}", hard=0.81, sparsity=0.0)
     table = tables_of(mine, swept)[2]
     assert table.name == "differences.md"
-    assert cells(table, "value of", "less that of", "seeds", "difference, 95 % interval") == [
+    assert cells(table, "value of", "minus that of", "seeds", "difference, 95 % interval") == [
         ["A (80.0 %)", "B (79.0 %)", "3", "+0.0500 (+0.0500 to +0.0500, seeds): better"],
         ["A (80.0 %)", "dense (0.0 %)", "3", "+0.0000 (-0.0248 to +0.0248, seeds): not told apart"],
     ]
