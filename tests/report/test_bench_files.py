@@ -139,7 +139,5 @@ def test_a_curve_that_cannot_be_is_refused(tmp_path):
     with pytest.raises(UserError, match="line 4: tokens_per_second is 'fast'; it must be a finite number above 0"):
         read_bench(tmp_path / "curve.csv")
     (tmp_path / "curve.csv").write_text("setting,sparsity\n0.8,0.8\n")
-    with pytest.raises(
-        UserError, match="is not a CSV file of lte curve: it has no column gflops_per_token"
-    ):
+    with pytest.raises(UserError, match="is not a CSV file of lte curve: it has no column gflops_per_token"):
         read_bench(tmp_path / "curve.csv")

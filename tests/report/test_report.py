@@ -172,12 +172,13 @@ def test_what_was_not_run_is_said(material, swept, bench_csv):
 def test_fits_on_a_part_of_the_rows_are_said(swept):
     material = collect([swept])
     assert not any("All rows" in line for line in tables.not_run(material))
+    fits = len(material.runs)
     for run, rows in zip(material.runs, (100, 100, None), strict=False):
         run.options |= {"data.train_rows": rows, "trainer.limit_val_batches": 1.0}
-    assert f"Not all rows were used: data.train_rows is 100 in 2 of {len(material.runs)} fits." in tables.not_run(material)
+    assert f"Not all rows were used: data.train_rows is 100 in 2 of {fits} fits." in tables.not_run(material)
     assert not any("limit_val_batches" in line for line in tables.not_run(material))
     material.runs[0].options["trainer.limit_val_batches"] = 1  # one batch
-    assert f"Not all rows were used: trainer.limit_val_batches is 1 in 1 of {len(material.runs)} fits." in tables.not_run(material)
+    assert f"Not all rows were used: trainer.limit_val_batches is 1 in 1 of {fits} fits." in tables.not_run(material)
 
 
 def test_the_page_has_the_sweep_s_commands_its_model_and_its_data(make_points, figures, tmp_path):

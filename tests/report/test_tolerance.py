@@ -112,8 +112,7 @@ def test_dense_is_the_better_of_start_and_trained_on(material_of, start, figures
     material = material_of(start(0), start(1), *trained)
     assert material.dense("sst2") == {0: 0.95, 1: 0.91}
     assert material.dense_kind("sst2") == (
-        "dense, trained on as long as the others, or dense, not trained on if that is better or the only value "
-        "(seed 1)"
+        "dense, trained on as long as the others, or dense, not trained on if that is better or the only value (seed 1)"
     )
 
 
@@ -141,7 +140,8 @@ def test_models_that_were_not_trained_on_equally_long_are_named(make_points, fig
     lines = tables.summary(unlike, "sst2", None)
     assert "adapted for 1 epoch, the floor" in lines[0]
     assert lines[1] == (
-        "The models were trained further for different lengths, and longer training may help by itself: 1 epoch (floor, on, Deja Vu); "
+        "The models were trained further for different lengths, and longer training may help by itself: "
+        "1 epoch (floor, on, Deja Vu); "
         "3 epochs (LTE)."
     )
     assert unlike.dense_kind("sst2") == "dense, trained on for 1 epoch"
