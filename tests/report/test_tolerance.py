@@ -167,7 +167,7 @@ def test_each_start_has_its_own_figure(material_of, figures):
         ("KLA", "kla", figures(0.8, 0.5, 1)),
     )
     assert (
-        "The methods start from different dense models, none trained on: 0.9050 ± 0.0071 (LTE, KLA); "
+        "The methods start from different dense models, not trained further: 0.9050 ± 0.0071 (LTE, KLA); "
         "0.7200 ± 0.0141 (MoEfication)."
     ) in tables.summary(material, "sst2", None)
     assert column(material, "dense start") == ["0.9050 ± 0.0071", "0.7200 ± 0.0141", "0.9100"]
@@ -223,7 +223,7 @@ def test_an_encoder_s_classifier_reads_one_token_of_the_last_layer(make_points, 
     classified = collect([tmp_path / "yes"])
     assert column(classified, "sparsity without the last layer") == ["40.0 %"]
     assert any(
-        "reads the first token of the last layer alone" in line for line in tables.summary(classified, "sst2", None)
+        "reads only the first token of the last layer" in line for line in tables.summary(classified, "sst2", None)
     )
     other = collect([tmp_path / "no"])
     assert "sparsity without the last layer" not in tables.everything(other, "sst2").heads
