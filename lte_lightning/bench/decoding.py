@@ -187,8 +187,8 @@ def even_routers(model: PreTrainedModel, sparsity: float, batch: Mapping[str, to
 def set_biases(model: PreTrainedModel, biases: Biases) -> None:
     """Restores the biases that `even_routers` returned, in place, so that a captured graph sees them."""
     for name, ffn in expert_ffns(model).items():
-        _, bias_E = ffn.selector.linear()
-        bias_E.data.copy_(biases[name])
+        linear: Any = ffn.selector.linear()
+        linear[1].data.copy_(biases[name])
 
 
 def sparse_twin(dense: PreTrainedModel, kind: str) -> PreTrainedModel:
