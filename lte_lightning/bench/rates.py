@@ -188,6 +188,7 @@ def plot_rates(axes: "Axes", rates: Sequence[Rate]) -> None:
     axes.set_xlabel("tokens per second")
     axes.set_ylabel(measured[0].metric)
     if measured[0].metric == "perplexity":
+        axes.set_yscale("log")
         axes.invert_yaxis()  # better is up
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}")

@@ -12,6 +12,7 @@ from lte_lightning.kernels.layout import ExpertWeights
 Bits = Literal[8, 4]
 LANES, GROUP = 16, 32  # outputs of a block; inputs of a block, whose rounded values share a scale
 ZERO = {8: 128, 4: 8}  # weights are stored unsigned
+AT_ONCE = 4096  # groups that are rounded at once, in the cache
 TRIES = 16  # scales that are tried for a group of 4 bits
 
 
@@ -136,34 +137,41 @@ def quantize_matrix(weight_RK: torch.Tensor, bits: Bits, shape: Shape) -> Quanti
     if not weight_RK.isfinite().all():
         raise ValueError("the weight holds NaN or infinite values")
     rounded = _round_to_8 if bits == 8 else _round_to_4
-    parts = [rounded(rows) for rows in _grouped(weight_RK, shape).split(256)]  # a few at a time, in the cache
-    q, scale_RPG = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-    return Quantized(_to_blocks(q, shape, bits), _lanes(scale_RPG.unsqueeze(-1), shape).squeeze(-1), shape)
+    groups = _grouped(weight_RK, shape)
+    parts = [rounded(w_NG) for w_NG in groups.flatten(0, 2).split(AT_ONCE)]
+    q, scale = (torch.cat(tensors).unflatten(0, groups.shape[:3]) for tensors in zip(*parts, strict=True))
+    return Quantized(_to_blocks(q, shape, bits), _lanes(scale.unsqueeze(-1), shape).squeeze(-1), shape)
 
 
 def _round_to_8(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns -127 .. 127 for groups [..., 32], and their scales."""
+    """Returns -127 .. 127 for groups [N, 32], and their scales [N]."""
     scale = (w.abs().amax(dim=-1, keepdim=True) / 127).bfloat16()
     q = (w / torch.where(scale == 0, 1.0, scale.float())).round().clamp(-127, 127)
     return q.to(torch.int8), scale.squeeze(-1)
 
 
-def _round_to_4(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns -8 .. 7 for groups [..., 32], and their scales."""
-    largest = w.gather(-1, w.abs().argmax(dim=-1, keepdim=True))
-    best_q, best_scale = torch.zeros_like(w), torch.zeros_like(largest)
-    least = torch.full_like(largest, torch.inf)
+def _round_to_4(w_NG: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns -8 .. 7 for groups [N, 32], and their scales [N]."""
+    largest = w_NG.gather(-1, w_NG.abs().argmax(dim=-1, keepdim=True)).T
+    w = w_NG.T.contiguous()  # [32, N]: torch adds rows faster than it sums short ones
+    best_scale, least = torch.zeros_like(largest), torch.full_like(largest, torch.inf)
+    q, product = torch.empty_like(w), torch.empty_like(w)
+
+    def round_by(scale: torch.Tensor) -> None:
+        torch.div(w, scale.masked_fill(scale == 0, 1.0), out=q).round_().clamp_(-8, 7)
+
     for i in range(TRIES):
-        scale = (largest / (-8.5 + 2.0 * i / (TRIES - 1))).bfloat16().float()  # its sign lets -8 be used
-        q = (w / torch.where(scale == 0, 1.0, scale)).round().clamp(-8, 7)
+        round_by((largest / (-8.5 + 2.0 * i / (TRIES - 1))).bfloat16().float())  # its sign lets -8 be used
         # the best scale for these integers, and the best integers for that
-        scale = ((w * q).sum(-1, keepdim=True) / (q * q).sum(-1, keepdim=True).clamp_min(1.0)).bfloat16().float()
-        q = (w / torch.where(scale == 0, 1.0, scale)).round().clamp(-8, 7)
-        error = (q * scale - w).square().sum(-1, keepdim=True)
-        better = error < least
-        best_q, best_scale = torch.where(better, q, best_q), torch.where(better, scale, best_scale)
-        least = torch.minimum(error, least)
-    return best_q.to(torch.int8), best_scale.squeeze(-1).bfloat16()
+        along = torch.mul(w, q, out=product).sum(0, keepdim=True)
+        square = torch.mul(q, q, out=product).sum(0, keepdim=True)
+        scale = (along / square.clamp_min_(1.0)).bfloat16().float()
+        round_by(scale)
+        error = torch.mul(q, scale, out=product).sub_(w).square_().sum(0, keepdim=True)
+        torch.where(error < least, scale, best_scale, out=best_scale)
+        torch.minimum(error, least, out=least)
+    round_by(best_scale)
+    return q.T.to(torch.int8), best_scale.squeeze(0).bfloat16()
 
 
 def _grouped(x_RK: torch.Tensor, shape: Shape) -> torch.Tensor:
