@@ -127,9 +127,12 @@ def test_straight_through_training_behind_a_config(parse, tiny):
     files = ("--config", CONF / "minilm-sst2.yaml", "--config", overlay, "--model.pretrained", tiny.model)
     cli = parse(*files, *target, "--trainer.accelerator", "cpu", "--trainer.precision", "32-true")
     wanted = yaml.safe_load(overlay.read_text())["model"]["init_args"]
+    assert wanted.pop("lte") == {"grouping": cli.model.lte.grouping}
     assert {key: cli.model.hparams[key] for key in wanted} == wanted
     assert cli.model.lte.target_sparsity == 0.8
-    assert next(c for c in cli.trainer.callbacks if isinstance(c, StageSchedule)).keep_optimizer
+    schedule = next(c for c in cli.trainer.callbacks if isinstance(c, StageSchedule))
+    assert schedule.keep_optimizer
+    assert schedule.plans["router"].router_learning_rate == 1e-4
 
 
 def test_the_beginning_of_an_option_is_not_the_option(tiny, lightning, tmp_path):
