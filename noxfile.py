@@ -21,9 +21,10 @@ SHARED = Path(os.environ.get("LTE_SHARED", ROOT.parent / "shared"))
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
 # Tiny models are slower on two threads, and on a busy machine small real ones too; sums come out alike everywhere.
 ONE_THREAD = OFFLINE | {"OMP_NUM_THREADS": "1"}
-# Files stay whole, so that fixtures of a module are made once and no two clusters of Ray run side by side. More than
-# four processes would want more memory than most machines have.
-ON_EVERY_CORE = ("-n", "logical", "--maxprocesses", "4", "--dist", "loadfile")
+# Files stay whole, so that fixtures of a module are made once and no two clusters of Ray run side by side. They keep
+# their order: by their number of tests those of tests/cli, which are few and long, would come last, one core idle.
+# More than four processes would want more memory than most machines have.
+ON_EVERY_CORE = ("-n", "logical", "--maxprocesses", "4", "--dist", "loadfile", "--no-loadscope-reorder")
 
 
 @nox.session(default=False)
@@ -34,7 +35,10 @@ def env(session: nox.Session) -> None:
     ).hexdigest()
     stamp = Path(session.virtualenv.location, "installed.sha256")
     if not stamp.exists() or stamp.read_text() != wanted:
-        session.install("-c", "constraints.txt", "-e", ".[quickstart,dev,sweep,peft,harness,bench,docs]")
+        # Python compiles what it imports; pip would compile all 26,000 files, which takes most of a minute.
+        session.install(
+            "--no-compile", "-c", "constraints.txt", "-e", ".[quickstart,dev,sweep,peft,harness,bench,docs]"
+        )
         stamp.write_text(wanted)
     # The sessions that require this one inherit the environment of this process.
     os.environ["PATH"] = os.pathsep.join([session.bin, os.environ["PATH"]])
