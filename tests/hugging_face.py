@@ -55,7 +55,9 @@ def converted(plain: Any) -> Any:
         def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
             source = pretrained_model_name_or_path
             if source is not None and (Path(str(source)) / "lte_config.json").exists():
-                return _all_on(lte_lightning.from_pretrained(source, plain, **kwargs))
+                found: Any = lte_lightning.from_pretrained(source, plain, **kwargs)
+                _all_on(found[0] if isinstance(found, tuple) else found)  # with output_loading_info
+                return found
             return plain.from_pretrained(source, *args, **kwargs)
 
     Converted.__name__, Converted.__qualname__, Converted.__module__ = plain.__name__, plain.__name__, plain.__module__

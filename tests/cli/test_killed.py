@@ -19,6 +19,8 @@ import pytest
 import torch
 import yaml
 
+from lte_lightning.callbacks.sharded_checkpoint import read_folder
+
 pytestmark = [pytest.mark.kill, pytest.mark.timeout(1800)]
 SECONDS = 600  # the longest that one command may take
 ETA = "model.efficiency_weight"
@@ -58,6 +60,9 @@ CASES = {
     "lora": Case("generator, LoRA", "tiny_lm", (2, 2, 2), {"model.init_args.lora": {"rank": 2}}),
     "two": Case(
         "classifier, two processes (DDP)", "tiny", (2, 2, 2), {"trainer.devices": 2, "trainer.strategy": "ddp"}
+    ),
+    "sharded": Case(
+        "classifier, two processes (FSDP2)", "tiny", (2, 2, 2), {"trainer.devices": 2, "trainer.strategy": "fsdp2"}
     ),
 }
 
@@ -102,6 +107,7 @@ MOMENTS = {
     "stream": [0.2, 0.45, 0.7, "second"],
     "lora": [0.25, 0.6, "switch", "second"],
     "two": [0.3, 0.7, "switch"],
+    "sharded": [0.3, 0.7, "switch"],
 }
 NAMED = {
     "first": ("the first checkpoint is written", lambda: written(LAST, 1)),
@@ -177,8 +183,13 @@ def the_run(cwd: Path) -> Path | None:
     return next((file.parent for file in cwd.glob("runs/*/*/run.json")), None)
 
 
+def checkpoint(path: Path) -> dict:
+    """A checkpoint whole, a file or a folder of several processes."""
+    return read_folder(path) if path.is_dir() else torch.load(path, weights_only=True)
+
+
 def weights(run: Path) -> dict[str, torch.Tensor]:
-    return torch.load(run / LAST, weights_only=True)["state_dict"]
+    return checkpoint(run / LAST)["state_dict"]
 
 
 def results(run: Path) -> dict:
@@ -227,7 +238,7 @@ def test_a_killed_fit_ends_as_an_undisturbed_one(case, moment, undisturbed, conf
     left += [path.name.rpartition("-")[0] + "-..." for path in run.glob(".model-*")]
     resumed, source = [], "the beginning"
     if last.exists():
-        content = torch.load(last, weights_only=True)  # whole, or this fails
+        content = checkpoint(last)  # whole, or this fails
         source = f"epoch {content['epoch'] + 1}, stage {content['lte']['stage']}"
         resumed = ["--ckpt_path", last]
     else:
