@@ -26,8 +26,9 @@ class StagePlan:
             default.
         learning_rate: Peak rate of the model's weights.
         weight_decay: Weight decay of the model's weights.
-        router_learning_rate: Peak rate of the routers, a group of their own, where they are trained. 0.01 suits routers
-            that start at random; those that start in closed form want 1e-4, or they lose their start.
+        router_learning_rate: Peak rate of the routers, a group of their own, where they are trained. None is 0.01, the
+            authors' rate for routers that start at random, and 1e-4 for those that start in closed form: at 0.01 they
+            would lose their start (docs/results.md).
         router_weight_decay: Weight decay of the routers.
         warmup: Share of the stage in which the rates rise linearly from 0.
         schedule: ``linear`` decay from the peak to ``final`` at the stage's end, or ``constant``.
@@ -40,7 +41,7 @@ class StagePlan:
     steps: int | None = None
     learning_rate: float = 5e-5
     weight_decay: float = 0.0
-    router_learning_rate: float = 0.01
+    router_learning_rate: float | None = None
     router_weight_decay: float = 0.1
     warmup: float = 0.06
     schedule: str = "linear"
@@ -51,8 +52,9 @@ class StagePlan:
         if self.epochs < 0 or (self.steps is not None and self.steps < 0):
             raise UserError(f"a stage cannot last epochs={self.epochs}, steps={self.steps}; use 0 to skip it")
         for name in ("learning_rate", "weight_decay", "router_learning_rate", "router_weight_decay"):
-            if not 0.0 <= getattr(self, name) < math.inf:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be 0 or more, and finite")
+            value = getattr(self, name)
+            if value is not None and not 0.0 <= value < math.inf:
+                raise UserError(f"{name} is {value}; it must be 0 or more, and finite")
         if self.schedule not in ("linear", "constant"):
             raise UserError(f"unknown schedule {self.schedule!r}; there are linear and constant")
         if not 0.0 <= self.warmup < 1.0:
@@ -64,6 +66,12 @@ class StagePlan:
     def skipped(self) -> bool:
         """Says whether the stage is left out."""
         return self.epochs == 0 or self.steps == 0
+
+    def router_rate(self, start: str) -> float:
+        """Returns the peak rate of routers that start ``random`` or in ``closed-form``."""
+        if self.router_learning_rate is not None:
+            return self.router_learning_rate
+        return 1e-4 if start == "closed-form" else 0.01
 
     def length(self, per_pass: int, accumulate: int) -> int:
         """Returns how many optimizer steps the stage has.

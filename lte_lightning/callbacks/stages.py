@@ -286,7 +286,7 @@ class StageSchedule(Callback):
         body = [p for p in module.net.parameters() if id(p) not in inside and p.requires_grad]
         groups = [{"params": body, "lr": plan.learning_rate, "weight_decay": plan.weight_decay, "name": "model"}]
         if module.routers_learn and routers:
-            rates = {"lr": plan.router_learning_rate, "weight_decay": plan.router_weight_decay}
+            rates = {"lr": plan.router_rate(module.hparams["router_start"]), "weight_decay": plan.router_weight_decay}
             groups.append({"params": routers, **rates, "name": "routers"})
         optimizer = plan.optimizer(groups)
         mixed = isinstance(module.trainer.precision_plugin, MixedPrecision)

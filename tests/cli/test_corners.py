@@ -130,9 +130,7 @@ def test_straight_through_training_behind_a_config(parse, tiny):
     assert wanted.pop("lte") == {"grouping": cli.model.lte.grouping}
     assert {key: cli.model.hparams[key] for key in wanted} == wanted
     assert cli.model.lte.target_sparsity == 0.8
-    schedule = next(c for c in cli.trainer.callbacks if isinstance(c, StageSchedule))
-    assert schedule.keep_optimizer
-    assert schedule.plans["router"].router_learning_rate == 1e-4
+    assert next(c for c in cli.trainer.callbacks if isinstance(c, StageSchedule)).keep_optimizer
 
 
 def test_the_beginning_of_an_option_is_not_the_option(tiny, lightning, tmp_path):

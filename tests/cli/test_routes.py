@@ -102,6 +102,22 @@ def test_a_closed_form_begins_at_the_target(tiny, lightning, tmp_path):
     assert results(outcome)["sparsity"] == pytest.approx(TARGET, abs=0.05)
 
 
+def test_routers_in_closed_form_keep_their_start_unless_told_otherwise(tiny, lightning, tmp_path):
+    def routers(name, **rate):
+        start = {"model.init_args.router_start": "closed-form", **rate}
+        folder = tmp_path / name
+        folder.mkdir()
+        outcome = lightning(folder, config_of(tiny, **start), "fit")
+        assert outcome.code == 0, outcome.err
+        weights = last(outcome)["state_dict"]
+        return torch.cat([weights[key].flatten() for key in sorted(weights) if key.endswith("selector.weight")])
+
+    rate = "stages.router.router_learning_rate"
+    start = routers("start", **{rate: 0.0})
+    assert 0.0 < (routers("default") - start).abs().max() < 0.005
+    assert (routers("as-at-random", **{rate: 0.01}) - start).abs().max() > 0.02
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
