@@ -157,36 +157,38 @@ _PAGE = """# Families
 
 <!-- Made by `python -m lte_lightning.core.model.families > docs/families.md` from `FAMILIES`. -->
 
-`convert` cuts the FFNs of these families into experts. `model_type` is what the model's `config.json` says; names are
-relative to a transformer layer.
+`convert` cuts the FFNs of these families into experts. `model_type` is an entry of the model's `config.json`. Names
+of projections are relative to a transformer layer.
 
 {table}
 
 A gated FFN is `down(activation(gate(x)) * up(x))`, a plain one `down(activation(up(x)))`. A fused projection holds gate
-and up. It is two projections while the model is converted, which share its memory; a saved folder has the original one.
+and up. In a converted model it is two projections, which share its memory. A saved folder has the original projection.
 
 ## What is tested
 
-Every family, on a tiny model built from its configuration (`tests/core`), not on the checkpoints above, which are
-examples:
+The tests build a tiny model of every family from its configuration (`tests/core`). They do not use the checkpoints
+above, which are examples. They check these properties:
 
-- converted, in mode `dense`, it computes what it did (bit for bit if neurons keep their order, but for fused
-  projections), in training too: the same dropout;
-- `restore` and a saved folder give the plain model back, under its own names, tied embeddings tied;
-- `soft` and `hard` compute equations 3 and 2 of the paper, in float32, bfloat16, float16 and under autocast;
-- padding changes no result, neither the encoder's nor the decoder's, and gradient checkpointing counts nothing twice
-  (transformers has none for `mpnet`);
-- decoders and encoder-decoders generate, with all experts on, the tokens of the original: greedily and with beams, with
+- A converted model in mode `dense` computes what the original did, in training too, with the same dropout. The results
+  are equal bit for bit if the neurons keep their order and the projections are not fused.
+- `restore` and a saved folder give the plain model back, under its own names and with its tied embeddings.
+- `soft` and `hard` compute equations 3 and 2 of the paper, in float32, bfloat16, float16 and under autocast.
+- Padding changes no result of an encoder or a decoder. Gradient checkpointing counts nothing twice (transformers has
+  none for `mpnet`).
+- Decoders and encoder-decoders with all experts on generate the tokens of the original: greedily and with beams, with
   and without a cache, batched and alone, padded or not.
 
 ## What is refused
 
-- Mixtures of experts (Mixtral, Qwen-MoE, OLMoE, DeepSeek, Switch, gpt-oss, ...): their FFNs are routed already.
-- Quantised models and models with adapters: convert first.
-- Multimodal models, `gemma3` for one: take the text model out, as below. (`Gemma3ForCausalLM.from_pretrained` on such a
-  folder does not: transformers 5.23 warns, and draws random weights.)
-- Every other family: describe its FFN in a row of `FAMILIES` (`lte_lightning/core/model/families.py`), and add its tiny
-  configuration to `tests/core/conftest.py`: that runs all of the above.
+- `convert` refuses mixtures of experts (Mixtral, Qwen-MoE, OLMoE, DeepSeek, Switch, gpt-oss, ...). Their FFNs have
+  routers already.
+- It refuses quantised models and models with adapters. Convert the model first, then quantise it or add adapters.
+- It refuses multimodal models such as `gemma3`. Take the text model out, as shown below.
+  (`Gemma3ForCausalLM.from_pretrained` does not do this: transformers 5.23 warns and draws random weights.)
+- It refuses every other family. To add one, describe its FFN in a row of `FAMILIES`
+  (`lte_lightning/core/model/families.py`), and add its tiny configuration to `tests/core/conftest.py`. The tests above
+  then run on it.
 
 ```python
 whole = Gemma3ForConditionalGeneration.from_pretrained("google/gemma-3-4b-pt")
