@@ -1,4 +1,4 @@
-"""Ways to run selected experts: tensors in, tensors out, torch only."""
+"""Kernels that run selected experts. They take and return tensors, and depend on torch alone."""
 
 from lte_lightning.kernels.dense_mask import scale_experts
 from lte_lightning.kernels.layout import hidden_activations

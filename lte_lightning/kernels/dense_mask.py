@@ -1,4 +1,4 @@
-"""The dense-mask backend: computes every expert and scales its output; differentiable."""
+"""The dense-mask backend. It computes every expert and scales its output, and is differentiable."""
 
 import torch
 from torch.nn import functional
@@ -12,11 +12,11 @@ def scale_experts(hidden_BTF: torch.Tensor, factor_BTE: torch.Tensor) -> torch.T
 
     Args:
         hidden_BTF: Activations whose neurons are ordered by expert, F = E * S.
-        factor_BTE: Scores that scale each expert (equation 3), or a boolean mask of the experts to keep (equation 2),
-            which also clears values that are not finite.
+        factor_BTE: Scores that scale each expert (equation 3), or a boolean mask of the experts to keep (equation 2).
+            A mask also clears nonfinite values.
 
     Returns:
-        The scaled activations, [B, T, F], in their own type.
+        The scaled activations, [B, T, F], in the type of ``hidden_BTF``.
     """
     hidden_BTES = hidden_BTF.unflatten(-1, (factor_BTE.shape[-1], -1))
     if factor_BTE.dtype == torch.bool:
@@ -34,8 +34,8 @@ def dense_hidden(x_ND: torch.Tensor, weights: ExpertWeights) -> torch.Tensor:
 def run_dense_mask(x_ND: torch.Tensor, mask_NE: torch.Tensor, weights: ExpertWeights) -> torch.Tensor:
     """Computes every expert in matrix products of the weights' own type, and clears the unselected ones.
 
-    A row of weights that is not finite would spoil all tokens through the product with a cleared activation. Such
-    weights are computed expert by expert, for the tokens that selected them (`run_views`).
+    A nonfinite row of the down projection would spoil all tokens, because a cleared activation times NaN is NaN. In
+    that case `run_views` computes each expert for only the tokens that selected it.
 
     Args:
         x_ND: Input of N tokens, of the weights' type.

@@ -1,4 +1,4 @@
-"""The choice of the backend that computes the selected experts."""
+"""Choose a backend for the selected experts, and run it."""
 
 import logging
 from dataclasses import dataclass
@@ -17,11 +17,11 @@ from lte_lightning.kernels.skipping import run_skipping
 
 Backend = Literal["auto", "dense-mask", "reference", "cpu", "triton"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
-# Tokens up to which float32 weights in place beat bfloat16 copies of them. Measured on a CPU, where it lies between 64
-# for RoBERTa-base and some 300 for LLaMA-2-7B, whose copies are fresh memory at each call.
+# Up to this many tokens, float32 weights in place are faster than bfloat16 copies of them. The limit that was measured
+# on a CPU is 64 for RoBERTa-base and about 300 for LLaMA-2-7B, whose copies need fresh memory at each call.
 MIXED_IN_PLACE = 128
 
-HAS_TRITON = find_spec("triton") is not None  # once: torch.compile does not trace the search
+HAS_TRITON = find_spec("triton") is not None  # once, because torch.compile does not trace find_spec
 
 logger = logging.getLogger("lte_lightning")
 _said: set[str] = set()
@@ -29,14 +29,14 @@ _said: set[str] = set()
 
 @dataclass(frozen=True)
 class Choice:
-    """The chosen backend, and why it is no faster one or not the requested one; "" without a reason."""
+    """The chosen backend. ``fallback`` says why it is not the requested or a faster backend; "" if it is."""
 
     backend: Backend
     fallback: str = ""
 
 
 def choose(backend: Backend, x: torch.Tensor, weight: torch.Tensor, gradient: bool = False) -> Choice:
-    """Chooses by device, type and gradient; each backend adapts to the number of tokens itself.
+    """Chooses a backend by device, type and gradient. Each backend adapts to the number of tokens itself.
 
     Args:
         backend: The requested backend.
@@ -45,7 +45,7 @@ def choose(backend: Backend, x: torch.Tensor, weight: torch.Tensor, gradient: bo
         gradient: Whether the result must be differentiable.
 
     Returns:
-        The choice. ``dense-mask`` replaces an unavailable backend; there is no error.
+        The choice. ``dense-mask`` replaces an unavailable backend, without an error.
     """
     if backend == "dense-mask":
         return Choice("dense-mask")
@@ -97,13 +97,13 @@ def is_interpreted() -> bool:
 def run_router(
     x_ND: torch.Tensor, weight_ED: torch.Tensor, bias_E: torch.Tensor | None, threshold: torch.Tensor
 ) -> torch.Tensor:
-    """Computes LTE's router and its threshold where the triton backend computes the experts.
+    """Computes the mask of LTE's router on the triton backend.
 
     Args:
-        x_ND: The FFN's input; under autocast of any type.
+        x_ND: The FFN's input, which may have any type under autocast.
         weight_ED: The router's weights.
-        bias_E: Its bias.
-        threshold: tau, one float32 number on the device.
+        bias_E: The router's bias.
+        threshold: tau, a single float32 number on the device.
 
     Returns:
         The mask [N, E]: True where the score exceeds the threshold.
@@ -119,19 +119,19 @@ def run_experts(
     mask_NE: torch.Tensor,
     weights: ExpertWeights | QuantizedExperts,
 ) -> torch.Tensor:
-    """Computes the selected experts' output by the backend that was chosen.
+    """Computes the selected experts' output on a chosen backend.
 
-    Under autocast the result has its type, as the dense FFN's has. Few tokens are computed in the weights' own type, in
-    place, which is faster than a conversion. For many tokens each call converts the weights, as autocast does.
+    Under autocast the result has autocast's type, like the dense FFN's. Few tokens use the weights in place, in their
+    own type, which is faster than a conversion. For many tokens each call converts the weights, as autocast does.
 
     Args:
-        backend: Any but ``auto``; ``skipping`` is differentiable.
-        x_ND: Input of N tokens, of the weights' type; under autocast of any.
+        backend: Any backend but ``auto``; ``skipping`` is differentiable.
+        x_ND: Input of N tokens, of the weights' type. Under autocast it may have any type.
         mask_NE: True where a token runs an expert.
         weights: The FFN.
 
     Returns:
-        The output [N, D] in the type of ``x_ND``, or in that of autocast.
+        The output [N, D] in the type of ``x_ND``, or in autocast's type.
 
     Raises:
         ValueError: If the mask or the input does not fit the weights.
@@ -150,7 +150,7 @@ def run_experts(
     E, _, D = weights.up_ESD.shape
     _check(x_ND, mask_NE, E, D)
     if backend == "triton":
-        from lte_lightning.kernels.triton.ffn import run_triton  # torch.compile traces this, and no import_module
+        from lte_lightning.kernels.triton.ffn import run_triton  # torch.compile traces this, but not import_module
 
         return run_triton(x_ND, mask_NE, weights)
     run = {"cpu": run_cpu, "reference": run_reference, "dense-mask": run_dense_mask, "skipping": run_skipping}[backend]

@@ -18,15 +18,15 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 def hidden_activations(
     activation: Callable[[torch.Tensor], torch.Tensor], up: torch.Tensor, gate: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the down projection's input and its activated half; the only place that computes gate times up.
+    """Returns the activated half and the down projection's input. Only this function computes gate times up.
 
     Args:
-        activation: The FFN's.
+        activation: The FFN's activation function.
         up: The up projection's output.
-        gate: The gate projection's output, of a gated FFN.
+        gate: The gate projection's output; None for a plain FFN.
 
     Returns:
-        ``activation(gate)`` and ``activation(gate) * up``; of a plain FFN ``activation(up)``, twice.
+        ``activation(gate)`` and ``activation(gate) * up``. For a plain FFN both are ``activation(up)``.
     """
     if gate is None:
         hidden = activation(up)
@@ -37,10 +37,10 @@ def hidden_activations(
 
 @dataclass(frozen=True)
 class ExpertWeights:
-    """The weights of one FFN by expert, views of the model's own parameters wherever these are stored like this.
+    """The weights of one FFN by expert. They are views of the model's parameters if those have this layout.
 
-    An expert's neurons are rows in every projection, the down projection's too (it is stored transposed), so that one
-    expert's weights are read in one piece, and those of an unselected expert not at all.
+    An expert's neurons are rows of every projection; for that, the down projection is stored transposed. So kernels
+    read one expert's weights in one piece, and skip those of an unselected expert.
 
     Args:
         up_ESD: Up projection.
@@ -79,7 +79,7 @@ class ExpertWeights:
                 raise ValueError(f"{name} is {tensor.dtype}, and up_ESD is {self.up_ESD.dtype}")
 
     def to(self, dtype: torch.dtype) -> "ExpertWeights":
-        """Returns a copy in another type; itself if it has that already."""
+        """Returns a copy in another type, or ``self`` if it has that type already."""
         if dtype == self.up_ESD.dtype:
             return self
         tensors: dict[str, Any] = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}

@@ -1,4 +1,4 @@
-"""Matrices of 8 or 4 bits in blocks, as the cpu kernels read them, and the weights of an FFN of such matrices."""
+"""Matrices of 8 or 4 bits in the blocks that the cpu kernels read, and FFN weights made of them."""
 
 import math
 from dataclasses import dataclass
@@ -10,15 +10,15 @@ from torch.nn import functional
 from lte_lightning.kernels.layout import ExpertWeights
 
 Bits = Literal[8, 4]
-LANES, GROUP = 16, 32  # outputs of a block; inputs of a block, whose rounded values share a scale
+LANES, GROUP = 16, 32  # outputs of a block; inputs of a block, which share a scale
 ZERO = {8: 128, 4: 8}  # weights are stored unsigned
-AT_ONCE = 4096  # groups that are rounded at once, in the cache
-TRIES = 16  # scales that are tried for a group of 4 bits
+AT_ONCE = 4096  # groups to round at a time, so that they stay in the cache
+TRIES = 16  # scales to try for a group of 4 bits
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A matrix in parts: of its outputs or of its inputs each expert has one. Every part is filled up to whole blocks.
+    """A matrix in parts: each expert has a part of its outputs or of its inputs. Padding fills parts to whole blocks.
 
     Args:
         row_parts: Parts of the outputs.
@@ -34,21 +34,21 @@ class Shape:
 
     @property
     def outputs(self) -> int:
-        """R."""
+        """The number of outputs, R."""
         return self.row_parts * self.rows
 
     @property
     def inputs(self) -> int:
-        """K."""
+        """The number of inputs, K."""
         return self.column_parts * self.columns
 
     @property
     def blocks(self) -> tuple[int, int, int]:
-        """Parts of the inputs, blocks of outputs, groups of a part of the inputs."""
+        """The numbers of input parts, of output blocks, and of groups in an input part."""
         return self.column_parts, self.row_parts * math.ceil(self.rows / LANES), math.ceil(self.columns / GROUP)
 
     def ints(self) -> list[int]:
-        """Returns all of it as a custom operator takes it."""
+        """Returns the fields as a list, which a custom operator can take."""
         return [self.row_parts, self.rows, self.column_parts, self.columns]
 
 
@@ -57,10 +57,10 @@ class Quantized:
     """A matrix [R, K] of 8 or 4 bits.
 
     Args:
-        blocks: uint8 [column parts, blocks of outputs, groups, steps, 16, 4]; a step is 4 inputs, with 4 bits 8: the
-            low halves of the bytes are the first four of them.
+        blocks: uint8 [column parts, blocks of outputs, groups, steps, 16, 4]. A step is 4 inputs at 8 bits, and 8
+            inputs at 4 bits, where the low halves of the bytes are the first four inputs.
         scale: bfloat16 [column parts, blocks of outputs, groups, 16].
-        shape: Of the matrix.
+        shape: The matrix's size and parts.
     """
 
     blocks: torch.Tensor
@@ -69,22 +69,22 @@ class Quantized:
 
     @property
     def bits(self) -> Bits:
-        """8 or 4."""
+        """Bits per weight, 8 or 4."""
         return 8 if self.blocks.shape[3] == 8 else 4
 
 
 @dataclass(frozen=True)
 class QuantizedExperts:
-    """The weights of one FFN whose matrices are quantised, by expert.
+    """The quantised weights of one FFN, by expert.
 
     Args:
-        up: Up projection [F, D], a part of its rows per expert.
-        down: Down projection [D, F], a part of its columns per expert.
+        up: Up projection [F, D], with one part of its rows per expert.
+        down: Down projection [D, F], with one part of its columns per expert.
         activation: A name in `layout.ACTIVATIONS`.
-        gate: Gate projection, of a gated FFN.
+        gate: Gate projection of a gated FFN.
         up_bias_F: Bias of the up projection.
         gate_bias_F: Bias of the gate projection.
-        down_bias_D: Bias of the output, added whatever runs.
+        down_bias_D: Bias of the output, always added.
     """
 
     up: Quantized
@@ -121,12 +121,12 @@ class QuantizedExperts:
 def quantize_matrix(weight_RK: torch.Tensor, bits: Bits, shape: Shape) -> Quantized:
     """Rounds a matrix to 8 or 4 bits; 32 neighbouring inputs of an output share a scale.
 
-    Of 4 bits several scales are tried, and that with the least squared error is taken.
+    At 4 bits it tries several scales and keeps the scale with the least squared error.
 
     Args:
         weight_RK: Finite values, of any floating-point type.
         bits: 8 or 4.
-        shape: How it is cut.
+        shape: The matrix's size and parts.
 
     Raises:
         ValueError: If the weight has another shape, or is not finite.
@@ -153,7 +153,7 @@ def _round_to_8(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def _round_to_4(w_NG: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns -8 .. 7 for groups [N, 32], and their scales [N]."""
     largest = w_NG.gather(-1, w_NG.abs().argmax(dim=-1, keepdim=True)).T
-    w = w_NG.T.contiguous()  # [32, N]: torch adds rows faster than it sums short ones
+    w = w_NG.T.contiguous()  # [32, N]: torch adds long rows faster than it sums short rows
     best_scale, least = torch.zeros_like(largest), torch.full_like(largest, torch.inf)
     q, product = torch.empty_like(w), torch.empty_like(w)
 
@@ -161,8 +161,8 @@ def _round_to_4(w_NG: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         torch.div(w, scale.masked_fill(scale == 0, 1.0), out=q).round_().clamp_(-8, 7)
 
     for i in range(TRIES):
-        round_by((largest / (-8.5 + 2.0 * i / (TRIES - 1))).bfloat16().float())  # its sign lets -8 be used
-        # the best scale for these integers, and the best integers for that
+        round_by((largest / (-8.5 + 2.0 * i / (TRIES - 1))).bfloat16().float())  # the sign lets the largest become -8
+        # Find the best scale for these integers, then the best integers for that scale.
         along = torch.mul(w, q, out=product).sum(0, keepdim=True)
         square = torch.mul(q, q, out=product).sum(0, keepdim=True)
         scale = (along / square.clamp_min_(1.0)).bfloat16().float()
@@ -175,13 +175,13 @@ def _round_to_4(w_NG: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _grouped(x_RK: torch.Tensor, shape: Shape) -> torch.Tensor:
-    """Returns [R, column parts, groups, 32], filled up with zeros."""
+    """Returns the matrix as [R, column parts, groups, 32], padded with zeros."""
     x = x_RK.unflatten(1, (shape.column_parts, shape.columns))
     return functional.pad(x, (0, -shape.columns % GROUP)).unflatten(-1, (-1, GROUP))
 
 
 def _lanes(x: torch.Tensor, shape: Shape) -> torch.Tensor:
-    """Returns [column parts, blocks of outputs, groups, 16, ...] of [R, column parts, groups, ...]."""
+    """Turns [R, column parts, groups, ...] into [column parts, blocks of outputs, groups, 16, ...]."""
     x = x.unflatten(0, (shape.row_parts, shape.rows))
     x = functional.pad(x, (0, 0) * (x.ndim - 2) + (0, -shape.rows % LANES))
     x = x.unflatten(1, (-1, LANES)).flatten(0, 1)  # [blocks of outputs, 16, column parts, groups, ...]
@@ -198,11 +198,11 @@ def _to_blocks(q: torch.Tensor, shape: Shape, bits: Bits) -> torch.Tensor:
 
 @torch.no_grad()
 def dequantize(matrix: Quantized, rows: torch.Tensor | None = None) -> torch.Tensor:
-    """Returns the float32 matrix [R, K] that a quantised one stands for.
+    """Returns a quantised matrix as float32 [R, K].
 
     Args:
-        matrix: The quantised one.
-        rows: Which outputs alone, of a matrix without parts.
+        matrix: The quantised matrix.
+        rows: Outputs to return instead of all, for a matrix without parts.
     """
     shape, blocks, scale = matrix.shape, matrix.blocks, matrix.scale
     if rows is not None:

@@ -7,7 +7,7 @@ from lte_lightning.kernels.layout import ACTIVATIONS, ExpertWeights, hidden_acti
 
 
 def run_reference(x_ND: torch.Tensor, mask_NE: torch.Tensor, weights: ExpertWeights) -> torch.Tensor:
-    """Computes the selected experts' output, slowly and plainly; every backend must agree with it.
+    """Computes the selected experts' output, slowly and plainly. Every backend must agree with it.
 
     Args:
         x_ND: Input of N tokens.

@@ -1,7 +1,7 @@
-"""Predicted times of an FFN on a GPU, from its bytes and products alone, to compare measured times with.
+"""Predict an FFN's time on a GPU from its bytes and products, for comparison with measured times.
 
-A prediction is a floor: it knows neither launches (the triton backend makes five for a decoded token, router included)
-nor the share of the bandwidth that a kernel reaches. Never report one without the word "predicted".
+A prediction is a lower bound. It ignores launches (the triton backend makes three for a decoded token, router included)
+and assumes that a kernel reaches the full bandwidth. Always report a predicted time with the word "predicted".
 """
 
 from dataclasses import dataclass
@@ -12,8 +12,8 @@ class Gpu:
     """Peaks of a GPU as its vendor documents them, without structured weight sparsity.
 
     Args:
-        bandwidth: Of the memory, bytes per second.
-        flops_16: Matrix products in bfloat16 or float16, multiply-adds times two per second.
+        bandwidth: Bytes per second of the memory.
+        flops_16: FLOPs per second of matrix products in bfloat16 or float16, two per multiply-add.
         flops_32: The same in float32, not TF32.
     """
 
@@ -34,11 +34,11 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Prediction:
-    """Predicted milliseconds of one FFN; each is the longer of its bytes at full bandwidth and its products at peak.
+    """Predicted milliseconds of one FFN. Each is the longer of its bytes at full bandwidth and its products at peak.
 
     Args:
         dense_ms: The dense FFN.
-        ffn_ms: The experts of the union.
+        ffn_ms: The experts that at least one token runs.
         router_ms: The router.
     """
 
@@ -48,7 +48,7 @@ class Prediction:
 
     @property
     def ratio(self) -> float:
-        """Dense time over ours, router included."""
+        """Time of the dense FFN divided by that of the experts and the router."""
         return self.dense_ms / (self.ffn_ms + self.router_ms)
 
     def __str__(self) -> str:
@@ -71,8 +71,8 @@ def predict(
 ) -> Prediction:
     """Predicts the time of one FFN from bytes and products.
 
-    Weights are read once, inputs and outputs once; data that kernels pass to each other are assumed to stay in the
-    cache.
+    The prediction counts weights, inputs and outputs once. It assumes that data which kernels pass to each other stay
+    in the cache.
 
     Args:
         gpu: A row of `GPUS`, or your own values.
@@ -83,7 +83,7 @@ def predict(
         bytes_per_weight: 2 or 4.
         tokens: N.
         sparsity: Share of neurons that a token does not run, 0 to 1.
-        union_sparsity: Share that no token runs; as for independent masks where it is not given.
+        union_sparsity: Share of neurons that no token runs. The default is the share for independent masks.
 
     Raises:
         ValueError: For a share outside 0 to 1 or an unknown size of weights.

@@ -1,4 +1,4 @@
-"""Batches whose rows have the same bits as alone, for users who need equal bits more than speed."""
+"""Make each row of a batch bitwise equal to the same row alone, for users who need equal bits more than speed."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,9 +14,9 @@ aten, ours = torch.ops.aten, torch.ops.lte_lightning
 class equal_rows(TorchDispatchMode):
     """Keeps a sequence's bits independent of the others in its batch: ``with equal_rows(): model(**batch)``.
 
-    torch and the kernels of this package choose a way to multiply by the number of tokens, and with it the order of a
-    sum. In this context, matrix products and expert FFNs run one token at a time, attention one sequence at a time, at
-    the cost of a call for each. It holds on a CPU, for sequences that are padded to the same length, and for the
+    torch and this package's kernels choose an algorithm by the number of tokens, and the algorithm sets the order of a
+    sum. In this context, matrix products and expert FFNs run one token at a time, and attention one sequence at a time.
+    Each costs a call. The bits are equal on a CPU, for sequences that are padded to the same length, and for the
     backends ``cpu`` and ``dense-mask``.
     """
 
@@ -37,7 +37,7 @@ def _addmm(func: Any, bias: torch.Tensor, a_NK: torch.Tensor, b_KM: torch.Tensor
 
 
 def _bmm(func: Any, a_BNK: torch.Tensor, b_BKM: torch.Tensor) -> torch.Tensor:
-    # a lone sequence may be a view with other strides, which torch multiplies in another way
+    # A sequence alone may be a view with other strides, and torch multiplies such a view in another way.
     pairs = zip(a_BNK.contiguous(), b_BKM.contiguous(), strict=True)
     return torch.stack([_mm(aten.mm.default, a_NK, b_KM) for a_NK, b_KM in pairs])
 

@@ -1,8 +1,8 @@
-"""Training without the experts that no token selected: forward and backward in plain torch, expert by expert.
+"""Train without the experts that no token selected: forward and backward in plain torch, expert by expert.
 
-With frozen routers a batch's selection is fixed before its forward pass, and the gradients of equation 2 of the paper
-need no expert that a token did not run. An expert gathers its tokens and adds its output to theirs. Shapes: N
-tokens, P pairs of a token and an expert that it runs, E experts of S neurons, D width.
+Frozen routers fix a batch's selection before its forward pass. The gradients of equation 2 of the paper need only the
+experts that a token ran. Each expert gathers its tokens and adds its output to theirs. Shapes: N tokens, P pairs of a
+token and an expert that it runs, E experts of S neurons, D width.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,10 +14,10 @@ import torch
 from lte_lightning.errors import UserError
 from lte_lightning.kernels.layout import ACTIVATIONS, ExpertWeights, hidden_activations
 
-# Tokens at a time, at the most: what their experts gather stays in the cache.
+# The most tokens at a time, so that the rows which their experts gather stay in the cache.
 _CHUNK = 1024
-# By type: what a pair costs beside one of a dense product; and what an expert costs whatever it runs, in tokens and for
-# each thread. Measured by benchmarks/training.py on two cores of Zen 4, with something to spare.
+# By type: the cost of a pair relative to a pair of a dense product, and the fixed cost of an expert, in tokens and for
+# each thread. benchmarks/training.py measured them on two cores of Zen 4; a margin is included.
 _COSTS = {torch.float32: (1.9, 150), torch.bfloat16: (2.0, 900)}
 
 T = TypeVar("T")
@@ -26,7 +26,8 @@ T = TypeVar("T")
 def skips(mask_NE: torch.Tensor, dtype: torch.dtype) -> bool:
     """Says whether skipping is expected to be faster than computing every expert.
 
-    It follows from the mask and the number of threads, and from no clock: a resumed fit repeats an uninterrupted one.
+    The answer depends on the mask and the number of threads alone. A clock has no part in it, so that a resumed fit
+    repeats an uninterrupted fit.
     """
     if dtype not in _COSTS:
         return False
@@ -36,9 +37,9 @@ def skips(mask_NE: torch.Tensor, dtype: torch.dtype) -> bool:
 
 
 def run_skipping(x_ND: torch.Tensor, mask_NE: torch.Tensor, weights: ExpertWeights) -> torch.Tensor:
-    """Computes the selected experts' output, differentiable once for the input, weights and biases.
+    """Computes the selected experts' output, which is differentiable once for the input, weights and biases.
 
-    Sums over experts are float32. The backward pass keeps the activations of the pairs alone.
+    Sums over experts are float32. The backward pass keeps only the activations of the pairs.
 
     Args:
         x_ND: Input of N tokens, of the weights' type.
@@ -58,13 +59,13 @@ def run_skipping(x_ND: torch.Tensor, mask_NE: torch.Tensor, weights: ExpertWeigh
 
 
 class _Chunk:
-    """The pairs of some neighbouring tokens and the experts that they run, and the activations of each pair."""
+    """Some neighbouring tokens: their pairs with the experts that they run, and the activations of each pair."""
 
     def __init__(self, mask_NE: torch.Tensor, tokens: slice) -> None:
         self.tokens = tokens
         self.counts = mask_NE[tokens].sum(dim=0).tolist()
-        self.rows_P = mask_NE[tokens].T.nonzero()[:, 1]  # of the chunk, expert by expert
-        self.projected_PS: list[torch.Tensor] = []  # of the up projection, and of the gate
+        self.rows_P = mask_NE[tokens].T.nonzero()[:, 1]  # rows of the chunk, expert by expert
+        self.projected_PS: list[torch.Tensor] = []  # outputs of the up projection, then of the gate
 
     def experts(self) -> Iterator[tuple[int, slice, torch.Tensor]]:
         """Yields each expert that runs, its pairs, and their rows."""
@@ -134,7 +135,7 @@ class _Selected(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_ND: torch.Tensor) -> Any:
-        if torch.is_grad_enabled():  # a part of the second derivative would be missing in silence
+        if torch.is_grad_enabled():  # the second derivative would silently lack a part
             raise UserError(
                 "skipped experts have no second derivative (create_graph=True); set model.skip_experts false"
             )
@@ -144,7 +145,7 @@ class _Selected(torch.autograd.Function):
         in_ND = x_ND.new_zeros(x_ND.shape, dtype=_sums(x_ND.dtype)) if wants_x else None
         shapes = [up_ESD.shape, up_ESD.shape[:2], up_ESD.shape, up_ESD.shape[:2], down_ESD.shape]
         down_ESD = down_ESD.contiguous()
-        # A thread's chunks add to gradients of its own
+        # Each thread has its own gradients, to which its chunks add.
         threads = min(torch.get_num_threads(), len(ctx.chunks))
         wanted = [shape if wants_it else None for shape, wants_it in zip(shapes, wants, strict=True)]
         totals = [
@@ -184,8 +185,8 @@ class _Selected(torch.autograd.Function):
             for total, other in zip(totals[0], others, strict=True):
                 if total is not None:
                     total += other
-        found = [None if tensor is None else tensor.to(x_ND.dtype) for tensor in (in_ND, *totals[0])]
-        return (found[0], None, None, *found[1:])
+        grads = [None if tensor is None else tensor.to(x_ND.dtype) for tensor in (in_ND, *totals[0])]
+        return (grads[0], None, None, *grads[1:])
 
 
 def _sums(dtype: torch.dtype) -> torch.dtype:
@@ -200,7 +201,7 @@ def _add_product(sums: torch.Tensor, left: torch.Tensor, right: torch.Tensor) ->
 
 
 def _on_all_threads(compute: Callable[[T], None], parts: Sequence[T]) -> None:
-    """Computes each part on one thread, as many at a time as torch has: a part's products are too small to share."""
+    """Computes each part on one thread, on all of torch's threads. A part's products are too small to share."""
     threads = torch.get_num_threads()
     if threads == 1 or len(parts) < 2:
         for part in parts:
@@ -208,10 +209,10 @@ def _on_all_threads(compute: Callable[[T], None], parts: Sequence[T]) -> None:
         return
 
     def alone(part: T) -> None:
-        with torch.no_grad():  # a thread has a mode of its own
+        with torch.no_grad():  # each thread has its own mode
             compute(part)
 
-    # The number is each thread's own, but what MKL has is everybody's
+    # torch keeps this number per thread, but MKL has one number for the process, which is restored at the end.
     with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         try:
             for _ in pool.map(alone, parts):

@@ -1,4 +1,4 @@
-"""Selected experts in plain torch over views of their weights: nothing is copied, any device and type."""
+"""Run selected experts in plain torch over views of their weights: without copies, on any device, in any type."""
 
 from itertools import pairwise
 
@@ -11,7 +11,7 @@ from lte_lightning.kernels.layout import ACTIVATIONS, ExpertWeights, hidden_acti
 def run_views(x_ND: torch.Tensor, mask_NE: torch.Tensor, weights: ExpertWeights) -> torch.Tensor:
     """Computes the selected experts' output, in matrix products of the weights' own type.
 
-    Neighbouring experts that the same tokens selected are one product. Products are added in float32.
+    One product serves neighbouring experts that the same tokens selected. Products are added in float32.
 
     Args:
         x_ND: Input of N tokens, of the weights' type.
@@ -44,7 +44,7 @@ def run_views(x_ND: torch.Tensor, mask_NE: torch.Tensor, weights: ExpertWeights)
 
 
 def _runs(mask_NE: torch.Tensor) -> list[tuple[int, int]]:
-    """Returns the ranges of neighbouring experts that the same tokens run; those that none runs are left out."""
+    """Returns the ranges of neighbouring experts that the same tokens run, without experts that no token runs."""
     columns_EN = mask_NE.T.contiguous()
     changes = (columns_EN[1:] != columns_EN[:-1]).any(dim=1).nonzero().flatten() + 1
     bounds = [0, *changes.tolist(), len(columns_EN)]

@@ -1,1 +1,1 @@
-"""The CPU backend: C++ source, how it is built and found, its operator."""
+"""The CPU backend: C++ sources, the code that builds and finds their library, and its operators."""

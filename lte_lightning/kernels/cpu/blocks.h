@@ -1,11 +1,11 @@
-// Matrices of 8 or 4 bits in blocks of 16 outputs by 32 inputs; the 32 weights of an output share a scale, as do 32
+// Matrices of 8 or 4 bits in blocks of 16 outputs by 32 inputs. The 32 weights of an output share a scale, and so do 32
 // inputs.
 //
-// A block is read from front to back: [8][16 outputs][4 inputs] bytes, or with 4 bits [4][16][4], whose low halves are
-// the first four inputs of eight and the high halves the others. Weights are unsigned, their zero is 128 or 8: that is
-// what the machine multiplies by signed inputs, 64 products an instruction, exactly. Each input group is rounded to 8
-// bits, so a sum over a group is exact, too; groups are added in float32, always in the same order: an output depends
-// neither on the threads nor on the other tokens.
+// A block is read from front to back. At 8 bits it is [8][16 outputs][4 inputs] bytes. At 4 bits it is [4][16][4]
+// bytes, where the low halves are the first four inputs of eight. Weights are unsigned and their zero is 128 or 8,
+// because the machine multiplies unsigned by signed bytes: exactly, 64 products an instruction. Each input group is
+// rounded to 8 bits, so a sum over a group is exact, too. Groups are added in float32, always in the same order. So an
+// output depends neither on the threads nor on other tokens.
 #pragma once
 #include "pairs.h"
 
@@ -20,9 +20,9 @@ struct Group {
     float scale;
 };
 
-// The kept matrix: outputs in parts of rows each, inputs in parts of columns each, every part filled up with zeros to
-// whole blocks: [column parts][blocks of all outputs][groups of a column part] blocks. An expert FFN's gate and up have
-// a part of outputs per expert, its down a part of inputs: what an expert needs lies in one piece.
+// The stored matrix: [column parts][blocks of all outputs][groups of a column part] blocks. A part has `rows` outputs
+// or `columns` inputs, and zeros fill it to whole blocks. Gate and up of an expert FFN have a part of outputs per
+// expert, and down has a part of inputs, so an expert's weights lie in one piece.
 struct Matrix {
     int64_t row_parts, rows, column_parts, columns;
     const uint8_t* blocks;
@@ -34,7 +34,7 @@ struct Matrix {
 };
 template <int BITS> constexpr int64_t BLOCK_BYTES = LANES * GROUP * BITS / 8;
 
-// Rounds up to 32 inputs to 8 bits. A group with NaN or infinity has the scale NaN, and gives NaN.
+// Rounds up to 32 inputs to 8 bits. A group with NaN or infinity gets the scale NaN, so its products are NaN.
 inline void round_group(const float* x, int64_t count, int32_t zero, Group& g) {
     alignas(64) float v[GROUP] = {};
     std::copy_n(x, count, v);
@@ -84,8 +84,8 @@ inline ivec multiply_add_bytes(ivec sum, ivec w, int32_t x) {
 #endif
 }
 
-// acc[t] += groups blocks of weights by as many groups of each token's input, while those 4 KB ahead, or at next, are on
-// their way into the cache.
+// acc[t] += `groups` blocks of weights times as many groups of each token's input. Prefetches the blocks 4 KB ahead, or
+// at next.
 template <int BITS, int TN>
 void add_blocks(const uint8_t* w, const bf16* scale, int64_t groups, const uint8_t* next, const Group* const* x,
                 vec (*acc)[PARTS]) {

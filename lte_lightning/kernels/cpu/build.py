@@ -1,8 +1,8 @@
-"""The compiled kernels of the CPU backend: where a library is found, how it is built, and what is done without one.
+"""Find, build and load the compiled kernels of the CPU backend.
 
-A library's name says what it is: ``cpu_ffn-<instruction set>-<sources>-<compiler>-<content>.so``, the last three as
-digests. A file whose content is not what its name says was cut or overwritten, and loading it could end the process: it
-is never loaded. The compiler is known by what ``CXX`` says, so that a library outlives the compiler that made it.
+A library is named ``cpu_ffn-<instruction set>-<sources>-<compiler>-<content>.so``, where the last three are digests. If
+the content does not match the name, the file was cut or overwritten. Loading it could end the process, so it is never
+loaded. The compiler's digest is that of ``CXX``, so that a library outlives the compiler that made it.
 """
 
 import ctypes
@@ -30,13 +30,13 @@ from lte_lightning.files import hold_folder, whole_file
 from lte_lightning.kernels.cpu.processor import cpu_flags
 
 SOURCES = Path(__file__).parent
-PLACE = "LTE_KERNELS"  # names a folder of libraries that were built ahead of time
-SHIPPED = SOURCES / "built"  # the same within a wheel
+PLACE = "LTE_KERNELS"  # the variable that names a folder of libraries which were built ahead of time
+SHIPPED = SOURCES / "built"  # such a folder within a wheel
 FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fPIC", "-shared")
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
 VNNI = (*AVX512, "-mavx512vnni")
-# Each runs where a later one does
+# A machine that runs a set also runs every earlier set.
 INSTRUCTION_SETS = {
     "portable": (),
     "avx2": AVX2,
@@ -44,8 +44,8 @@ INSTRUCTION_SETS = {
     "avx512_vnni": VNNI,
     "avx512_bf16": (*VNNI, "-mavx512bf16"),
 }
-COMPILER_SECONDS = 300  # the longest that a compiler may take; about 10 on an idle core
-KEPT = 8  # libraries in the user's cache: of several instruction sets, and of other versions of this package
+COMPILER_SECONDS = 300  # time limit of the compiler, which takes about 10 on an idle core
+KEPT = 8  # libraries to keep in the user's cache: several instruction sets and versions of this package
 
 logger = logging.getLogger("lte_lightning")
 
@@ -56,11 +56,11 @@ class BuildError(UserError):
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """Returns the compiled kernels for this machine, after compiling them if none are found; None if that fails.
+    """Returns the compiled kernels for this machine, and compiles them if there are none; None if that fails.
 
-    They are looked for in the folder that ``LTE_KERNELS`` names, in the package, and in the user's cache
-    (``$XDG_CACHE_HOME/lte-lightning``, by default in ``~/.cache``), where they are kept. If they are nowhere and cannot
-    be compiled, those of a lesser instruction set are taken.
+    The search covers the folder that ``LTE_KERNELS`` names, the package, and the user's cache
+    (``$XDG_CACHE_HOME/lte-lightning``, by default in ``~/.cache``). The cache keeps what is compiled. If the search and
+    the compiler both fail, existing kernels of a lesser instruction set are loaded.
     """
     wanted = instruction_set()
     try:
@@ -68,9 +68,9 @@ def library() -> ctypes.CDLL | None:
     except BuildError as error:
         lesser = list(INSTRUCTION_SETS)[: list(INSTRUCTION_SETS).index(wanted)]
         for instructions in reversed(lesser):
-            if (found := find(instructions)) is not None:
+            if (loaded := find(instructions)) is not None:
                 logger.warning(f"the cpu backend runs kernels for {instructions}, not for {wanted}: {error}")
-                return found
+                return loaded
         warnings.warn(
             f"the cpu backend runs without its compiled kernels ({error}), as torch operations over views of the "
             "experts: a small part of the speed-up remains, and none for many tokens. Install a C++ compiler (g++ or "
@@ -81,15 +81,16 @@ def library() -> ctypes.CDLL | None:
 
 
 def build(instructions: str) -> ctypes.CDLL:
-    """Loads the kernels for one of `INSTRUCTION_SETS`, after compiling them if none are found.
+    """Loads the kernels for one of `INSTRUCTION_SETS`, and compiles them if there are none.
 
-    Of processes that come at the same time one compiles, and the others wait. What cannot be kept is for this process.
+    If several processes come at the same time, one compiles and the others wait. A library that cannot be kept serves
+    this process alone.
 
     Raises:
-        BuildError: If they must be compiled, and cannot be.
+        BuildError: If there are no kernels, and they cannot be compiled.
     """
-    if (found := find(instructions, by=_compiler_digest())) is not None:
-        return found
+    if (loaded := find(instructions, by=_compiler_digest())) is not None:
+        return loaded
     logger.warning(
         f"the CPU kernels for {instructions} are compiled now, which takes about ten seconds and is done once (`lte "
         "build-kernels` does it beforehand)"
@@ -99,19 +100,19 @@ def build(instructions: str) -> ctypes.CDLL:
         if folder is None:
             return _compile_and_load(instructions, None)
         with hold_folder(folder, seconds=2 * COMPILER_SECONDS):
-            if (found := find(instructions, by=_compiler_digest())) is not None:  # another process was faster
-                return found
-            found = _compile_and_load(instructions, folder)
+            if (loaded := find(instructions, by=_compiler_digest())) is not None:  # another process was faster
+                return loaded
+            loaded = _compile_and_load(instructions, folder)
             _prune(folder)
-            return found
+            return loaded
     except BuildError:
-        if (found := find(instructions)) is not None:  # by a compiler that CXX named then
-            return found
+        if (loaded := find(instructions)) is not None:  # built while CXX named another compiler
+            return loaded
         raise
 
 
 def build_into(folder: Path, instructions: str) -> Path:
-    """Compiles the kernels for one of `INSTRUCTION_SETS`, and returns the library, which is whole or not there.
+    """Compiles the kernels for one of `INSTRUCTION_SETS` into a folder, whole or not at all; returns the library.
 
     Raises:
         BuildError: If there is no compiler, it fails, or it takes more than five minutes.
@@ -122,18 +123,18 @@ def build_into(folder: Path, instructions: str) -> Path:
 
 
 def _compile_and_load(instructions: str, folder: Path | None) -> ctypes.CDLL:
-    """Compiles the kernels, keeps them in a folder if they can be kept there, and loads them."""
-    with _scratch() as scratch:  # what is loaded needs its name no more
+    """Compiles the kernels, keeps them in the folder if possible, and loads them."""
+    with _scratch() as scratch:  # a loaded library no longer needs its file
         path = _compile(instructions, scratch)
         if folder is not None:
             try:
                 path = _keep(path, folder)
             except UserError as error:
                 logger.warning(f"the CPU kernels are compiled for this process alone: {error}")
-        found = _load(path)
-    if found is None:
+        loaded = _load(path)
+    if loaded is None:
         raise BuildError(f"the library that was compiled for {instructions} cannot be loaded from {path.parent}")
-    return found
+    return loaded
 
 
 def _keep(path: Path, folder: Path) -> Path:
@@ -153,16 +154,16 @@ def _scratch() -> Iterator[Path]:
 
 
 def find(instructions: str, by: str = "*") -> ctypes.CDLL | None:
-    """Returns a library that was built before for one of `INSTRUCTION_SETS`, loaded; None if there is none.
+    """Loads an existing library for one of `INSTRUCTION_SETS`; returns None if there is none.
 
     Args:
-        instructions: Its instruction set.
-        by: Digest of the compiler that those of the user's cache must be built by. Those that were built ahead of time
-            may be built by any.
+        instructions: The instruction set.
+        by: Digest of the compiler that must have built a library of the user's cache. Any compiler may have built a
+            library ahead of time.
     """
     for path in _candidates(instructions, by):
-        if (found := _load(path)) is not None:
-            return found
+        if (loaded := _load(path)) is not None:
+            return loaded
     return None
 
 
@@ -170,28 +171,28 @@ def _candidates(instructions: str, by: str) -> Iterator[Path]:
     named, kept = os.environ.get(PLACE), cache_place()
     for folder, compiler in ((named and Path(named), "*"), (SHIPPED, "*"), (kept, by)):
         if folder:
-            with suppress(OSError):  # a folder that may not be read
+            with suppress(OSError):  # the folder may be unreadable
                 yield from sorted(folder.absolute().glob(f"{_stem(instructions)}-{compiler}-*.so"))
 
 
 def _load(path: Path) -> ctypes.CDLL | None:
-    """Loads a library, if its content is what its name says and it runs with this system's C library."""
+    """Loads a library if its content matches its name and it runs with this system's C library; else returns None."""
     try:
         if path.stem.rpartition("-")[2] != _digest(path.read_bytes()):
             logger.warning(f"{path} is damaged and not loaded")
             if path.parent == cache_place():
                 path.unlink()
             return None
-        found = ctypes.CDLL(str(path))
+        loaded = ctypes.CDLL(str(path))
     except OSError:
         return None
-    with suppress(OSError):  # when it was last used, for `_prune`
+    with suppress(OSError):  # `_prune` reads when it was last used
         os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
-    return found
+    return loaded
 
 
 def _prune(folder: Path) -> None:
-    """Removes all but the libraries used last, and what killed compilations left; the folder is held."""
+    """Removes all but the last used libraries, and leftovers of killed compilations. The caller holds the folder."""
     built = sorted(folder.glob("cpu_ffn-*.so"), key=lambda path: path.stat().st_atime_ns, reverse=True)
     for path in (*built[KEPT:], *folder.glob("cpu_ffn-*.so.tmp")):
         with suppress(OSError):
@@ -205,18 +206,18 @@ def _compile(instructions: str, scratch: Path) -> Path:
 
 
 def compile_library(instructions: str, sources: Sequence[str], out: Path, options: Sequence[str] = ()) -> bytes:
-    """Compiles sources into a library, and returns its content; raises `BuildError` if that fails."""
+    """Compiles sources into a library and returns its content. Raises `BuildError` if that fails."""
     compiler = _find_compiler()
-    # -ldl behind the sources: older C libraries keep dlsym there
-    said = _run([*compiler, *_flags(instructions), *sources, *options, "-o", str(out), "-pthread", "-ldl"])
+    # -ldl comes after the sources, because older C libraries keep dlsym there.
+    output = _run([*compiler, *_flags(instructions), *sources, *options, "-o", str(out), "-pthread", "-ldl"])
     try:
         return out.read_bytes()
     except OSError as error:
-        raise BuildError(f"{shlex.join(compiler)} made no library{said and f': {said}'}") from error
+        raise BuildError(f"{shlex.join(compiler)} made no library{output and f': {output}'}") from error
 
 
 def _run(command: list[str]) -> str:
-    """Runs a compiler, which is ended with all that it started if it takes too long; returns what it said."""
+    """Runs a compiler and returns its output. Kills it with all that it started if it takes too long."""
     try:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
@@ -225,30 +226,30 @@ def _run(command: list[str]) -> str:
         raise BuildError(f"{command[0]} cannot be run: {error.strerror or error}") from error
     with process:
         try:
-            said = process.communicate(timeout=COMPILER_SECONDS)[0].decode(errors="replace").strip()
+            output = process.communicate(timeout=COMPILER_SECONDS)[0].decode(errors="replace").strip()
         except subprocess.TimeoutExpired as error:
             raise BuildError(f"{command[0]} took more than {COMPILER_SECONDS} s") from error
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
     if process.returncode:
-        raise BuildError(f"{command[0]} failed: {_cause(said.splitlines()) or f'exit code {process.returncode}'}")
-    return said[:200]
+        raise BuildError(f"{command[0]} failed: {_cause(output.splitlines()) or f'exit code {process.returncode}'}")
+    return output[:200]
 
 
 def _cause(lines: Iterable[str]) -> str:
-    """Returns the line of a compiler's output that says what is wrong."""
+    """Returns the line of a compiler's output that names the error."""
     lines = [line.strip() for line in lines if line.strip()]
     return next((line for line in lines if "error" in line.lower()), lines[-1] if lines else "")[:300]
 
 
 def _find_compiler() -> list[str]:
-    wanted = _words()
-    candidates = wanted[:1] or ["c++", "g++", "clang++"]
-    found = next(filter(None, map(shutil.which, candidates)), None)
-    if found is None:
-        raise BuildError(f"no C++ compiler {wanted[0]}, which CXX names" if wanted else "no C++ compiler found")
-    return [found, *wanted[1:]]
+    words = _words()
+    candidates = words[:1] or ["c++", "g++", "clang++"]
+    compiler = next(filter(None, map(shutil.which, candidates)), None)
+    if compiler is None:
+        raise BuildError(f"no C++ compiler {words[0]}, which CXX names" if words else "no C++ compiler found")
+    return [compiler, *words[1:]]
 
 
 def _words() -> list[str]:
@@ -266,11 +267,11 @@ def _compiler_digest() -> str:
 
 
 def _stem(instructions: str) -> str:
-    """Returns what the names of all libraries of these sources and flags begin with."""
-    found = hashlib.sha256(repr((_flags(instructions), platform.machine())).encode())
+    """Returns the beginning of every library's name for these sources and flags."""
+    digest = hashlib.sha256(repr((_flags(instructions), platform.machine())).encode())
     for source in sorted((*SOURCES.glob("*.cpp"), *SOURCES.glob("*.h"))):
-        found.update(f"{source.name} ".encode() + source.read_bytes())
-    return f"cpu_ffn-{instructions}-{found.hexdigest()[:16]}"
+        digest.update(f"{source.name} ".encode() + source.read_bytes())
+    return f"cpu_ffn-{instructions}-{digest.hexdigest()[:16]}"
 
 
 def _digest(content: bytes) -> str:

@@ -1,21 +1,21 @@
-// One token of each sequence through all layers of a LLaMA-like decoder whose matrices are those of blocks.h.
+// Runs one token of each sequence through all layers of a LLaMA-like decoder with the matrices of blocks.h.
 //
-// The whole step is one region of threads. It is a list of phases whose tasks any thread takes; a thread enters a phase
-// when all tasks of the one before are done. So a thread that comes late, or never, holds nobody up, and touches
-// nothing that later phases own. Values are rounded to T wherever transformers rounds them.
+// The whole step is one region of threads. It is a list of phases, and any thread takes their tasks. A thread enters a
+// phase when all tasks of the previous phase are done. So a thread that comes late, or never, delays no other thread,
+// and touches nothing that later phases own. Values are rounded to T wherever transformers rounds them.
 #pragma once
 #include "quantized.h"
 
 namespace {
 
-// The rows of the table that decoder.py makes, int64: addresses, 0 where there is none. A matrix takes four.
+// The rows of the table that decoder.py makes: int64 addresses, 0 for none. A matrix takes four entries.
 enum Field { BLOCKS, SCALE, BIAS, BITS_OF, MATRIX };
 enum LayerField {
     NORM, Q, K = Q + MATRIX, V = K + MATRIX, O = V + MATRIX, Q_NORM = O + MATRIX, K_NORM, FFN_NORM, ROUTER, ROUTER_BIAS,
     ROUTER_TYPE, TAU, UP, GATE = UP + MATRIX, DOWN = GATE + MATRIX, KEYS = DOWN + MATRIX, VALUES, LENGTH, FIELDS
 };
 
-struct Shape {  // N sequences; Q and K heads of H; the new token's position of places in the cache
+struct Shape {  // N sequences; heads of width H for queries and keys; the new token's position in a cache of `places`
     int64_t N, D, layers, q_heads, k_heads, H, E, S, V, position, places, mask_places;
 };
 
@@ -83,7 +83,7 @@ template <class T> class Decoder {
         }
     }
 
-    // Every thread of the region calls this; false if there was no memory for a buffer.
+    // Every thread of the region calls this.
     void run() {
         Phase* phase = phases.data();
         for (int64_t l = 0; l < s.layers; l++, phase += PER_LAYER) {
@@ -125,7 +125,7 @@ template <class T> class Decoder {
         return {m, s.N, in.data(), at<T>(field[BIAS]), out, ranges_of(m.row_blocks(), threads)};
     }
 
-    // x += y, if there is one; h is its norm, and in are h's groups.
+    // Adds y to x if `add` is set, puts the norm of x in h, and puts h's groups in `in`.
     template <int BITS> void prepare(const T* weight, const Matrix& of, bool add) {
         for (int64_t n = 0; n < s.N; n++) {
             T *const row = x + n * s.D, *const out = h.data() + n * s.D;
@@ -174,7 +174,7 @@ template <class T> class Decoder {
         phase[9](e.projections(), failed, [&](int64_t i) { e.project(i); });
     }
 
-    // One head of one sequence over the cache; the new key and value are written there by the first head of a group.
+    // Computes one head of one sequence over the cache. The first head of a group writes the new key and value there.
     void attend(const int64_t* row, int64_t n, int64_t head) {
         const int64_t H = s.H, group = s.q_heads / s.k_heads, pair = head / group, L = s.position + 1;
         const T *const cos_n = cos + n * H, *const sin_n = sin + n * H;
@@ -218,7 +218,7 @@ template <class T> class Decoder {
         for (int64_t d = 0; d < H; d++) narrow(out[d] / total, to[d]);
     }
 
-    // Says which experts run: sigmoid(h w + b) > tau, the weights and the logit rounded to T.
+    // Says which experts run: sigmoid(h w + b) > tau, with the weights and the logit rounded to T.
     template <class R> void route(const int64_t* row, int64_t begin, int64_t end) {
         const R *const weight = at<R>(row[ROUTER]), *const bias = at<R>(row[ROUTER_BIAS]);
         const float tau = *at<float>(row[TAU]);
@@ -237,11 +237,11 @@ template <class T> class Decoder {
         }
     }
 
-    // x = the rows of the head that it is tied to
+    // x = rows of the head, which the embedding is tied to
     void embed() {
         const int64_t* const field = table + s.layers * FIELDS + 1;
         const int64_t groups = (s.D + GROUP - 1) / GROUP;
-        const bool whole = field[BITS_OF] == 8;  // else a byte has the inputs i and i + 4
+        const bool whole = field[BITS_OF] == 8;  // at 4 bits a byte has the inputs i and i + 4
         for (int64_t n = 0; n < s.N; n++)
             for (int64_t d = 0; d < s.D; d++) {
                 const int64_t block = ids[n] / LANES * groups + d / GROUP, lane = ids[n] % LANES, i = d % GROUP;

@@ -1,4 +1,4 @@
-"""One token of each sequence through a whole quantised decoder, in one call: decoder.h, and the table that it reads."""
+"""Run one token of each sequence through a whole quantised decoder in one call of decoder.h."""
 
 import ctypes
 from collections.abc import Sequence
@@ -14,19 +14,19 @@ from lte_lightning.kernels.quantized import Quantized
 
 @dataclass(frozen=True)
 class Matrix:
-    """A quantised matrix and its bias, which has the type of the activations."""
+    """A quantised matrix and its bias. The bias has the type of the activations."""
 
     weight: Quantized
     bias_R: torch.Tensor | None = None
 
     def entries(self) -> list[int]:
-        """Returns what the table holds of it."""
+        """Returns its entries of the table."""
         return [_address(self.weight.blocks), _address(self.weight.scale), _address(self.bias_R), self.weight.bits]
 
 
 @dataclass(frozen=True)
 class DecoderLayer:
-    """The weights of one layer; all but the matrices have the type of the activations, or as said."""
+    """The weights of one layer. Without another remark, all but the matrices have the type of the activations."""
 
     norm_D: torch.Tensor
     q: Matrix
@@ -37,14 +37,14 @@ class DecoderLayer:
     k_norm_H: torch.Tensor | None
     ffn_norm_D: torch.Tensor
     router_ED: torch.Tensor  # of any type
-    router_bias_E: torch.Tensor | None  # of that of router_ED
+    router_bias_E: torch.Tensor | None  # of the type of router_ED
     tau: torch.Tensor  # float32
     up: Matrix
     gate: Matrix | None
     down: Matrix
 
     def entries(self) -> list[int]:
-        """Returns its row of the table, without the cache; its order is that of LayerField in decoder.h."""
+        """Returns its row of the table, without the cache, in the order of LayerField in decoder.h."""
         router = [_address(self.router_ED), _address(self.router_bias_E), DTYPES[self.router_ED.dtype]]
         return [
             _address(self.norm_D),
@@ -60,16 +60,16 @@ class DecoderLayer:
 
 @dataclass(frozen=True)
 class Decoder:
-    """The weights of a decoder, which must stay where they are.
+    """The weights of a decoder. They must stay where they are, because the table holds their addresses.
 
     Args:
         layers: Its layers, all of one shape.
         norm_D: The last norm.
         head: The head [V, D].
         heads: Heads of queries, heads of keys and values, and H, the width of each.
-        activation: Of the FFNs, a name in `layout.ACTIVATIONS`.
-        epsilon: Of every norm.
-        scaling: Of the products of queries and keys.
+        activation: The FFNs' activation, a name in `layout.ACTIVATIONS`.
+        epsilon: The epsilon of every norm.
+        scaling: The factor of the products of queries and keys.
     """
 
     layers: Sequence[DecoderLayer]
@@ -81,7 +81,7 @@ class Decoder:
     scaling: float
 
     def table(self) -> torch.Tensor:
-        """Returns the table of addresses [layers + 1, fields]; the last three of a layer are those of its cache."""
+        """Returns the table of addresses [layers + 1, fields]. The last three of a layer belong to its cache."""
         rows = [[*layer.entries(), 0, 0, 0] for layer in self.layers]
         last = [_address(self.norm_D), *self.head.entries()]
         return torch.tensor([*rows, [*last, *[0] * (len(rows[0]) - len(last))]])
@@ -99,18 +99,18 @@ def run_decoder(
 ) -> torch.Tensor:
     """Computes the logits [N, V] of N sequences' next token, and puts keys and values in the cache.
 
-    The rounding of activations is that of the modules of transformers: they have the type of ``x_ND``.
+    Activations have the type of ``x_ND``, and are rounded as the modules of transformers round them.
 
     Args:
         decoder: The weights.
-        table: Its table, with the addresses of keys and values [N, heads, places, H], contiguous, and of an int64 that
-            is raised by one, or 0.
-        x_ND: The embedded tokens; they are changed.
-        ids: Rows of the head that are looked up into ``x_ND``, of a model whose embedding it is.
+        table: The decoder's table with the cache's addresses: contiguous keys and values [N, heads, places, H], and an
+            int64 that the call raises by one, or 0.
+        x_ND: The embedded tokens. The call overwrites them.
+        ids: Rows of the head to look up into ``x_ND``, if the head is also the embedding; else None.
         rotary: Cosine and sine of each sequence's position [N, H].
         places: How many tokens the cache has room for.
-        position: The place that the token takes; those before are filled.
-        mask_NT: True where a sequence sees a place; all of it if None.
+        position: The token's place. All places before it are filled.
+        mask_NT: True where a sequence sees a place; None if it sees all.
     """
     lib = library()
     assert lib is not None

@@ -1,12 +1,12 @@
-// Few tokens per expert: every row of weights is read once, and the next one fetched meanwhile.
+// Few tokens per expert: every row of weights is read once, while the next row is prefetched.
 #pragma once
 #include "pairs.h"
 
 namespace {
 
-constexpr int64_t FEW_ROWS = 16, FEW_COLUMNS = 2048;  // rows, then columns, of a task
+constexpr int64_t FEW_ROWS = 16, FEW_COLUMNS = 2048;  // rows and columns of a task
 
-// out[t] = row . x[t], while the row at next is on its way into the cache: the processor alone would wait at each jump.
+// out[t] = row . x[t]. Prefetches the row at next, because the processor does not foresee the jump to it.
 template <int TN, class T>
 void dots(const T* row, const T* next, int64_t D, const float* const* x, float* const* out) {
     constexpr int UNROLL = W == 16 ? 4 : 2;
@@ -30,10 +30,10 @@ void dots(const T* row, const T* next, int64_t D, const float* const* x, float* 
     }
 }
 
-// acc[t][c] += sum over R rows of h[t][r] * rows[r][c]; next as above.
+// acc[t][c] += sum over R rows of h[t][r] * rows[r][c]. Prefetches next, too.
 template <int R, int TN, class T>
 void axpy(const T* rows, const T* next, int64_t D, int64_t columns, const float* const* h, float* const* acc) {
-    constexpr int STEP = 64 / sizeof(T) > W ? 64 / sizeof(T) : W;  // a cache line at least
+    constexpr int STEP = 64 / sizeof(T) > W ? 64 / sizeof(T) : W;  // at least a cache line
     int64_t c = 0;
     auto step = [&](int64_t c) {
         vec w[R];
@@ -54,7 +54,7 @@ void axpy(const T* rows, const T* next, int64_t D, int64_t columns, const float*
             for (int r = 0; r < R; r++) acc[t][c] += h[t][r] * widen(rows[r * D + c]);
 }
 
-// Calls body with 4, 2 or 1 of the pairs at a time; a token's arithmetic is the same in each.
+// Calls body with 4, 2 or 1 of the pairs at a time. A token's arithmetic is the same in each case.
 template <class Body> void few_at_a_time(int64_t begin, int64_t end, const Body& body) {
     int64_t p = begin;
     for (; p + 4 <= end; p += 4) body(p, std::integral_constant<int, 4>());
@@ -69,7 +69,7 @@ template <class T> void few(const Ffn<T>& f) {
     float* const gates = scratch<2, float>(f.gate ? pairs * S : 0);
     for (int64_t i = 0; i < f.N * D; i++) x[i] = widen(f.x[i]);
 
-    // Slabs of rows, in ranges: within one the next row is known.
+    // A range is several slabs of rows. Within a range the next row is known.
     const int64_t per_expert = (S + FEW_ROWS - 1) / FEW_ROWS, slabs = int64_t(f.active.size()) * per_expert;
     const int64_t ranges = std::min(slabs, f.threads > 1 ? 4 * int64_t(f.threads) : 1);
     auto row_of = [&](int64_t slab) { return f.active[slab / per_expert] * S + slab % per_expert * FEW_ROWS; };
@@ -91,7 +91,7 @@ template <class T> void few(const Ffn<T>& f) {
                     }
                     if (f.gate) dots<TN>(f.gate + (row + r) * D, f.gate + next * D, D, xs, gate);
                     dots<TN>(f.up + (row + r) * D, f.up + next * D, D, xs, up);
-                    next = row + r;  // on its way already
+                    next = row + r;  // already prefetched
                 });
             }
             for (int64_t p = f.first[e]; p < f.first[e + 1]; p++) {

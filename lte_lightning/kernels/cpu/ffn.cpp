@@ -1,13 +1,14 @@
-// Selected experts of one FFN on a CPU: y = down(act(gate x) * up x) over each token's own experts, float32 sums.
+// Computes the selected experts of one FFN on a CPU: y = down(act(gate x) * up x) over each token's own experts, with
+// float32 sums.
 //
-// ffn.py compiles this file for the machine's instruction set and describes the memory. Names carry shapes as in
-// Python: N tokens, D width, E experts, S neurons per expert. Two ways:
-//   few tokens (few.h): bound by memory. Each active row is read once, for all tokens that chose its expert: dot
-//       products for gate and up, then sums over rows of the transposed down, each thread owning some columns.
-//   many tokens (many.h): bound by arithmetic. Tokens are grouped by expert; rows of x are read in place, weights
-//       are packed into panels that stay in cache, and register tiles of MR tokens by NR columns do the rest.
-// In both, who computes what never changes the order of a sum: results do not depend on the threads, nor a row on the
-// others beside it.
+// build.py compiles this file for the machine's instruction set, and layout.py describes the memory. Names carry shapes
+// as in Python: N tokens, D width, E experts, S neurons per expert. There are two ways:
+//   few tokens (few.h): bound by memory. Each active row is read once for all tokens that chose its expert. Gate and up
+//       are dot products. Down is a sum over rows of its transposed matrix, and each thread owns some columns.
+//   many tokens (many.h): bound by arithmetic. Tokens are grouped by expert. Rows of x are read in place, and weights
+//       are packed into panels that stay in cache. Register tiles of MR tokens by NR columns compute the products.
+// In both, the partition of work never changes the order of a sum. Results do not depend on the threads, and a row does
+// not depend on other rows.
 #include "decoder.h"
 #include "few.h"
 #include "many.h"
@@ -15,8 +16,8 @@
 
 namespace {
 
-constexpr int64_t FEW_PAIRS = 8;  // tokens per active expert for which they count as few
-constexpr int64_t CHUNK_BYTES = int64_t(64) << 20;  // hidden activations kept at a time
+constexpr int64_t FEW_PAIRS = 8;  // up to this many tokens per active expert are few
+constexpr int64_t CHUNK_BYTES = int64_t(64) << 20;  // of hidden activations at a time
 enum Way { ANY, FEW, MANY };
 
 template <class T>
@@ -74,7 +75,7 @@ bool run_decoder(const Shape& shape, const float* numbers, const int64_t* table,
 }  // namespace
 
 // shape: N, D, E, S. pointers: x, up, gate, down, up_bias, gate_bias, down_bias, y; gate and biases may be null.
-// way: 0 chooses, 1 is that of few tokens, 2 that of many. Returns 0, or 1 if there is no memory for the buffers.
+// way: 0 chooses, 1 is for few tokens, 2 for many. Returns 0, or 1 if there is no memory for the buffers.
 extern "C" int lte_ffn(int dtype, const int64_t* shape, int activation, int threads, int way, const uint8_t* mask,
                        void* const* pointers) try {
     const auto run_it = dtype == 0 ? run<float> : dtype == 1 ? run<bf16> : run<f16>;
@@ -97,7 +98,7 @@ extern "C" int lte_quantized_linear(int dtype, int bits, const int64_t* shape, i
     return 1;
 }
 
-// As lte_ffn. pointers: x, then blocks and scale of up, gate and down, then up_bias, gate_bias, down_bias, y.
+// Like lte_ffn. pointers: x, then blocks and scale of up, gate and down, then up_bias, gate_bias, down_bias, y.
 extern "C" int lte_quantized_ffn(int dtype, int bits, const int64_t* shape, int activation, int threads,
                                  const uint8_t* mask, void* const* pointers) try {
     const auto run_it =
@@ -109,10 +110,10 @@ extern "C" int lte_quantized_ffn(int dtype, int bits, const int64_t* shape, int 
     return 1;
 }
 
-// One token of each sequence through a whole decoder. shape and table: see decoder.h; a last row of the table is the
-// last norm and the head. numbers: the norms' epsilon, the attention's scale. pointers: ids [N] of rows of the head
-// that are the input, or null, if x is it; cos, sin [N, H]; mask [N, mask_places] or null; x [N, D], which is changed;
-// logits [N, V].
+// Runs one token of each sequence through a whole decoder. shape and table: see decoder.h; the table's last row has the
+// last norm and the head. numbers: the norms' epsilon, the attention's scale. pointers: ids [N], the rows of the head
+// that are the input, or null if x is the input; cos, sin [N, H]; mask [N, mask_places] or null; x [N, D], which is
+// overwritten; logits [N, V].
 extern "C" int lte_decode(int dtype, const int64_t* shape, const float* numbers, const int64_t* table, int threads,
                           int activation, void* const* pointers) try {
     const auto run_it = dtype == 0 ? run_decoder<float> : dtype == 1 ? run_decoder<bf16> : run_decoder<f16>;

@@ -16,16 +16,16 @@ WAYS = ("any", "few", "many")
 
 
 class Costs(NamedTuple):
-    """Nanoseconds per weight of an expert: once for the expert, and for each token that runs it."""
+    """Nanoseconds per weight of an expert: a cost for the expert, and a cost for each token that runs it."""
 
     few: tuple[float, float]
     many: tuple[float, float]
     dense: tuple[float, float]
 
 
-# Where torch's own product of all experts may be faster: by type and instruction set, measured on one core of Zen 5
-# with oneDNN (LLaMA-2-7B's shape). What is not here is always computed sparsely: torch was slower at every sparsity.
-# With tile instructions (AMX) torch's product is taken for six times as fast, which is an estimate.
+# The types and instruction sets where torch's own product of all experts may be faster, measured on one core of Zen 5
+# with oneDNN (LLaMA-2-7B's shape). All others run sparsely, because torch was slower at every sparsity. With tile
+# instructions (AMX) torch's product is estimated to be six times as fast.
 COSTS = {
     (torch.bfloat16, "avx512_bf16"): Costs(few=(0.050, 0.030), many=(0.22, 0.0066), dense=(0.20, 0.0051)),
     (torch.bfloat16, "amx"): Costs(few=(0.050, 0.030), many=(0.22, 0.0066), dense=(0.20, 0.0009)),
@@ -33,10 +33,10 @@ COSTS = {
 
 
 def run_cpu(x_ND: torch.Tensor, mask_NE: torch.Tensor, weights: ExpertWeights) -> torch.Tensor:
-    """Computes the selected experts' output on the CPU, with torch's number of threads; float32 sums, no gradient.
+    """Computes the selected experts' output on the CPU, with torch's number of threads, float32 sums and no gradient.
 
-    The weights are read in place, those of an expert that no token selected not at all. Where the machine has no C++
-    compiler the same is done by torch over views of the experts, more slowly, and a warning says so.
+    The kernels read weights in place, and skip an expert that no token selected. Without a C++ compiler, torch computes
+    the same over views of the experts. That is slower, and a warning says so.
 
     Args:
         x_ND: Input of N tokens, float32, bfloat16 or float16.
@@ -81,9 +81,9 @@ def _cpu_ffn(
 
 
 def dense_is_faster(mask_NE: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Says whether so much is selected that computing all of it and masking is faster.
+    """Says whether tokens select so many experts that computing all of them and masking is faster.
 
-    Never where some expert is needed by no token: its weights must not be read.
+    The answer is False if no token needs some expert, because the weights of such an expert must not be read.
     """
     tokens = len(mask_NE)
     costs = COSTS.get((dtype, "amx" if has_amx() else instruction_set()))
@@ -105,7 +105,7 @@ def _fake(x_ND, mask_NE, up_ESD, down_ESD, activation, gate_ESD, up_bias_ES, gat
 def run_compiled(
     lib: ctypes.CDLL, x_ND: torch.Tensor, mask_NE: torch.Tensor, weights: ExpertWeights, way: str = "any"
 ) -> torch.Tensor:
-    """Calls the kernels: those for few or for many tokens per expert, or whatever suits."""
+    """Calls the kernels for few or for many tokens per expert; with the way "any", they choose themselves."""
     if x_ND.dtype not in DTYPES or x_ND.dtype != weights.up_ESD.dtype:
         raise ValueError(
             f"the input is {x_ND.dtype} and the weights are {weights.up_ESD.dtype}; the cpu kernels want both of one "
@@ -113,7 +113,7 @@ def run_compiled(
         )
     w = weights
     tensors = (x_ND, w.up_ESD, w.gate_ESD, w.down_ESD, w.up_bias_ES, w.gate_bias_ES, w.down_bias_D)
-    kept = [None if tensor is None else tensor.contiguous() for tensor in (*tensors, mask_NE)]  # no copy if it is
+    kept = [None if tensor is None else tensor.contiguous() for tensor in (*tensors, mask_NE)]  # mostly no copy
     out_ND = torch.empty_like(x_ND, memory_format=torch.contiguous_format)
     *addresses, mask_at, out_at = [None if tensor is None else tensor.data_ptr() for tensor in (*kept, out_ND)]
     E, S, D = w.up_ESD.shape

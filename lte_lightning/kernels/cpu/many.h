@@ -1,15 +1,15 @@
-// Many tokens per expert: products in register tiles, over the tokens that run it.
+// Many tokens per expert: products in register tiles, over the tokens that run the expert.
 #pragma once
 #include "pairs.h"
 
 namespace {
 
 constexpr int NR = 2 * W;  // columns of a register tile
-constexpr int MR = W == 16 ? 12 : W == 8 ? 6 : 4;  // its rows, as many as there are registers for
-constexpr int64_t KC = 256, ROWS = 8 * MR;  // a panel in the first cache, its tokens in the second
-constexpr int64_t TOKENS = 1024, BLOCK = 64 * TOKENS;  // tokens and size of an output block, in the second cache
+constexpr int MR = W == 16 ? 12 : W == 8 ? 6 : 4;  // rows of a register tile, as many as the registers hold
+constexpr int64_t KC = 256, ROWS = 8 * MR;  // a panel fits the first-level cache, and its tokens fit the second
+constexpr int64_t TOKENS = 1024, BLOCK = 64 * TOKENS;  // tokens and size of an output block in the second cache
 
-// One step of a sum over k is four bytes: a float32, or two bfloat16 where the machine multiplies these.
+// One step of a sum over k is four bytes: one float32, or two bfloat16 where the machine multiplies them.
 #if defined(__AVX512BF16__)
 template <class T> constexpr bool PAIRED = std::is_same<T, bf16>::value;
 inline vec multiply_add_pairs(vec acc, vec a, vec b) {
@@ -39,11 +39,11 @@ template <class T> inline vec steps_at(const T* from, int64_t k, int64_t stride,
     return (vec)(high | (low >> 16 & 0xffff));
 }
 
-// panel[k][0:W] = step k of each of W rows; of zeros where there are fewer.
+// panel[k][0:W] = step k of each of W rows. Zeros stand for missing rows.
 template <class T> void pack(const T* from, int64_t rows, int64_t steps, int64_t D, float* panel) {
     int64_t k = 0;
 #if defined(__GNUC__) && !defined(__clang__)
-    // blocks of W by W, transposed in registers: log2(W) times, pairs of rows swap what lies off the diagonal
+    // Transposes W by W blocks in registers: log2(W) times, pairs of rows swap the parts off the diagonal.
     for (; rows == W && (k + W) * (PAIRED<T> ? 2 : 1) <= D; k += W) {
         vec block[W];
 #pragma GCC unroll 16
@@ -84,7 +84,7 @@ template <bool Pairs, int M> void tile(int64_t steps, const float* const* a, con
         const vec b0 = load(b + k * NR), b1 = load(b + k * NR + W);
 #pragma GCC unroll 16
         for (int m = 0; m < M; m++) {
-            // broadcast as an integer: two bfloat16 may look like a signalling NaN
+            // Broadcast as an integer, because two bfloat16 may look like a signalling NaN.
             const vec broadcast = (vec)(ivec{} + reinterpret_cast<const int32_in_memory*>(a[m])[k]);
             if (Pairs) {
                 acc[m][0] = multiply_add_pairs(acc[m][0], broadcast, b0);
@@ -106,7 +106,7 @@ template <bool Pairs, int... M> constexpr std::array<tile_of, sizeof...(M)> tile
     return {tile<Pairs, M + 1>...};
 }
 
-// The same for any number of rows, given as functions of their index.
+// The same for any number of rows: a and c return a row by its index.
 template <class T, class A, class C> void product(int64_t rows, int64_t steps, const A& a, const float* b, const C& c) {
     static constexpr auto table = tiles<PAIRED<T>>(std::make_integer_sequence<int, MR>());
     for (int64_t r = 0; r < rows; r += MR) {
@@ -169,7 +169,7 @@ template <class T> void many(const Ffn<T>& f) {
         }
     };
 
-    // Fewer tokens, wider blocks: rows of weights are read in longer pieces.
+    // Fewer tokens allow wider blocks, which read rows of weights in longer pieces.
     const int64_t fitting = std::min(BLOCK / std::min(f.N, TOKENS), (D + f.threads - 1) / f.threads);
     const int64_t block_columns = up_to(std::min<int64_t>(fitting, 1024), NR);
     const int64_t blocks = (D + block_columns - 1) / block_columns;
@@ -183,7 +183,7 @@ template <class T> void many(const Ffn<T>& f) {
                 out[(n - n0) * block_columns + c] = c < columns ? f.bias(f.down_bias, c0 + c) : 0.f;
         for (size_t i = 0; i < f.active.size(); i++) {
             const int64_t e = f.active[i], next = f.active[std::min(i + 1, f.active.size() - 1)];
-            for (int64_t s = 0; s < S; s++)  // short pieces far apart, which no processor foresees
+            for (int64_t s = 0; s < S; s++)  // the processor does not foresee short pieces far apart
                 for (int64_t b = 0; b < columns * int64_t(sizeof(T)); b += 64)
                     __builtin_prefetch(reinterpret_cast<const char*>(f.down + (next * S + s) * D + c0) + b);
             const auto token = f.token.begin();

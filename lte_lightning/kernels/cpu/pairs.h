@@ -1,4 +1,4 @@
-// One FFN, its tokens and which experts they run.
+// One FFN, its tokens, and the experts that they run.
 #pragma once
 #include "vector.h"
 
@@ -11,7 +11,7 @@ template <class T> struct Ffn {
     int activation, threads;
     const T *x, *up, *gate, *down, *up_bias, *gate_bias, *down_bias;
     T* y;
-    // The pairs (token, expert) that run, ordered by expert and then by token: those of e are first[e] to first[e + 1].
+    // The pairs (token, expert) that run, ordered by expert and then by token. Expert e has first[e] to first[e + 1].
     std::vector<int64_t> first;
     std::vector<int32_t> token;
     std::vector<int32_t> active;

@@ -57,8 +57,8 @@ void linear(const Matrix& m, int64_t N, const T* x, const T* bias, T* y, int thr
     parallel(threads, multiply.tasks(), multiply, 0, multiply);
 }
 
-// One FFN: its tokens and experts as in pairs.h (whose up, gate and down are not used), its matrices here. First all of
-// `hide`, then all of `project`.
+// One FFN. Its tokens and experts are those of pairs.h (whose up, gate and down are not used), and its matrices are
+// here. All of `hide` runs before any of `project`.
 template <int BITS, class T> struct Experts {
     const Ffn<T>& f;
     Matrix up, gate, down;  // gate has no blocks in a plain FFN
@@ -73,7 +73,7 @@ template <int BITS, class T> struct Experts {
         for (int p = 0; p < PARTS; p++) acc[p] += load(added + p * W);
     }
 
-    // A slab is 32 neurons of an expert; in a range of slabs the next one is known.
+    // A slab is 32 neurons of an expert. Within a range of slabs the next slab is known.
     NOT_INLINED void hide(int64_t range) const {
         const int64_t S = f.S, groups = up.groups(), slabs_each = down.groups();
         const int64_t slabs = int64_t(f.active.size()) * slabs_each, end = (range + 1) * slabs / ranges;
@@ -115,7 +115,7 @@ template <int BITS, class T> struct Experts {
         }
     }
 
-    // Each task owns some columns of some tokens; sums stay in its thread's cache.
+    // Each task owns some columns of some tokens, so its sums stay in its thread's cache.
     int64_t wide() const {
         const int64_t fitting = std::max<int64_t>(1, 4096 / std::min(f.N, TOKENS_AT_ONCE));  // 256 KB of sums
         return std::min(fitting, (down.row_blocks() + f.threads - 1) / f.threads);
@@ -145,7 +145,7 @@ template <int BITS, class T> struct Experts {
                         at[t] = sums + ((f.token[p + t] - n0) * wide + b - b0) * LANES;
                         for (int v = 0; v < PARTS; v++) acc[t][v] = load(at[t] + v * W);
                     }
-                    // 4 KB ahead in this stripe, or in that of the next expert
+                    // prefetch 4 KB ahead in this stripe, or in the next expert's stripe
                     const int64_t block = down.block(b, e), left = (b1 - b) * slabs_each;
                     const int64_t far = std::max<int64_t>(1, 4096 / BLOCK_BYTES<BITS> / slabs_each) * slabs_each;
                     const int64_t ahead = far < left ? block + far : down.block(b0, e_next) + far - left;

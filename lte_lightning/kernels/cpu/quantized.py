@@ -16,8 +16,8 @@ from lte_lightning.kernels.views import run_views
 def run_quantized_linear(x_BTK: torch.Tensor, matrix: Quantized, bias_R: torch.Tensor | None = None) -> torch.Tensor:
     """Computes a linear layer whose weight is quantised; the input is rounded to 8 bits in groups of 32.
 
-    Sums within a group are exact, and those of groups are float32 in one order: a row of the output depends neither on
-    the rows beside it nor on the threads.
+    Sums within a group are exact. Sums of groups are float32 in a fixed order, so a row of the output depends neither
+    on other rows nor on the threads.
 
     Args:
         x_BTK: Input, float32, bfloat16 or float16.
@@ -33,7 +33,7 @@ def run_quantized_linear(x_BTK: torch.Tensor, matrix: Quantized, bias_R: torch.T
 def run_quantized(x_ND: torch.Tensor, mask_NE: torch.Tensor, weights: QuantizedExperts) -> torch.Tensor:
     """Computes the selected experts' output; inputs and hidden activations are rounded to 8 bits in groups of 32.
 
-    Weights of an expert that no token selected are not read. A token with NaN or infinity in its input gets NaN.
+    The kernels skip an expert that no token selected. A token with NaN or infinity in its input gets NaN.
 
     Args:
         x_ND: Input of N tokens, float32, bfloat16 or float16.

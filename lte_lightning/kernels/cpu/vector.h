@@ -1,4 +1,4 @@
-// What both ways of ffn.cpp stand on: vectors of the machine's width, element types, activations, threads.
+// The base of all kernels here: vectors of the machine's width, element types, activations, threads.
 #pragma once
 #include <dlfcn.h>
 
@@ -31,14 +31,14 @@ constexpr int W = 4;
 typedef float vec __attribute__((vector_size(4 * W)));
 typedef int32_t ivec __attribute__((vector_size(4 * W)));
 typedef int32_t int32_in_memory __attribute__((aligned(2), may_alias));
-// Rows of bfloat16 may begin at any multiple of two bytes, and those of an odd length do
+// Rows of bfloat16 may begin at any multiple of two bytes. Rows of an odd length do.
 typedef float vec_in_memory __attribute__((vector_size(4 * W), aligned(2), may_alias));
 
 inline vec load(const float* p) { return *reinterpret_cast<const vec_in_memory*>(p); }
 inline void store(float* p, vec v) { *reinterpret_cast<vec_in_memory*>(p) = v; }
 inline vec all(float x) { return vec{} + x; }
 
-// The element types of weights and activations: float32, and the two of 16 bits.
+// The element types of weights and activations: float32, bfloat16 and float16.
 inline float bits(uint32_t u) { float f; std::memcpy(&f, &u, 4); return f; }
 inline uint32_t bits(float f) { uint32_t u; std::memcpy(&u, &f, 4); return u; }
 
@@ -90,7 +90,7 @@ inline float sum(vec v) {
     return s[0];
 }
 
-// Activations, a vector at a time; within 1e-6 of the exact ones.
+// Activations, a vector at a time, within 1e-6 of the exact values.
 inline vec exponential(vec x) {
     x = x < -87.f ? all(-87.f) : x;
     x = x > 88.f ? all(88.f) : x;
@@ -119,10 +119,11 @@ inline vec activate(int kind, vec x) {
     }
 }
 
-// Calls ready until it is true: at first without a system call, since a step waits hundreds of times for a microsecond.
+// Calls ready until it returns true. It begins without system calls, because a decoder's step waits hundreds of times
+// for a microsecond.
 template <class Ready> void wait_until(const Ready& ready) {
     for (int i = 0; !ready(); i++) {
-        if (i > 4000) std::this_thread::yield();  // the others may be waiting for this core
+        if (i > 4000) std::this_thread::yield();  // other threads may be waiting for this core
 #if defined(__x86_64__)
         else __builtin_ia32_pause();
 #endif
@@ -135,8 +136,8 @@ typedef void (*gomp_parallel)(void (*)(void*), void*, unsigned, unsigned);
 void LTE_TEAM(void (*)(void*), void*, unsigned, unsigned);
 #endif
 
-// Runs tasks of a first kind, and when all are done those of a second, in one region: nobody waits in between for a
-// thread that has not come, as it may not for many milliseconds on a busy machine.
+// Runs all tasks of a first kind, then those of a second kind, in one region. No thread waits in between for a thread
+// that has not started, which can take many milliseconds on a busy machine.
 template <class First, class Second>
 void parallel(int threads, int64_t firsts, const First& first, int64_t seconds, const Second& second) {
     struct Shared {

@@ -40,7 +40,7 @@ def check_device(x_ND: torch.Tensor, others: dict[str, torch.Tensor | None]) -> 
 
 
 def is_hopper() -> bool:
-    """Says whether the chip is one of Nvidia's from Hopper on."""
+    """Says whether the device is an Nvidia GPU of the Hopper generation or a later one."""
     if INTERPRETED:
         return False
     target = driver.active.get_current_target()
@@ -48,12 +48,12 @@ def is_hopper() -> bool:
 
 
 def dependent() -> dict[str, bool]:
-    """Returns the options of a launch that may start before the one ahead ends: from Hopper on; empty elsewhere."""
+    """Returns the options that let a launch start before the previous launch ends; empty before Hopper."""
     return {"PDL": True, "launch_pdl": True} if is_hopper() else {"PDL": False}
 
 
 def has_buffers() -> bool:
-    """Says whether the compiler turns loads into those from a buffer, which has one base address: on AMD's chips."""
+    """Says whether the compiler turns loads into buffer loads, which have one base address: it does for AMD's chips."""
     return not INTERPRETED and driver.active.get_current_target().backend == "hip"
 
 
@@ -65,21 +65,21 @@ def multiprocessors(device: torch.device) -> int:
 
 @triton.jit
 def wait_for_last(PDL: tl.constexpr):
-    """Waits for the launch ahead and all its writes. Read nothing that it or an earlier launch writes before this."""
+    """Waits for the previous launch and all its writes. Before this, read nothing that an earlier launch writes."""
     if PDL:
         gdc_wait()
 
 
 @triton.jit
 def signal_next(PDL: tl.constexpr):
-    """Lets the launch behind start once every program of this one came here."""
+    """Lets the next launch start once every program of this launch has called this."""
     if PDL:
         gdc_launch_dependents()
 
 
 @triton.jit
 def activate(x, ACTIVATION: tl.constexpr):
-    """The activations of `layout.ACTIVATIONS`, in float32; NaN stays NaN."""
+    """Computes an activation of `layout.ACTIVATIONS` in float32; NaN stays NaN."""
     if ACTIVATION == "relu":
         x = tl.where(x < 0, 0.0, x)
     elif ACTIVATION == "silu":
@@ -95,7 +95,7 @@ def activate(x, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def dot(a, b, acc):
-    """``acc + a @ b``, products and sums in float32."""
+    """Computes ``acc + a @ b`` with products and sums in float32."""
     if UPCAST:
         a = a.to(tl.float32)
         b = b.to(tl.float32)

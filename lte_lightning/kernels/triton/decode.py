@@ -1,8 +1,8 @@
-"""A few tokens: each expert of the union is read once for all tokens.
+"""A few tokens: each active expert is read once for all tokens.
 
-Four launches: the list of active experts; their hidden activations; partial sums of the down projection; their sum.
-All grids are sized by E, D and N; a program past the count of active experts, which only the device knows, ends at
-once. No atomics: the same input gives the same bits.
+There are four launches: the list of active experts; their hidden activations; partial sums of the down projection;
+their sum. E, D and N set the size of all grids. Only the device knows the number of active experts, and a program past
+it ends at once. There are no atomics, so the same input gives the same bits.
 """
 
 import torch
@@ -16,7 +16,7 @@ from lte_lightning.kernels.triton.lists import list_active
 MAX_TOKENS = 16
 """More tokens than this go to the prefill kernels."""
 
-# By bytes per weight. Powers of two; ROWS and BLOCK_S are cut to the expert's size.
+# Tiles by bytes per weight, all powers of two. The launch cuts ROWS and BLOCK_S to the expert's size.
 HIDDEN = {
     2: {"ROWS": 32, "BLOCK_D": 128, "num_warps": 2, "STAGES": 4},
     4: {"ROWS": 16, "BLOCK_D": 64, "num_warps": 4, "STAGES": 3},
@@ -25,7 +25,7 @@ DOWN = {
     2: {"BLOCK_S": 32, "BLOCK_D": 256, "num_warps": 4, "STAGES": 4},
     4: {"BLOCK_S": 32, "BLOCK_D": 64, "num_warps": 4, "STAGES": 3},
 }
-# Programs wanted in the down projection's grid: four for each multiprocessor of a large GPU.
+# The target number of programs in the down projection's grid: four for each multiprocessor of a large GPU.
 DOWN_PROGRAMS = 512
 
 
@@ -51,7 +51,7 @@ def decode_hidden_kernel(
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Hidden activations [slot, N, S] of ROWS neurons of one active expert, 0 for tokens that did not choose it."""
+    """Computes activations [slot, N, S] of ROWS neurons of one active expert, 0 for tokens that did not choose it."""
     CHUNKS: tl.constexpr = (S + ROWS - 1) // ROWS
     slot = tl.program_id(0) // CHUNKS
     wait_for_last(PDL)
@@ -100,7 +100,7 @@ def decode_down_kernel(
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Sums [split, N, D] over every SPLITS-th active expert, of BLOCK_D outputs."""
+    """Computes BLOCK_D outputs of the sums [split, N, D] over every SPLITS-th active expert."""
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     split = tl.program_id(1)
     n = tl.arange(0, TOKENS)
@@ -124,7 +124,7 @@ def decode_down_kernel(
 def decode_sum_kernel(
     partial_ptr, bias_ptr, y_ptr, N, D: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
 ):
-    """BLOCK numbers of the output: partial sums in their order, and the bias."""
+    """Computes BLOCK numbers of the output: the partial sums in their order, and the bias."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     y = tl.zeros([BLOCK], tl.float32)
     wait_for_last(PDL)
@@ -144,8 +144,8 @@ def run_decode(x_ND: torch.Tensor, mask_NE: torch.Tensor, weights: ExpertWeights
         weights: Contiguous weights of the input's type.
 
     Returns:
-        The output [N, D], accumulated in float32. The hidden activations are rounded to the weights' type on their way
-        to the second product, as in the dense FFN.
+        The output [N, D], accumulated in float32. The hidden activations are rounded to the weights' type before the
+        second product, as in the dense FFN.
     """
     N, D = x_ND.shape
     E, S, _ = weights.up_ESD.shape

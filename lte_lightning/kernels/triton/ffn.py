@@ -1,4 +1,4 @@
-"""The triton backend: one operator for any number of tokens, which `torch.compile` and CUDA graphs take whole."""
+"""The triton backend: one operator for any number of tokens, which `torch.compile` and CUDA graphs do not split."""
 
 import torch
 
@@ -10,16 +10,17 @@ from lte_lightning.kernels.triton.stream import run_stream
 
 
 def run_triton(x_ND: torch.Tensor, mask_NE: torch.Tensor, weights: ExpertWeights) -> torch.Tensor:
-    """Computes the selected experts' output on a GPU; no gradient.
+    """Computes the selected experts' output on a GPU, without a gradient.
 
-    Nothing depends on the mask on the host's side: no synchronisation, no shape, no choice of kernel. Neighbouring
-    tokens share the weights that they load, and each token's result is its own; but for NaN in the down projection of
-    an expert, which reaches the tokens beside one that selected it (of the other backends none does that).
+    Nothing on the host depends on the mask: no synchronisation, no shape, no choice of kernel. Neighbouring tokens
+    share the weights that they load, and each token's result is independent of the others. The exception is NaN in an
+    expert's down projection: it also reaches the neighbours of a token that selected the expert. No other backend does
+    that.
 
     Args:
-        x_ND: Input of N tokens, float32, bfloat16 or float16; strides as they come.
+        x_ND: Input of N tokens, float32, bfloat16 or float16, with any strides.
         mask_NE: True where a token runs an expert. The weights of an expert that no token runs are not read.
-        weights: The FFN, contiguous, and biases, of the input's type.
+        weights: The FFN's weights and biases, contiguous and of the input's type.
 
     Returns:
         The output [N, D] in the type of ``x_ND``, accumulated in float32.
@@ -49,7 +50,7 @@ def _check(x_ND: torch.Tensor, mask_NE: torch.Tensor, weights: ExpertWeights) ->
         raise ValueError(f"mask_NE has shape {tuple(mask_NE.shape)}, and {(len(x_ND), E)} is wanted")
     if mask_NE.dtype != torch.bool:
         raise ValueError(f"mask_NE is {mask_NE.dtype}, and torch.bool is wanted: compare the scores with the threshold")
-    w = weights  # by name, since older versions of torch.compile do not look into a dataclass
+    w = weights  # by name, because older versions of torch.compile do not look into a dataclass
     parts = {
         "up_ESD": w.up_ESD, "down_ESD": w.down_ESD, "gate_ESD": w.gate_ESD, "up_bias_ES": w.up_bias_ES,
         "gate_bias_ES": w.gate_bias_ES, "down_bias_D": w.down_bias_D,

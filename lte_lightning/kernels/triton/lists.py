@@ -1,4 +1,4 @@
-"""Lists made on the device from the mask: the experts that tokens need, the tokens that experts have."""
+"""Make lists from the mask on the device: the experts that tokens need, and the tokens that experts have."""
 
 import torch
 import triton
@@ -19,7 +19,7 @@ def compact_kernel(
     BLOCK_E: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Lists, in order, the experts that any of a block of TOKENS tokens runs; one program per block."""
+    """Lists, in order, the experts that any token of a block of TOKENS tokens runs. There is one program per block."""
     block = tl.program_id(0)
     count = 0
     wait_for_last(PDL)
@@ -39,7 +39,7 @@ def compact_kernel(
 
 
 def list_active(mask_NE: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Lists the experts that each block of ``tokens`` tokens needs, without the host knowing how many these are.
+    """Lists the experts that each block of ``tokens`` tokens needs. The host does not learn their number.
 
     Args:
         mask_NE: Contiguous bytes, 0 or 1.
@@ -84,7 +84,7 @@ def choose_kernel(
     COST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Writes 1 if the grouped form is the cheaper one, else 0."""
+    """Writes 1 if the grouped form is cheaper, else 0."""
     grouped = tl.zeros([BLOCK], tl.int64)
     for e0 in range(0, E, BLOCK):
         e = e0 + tl.arange(0, BLOCK)
@@ -97,7 +97,7 @@ def choose_kernel(
 
 
 def list_groups(mask_NE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Lists the tokens that chose each expert, without the host knowing how many these are.
+    """Lists the tokens that chose each expert. The host does not learn their number.
 
     Args:
         mask_NE: Contiguous bytes, 0 or 1.
@@ -120,10 +120,10 @@ def choose_form(count_E: torch.Tensor, count_M: torch.Tensor, tokens: int, cost_
         count_E: Tokens of each expert, int32.
         count_M: Experts of each block of tokens, int32.
         tokens: Tokens per grouped tile.
-        cost_16ths: What a grouped tile costs per neuron, a union tile's cost being 16.
+        cost_16ths: The cost of a grouped tile per neuron, if a union tile costs 16.
 
     Returns:
-        One int32: 1 if grouped is the cheaper form, else 0.
+        One int32: 1 if the grouped form is cheaper, else 0.
     """
     grouped = torch.empty((1,), dtype=torch.int32, device=count_E.device)
     choose_kernel[(1,)](

@@ -1,11 +1,11 @@
 """Many tokens: tensor-core products over the tokens that chose an expert, or over the experts that a block needs.
 
-Gate and up have two forms. *Grouped*: for each expert the tokens that chose it are gathered, and nothing else is
-computed. *Union*: a block of tokens runs all experts that any of its tokens chose, densely, in tiles as large as a
-dense product's. Both are launched; the device compares their costs and the programs of the other end at once, so that
-the host neither waits nor decides. The down projection is the library's dense product over the masked activations:
-by expert it would have to add D numbers to memory for each S products. Zero times NaN is NaN there: an output that is
-not finite is computed once more over the experts that its block of tokens needs, and the device decides that, too.
+Gate and up have two forms. The *grouped* form gathers the tokens that chose an expert, and computes nothing else. The
+*union* form runs a block of tokens densely through all experts that any of its tokens chose, in tiles as large as a
+dense product's. The host launches both, and neither waits nor decides. The device compares their costs, and the
+programs of the dearer form end at once. The down projection is the library's dense product over the masked activations,
+because by expert it would add D numbers to memory for each S products. Zero times NaN is NaN in that product. So the
+device computes a nonfinite output once more, over the experts that its block of tokens needs.
 """
 
 import torch
@@ -38,13 +38,13 @@ def _hidden_tile(
     D: tl.constexpr, ACTIVATION: tl.constexpr, TOGETHER: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    # Activations [BLOCK_M, BLOCK_F] of the tokens n and the neurons f; those not ok are any finite number.
+    # Computes activations [BLOCK_M, BLOCK_F] of the tokens n and the neurons f; where not ok, any finite number.
     acc = tl.zeros([BLOCK_M, 2 * BLOCK_F if TOGETHER else BLOCK_F], tl.float32)
     gate = tl.zeros([BLOCK_M, BLOCK_F], tl.float32)
     rows = up_ptr + f * D
     ok = f_ok
     if TOGETHER:
-        # A row of gate and of up in turn: one product reads x once, and a thread has both of a neuron.
+        # Rows of gate and up alternate, so that one product reads x once, and a thread has both values of a neuron.
         rows = tl.where(tl.arange(0, 2 * BLOCK_F) % 2 == 0, gate_ptr, up_ptr) + tl.interleave(f, f) * D
         ok = tl.interleave(f_ok, f_ok)
     for d0 in range(0, D, BLOCK_D):
@@ -88,9 +88,9 @@ def prefill_grouped_kernel(
     BLOCK_F: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Hidden activations [N, F] of BLOCK_F neurons of one expert for BLOCK_M of the tokens that chose it."""
+    """Computes activations [N, F] of BLOCK_F neurons of one expert for BLOCK_M of the tokens that chose it."""
     CHUNKS: tl.constexpr = (S + BLOCK_F - 1) // BLOCK_F
-    # Blocks of one expert follow each other: they share its weights in the cache.
+    # Blocks of one expert follow each other, so that they share its weights in the cache.
     blocks = tl.cdiv(N, BLOCK_M)
     chunk = tl.program_id(0) // blocks
     e = chunk // CHUNKS
@@ -147,7 +147,7 @@ def prefill_union_kernel(
     BLOCK_F: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Hidden activations [N, F] of a block of tokens for BLOCK_F neurons of the experts that the block needs."""
+    """Computes activations [N, F] of a block of tokens for BLOCK_F neurons of the experts that the block needs."""
     # SWIZZLE blocks of tokens take a tile of weights one after the other.
     band: tl.constexpr = SWIZZLE * ((E * S + BLOCK_F - 1) // BLOCK_F)
     first_block = tl.program_id(0) // band * SWIZZLE
@@ -194,13 +194,13 @@ def run_prefill(x_ND: torch.Tensor, mask_NE: torch.Tensor, weights: ExpertWeight
     Args:
         x_ND: Contiguous input.
         mask_NE: Contiguous bytes, 0 or 1.
-        weights: Contiguous weights of the input's type. In float32, which tensor cores do not multiply, gate and up
-            are dense products of the library, too.
+        weights: Contiguous weights of the input's type. In float32 gate and up are dense products of the library, too,
+            because tensor cores do not multiply float32.
 
     Returns:
-        The output [N, D]; the hidden activations between are of the input's type.
+        The output [N, D]. The hidden activations have the input's type.
     """
-    # Rows of an odd width are loaded in small pieces, whose addresses fill the registers.
+    # Rows of an odd width load in small pieces, and the addresses of these fill the registers.
     wide = WIDE_UNION if is_hopper() and x_ND.shape[1] % 8 == 0 else UNION
     tile = wide if len(x_ND) > FEW["BLOCK_M"] else FEW
     active_ME, count_M = list_active(mask_NE, tile["BLOCK_M"])
@@ -221,13 +221,13 @@ def _hidden(
     count_M: torch.Tensor,
     tile: dict[str, int],
 ) -> torch.Tensor:
-    """The masked activations [N, F], by the form that is cheaper."""
+    """Computes the masked activations [N, F] by the cheaper form."""
     N, D = x_ND.shape
     E, S, _ = weights.up_ESD.shape
-    # Zeros, since each form writes what it computed and no more.
+    # Zeros, because a form writes only the activations that it computed.
     hidden_NF = torch.zeros((N, E * S), dtype=x_ND.dtype, device=x_ND.device)
     projections = (weights.up_ESD, weights.gate_ESD, weights.up_bias_ES, weights.gate_bias_ES)
-    # Where loads go through buffers (AMD), a tile has one base address.
+    # If loads go through buffers (AMD), a tile has one base address.
     together = weights.gate_ESD is not None and not has_buffers()
     shape = {"E": E, "S": S, "D": D, "ACTIVATION": weights.activation, "TOGETHER": together}
     grouped = None  # one block of tokens reads each expert once in either form

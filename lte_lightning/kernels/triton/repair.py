@@ -25,7 +25,7 @@ PART = 512
 def spoilt_kernel(
     y_ptr, spoilt_ptr, N, D: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    """Writes 1 for each part of D of a block of tokens that holds a number that is not finite, else 0."""
+    """Writes 1 for each part of D in which a block of tokens has a nonfinite number, else 0."""
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     bad = tl.zeros([16, BLOCK_D], tl.int32)
     for n0 in range(0, BLOCK_M, 16):
@@ -53,7 +53,7 @@ def again_kernel(
     BLOCK_F: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """BLOCK_D outputs of a spoilt block of tokens, over the experts that the block needs."""
+    """Computes BLOCK_D outputs of a spoilt block of tokens, over the experts that the block needs."""
     block = tl.program_id(1)
     part = tl.arange(0, PARTS)
     spoilt = tl.max(tl.load(spoilt_ptr + block * PARTS + part), 0) != 0
@@ -90,7 +90,7 @@ def repair(
         hidden_NF: Masked activations.
         weights: The FFN.
         active_ME: The experts that each block of tokens needs, see `list_active`.
-        count_M: How many these are.
+        count_M: The number of these experts.
         block: Tokens per block.
     """
     N, D = y_ND.shape

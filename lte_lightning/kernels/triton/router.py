@@ -1,4 +1,4 @@
-"""LTE's router straight to the mask: linear layer, sigmoid and threshold, in one launch for few tokens."""
+"""Compute the mask of LTE's router: linear layer, sigmoid and threshold, in one launch for few tokens."""
 
 import torch
 import triton
@@ -36,7 +36,7 @@ def router_kernel(
     d = tl.arange(0, BLOCK_D)
     rows = tl.load(
         weight_ptr + e[:, None] * D + d[None, :], mask=(e[:, None] < E) & (d[None, :] < D), other=0.0
-    )  # weights are nobody's output: they are on their way before the launch ahead has ended
+    )  # no launch writes weights, so they load before the previous launch has ended
     wait_for_last(PDL)
     signal_next(PDL)
     threshold = tl.load(threshold_ptr)
@@ -46,7 +46,7 @@ def router_kernel(
         x = tl.load(x_ptr + n[:, None] * D + d[None, :], mask=(n[:, None] < N) & (d[None, :] < D), other=0.0)
         logits = tl.sum(rows[None, :, :] * x.to(tl.float32)[:, None, :], 2)
         logits = add_bias(logits, bias_ptr, e[None, :], e[None, :] < E)
-        # Rounded as `selection.Router` rounds, so that the two fall on the same side of the threshold.
+        # Round as `selection.Router` does, so that both scores fall on the same side of the threshold.
         chosen = tl.sigmoid(logits.to(x_ptr.dtype.element_ty).to(tl.float32)) > threshold
         tl.store(mask_ptr + n[:, None] * E + e[None, :], chosen.to(tl.uint8), mask=(n[:, None] < N) & (e[None, :] < E))
 
@@ -63,17 +63,17 @@ def threshold_kernel(logits_ptr, mask_ptr, count, threshold_ptr, BLOCK: tl.const
 def route_triton(
     x_ND: torch.Tensor, weight_ED: torch.Tensor, bias_E: torch.Tensor | None, threshold: torch.Tensor
 ) -> torch.Tensor:
-    """Computes the mask that `selection.Router` and a threshold give; no gradient.
+    """Computes the mask that `selection.Router` and a threshold give, without a gradient.
 
     Args:
         x_ND: The FFN's input, float32, bfloat16 or float16.
         weight_ED: The router's weights, contiguous, of any of these types.
-        bias_E: Its bias.
-        threshold: tau, one float32 number on the device, read anew at each launch: a captured graph follows it. An
-            expert runs where its score exceeds it.
+        bias_E: The router's bias.
+        threshold: tau, a single float32 number on the device. An expert runs where its score exceeds tau. Each launch
+            reads it anew, so that a captured graph follows it.
 
     Returns:
-        The mask [N, E], to be handed to `run_triton`.
+        The mask [N, E], for `run_triton`.
 
     Raises:
         ValueError: For tensors on the wrong device, or weights that are not contiguous.
@@ -93,7 +93,7 @@ def _triton_router(
         return mask_NE
     with torch.cuda.device_of(x_ND):
         if N <= MAX_TOKENS:
-            # One row for four tokens at a time fills the registers that several rows fill for one.
+            # Four tokens at a time fill the registers with one row, as one token does with several rows.
             tokens, config = (1, ROUTER) if N == 1 else (4, ROUTER_FEW)
             tile = tile_of(config[x_ND.element_size()], D, E)
             router_kernel[(triton.cdiv(E, tile["ROWS"]),)](

@@ -1,9 +1,9 @@
 """One token: programs stream the selected neurons, whole rows of all three matrices, and each sums its own share.
 
-Two launches. The first has as many programs as the device runs at once. Each reads the mask, streams its share of the
-selected rows, and keeps its part of the output in registers. The second adds the parts in their order: the same input
-gives the same bits. With the router before them that is three launches. Each may start before the one ahead has ended
-(programmatic dependent launch), and waits before it reads what that one writes.
+There are two launches. The first has as many programs as the device runs at once. Each reads the mask, streams its
+share of the selected rows, and keeps its part of the output in registers. The second adds the parts in their order, so
+the same input gives the same bits. The router before them is a third launch. Each may start before the previous launch
+has ended (programmatic dependent launch), and waits before it reads the output of that launch.
 """
 
 import torch
@@ -47,7 +47,7 @@ def stream_kernel(
     BLOCK_E: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Sums [P, D]: each program over its share of the rows of selected experts, ROWS neurons at a time."""
+    """Computes sums [P, D]: each program's is over its share of the selected experts' rows, ROWS neurons at a time."""
     experts = tl.arange(0, BLOCK_E)
     d = tl.arange(0, BLOCK_D)
     wait_for_last(PDL)
@@ -55,20 +55,20 @@ def stream_kernel(
     x = tl.load(x_ptr + d, mask=d < D, other=0.0).to(tl.float32)
     signal_next(PDL)
     place = tl.cumsum(chosen, 0)
-    # As many rows for each program as for every other, or one more.
+    # The programs' numbers of rows differ by at most one.
     rows = tl.sum(chosen, 0) * S
     begin = tl.program_id(0) * rows // tl.num_programs(0)
     end = (tl.program_id(0) + 1) * rows // tl.num_programs(0)
     acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
     for slot in range(begin // S, tl.cdiv(end, S)):
-        e = tl.sum((place <= slot).to(tl.int32), 0)  # the expert of that place among the chosen
+        e = tl.sum((place <= slot).to(tl.int32), 0)  # the expert at that place among the chosen experts
         last = tl.minimum(end - slot * S, S)
         for first in range(tl.maximum(begin - slot * S, 0), last, ROWS):
             s = first + tl.arange(0, ROWS)
             f = (e * S + s).to(tl.int64)
             tile = f[:, None] * D + d[None, :]
             inside = (s[:, None] < last) & (d[None, :] < D)
-            # All loads before the first sum: the down rows are on their way while gate and up are summed.
+            # All loads come before the first sum, so that the down rows load while gate and up are summed.
             up = tl.load(up_ptr + tile, mask=inside, other=0.0, eviction_policy="evict_first")
             if gate_ptr is not None:
                 gate = tl.load(gate_ptr + tile, mask=inside, other=0.0, eviction_policy="evict_first")
@@ -94,12 +94,12 @@ def stream_sum_kernel(
     BLOCK_D: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """BLOCK_D outputs: the parts of all P programs in their order, and the bias."""
+    """Computes BLOCK_D outputs: the parts of all P programs in their order, and the bias."""
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     p = tl.arange(0, BLOCK_P)
     wait_for_last(PDL)
     signal_next(PDL)
-    # At once: what waits is latency.
+    # Load all parts at once, because latency dominates.
     part = tl.load(partial_ptr + p[:, None] * D + d[None, :], mask=(p[:, None] < P) & (d[None, :] < D), other=0.0)
     y = add_bias(tl.sum(part, 0), bias_ptr, d, d < D)
     tl.store(y_ptr + d, y.to(y_ptr.dtype.element_ty), mask=d < D)
