@@ -1,1 +1,1 @@
-"""What a run leaves behind: results, tables, figures, its log."""
+"""Records a run: results, tables, figures, and its log."""

@@ -16,14 +16,14 @@ from lte_lightning.core.model.head import classifies
 from lte_lightning.errors import UserError
 from lte_lightning.quiet import without_remarks
 
-BATCH = 32  # rows that are answered at a time
-MAX_NEW_TOKENS = 64  # of an answer, unless the parameter says otherwise
+BATCH = 32  # rows per forward pass
+MAX_NEW_TOKENS = 64  # default length of an answer; the parameter of this name overrides it
 _DIGEST = "lte.digest"
 _PACKAGES = ("lte-lightning", "torch", "transformers")
 
 
 class LteModel:
-    """What ``mlflow.pyfunc.load_model`` wraps: texts in, answers out.
+    """The model inside ``mlflow.pyfunc.load_model``: it takes texts and returns answers.
 
     Args:
         folder: A saved LTE model with its tokenizer.
@@ -44,7 +44,8 @@ class LteModel:
             params: ``max_new_tokens`` of an answer.
 
         Returns:
-            A data frame: ``label`` and ``probability``, of a regression ``value``, of a model that writes ``text``.
+            A data frame: ``label`` and ``probability`` of a classifier, ``value`` of a regression model, ``text`` of a
+            generator.
         """
         import pandas
 
@@ -85,15 +86,15 @@ def _load_pyfunc(path: str) -> LteModel:
 
 
 def log_model(client: Any, run_id: str, folder: Path, columns: list[str], kind: str, register_as: str | None) -> None:
-    """Adds a saved model to a run as a logged model, unless the run has this one.
+    """Adds a saved model to a run as a logged model, unless the run already has it.
 
     Args:
-        client: MLflow's.
+        client: MLflow's client.
         run_id: The run.
         folder: The saved model.
-        columns: Names of the columns of texts.
+        columns: Names of the text columns.
         kind: ``classification``, ``regression`` or ``text``.
-        register_as: The registered model of which it becomes a version.
+        register_as: The registered model that gets this model as a new version.
     """
     from mlflow.entities import LoggedModelOutput, LoggedModelStatus
     from mlflow.exceptions import MlflowException
@@ -108,7 +109,7 @@ def log_model(client: Any, run_id: str, folder: Path, columns: list[str], kind: 
         return
     signature, example = _signature(columns, kind)
     tags = {_DIGEST: digest} | {key: value for key, value in run.data.tags.items() if key.startswith("lte.")}
-    # By the client: MLflow's own functions know one store, which is the whole process's
+    # MLflow's own functions use one store for the whole process, the client does not
     logged = client.create_logged_model(run.info.experiment_id, "sparse-model", run_id, tags)
     with tempfile.TemporaryDirectory() as staging, without_remarks("mlflow"):
         pyfunc.save_model(
@@ -130,7 +131,7 @@ def log_model(client: Any, run_id: str, folder: Path, columns: list[str], kind: 
 
 
 def _hash_of(folder: Path) -> str:
-    """Returns a digest that differs between saved models: the description has a digest of all weights."""
+    """Returns a digest that differs between saved models, because the description has a digest of all weights."""
     return hashlib.sha256((folder / CONFIG_FILE).read_bytes()).hexdigest()[:16]
 
 

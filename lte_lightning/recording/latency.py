@@ -20,32 +20,32 @@ from lte_lightning.core.model.experts import set_mode
 from lte_lightning.kernels.dispatch import Backend
 from lte_lightning.trainer import declared
 
-BATCHES = 8  # in each round
-STEPS = 8  # that each batch decodes
+BATCHES = 8  # batches in each round
+STEPS = 8  # tokens that each batch decodes
 ROUNDS = 7
 INPUTS = ("input_ids", "attention_mask", "token_type_ids", "labels")
 
 
 def measure_latency(folder: Path, trainer: Trainer, rows: int, backend: Backend) -> dict[str, Any]:
-    """Times a saved model and its dense twin by turns, on the trainer's device and in its precision's type.
+    """Times a saved model and its dense twin in turns, on the trainer's device and in its precision's type.
 
-    Both choose and compute what they would in use: real routers on real validation rows, padding included. A call is
-    one forward pass; of a decoder that generates, a step that decodes the next token of each row with a cache.
+    Both work as in use: real routers on real validation rows, with padding. A call is one forward pass. For a decoder
+    that generates, a call decodes the next token of each row with a cache.
 
     Args:
         folder: Where `save_pretrained` wrote the model. It is loaded twice.
-        trainer: Its data module has the rows.
+        trainer: The trainer whose data module has the rows.
         rows: Rows per call.
-        backend: What computes the selected experts.
+        backend: The backend that computes the selected experts.
 
     Returns:
-        ``latency_ms`` and ``dense_latency_ms``, of a call: medians over rounds of the mean over batches; ``speedup``,
-        dense by sparse; and ``latency_of``, what was measured where.
+        ``latency_ms`` and ``dense_latency_ms`` of a call: medians over rounds of the mean over batches; ``speedup``,
+        dense over sparse; and ``latency_of``, a description of the measurement and the machine.
     """
     device, dtype = trainer.strategy.root_device, run_dtype(str(trainer.precision))
     sparse = from_pretrained(folder, dtype=dtype, backend=backend)
     set_mode(sparse, "hard")
-    # with weights of its own, or the cache would serve one from what the other read
+    # with its own weights, or one would profit from cached weights of the other
     dense = restore(from_pretrained(folder, dtype=dtype, backend="dense-mask"))
     decodes = sparse.can_generate() and not sparse.config.is_encoder_decoder
     loaders = declared(trainer).datamodule.val_dataloader()
@@ -77,20 +77,20 @@ def measure_latency(folder: Path, trainer: Trainer, rows: int, backend: Backend)
 
 
 def tokens_of(batches: Sequence[dict[str, torch.Tensor]], rows: int, decodes: bool) -> float:
-    """Returns how many real tokens a call computes, on average: of a decoding step one for each row."""
+    """Returns how many real tokens a call computes on average; a decoding step computes one for each row."""
     return float(rows) if decodes else fmean(float(batch["attention_mask"].sum()) for batch in batches)
 
 
 def run_dtype(precision: str) -> torch.dtype:
-    """Returns the type that a model runs in which was trained in a precision."""
-    # who trains in mixed precision mostly runs the model in its low type
+    """Returns the type in which a model runs after training in a precision."""
+    # after training in mixed precision, most users run the model in the low type
     if "bf16" in precision:
         return torch.bfloat16
     return torch.float16 if precision.startswith("16") else torch.float32
 
 
 def row_batches(loader: Any, rows: int, device: torch.device) -> list[dict[str, torch.Tensor]]:
-    """Returns the first batches of a loader's rows in an order drawn once, each of so many rows."""
+    """Returns the first batches of a loader's rows in an order drawn once, with ``rows`` rows each."""
     drawn = DataLoader(
         loader.dataset,
         batch_size=min(rows, len(loader.dataset)),

@@ -1,4 +1,4 @@
-"""A run's logger in MLflow, which a fit does not depend on."""
+"""The MLflow logger of a run. A fit goes on without MLflow if the store fails."""
 
 import os
 import re
@@ -24,15 +24,15 @@ STATUS = {"success": "FINISHED", "finished": "FINISHED", "failed": "FAILED"}
 
 
 class RunLogger(Logger):
-    """Sends records to MLflow; while the store is out of reach, keeps them in the run's folder.
+    """Sends records to MLflow, and keeps them in the run's folder while the store is out of reach.
 
-    That store is tried again from time to time, and at the run's end. What still waits then is sent when the run is
-    resumed, or by ``lte sync RUN``. A run's parameters are those that it began with, as MLflow allows no others: an
-    evaluation may well have other options than the fit whose run it continues.
+    The logger tries the store again from time to time, and at the run's end. Resuming the run or ``lte sync RUN`` sends
+    the records that still wait then. A run keeps the parameters of its start, because MLflow allows no change. An
+    evaluation may have other options than the fit whose run it continues.
 
     Args:
         uri: MLflow's store.
-        run_id: The run to go on with.
+        run_id: The run to continue.
         **origin: ``experiment``, ``name``, ``location`` of artifacts, ``tags`` and ``root`` of a new run.
 
     Raises:
@@ -43,15 +43,15 @@ class RunLogger(Logger):
         super().__init__()
         self.uri, self.run_id, self.origin = uri, run_id, origin
         self.folder: Path | None = None
-        self.options: dict[str, Any] = {}  # of the whole run, beside the module's own parameters
-        self.ending: str | None = None  # how MLflow is told that the run ended, whatever Lightning says
+        self.options: dict[str, Any] = {}  # the options of the whole run, beside the module's own parameters
+        self.ending: str | None = None  # the end status for MLflow, whatever Lightning says
         self.client: Any = None
         self._early: list[dict[str, Any]] = []  # until there is a folder
         self._warned = self._behind = self._forgotten = False
         self._again = 0.0
         if not is_first_process():
             return
-        if uri.startswith("http"):  # by default MLflow tries for minutes, whatever it is asked
+        if uri.startswith("http"):  # by default MLflow retries every request for minutes
             os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
             os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
         began = time.monotonic()
@@ -79,7 +79,7 @@ class RunLogger(Logger):
         try:
             if self.client is None:
                 self.client, self.run_id = open_run(self.uri, self.run_id, self.origin)
-            assert self.run_id is not None  # it came with the client
+            assert self.run_id is not None  # set together with the client
             if self._behind and self.folder is not None:
                 self._keep([])
                 note_run(self.folder, self.run_id, self.uri)
@@ -110,12 +110,12 @@ class RunLogger(Logger):
             )
 
     def forget(self) -> None:
-        """Removes the run from MLflow; nothing is sent or kept of it from then on."""
+        """Removes the run from MLflow, and neither sends nor keeps further records of it."""
         if self.client is not None:
             self.client.delete_run(self.run_id)
         self._forgotten = True
 
-    # What Lightning asks of a logger
+    # The interface that Lightning requires of a logger
 
     @property
     def name(self) -> str:
@@ -129,30 +129,30 @@ class RunLogger(Logger):
 
     @property
     def experiment(self) -> Any:
-        """MLflow's client, None while the store cannot be used."""
+        """MLflow's client; None while the store is out of reach."""
         return self.client
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Sends metrics, under names that MLflow takes."""
+        """Sends metrics under names that MLflow accepts."""
         names = {re.sub("[^a-zA-Z0-9_/. -]+", "", key): float(value) for key, value in metrics.items()}
         self.tell(metrics=names, step=step or 0)
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *_: Any, **__: Any) -> None:
-        """Sends the parameters of a run that has none yet."""
+        """Sends the parameters, unless the run already has some."""
         flat = self.options | _flatten_dict(_convert_params(params))
         self.tell(params={key: str(value)[:250] for key, value in flat.items()})
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Ends the run; a store that could not be used is tried once more."""
+        """Ends the run, and tries a store that has failed once more."""
         self._again = 0.0
         self.tell(status=self.ending or STATUS.get(status, status))
 
 
 def mlflow_of(trainer: Trainer) -> RunLogger | MLFlowLogger | None:
-    """Returns the trainer's MLflow logger, if it has one: ours, or one that its user named."""
+    """Returns the trainer's MLflow logger, if it has one: ours, or one that the user named."""
     return next((logger for logger in trainer.loggers if isinstance(logger, RunLogger | MLFlowLogger)), None)
 
 

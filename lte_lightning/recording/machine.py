@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[1]
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """Returns ``cpu`` and ``gpu`` (None without one) by model, ``cores`` that may be used, and ``memory_gib``."""
+    """Returns the models of ``cpu`` and ``gpu`` (None without one), the usable ``cores``, and ``memory_gib``."""
     affinity = getattr(os, "sched_getaffinity", None)
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
@@ -27,10 +27,10 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def code(package: Path = PACKAGE) -> dict[str, str | None]:
-    """Returns ``commit``, as ``git describe`` has it, and ``code``, a short hash over the package's Python files.
+    """Returns ``commit`` from ``git describe``, and ``code``, a short hash over the package's Python files.
 
-    The commit is None unless the package lies at the top of a git repository that tracks it: one around a virtual
-    environment is somebody else's.
+    The commit is None unless the package lies at the top of a git repository that tracks it. A repository around a
+    virtual environment belongs to another project.
     """
     digest = hashlib.sha256()
     for file in sorted(package.rglob("*.py")):

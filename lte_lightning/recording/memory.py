@@ -9,10 +9,10 @@ from lte_lightning.trainer import declared
 
 
 def expected_memory(trainer: Trainer, module: LteModule) -> str:
-    """Describes what a fit holds at its peak on one device, if all texts are as long as the data lets them be.
+    """Describes a fit's peak memory on one device, if all texts have the greatest length that the data allow.
 
-    The data say so by their ``batch_size`` and ``max_length``; where they have none, activations are left out. The
-    optimizer is that of the stage which the fit begins with.
+    The data give ``batch_size`` and ``max_length``. Without these the estimate leaves activations out. The optimizer is
+    that of the fit's first stage.
     """
     precision, net = str(trainer.precision), module.net
     if precision not in PRECISIONS:

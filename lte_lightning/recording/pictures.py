@@ -33,7 +33,7 @@ def draw_sparsity(sparsity_per_layer: Sequence[float], path: Path) -> None:
 
 
 def draw_scores(histogram: Sequence[Sequence[int]], threshold: float, path: Path) -> None:
-    """Draws how the router scores of each layer are distributed (as the paper's figure 3), layers in rows."""
+    """Draws the distribution of each layer's router scores as in the paper's figure 3, one row per layer."""
     counts_LH = np.asarray(histogram, dtype=float)
     shares_LH = counts_LH / np.maximum(counts_LH.sum(1, keepdims=True), 1)
     figure = Figure(figsize=(6, 1.6 + 0.22 * len(counts_LH)), layout="constrained")

@@ -1,4 +1,4 @@
-"""A run's folder: its own file, its model, and how to go on with it."""
+"""A run's folder: its own file, its model, and the command that resumes it."""
 
 import shlex
 from pathlib import Path
@@ -16,13 +16,13 @@ LAST = "checkpoints/last.ckpt"
 
 
 def write_run_file(folder: Path, experiment: str, name: str | None, run_id: str | None, uri: str | None) -> None:
-    """Notes which run of which store it is.
+    """Notes the run's store and its id there.
 
     Args:
-        folder: The run's.
-        experiment: MLflow's.
-        name: The run's.
-        run_id: MLflow's, None where it records nothing.
+        folder: The run's folder.
+        experiment: Name of the MLflow experiment.
+        name: Name of the run.
+        run_id: Id in MLflow; None without MLflow.
         uri: MLflow's store, without a password.
     """
     about = {"run_id": run_id, "tracking_uri": uri, "experiment": experiment}
@@ -36,7 +36,7 @@ def how_to_resume(folder: Path) -> str:
 
 
 def task_suffix(folder: Path, task: str | None) -> str:
-    """Returns the suffix of the files of a test or prediction on another task than the fit's, "" on the same."""
+    """Returns the suffix of the files of a test or prediction on another task than the fit's, "" on the same task."""
     fitted = read_results(folder).task if (folder / FILE).exists() else task
     return "" if task == fitted else f"-{task}"
 
@@ -44,14 +44,14 @@ def task_suffix(folder: Path, task: str | None) -> str:
 def save_model(
     model: PreTrainedModel, folder: Path, about: dict[str, Any], tokenizer: Any, state: dict[str, Any] | None
 ) -> None:
-    """Saves a run's model, and its tokenizer where the data have one that can be saved.
+    """Saves a run's model, and its tokenizer if the data have one that can be saved.
 
     Args:
         model: The model.
-        folder: Where to.
+        folder: Target folder.
         about: Further facts for its description.
-        tokenizer: The data's, or None.
-        state: The model's state dict, where its weights are shared out over devices; else None.
+        tokenizer: The data's tokenizer, or None.
+        state: The model's state dict if its weights are sharded over devices; else None.
     """
     save_pretrained(model, folder, about, **({} if state is None else {"state_dict": state}))
     if hasattr(tokenizer, "save_pretrained"):

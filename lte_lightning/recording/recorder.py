@@ -44,7 +44,7 @@ from lte_lightning.store import (
 from lte_lightning.tasks.base import LteModule
 from lte_lightning.trainer import declared
 
-STOPPED = (KeyboardInterrupt, SIGTERMException)  # by somebody, and not by an error
+STOPPED = (KeyboardInterrupt, SIGTERMException)  # a person stopped it, not an error
 
 
 class Recorder(Callback):
@@ -99,19 +99,19 @@ class Recorder(Callback):
         self.parent = parent
         self.folder: Path | None = None
         self.run_id: str | None = None
-        self._named_by: Path | None = None  # the file that names the store
+        self._named_by: Path | None = None  # the file from which the store's name comes
         self._fresh = False
-        self.options: dict[str, Any] | None = None  # of the fit, by name
+        self.options: dict[str, Any] | None = None  # the fit's options by name
         self.table: Table | None = None
         self.written: Path | None = None
 
-    # The run's place
+    # Where the run lives
 
     def resume(self, origin: str) -> None:
-        """Continues the run in whose folder a checkpoint or a model folder lies, if it lies in one.
+        """Continues the run whose folder contains the checkpoint or the model folder, if there is one.
 
         Raises:
-            UserError: If that run is of another version, or its ``run.json`` damaged.
+            UserError: If that run is of another version, or its ``run.json`` is damaged.
         """
         folder = find_run(origin)
         if folder is not None:
@@ -119,7 +119,7 @@ class Recorder(Callback):
             self.folder, self.root = folder, folder.parent.parent
             self.experiment = stored["experiment"]
             uri = stored["tracking_uri"]
-            if uri == shown(self.tracking_uri):  # its password is kept nowhere
+            if uri == shown(self.tracking_uri):  # no file keeps its password
                 uri = self.tracking_uri
             # a copied run's embedded store may have stayed elsewhere: then MLflow gets a new run
             if uri and (not uri.startswith("sqlite:///") or Path(uri.removeprefix("sqlite:///")).exists()):
@@ -135,13 +135,13 @@ class Recorder(Callback):
         """Returns the MLflow logger of this run.
 
         Args:
-            name: The run's, where its options give none; by default the time.
+            name: The run's name if its options give none; by default the time.
 
         Raises:
-            UserError: If its store's address or password is wrong, or a file names one that is not to be trusted.
+            UserError: If its store's address or password is wrong, or a file names a store that cannot be trusted.
         """
         require_writable(self.place)
-        # of MLflow's own making it would be the same for all: it is drawn after the seed was set
+        # a name from MLflow would be the same for all runs: it is drawn after the seed is set
         self.name = self.name or name or time.strftime("%Y-%m-%d %H:%M:%S")
         if self._named_by:
             self.tracking_uri = named_by_file(self.tracking_uri, self._own, self._named_by)
@@ -183,7 +183,7 @@ class Recorder(Callback):
 
     @rank_zero_only
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Says how to resume from the last checkpoint; a refused run leaves no files."""
+        """Prints how to resume from the last checkpoint. A refused run leaves no files."""
         if isinstance(logger := mlflow_of(trainer), RunLogger) and isinstance(exception, STOPPED):
             logger.ending = "KILLED"
         if self.folder is None:
@@ -198,7 +198,7 @@ class Recorder(Callback):
             print("\nStopped before the first epoch was finished: there is nothing to resume.", file=sys.stderr)
 
     def forget(self, logger: RunLogger | MLFlowLogger | None) -> None:
-        """Removes the files of a refused run; a continued run keeps its files."""
+        """Removes the files of a refused run. A continued run keeps its files."""
         if self._fresh and self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
         if isinstance(logger, RunLogger) and self.run_id is None:
@@ -207,7 +207,7 @@ class Recorder(Callback):
             logger.experiment.delete_run(logger.run_id)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Says how much memory the fit is expected to take."""
+        """Prints the memory that the fit is expected to take."""
         rank_zero_info(f"expected memory per device: {expected_memory(trainer, lte_module(pl_module))}")
 
     @rank_zero_only
@@ -221,7 +221,7 @@ class Recorder(Callback):
     # Results
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Goes back to the best checkpoint, if the expert stage was reached, and exports model and results."""
+        """Loads the best checkpoint if the fit reached the expert stage, then exports model and results."""
         if self.folder is None:
             return
         module = lte_module(pl_module)
@@ -252,8 +252,7 @@ class Recorder(Callback):
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes ``test.json``: metric, sparsity overall and per layer, cost per token.
 
-        A test on another task than the fit's writes ``test-<task>.json``, and leaves the file of the fit's own task as
-        it is.
+        A test on another task than the fit's writes ``test-<task>.json``, and keeps the file of the fit's own task.
         """
         module = lte_module(pl_module)
         evaluation = Evaluation.of(module.measured["test"])
@@ -267,7 +266,7 @@ class Recorder(Callback):
 
     @rank_zero_only
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Adds to ``samples.jsonl`` the answers that a model wrote for reading."""
+        """Adds the answers that a model wrote for reading to ``samples.jsonl``."""
         module = lte_module(pl_module)
         self._write_rows(trainer, "samples.jsonl", module.samples, append=True)
         module.samples = []
@@ -279,7 +278,7 @@ class Recorder(Callback):
 
     @rank_zero_only
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes ``predictions.jsonl``, one row per example in the order of the data; a file for each set of a task."""
+        """Writes ``predictions.jsonl``, one row per example in the data's order, and one file per set of a task."""
         if self.folder is None:
             return
         name = f"predictions{task_suffix(self.folder, getattr(declared(trainer).datamodule, 'task', None))}"
@@ -291,7 +290,7 @@ class Recorder(Callback):
 
     @rank_zero_only
     def report(self) -> None:
-        """Prints the table of a fit or a test, and last the path of the file written."""
+        """Prints the table of a fit or a test, then the path of its file."""
         if self.table is not None:
             tables.show(self.table)
         if self.written is not None:

@@ -36,10 +36,10 @@ def make_results(
     """Collects the results of a fit.
 
     Args:
-        trainer: With a `StageSchedule` among its callbacks.
-        module: After the fit, with the weights that count.
-        floor: The task's floor, if it was measured elsewhere.
-        options: The fit's, by name, if they are known.
+        trainer: A trainer with a `StageSchedule` among its callbacks.
+        module: The module after the fit, with the final weights.
+        floor: The task's floor, if another run measured it.
+        options: The fit's options by name, if they are known.
     """
     data: Any = getattr(trainer, "datamodule", None)
     measured, callbacks = module.measured, getattr(trainer, "callbacks", [])
@@ -73,7 +73,7 @@ def make_results(
 
 
 def further_metrics(module: LteModule) -> list[str]:
-    """Returns the further values of each view, beside the metric and the sparsity: other sets, other metrics."""
+    """Returns the values of each view besides the metric and the sparsity: other sets, other metrics."""
     known = {module.metric_name, "sparsity"}
     views = [module.measured.get(view, {}) for view in VIEW_MODES]
     names = [key for metrics in views for key, value in metrics.items() if isinstance(value, float | None)]
@@ -81,7 +81,7 @@ def further_metrics(module: LteModule) -> list[str]:
 
 
 def versions(trainer: Trainer) -> dict[str, Any]:
-    """Returns what a result depends on besides the configuration."""
+    """Returns the versions and the machine that a result depends on besides the configuration."""
     packages = ("lte-lightning", "torch", "lightning", "transformers", "datasets")
     return {
         "python": platform.python_version(),
@@ -114,10 +114,10 @@ def read_floor(path: str) -> Results:
 
 
 def facts_for_card(results: Results, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the facts of the fit for a model card: values without paths or machines, to be published.
+    """Returns the facts of the fit for a model card. They name no paths or machines, so that they can be published.
 
     Args:
-        results: What the fit has found.
+        results: The fit's results.
         options: The module's options.
     """
     kept = ("task", "metric", *VIEW_MODES, "floor", "sparsity", "sparsity_before", "target_sparsity")
@@ -134,14 +134,14 @@ def facts_for_card(results: Results, options: Mapping[str, Any]) -> dict[str, An
 
 
 def warn_of_missed_target(results: Results, config: LteConfig) -> str | None:
-    """Warns that a fit ended further than `NEAR` from the sparsity that it was asked for, and what to do.
+    """Warns, with advice, if a fit ended further than `NEAR` from its target sparsity.
 
     Args:
-        results: What the fit has found.
-        config: Of its model.
+        results: The fit's results.
+        config: The model's LTE options.
 
     Returns:
-        The warning; None where the target was reached, or there is none.
+        The warning; None if the fit reached the target, or there is no target.
     """
     wanted, reached = results.target_sparsity, results.sparsity
     if wanted is None or reached is None or abs(reached - wanted) <= NEAR:
@@ -157,7 +157,7 @@ def warn_of_missed_target(results: Results, config: LteConfig) -> str | None:
 
 
 def results_table(results: Results, remark: str | None = None) -> Table:
-    """Lays the results out for reading, under the data's title or the task's name, a remark below the table."""
+    """Lays the results out for reading, under the data's title or the task's name, with a remark below the table."""
     title = f"{results.title or results.task}: {results.metric} on the validation rows"
     table = Table(title=title, title_justify="left")
     table.add_column("")
@@ -211,7 +211,7 @@ def _percent(share: float | None) -> str:
 
 
 def test_table(task: str, found: Evaluation) -> Table:
-    """Lays a test's values out for reading; those of each layer, subject and score are in its file."""
+    """Lays a test's values out for reading. Its file has the values of each layer, subject and score."""
     table = Table(title=f"{task}: test", title_justify="left")
     table.add_column("")
     table.add_column("", justify="right")
@@ -233,7 +233,7 @@ def test_table(task: str, found: Evaluation) -> Table:
 
 
 def show(table: Table) -> None:
-    """Prints a table on the terminal, or at a fixed width into a file."""
+    """Prints a table to the terminal, or to a file at a fixed width."""
     console = Console()
     console = console if console.is_terminal else Console(width=100)
     console.print(table)

@@ -23,7 +23,7 @@ class Rates(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Logs the rates of the step that begins, as often as losses are logged."""
-        step = trainer.fit_loop.epoch_loop._batches_that_stepped  # the step of Lightning's own values
+        step = trainer.fit_loop.epoch_loop._batches_that_stepped  # the step under which Lightning logs its own values
         if not trainer.loggers or step % declared(trainer).log_every_n_steps:
             return
         rates = {
@@ -42,7 +42,7 @@ def method(module: Any) -> str:
 
 
 def run_name(module: Any, data: Any) -> str:
-    """Returns a name that tells a run from its neighbours: task, method, target, seed."""
+    """Returns a name that distinguishes a run from others: task, method, target, seed."""
     target = lte.target_sparsity if (lte := module.lte) else None
     budget = lte.budget if lte else None
     weight = module.hparams.get("efficiency_weight")
@@ -53,7 +53,7 @@ def run_name(module: Any, data: Any) -> str:
 
 
 def tags(module: Any, data: Any) -> dict[str, str]:
-    """Returns a run's tags as it begins: task, method, model, commit, and a description."""
+    """Returns a run's tags at its start: task, method, model, commit, and a description."""
     model = public_name(module.hparams["init_from"] or module.hparams["pretrained"])
     commit = code()
     found = {
@@ -77,7 +77,7 @@ def end_tags(results: Results, stage: str) -> dict[str, str]:
 
 
 def data_input(data: Any) -> dict[str, Any] | None:
-    """Returns the data set of a run, as MLflow's inputs name it: where it is from, its rows and its fingerprint."""
+    """Returns the data set of a run in the form of MLflow's inputs: its source, its rows and its fingerprint."""
     source, ready = getattr(data, "source", None), getattr(data, "_ready", None)
     if not source or not isinstance(data, LightningDataModule):
         return None
@@ -96,10 +96,10 @@ def data_input(data: Any) -> dict[str, Any] | None:
 
 @rank_zero_only
 def announce(trainer: Trainer, module: Any, config: Mapping[str, Any]) -> None:
-    """Tells MLflow all that is known as a run begins.
+    """Sends MLflow all facts that are known at the start of a run.
 
     Args:
-        trainer: With its data module set up.
+        trainer: A trainer whose data module is set up.
         module: The task.
         config: The resolved configuration, as plain types.
     """
@@ -120,11 +120,11 @@ def conclude(trainer: Trainer, module: Any, results: Results, log_model: bool, r
     """Sends a fit's results to every logger, and its model to MLflow.
 
     Args:
-        trainer: Of the fit.
+        trainer: The fit's trainer.
         module: The task; its model is saved in the run's folder.
-        results: What was found.
+        results: The fit's results.
         log_model: Whether MLflow gets the model.
-        register_as: The registered model of which it becomes a version.
+        register_as: The registered model that gets this model as a new version.
     """
     for logger in trainer.loggers:
         logger.log_metrics(results.metrics(), step=trainer.global_step)
@@ -141,7 +141,7 @@ def conclude(trainer: Trainer, module: Any, results: Results, log_model: bool, r
 
 
 def served(trainer: Trainer, module: Any) -> tuple[list[str], str] | None:
-    """Returns a task's columns of texts and the kind of its answers; None for a task that MLflow cannot serve."""
+    """Returns a task's text columns and the kind of its answers, or None for a task that MLflow cannot serve."""
     columns = list(getattr(getattr(trainer, "datamodule", None), "text_columns", None) or ["text"])
     if classifies(type(module.net).__name__):
         return columns, "regression" if module.net.config.num_labels == 1 else "classification"

@@ -1,4 +1,4 @@
-"""Records that MLflow did not take wait in the run's folder, to be sent later."""
+"""Keeps the records that MLflow did not accept in the run's folder, and sends them later."""
 
 import json
 import os
@@ -13,14 +13,14 @@ from lte_lightning.network import failures, try_store
 from lte_lightning.store import first_contact, mlflow_store, named_by_file, read_run_file, reason, shown
 
 UNSENT = "unsent.jsonl"
-CHUNK = 100  # parameters that MLflow takes at a time
+CHUNK = 100  # parameters that MLflow accepts at a time
 
 
 def keep(folder: Path, entries: list[dict[str, Any]]) -> None:
-    """Adds entries to those that wait in a run's folder.
+    """Adds entries to the waiting ones in a run's folder.
 
     Raises:
-        UserError: If it cannot be written to.
+        UserError: If the file cannot be written.
     """
     try:
         with (folder / UNSENT).open("a", encoding="utf-8") as file:
@@ -30,7 +30,7 @@ def keep(folder: Path, entries: list[dict[str, Any]]) -> None:
 
 
 def read(folder: Path) -> Iterator[dict[str, Any]]:
-    """Yields the entries that wait in a run's folder; a last line that was cut short is left out.
+    """Yields the waiting entries of a run's folder, except for a last line that was cut short.
 
     Raises:
         UserError: If the file is damaged.
@@ -51,11 +51,11 @@ def read(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def open_run(uri: str, run_id: str | None, origin: dict[str, Any]) -> tuple[Any, str]:
-    """Returns a client of a store and the id of a run in it: the one that is named and there, or a new one.
+    """Returns a client of a store and a run's id: the named run if the store has it, or else a new run.
 
     Args:
         uri: MLflow's store.
-        run_id: The run to go on with.
+        run_id: The run to continue.
         origin: ``experiment``, ``name``, ``location`` of artifacts and ``tags`` of a new run.
 
     Raises:
@@ -102,7 +102,7 @@ def _has(client: Any, run_id: str, origin: dict[str, Any]) -> bool:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
         return False
-    # A database that came with the run must not choose which of our files are written over
+    # A database that came with the run must not choose which of our files get overwritten
     root = origin.get("root")
     return root is None or not place.startswith(("file:", "/")) or f"{place}/".startswith(f"{root}/")
 
@@ -117,7 +117,7 @@ def _is_mistake(error: Exception) -> bool:
 def send(client: Any, run_id: str, folder: Path | None, entry: dict[str, Any]) -> None:
     """Sends an entry: metrics, parameters of a run that has none yet, tags, data, a file, a model, or the run's end.
 
-    Sending one again changes nothing.
+    Sending an entry twice changes nothing.
 
     Raises:
         UserError: If a file does not lie in the run's folder.
@@ -157,7 +157,7 @@ def sync(folder: Path) -> int:
     """Sends the waiting records of a run's folder, and returns their number.
 
     Raises:
-        UserError: If it is no run's folder, its store cannot be used, or does not take it; then all of it stays.
+        UserError: If it is no run's folder, or its store is unusable or refuses the records; all records stay then.
     """
     if not (folder / "run.json").exists():
         raise UserError(f"{folder} is no run's folder: it has no run.json")
@@ -183,14 +183,14 @@ def sync(folder: Path) -> int:
 
 
 def send_all(client: Any, run_id: str, folder: Path) -> None:
-    """Sends the waiting records of a run's folder, and removes them once MLflow took all."""
+    """Sends the waiting records of a run's folder, and removes them once MLflow has accepted all."""
     for entry in read(folder):
         send(client, run_id, folder, entry)
     (folder / UNSENT).unlink(missing_ok=True)
 
 
 def note_run(folder: Path, run_id: str, uri: str) -> None:
-    """Notes in ``run.json`` which run of MLflow's it is."""
+    """Notes the MLflow run's id and store in ``run.json``."""
     about = read_run_file(folder)
     if about.get("run_id") != run_id:
         write_json(folder / "run.json", about | {"run_id": run_id, "tracking_uri": shown(uri)})
