@@ -1,7 +1,7 @@
-"""What one checks with: `nox` runs lint and tests, `nox --list` names the rest. Arguments after `--` go to pytest.
+"""The checks of this project: `nox` runs lint and tests, `nox --list` names the rest. pytest gets arguments after `--`.
 
-Plain venv and pip. All sessions share the environment of the session `env`: it is made once (minutes, some GB) and
-refreshed when pyproject.toml or constraints.txt change.
+The sessions use plain venv and pip. All share the environment of the session `env`. That session creates it once
+(minutes, some GB) and refreshes it when pyproject.toml or constraints.txt change.
 """
 
 import hashlib
@@ -17,13 +17,13 @@ nox.options.sessions = ["lint", "tests"]
 
 ROOT = Path(__file__).parent
 SHARED = Path(os.environ.get("LTE_SHARED", ROOT.parent / "shared"))
-# No hub, ever: the tests build their models, the regression session reads local folders.
+# No session uses the hub: the tests build their models, and the regression session reads local folders.
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
-# Tiny models are slower on two threads, and on a busy machine small real ones too; sums come out alike everywhere.
+# Two threads slow tiny models down, and small real ones too on a busy machine. One thread gives equal sums everywhere.
 ONE_THREAD = OFFLINE | {"OMP_NUM_THREADS": "1"}
-# Files stay whole, so that fixtures of a module are made once and no two clusters of Ray run side by side. They keep
-# their order: by their number of tests those of tests/cli, which are few and long, would come last, one core idle.
-# More than four processes would want more memory than most machines have.
+# A file's tests run in one process, so that its fixtures are made once and no two Ray clusters run side by side. Files
+# keep their order. Sorted by number of tests, the few long tests of tests/cli would come last and leave a core idle.
+# More than four processes need more memory than most machines have.
 ON_EVERY_CORE = ("-n", "logical", "--maxprocesses", "4", "--dist", "loadfile", "--no-loadscope-reorder")
 
 
@@ -35,7 +35,7 @@ def env(session: nox.Session) -> None:
     ).hexdigest()
     stamp = Path(session.virtualenv.location, "installed.sha256")
     if not stamp.exists() or stamp.read_text() != wanted:
-        # Python compiles what it imports; pip would compile all 26,000 files, which takes most of a minute.
+        # Python compiles the files that it imports. pip would compile all 26,000 files, which takes most of a minute.
         session.install(
             "--no-compile", "-c", "constraints.txt", "-e", ".[quickstart,dev,sweep,peft,harness,bench,docs]"
         )
@@ -54,7 +54,7 @@ def lint(session: nox.Session) -> None:
 
 @nox.session(python=False, requires=["env"])
 def tests(session: nox.Session) -> None:
-    """Run the tests: tiny models, minutes, a file at a time on each core."""
+    """Run the tests on tiny models, one file at a time on each core (minutes)."""
     session.run("pytest", *ON_EVERY_CORE, *session.posargs, env=ONE_THREAD)
 
 
@@ -68,8 +68,8 @@ def regression(session: nox.Session) -> None:
 
 @nox.session(python=False, requires=["env"])
 def goldens(session: nox.Session) -> None:
-    """Rewrite tests/goldens: read the diff before you commit it."""
-    # `-k` may leave one of the two without a test, which is exit code 5.
+    """Rewrite tests/goldens. Read the diff before you commit it."""
+    # `-k` may select no test in one of the two runs: pytest then exits with code 5.
     rewrite = ["--rewrite-goldens", "--timeout=1200", *session.posargs]
     session.run("pytest", *rewrite, env=ONE_THREAD, success_codes=[0, 5])
     session.run("pytest", "-m", "regression", *rewrite, env=real_models(), success_codes=[0, 5])
@@ -77,20 +77,20 @@ def goldens(session: nox.Session) -> None:
 
 @nox.session(python=False, requires=["env"])
 def gpu(session: nox.Session) -> None:
-    """Run the tests that need a CUDA device, then measure the triton backend: CSV files in gpu/."""
+    """Run the tests that need a CUDA device, then measure the triton backend; writes CSV files to gpu/."""
     session.run("pytest", "-m", "gpu", *session.posargs, env=OFFLINE)
     session.run("python", "benchmarks/gpu/measure.py", "--out", "gpu")
 
 
 @nox.session(python=False, requires=["env"], default=False)
 def browser(session: nox.Session) -> None:
-    """Look at a report in headless Chromium; without one it fails."""
+    """Open a report in headless Chromium; the session fails without a browser."""
     session.run("pytest", "-m", "browser", *session.posargs, env=OFFLINE | {"LTE_BROWSER": "required"})
 
 
 @nox.session(python=False, requires=["env"], default=False)
 def kill(session: nox.Session) -> None:
-    """Kill fits and sweeps at many moments and resume them (a quarter of an hour): a table in kill.md."""
+    """Kill fits and sweeps at many moments and resume them (a quarter of an hour); writes a table to kill.md."""
     session.run(
         *("pytest", "-v", "-m", "kill", "tests/cli/test_killed.py", *session.posargs),
         env=ONE_THREAD | {"LTE_KILL_TABLE": "kill.md"},
@@ -99,7 +99,7 @@ def kill(session: nox.Session) -> None:
 
 @nox.session(python=False, requires=["env"], default=False)
 def fuzz(session: nox.Session) -> None:
-    """Read damaged and hostile files of each kind, drawn anew, LTE_FUZZ of them (500): a table in fuzz.md."""
+    """Read newly drawn damaged and hostile files, LTE_FUZZ (500) of each kind; writes a table to fuzz.md."""
     many = os.environ.get("LTE_FUZZ", "500")
     session.run(
         *("pytest", "-v", "tests/fuzz", *session.posargs),
@@ -109,35 +109,35 @@ def fuzz(session: nox.Session) -> None:
 
 @nox.session(python=False, requires=["env"], default=False)
 def mutants(session: nox.Session) -> None:
-    """Change one operator or number at a time and see whether a test notices: minutes a file; -- FILE --count N."""
+    """Change one operator or number at a time and check that a test notices (minutes a file); -- FILE --count N."""
     session.run("python", "tests/mutants.py", *session.posargs, env=ONE_THREAD)
 
 
 @nox.session(name="hf-tests", python=False, requires=["env"], default=False)
 def hf_tests(session: nox.Session) -> None:
-    """Run Hugging Face's own tests of any model on converted ones; -- FOLDER, the tests of transformers."""
+    """Run Hugging Face's own common model tests on converted models; -- FOLDER names the tests of transformers."""
     session.run("python", "tests/hugging_face.py", *session.posargs, env=ONE_THREAD)
 
 
 @nox.session(python=False, requires=["env"], default=False)
 def coverage(session: nox.Session) -> None:
-    """Run the tests and show which lines and branches of the package they reach, with the total; -- FILE for a part."""
+    """Run the tests and list the lines and branches of the package they miss, with the total; -- FILE for a part."""
     counted = ("--cov=lte_lightning", "--cov-branch", "--cov-report=term-missing:skip-covered")
     session.run("pytest", *ON_EVERY_CORE, *counted, *session.posargs, env=ONE_THREAD)
 
 
 @nox.session(python=False, requires=["env"], default=False)
 def docs(session: nox.Session) -> None:
-    """Build the documentation site in site/: warnings are errors, links are checked."""
+    """Build the documentation site in site/ and check its links; warnings are errors."""
     session.run("mkdocs", "build", "--strict", *session.posargs, env=OFFLINE | {"NO_MKDOCS_2_WARNING": "1"})
 
 
 @nox.session(python=False, requires=["env"], default=False)
 def notebooks(session: nox.Session) -> None:
-    """Write the tutorials of docs/tutorials as notebooks into notebooks/."""
+    """Write the tutorials of docs/tutorials to notebooks/ as notebooks."""
     session.run("python", "docs/notebooks.py", "notebooks")
 
 
 def real_models() -> dict[str, str]:
-    """The environment of the sessions on real models: LTE_SHARED is their data, without it those tests skip."""
+    """Return the environment of the sessions on real models. LTE_SHARED is their data; without it those tests skip."""
     return ONE_THREAD | ({"LTE_SHARED": str(SHARED)} if SHARED.is_dir() else {})

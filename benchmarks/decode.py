@@ -1,12 +1,12 @@
-"""Tokens per second of a whole language model: dense, sparse, quantised, and llama.cpp's if xllamacpp is installed.
+"""Measures tokens per second of a language model: dense, sparse, quantised, and in llama.cpp if xllamacpp is installed.
 
     python benchmarks/decode.py --model SmolLM2-135M --threads 2
 
-Arms are interleaved round by round: each decodes the same number of tokens behind the same prompt. Experts are
-neighbouring neurons, and each router's bias is set so that an expert runs for the wanted share of tokens: that is
-enough for speed, and says nothing of quality. The eager arms are transformers' own model calls with a growing cache. A
-compiled arm has a static cache and one graph, a fused one has a static cache too (docs/speed.md). llama.cpp runs the
-same dense weights, and tells its own rate.
+The script interleaves the arms round by round. Each arm decodes the same number of tokens after the same prompt.
+Experts are neighbouring neurons. The script sets each router's bias so that an expert runs for the wanted share of
+tokens. That is enough to measure speed and says nothing about quality. The eager arms call transformers' own model
+with a growing cache. A compiled arm has a static cache and one graph; a fused arm has a static cache too
+(docs/speed.md). llama.cpp runs the same dense weights and reports its own rate.
 """
 
 import argparse
@@ -63,7 +63,7 @@ def main() -> None:
                 )
         rates: dict[str, list[float]] = {name: [] for name in arms}
         order, generator = list(arms), random.Random(0)
-        for i in range(options.repeats + 1):  # the first round compiles, and is not counted
+        for i in range(options.repeats + 1):  # the first round compiles and does not count
             generator.shuffle(order)
             for name in order:
                 rate = arms[name]()

@@ -1,9 +1,9 @@
-"""The sparsity dial: one fit per eta, with the separability loss ramped in (ours) and constant (the paper's text).
+"""Draws the sparsity dial: one fit per eta, with the separability loss ramped in (ours) or constant (the paper's text).
 
-python benchmarks/dial.py --out docs     # 20 minutes on two busy cores; started again, it does only what is missing
+python benchmarks/dial.py --out docs     # 20 minutes on two busy cores; a second start runs only the missing points
 
-Every point is a fit that can be typed: `lightning fit --config conf/quickstart.yaml --model.efficiency_weight ETA ...`
-from one shared dense model. Writes dial.json and dial.png.
+You can run each point yourself: `lightning fit --config conf/quickstart.yaml --model.efficiency_weight ETA ...`. All
+points start from one dense model. The script writes dial.json and dial.png.
 """
 
 import argparse
@@ -22,7 +22,7 @@ VARIANTS = {
 
 
 def fit(root: Path, name: str, *arguments: str) -> dict:
-    """Runs one fit, unless it has been run, and returns its results."""
+    """Returns the results of one fit, and runs it first if there are none."""
     done = sorted(root.glob(f"{name}/*/results.json"))
     if not done:
         command = [sys.executable, "-m", "lte_lightning", "fit", "--config", str(CONFIG), *arguments]
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def draw(record: dict, path: Path) -> None:
-    """Draws sparsity and accuracy over eta."""
+    """Draws sparsity and accuracy against eta."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     figure.suptitle("Sparsity dial: MiniLM on movie reviews, one router and one expert epoch", fontsize=10)
     left, right = figure.subplots(1, 2)

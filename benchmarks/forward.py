@@ -1,6 +1,6 @@
-"""What Python costs in an FFN's forward pass on the cpu backend, beside its router and its kernel.
+"""Measures Python's share of an FFN's forward pass on the cpu backend, apart from its router and its kernel.
 
-python benchmarks/forward.py            # one FFN so small that its arithmetic costs nothing, 1 token, 1 thread
+python benchmarks/forward.py            # one FFN so small that its arithmetic takes no time, 1 token, 1 thread
 """
 
 import argparse
@@ -17,7 +17,7 @@ from lte_lightning.kernels.cpu.ffn import run_compiled
 
 
 def microseconds(call: Callable[[], object], rounds: int) -> float:
-    """Processor time of one call: the least of all rounds of 100 calls, which no busy neighbour makes longer."""
+    """Returns the processor time of a call: the least over rounds of 100 calls, which busy neighbours disturb least."""
     times = []
     for _ in range(rounds):
         start = time.process_time()

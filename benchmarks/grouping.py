@@ -10,7 +10,7 @@ from lte_lightning.core.model.grouping import expert_count, group_neurons
 
 
 def structured(neurons: int, width: int, seed: int) -> torch.Tensor:
-    """Half of the variance lies in a subspace of 64 dimensions, as a stand-in for trained weights."""
+    """Returns a matrix like trained weights: half of its variance lies in a subspace of 64 dimensions."""
     generator = torch.Generator().manual_seed(seed)
     low_rank = torch.randn(neurons, 64, generator=generator) @ torch.randn(64, width, generator=generator) / 8
     return low_rank + torch.randn(neurons, width, generator=generator)

@@ -1,4 +1,4 @@
-"""What a training step gains by a head that runs only where a label asks for it: both ways in one process, interleaved.
+"""Times a training step with the head at labelled positions only against one with all, interleaved in one process.
 
 python benchmarks/head.py            # the first six layers of a model of SmolLM2-135M's sizes, 8 x 96 tokens
 """

@@ -1,12 +1,12 @@
-r"""How well predictors of baselines rank, by the loss that they are trained with: the tables of docs/baselines.md.
+r"""Measures how well the predictors of baselines rank, for each training loss: the tables of docs/baselines.md.
 
     lightning fit --config conf/quickstart.yaml --stages.dense.epochs 1 --stages.router.epochs 0 \
       --stages.expert.epochs 0
     python benchmarks/imitation.py runs/quickstart/RUN/model
 
-prints, for three layers of a model (of ``--model.activation relu`` or as it is), the share of all |activation| (of
-D2DMoE: of the experts' output norms) that a predictor keeps at 80 % sparsity on validation rows, in per cent. One core
-needs about ten minutes.
+The script prints a percentage for three layers of a model: the share of all |activation| that a predictor keeps at
+80 % sparsity on validation rows. For D2DMoE it is the share of the experts' output norms. The model may come from
+``--model.activation relu`` or keep its activation. One core needs about ten minutes.
 """
 
 import argparse
@@ -30,7 +30,7 @@ EXPERT_SIZES = {"dejavu": 1, "moefication": 32, "d2dmoe": 32}
 
 
 def activity_of(model: Any, layer: int, batches: Sequence[dict[str, torch.Tensor]]) -> Activity:
-    """What one FFN of a converted model does on the real tokens of batches."""
+    """Returns the activity of one FFN of a converted model on the real tokens of batches."""
     ffn, seen = list(expert_ffns(model).values())[layer], []
     for batch in batches:
         mask_BT = batch["attention_mask"]
@@ -41,7 +41,7 @@ def activity_of(model: Any, layer: int, batches: Sequence[dict[str, torch.Tensor
 
 
 def kept(predictor: Any, did: Activity, name: str) -> tuple[float, float]:
-    """The share that the predictor keeps, and that an oracle would."""
+    """Returns the share that the predictor keeps, and the share that an oracle keeps."""
     with torch.no_grad():
         mass_NE, importance_NE = predictor.magnitude(did.hidden_NF), predictor.importance(did.x_ND)
         chosen_NE = torch.zeros_like(importance_NE).scatter(1, importance_NE.topk(predictor.keep).indices, 1.0)
@@ -55,7 +55,7 @@ def kept(predictor: Any, did: Activity, name: str) -> tuple[float, float]:
 
 
 def train(predictor: Any, did: Activity, steps: int) -> None:
-    """Trains a predictor as the router stage does, without decay."""
+    """Trains a predictor like the router stage, without weight decay."""
     optimizer = torch.optim.AdamW(predictor.parameters(), lr=RATE, weight_decay=0.0)
     generator = torch.Generator().manual_seed(1)
     for step in range(steps):

@@ -1,4 +1,4 @@
-"""What experts cost in training: a step in soft and in hard mode against a dense one, in one process, interleaved.
+"""Measures the cost of experts in training: soft and hard steps against a dense step, interleaved in one process.
 
 python benchmarks/overhead.py            # MiniLM of the quickstart, batch 32 x 32 tokens, 2 threads
 """

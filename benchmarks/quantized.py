@@ -1,9 +1,10 @@
-"""Perplexity of a language model with weights of 8 and 4 bits, beside its own.
+"""Measures the perplexity of a language model with 8-bit and 4-bit weights, and with its own weights.
 
     python benchmarks/quantized.py --model SmolLM2-135M --text wiki.txt --tokens 8192
 
-The text is cut into windows; each token but a window's first is predicted from those before it. Every neuron runs (mode
-dense), so that rounding is all that differs. Products of the quantised models are the kernels' own, inputs rounded.
+The script cuts the text into windows. The model predicts each token of a window but the first from those before it.
+Every neuron runs (mode dense), so only rounding differs. The quantised models use the kernels' own products, with
+rounded inputs.
 """
 
 import argparse

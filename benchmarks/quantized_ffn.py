@@ -1,9 +1,9 @@
-"""Milliseconds of a LLaMA-2-7B-shaped FFN with weights of 16, 8 and 4 bits, by sparsity; random weights, no router.
+"""Times a LLaMA-2-7B-shaped FFN with weights of 16, 8 and 4 bits at each sparsity (random weights, no router).
 
     python benchmarks/quantized_ffn.py --tokens 1,4 --threads 2
 
-Types are interleaved call by call, and no weights lie in the cache. The clock of one thread is its own time, for
-machines that are never quiet; that of several is the wall's.
+The script interleaves the types call by call, and keeps all weights out of the cache. With one thread it measures
+processor time, because machines are rarely quiet. With several threads it measures wall-clock time.
 """
 
 import argparse

@@ -1,9 +1,9 @@
-"""Writes a folder with a model of a named shape, random weights, and another model's tokenizer, which llama.cpp needs.
+"""Writes a model folder of a named shape: random weights, and another model's tokenizer, which llama.cpp needs.
 
     python benchmarks/shaped.py --shape llama2-7b --layers 8 --tokenizer SMOLLM2 --out /tmp/shaped
     lte bench /tmp/shaped --against llama.cpp,openvino --dtype int8,int4 --sparsity 0.8 --ways eager,fused --threads 2
 
-The second command compares it with other engines. Routers are set to the sparsity; that says nothing of quality.
+The second command compares it with other engines. It sets the routers to the sparsity, which says nothing of quality.
 """
 
 import argparse

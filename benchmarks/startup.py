@@ -1,4 +1,4 @@
-"""What it costs to start: processor time (user and system) of imports and help texts, each in a process of its own.
+"""Measures start-up: processor time (user and system) of imports and help texts, each in a separate process.
 
 python benchmarks/startup.py            # medians of five runs, interleaved
 """
@@ -39,12 +39,12 @@ def main() -> None:
     runs = parser.parse_args().runs
     first: dict[str, list[float]] = {name: [] for name in STARTS}
     again: dict[str, list[float]] = {name: [] for name in STARTS}
-    for words in STARTS.values():  # bytecode and the disk's cache are not what is measured
+    for words in STARTS.values():  # fill the caches of bytecode and disk first
         with tempfile.TemporaryDirectory() as cache:
             seconds(words, cache)
     for _ in range(runs):
         for name, words in STARTS.items():
-            with tempfile.TemporaryDirectory() as cache:  # where help texts are kept
+            with tempfile.TemporaryDirectory() as cache:  # the folder for cached help texts
                 first[name].append(seconds(words, cache))
                 again[name].append(seconds(words, cache))
     print(

@@ -1,11 +1,11 @@
-"""What skipping experts saves of a training step in the expert stage: dense, masked and skipping, interleaved.
+"""Measures how much time skipping experts saves in the expert stage: dense, masked and skipping steps, interleaved.
 
 python benchmarks/training.py                                   # RoBERTa-base's shape, 32 x 128 tokens, float32
 python benchmarks/training.py --model llama --batch 4           # SmolLM2-135M's shape, 4 x 128 tokens
 python benchmarks/training.py --dtype bfloat16 --threads 1
 
-The weights are random, and each layer is set to the sparsity by its threshold. A step is forward, backward and
-AdamW. `skips` of kernels/skipping.py rests on the sparsities at which the last column passes 1.
+The weights are random, and each layer's threshold sets its sparsity. A step is forward, backward and AdamW. `skips` of
+kernels/skipping.py relies on the sparsities at which the last column exceeds 1.
 """
 
 import argparse
@@ -89,7 +89,7 @@ def set_hard(model: torch.nn.Module, skips: bool) -> None:
 
 
 def set_sparsity(model: torch.nn.Module, ids_BT: torch.Tensor, sparsity: float) -> None:
-    """Sets each layer's threshold to the quantile of its own scores."""
+    """Sets each layer's threshold to a quantile of its own scores."""
     thresholds = [0.0] * len(expert_ffns(model))
     if sparsity:
         batch = (lambda: model(input_ids=ids_BT), (torch.ones_like(ids_BT),))

@@ -1,9 +1,10 @@
-"""Methods at one sparsity, trained from one dense start on a GPU, all at once: a first look in a few minutes.
+"""Trains several methods at one sparsity, from one dense start, at once on a GPU: a first look in a few minutes.
 
     python benchmarks/gpu/compare.py --model MODEL --data E2E --out runs --seeds 0,1
 
-MODEL is a decoder's folder or hub id, E2E a folder with train.jsonl and validation.jsonl of meaning_representation and
-human_reference. The run folders are those of ``lightning fit``: `lte report` reads them. MLflow is not needed.
+MODEL is a decoder's folder or hub id. E2E is a folder with train.jsonl and validation.jsonl, whose rows have
+meaning_representation and human_reference. ``lightning fit`` writes the run folders, and `lte report` reads them. The
+script does not need MLflow.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Options of ``lightning fit`` beside those that all have; {router} and {expert} are the stages' steps.
+# Options of ``lightning fit`` beside the shared ones; {router} and {expert} are the stages' steps.
 VARIANTS: dict[str, dict[str, object]] = {
     "dense, trained on": {
         "model.lte.selector": "narrow", "model.lte.target_sparsity": 0.0, "stages.router.epochs": 0,
@@ -37,7 +38,7 @@ VARIANTS: dict[str, dict[str, object]] = {
 
 
 def command(args: argparse.Namespace, name: str, seed: int, options: dict[str, object]) -> list[str]:
-    """The command line of one fit."""
+    """Returns the command line of one fit."""
     shared = {
         "data.source": args.data, "data.batch_size": args.batch_size, "model.pretrained": args.model,
         "model.layers": args.layers, "seed_everything": seed, "trainer.limit_val_batches": args.validate,
@@ -54,7 +55,7 @@ def command(args: argparse.Namespace, name: str, seed: int, options: dict[str, o
 
 
 def start(args: argparse.Namespace, name: str, seed: int, options: dict[str, object]) -> subprocess.Popen[bytes]:
-    """Starts one fit, its output in a file beside the runs."""
+    """Starts one fit, and sends its output to a file beside the runs."""
     args.out.mkdir(parents=True, exist_ok=True)
     log = open(args.out / f"{name}-s{seed}.log", "wb")  # noqa: SIM115 - the process writes it
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
@@ -63,7 +64,7 @@ def start(args: argparse.Namespace, name: str, seed: int, options: dict[str, obj
 
 
 def table(out: Path) -> str:
-    """What the fits came to, one line each."""
+    """Returns the results of the fits, one line each."""
     lines = []
     for file in sorted(out.glob("*/*/results.json")):
         found, run = json.loads(file.read_text()), json.loads((file.parent / "run.json").read_text())

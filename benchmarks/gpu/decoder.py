@@ -1,7 +1,7 @@
-"""Two LLaMA-2-7B-shaped decoders with random weights: the Hugging Face model as it is, and the same with routers.
+"""Measures two LLaMA-2-7B-shaped decoders with random weights: the plain Hugging Face model, and one with routers.
 
-A static cache and one CUDA graph per token, and eagerly. The routers' biases are set to quantiles of their own logits,
-so that the real router runs and lets through the share of experts that is wanted.
+Each runs with a static cache and one CUDA graph per token, and eagerly. The script sets the routers' biases to
+quantiles of their own logits. So the real router runs and selects the wanted share of experts.
 """
 
 import statistics
@@ -14,13 +14,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 import lte_lightning
 from lte_lightning.core.model.experts import expert_ffns
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # a CPU only to rehearse
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # a CPU serves only to rehearse
 SPARSITIES = (0.5, 0.8, 0.9)
 CONTEXT, NEW = 128, 64
 
 
 def make(layers: int = 32, width: int = 4096, neurons: int = 11008, heads: int = 32) -> LlamaForCausalLM:
-    """A LLaMA of random bfloat16 weights, by default of LLaMA-2-7B's shape."""
+    """Makes a LLaMA with random bfloat16 weights, by default in LLaMA-2-7B's shape."""
     config = LlamaConfig(
         hidden_size=width, intermediate_size=neurons, num_hidden_layers=layers, num_attention_heads=heads,
         num_key_value_heads=heads, vocab_size=32000, attn_implementation="sdpa",
@@ -34,12 +34,12 @@ def make(layers: int = 32, width: int = 4096, neurons: int = 11008, heads: int =
         elif "norm" in name:
             tensor.data.fill_(1.0)
     rotary = type(model.model.rotary_emb)(config=config).to(DEVICE)
-    model.model.rotary_emb = rotary  # its frequencies are computed, and `to_empty` has lost them
+    model.model.rotary_emb = rotary  # `to_empty` has lost the computed frequencies
     return model
 
 
 class Stepper:
-    """One token of a decoder with a static cache, captured as a graph that moves itself along."""
+    """Decodes one token with a static cache, captured as a graph that advances its own position."""
 
     def __init__(self, model: LlamaForCausalLM) -> None:
         self.model = model
@@ -58,14 +58,14 @@ class Stepper:
         self.token_BT.copy_(out.logits[:, -1:].argmax(-1))
 
     def reset(self) -> None:
-        """Puts the cache back to the middle of the context, where every step is timed."""
+        """Resets the cache to the middle of the context, where the script times every step."""
         for layer in self.cache.layers:
             layer.cumulative_length.fill_(CONTEXT // 2)
 
 
 @torch.no_grad()
 def set_sparsity(model: LlamaForCausalLM, sparsity: float) -> float:
-    """Sets each router's bias so that it runs the share of experts wanted on random tokens; returns what came of it."""
+    """Sets each router's bias for the wanted share of experts on random tokens; returns the sparsity."""
     hooks = []
 
     def calibrate(ffn: Any, args: tuple[torch.Tensor, ...]) -> None:
@@ -85,7 +85,7 @@ def set_sparsity(model: LlamaForCausalLM, sparsity: float) -> float:
 
 
 def make_sparse(**shape: int) -> LlamaForCausalLM:
-    """The same with experts and routers, weights of its own, in hard mode."""
+    """Makes the same decoder with experts and routers and its own weights, in hard mode."""
     model = make(**shape)
     lte_lightning.convert(model, lte_lightning.LteConfig(grouping="contiguous"), progress=False)
     model.to(torch.bfloat16)
@@ -95,7 +95,7 @@ def make_sparse(**shape: int) -> LlamaForCausalLM:
 
 
 def rehearse() -> None:
-    """A tiny decoder's steps on this machine: what can be tried without a GPU."""
+    """Runs a tiny decoder's steps on this machine, to check the script without a GPU."""
     model = make_sparse(layers=2, width=64, neurons=128, heads=4)
     print(f"rehearsed: wanted sparsity 50 %, reached {set_sparsity(model, 0.5):.0%}")
     stepper = Stepper(model)
@@ -105,7 +105,7 @@ def rehearse() -> None:
 
 
 def measure() -> list[dict[str, Any]]:
-    """Rows: milliseconds of dense and sparse steps, interleaved; kernel by kernel, compiled, and eagerly."""
+    """Returns rows with milliseconds of dense and sparse steps, interleaved: kernel by kernel, compiled, and eager."""
     rows = []
     dense, sparse = Stepper(make()), Stepper(make_sparse())
     weights = sum(p.numel() for p in dense.model.parameters())
@@ -130,5 +130,5 @@ def measure() -> list[dict[str, Any]]:
                 "model": f"LLaMA-2-7B-shaped, {weights / 1e9:.2f} B", "way": way, "sparsity": sparsity,
                 "reached": reached, "dense_ms": dense_ms, "ms": ms, "tokens_s": 1e3 / ms, "ratio": dense_ms / ms,
             })  # fmt: skip
-            print(rows[-1], flush=True)  # should a later one be cut short
+            print(rows[-1], flush=True)  # in case a later one is cut short
     return rows

@@ -1,4 +1,4 @@
-"""FFNs of one shape, dense and sparse, several layers in a CUDA graph, above the cache, with fresh masks each round."""
+"""Times dense and sparse FFNs of one shape: many layers in a CUDA graph, above the cache, with new masks each round."""
 
 import math
 import statistics
@@ -27,7 +27,7 @@ class Layer:
         experts = neurons // EXPERT_SIZE
         blocks = [torch.randn(experts, EXPERT_SIZE, width, dtype=dtype, device="cuda") / 64 for _ in range(2 + gated)]
         self.weights = ExpertWeights(blocks[0], blocks[1], "silu" if gated else "gelu", *blocks[2:])
-        # As a Linear of the dense model has it.
+        # The layout of a Linear in the dense model.
         self.dense_down_DF = blocks[1].flatten(0, 1).t().contiguous()
         self.threshold = torch.tensor(0.5, device="cuda")
         self.router_ED = torch.randn(experts, width, dtype=dtype, device="cuda") / 64
@@ -61,7 +61,7 @@ class Layer:
 
 
 def make_layers(shape: str, dtype: torch.dtype, tokens: int, least: int = 16, above_cache: bool = True) -> list[Layer]:
-    """As many layers as keep the weights well above the cache, ``least`` or more; or just these."""
+    """Makes at least ``least`` layers, enough to exceed the cache well; exactly ``least`` without ``above_cache``."""
     size = SHAPES[shape]
     if not above_cache:
         return [Layer(**size, dtype=dtype, tokens=tokens) for _ in range(least)]
@@ -71,8 +71,8 @@ def make_layers(shape: str, dtype: torch.dtype, tokens: int, least: int = 16, ab
 
 
 def measure(shape: str, dtype: torch.dtype, tokens: int, rounds: int = 15) -> list[dict[str, Any]]:
-    """Rows of one shape, type and number of tokens; dense and sparse replay in turns."""
-    # Many tokens fill the device alone, and need no layers to hide the cache.
+    """Returns the rows of one shape, type and number of tokens; dense and sparse graphs replay in turns."""
+    # Many tokens fill the device by themselves, and need no further layers to exceed the cache.
     layers = make_layers(shape, dtype, tokens, 16 if tokens <= 64 else 4)
     x_ND = torch.randn(tokens, SHAPES[shape]["width"], dtype=dtype, device="cuda")
     graphs = {
@@ -109,7 +109,7 @@ def measure(shape: str, dtype: torch.dtype, tokens: int, rounds: int = 15) -> li
 
 
 def profile() -> list[dict[str, Any]]:
-    """Microseconds of each kernel of one call, router included, on LLaMA-2-7B's FFN."""
+    """Returns the microseconds of each kernel in one call of LLaMA-2-7B's FFN, its router included."""
     rows = []
     for tokens in (1, 4, 16, 64, 512, 4096):
         layers = make_layers("llama2-7b", torch.bfloat16, tokens, 4, above_cache=False)

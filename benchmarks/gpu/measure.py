@@ -1,11 +1,11 @@
-"""All that is measured on a GPU, in one run of some minutes: ceilings, numerics, tiles, FFNs, whole decoders.
+"""Measures everything on a GPU in one run of some minutes: ceilings, numerics, tiles, FFNs, whole decoders.
 
     python benchmarks/gpu/measure.py --out gpu            # everything: gpu/*.csv, gpu/log.txt, a short table last
     python benchmarks/gpu/measure.py --parts ffn --out gpu
-    python benchmarks/gpu/measure.py --dry-run            # what would run; needs no GPU
+    python benchmarks/gpu/measure.py --dry-run            # lists what would run; needs no GPU
 
-It needs torch, triton, transformers and this repository, and for the numerics pytest and hypothesis. A part that fails
-is reported, and the others run.
+The script needs torch, triton, transformers and this repository. The numerics also need pytest and hypothesis. If a
+part fails, the script reports it and runs the others.
 """
 
 import argparse
@@ -30,7 +30,7 @@ Rows = list[dict[str, Any]]
 
 
 def ceilings() -> Rows:
-    """Copy bandwidth (bytes read plus written) and bfloat16 products on random data: what nothing runs faster than."""
+    """Upper limits of speed: copy bandwidth (bytes read plus written) and bfloat16 products on random data."""
     from timing import median_ms
 
     source = torch.randn(2**30, dtype=torch.bfloat16, device="cuda")
@@ -47,7 +47,7 @@ def ceilings() -> Rows:
 
 
 def numerics() -> Rows:
-    """The tests of all Triton kernels against the oracle, on the device, in parallel where pytest-xdist is there."""
+    """The tests of all Triton kernels against the oracle, on the device, in parallel if pytest-xdist is installed."""
     from importlib.util import find_spec
 
     command = [
@@ -66,7 +66,7 @@ def numerics() -> Rows:
     command += ["-n", "8"] if find_spec("xdist") else []
     from tiles import start_compiling
 
-    # Both wait for compilers, and nothing is timed meanwhile.
+    # Both wait for compilers, and no measurement runs meanwhile.
     compiling = start_compiling(7)
     done = subprocess.run(
         command,
@@ -116,7 +116,7 @@ def sanitizer() -> Rows:
 
 
 def tiles() -> Rows:
-    """Every tile of the written lists, for one token, few and many; the fastest are what the tables should hold."""
+    """Every tile of the written lists, for one, few and many tokens; the tables should hold the fastest."""
     from tiles import tune
 
     return tune()
@@ -130,7 +130,7 @@ def ffn() -> Rows:
 
 
 def ffn_tuned() -> Rows:
-    """The same with the fastest tiles of this run."""
+    """The same FFN with the fastest tiles of this run."""
     return ffn()
 
 
@@ -154,7 +154,7 @@ PARTS: dict[str, Callable[[], Rows]] = {
 
 
 def machine() -> dict[str, str]:
-    """What a figure must not be read without."""
+    """Returns the machine and versions behind the results."""
     import triton
 
     return {

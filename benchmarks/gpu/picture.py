@@ -11,7 +11,7 @@ import pandas as pd
 
 
 def draw(folder: Path, target: Path) -> None:
-    """Ratios of one FFN by tokens and sparsity, beside their bound; tokens per second of whole decoders."""
+    """Draws the speed-up of one FFN by tokens and sparsity beside its bound, and tokens per second of decoders."""
     ffn, decoder = pd.read_csv(folder / "ffn.csv"), pd.read_csv(folder / "decoder.csv")
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     for tokens, rows in ffn[ffn.tokens.isin([1, 4, 16, 512, 4096])].groupby("tokens"):

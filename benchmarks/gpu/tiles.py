@@ -1,6 +1,6 @@
-"""Which tiles are fastest: every row of written lists for one token, sixteen and 4,096, on LLaMA-2-7B's FFN.
+"""Finds the fastest tiles: times each row of written lists for 1, 16 and 4,096 tokens on LLaMA-2-7B's FFN.
 
-``python benchmarks/gpu/tiles.py I N`` compiles every N-th row from the I-th on into Triton's cache, and times nothing.
+``python benchmarks/gpu/tiles.py I N`` only compiles every N-th row from the I-th on into Triton's cache.
 """
 
 import itertools
@@ -42,7 +42,7 @@ FORCED = {"union": 10**6, "union: swizzle": 10**6, "grouped, 512": 0, "grouped":
 
 
 def install(module: Any, table: str, key: int | None, row: Any) -> Any:
-    """Puts a row into its table, and returns the one that was there."""
+    """Puts a row into its table, and returns the previous row."""
     place = vars(module) if key is None else getattr(module, table)
     name = table if key is None else key
     before, place[name] = place[name], row
@@ -70,7 +70,7 @@ def compile_every(first: int, step: int) -> None:
 
 
 def tune() -> list[dict[str, Any]]:
-    """Rows of every list, the fastest first, with the sum over sparsities of microseconds per layer."""
+    """Returns the rows of every list, fastest first, with microseconds per layer summed over sparsities."""
     results = []
     cost = prefill.GROUPED_COST_16THS
     for name, module, table, key, tokens, rows in LISTS:
@@ -96,7 +96,7 @@ def tune() -> list[dict[str, Any]]:
                 times[f"{sparsity:.0%}"] = statistics.median(rounds)
             measured.append({"tuned": name, "row": str(row), "sum_us": sum(times.values()), **times})
         measured.sort(key=lambda row: row["sum_us"])
-        # What is measured after this in the same run is measured with the fastest.
+        # Later measurements of the same run use the fastest rows.
         install(module, table, key, next((row for row in rows if measured and str(row) == measured[0]["row"]), best))
         results += measured
     prefill.GROUPED_COST_16THS = cost

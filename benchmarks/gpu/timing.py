@@ -1,4 +1,4 @@
-"""Times of CUDA graphs, by the device's clock."""
+"""Times CUDA graphs by the device's clock."""
 
 import statistics
 from collections.abc import Callable
@@ -9,7 +9,7 @@ WARM_UP = 3
 
 
 def capture(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    """Compiles and warms up on a stream of its own, then captures."""
+    """Compiles and warms up on a separate stream, then captures."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -23,7 +23,7 @@ def capture(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
 
 
 def elapsed_ms(call: Callable[[], object]) -> float:
-    """Milliseconds of one call, by the GPU's clock."""
+    """Returns the milliseconds of one call, by the GPU's clock."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     call()
@@ -33,7 +33,7 @@ def elapsed_ms(call: Callable[[], object]) -> float:
 
 
 def median_ms(call: Callable[[], object], rounds: int = 20) -> float:
-    """The median of some rounds, after a warm-up."""
+    """Returns the median of some rounds, after a warm-up."""
     for _ in range(WARM_UP):
         call()
     return statistics.median(elapsed_ms(call) for _ in range(rounds))
