@@ -1,1 +1,1 @@
-"""Exits: a saved model in the formats that other programs read."""
+"""Write a saved model in the formats that other programs read."""

@@ -1,4 +1,4 @@
-"""A plain decoder as a graph that decodes with a cache: what OpenVINO and onnxruntime run token by token."""
+"""A plain decoder as a graph with a cache, which OpenVINO and onnxruntime run token by token."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,16 +18,16 @@ _LONGEST = 2**20
 
 
 class CachedGraph(nn.Module):
-    """A decoder whose cache goes in and comes out.
+    """A decoder that takes its cache as an input and returns it as an output.
 
     The inputs are ``input_ids`` [B, T] and ``past``: keys and values of each layer, [B, heads, P, width of a head]. The
-    outputs are the logits [B, T, V], and keys and values with those of the T tokens behind them.
+    outputs are the logits [B, T, V], and the keys and values, extended by those of the T tokens.
 
     Args:
         model: A plain decoder with a language model head.
 
     Raises:
-        UserError: If its cache is of another kind, like that of a sliding window.
+        UserError: If the model keeps another kind of cache, for example that of a sliding window.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -40,12 +40,12 @@ class CachedGraph(nn.Module):
                 f"a {type(model).__name__} of this configuration keeps another cache than keys and values of all "
                 "tokens, and no graph is made of that"
             )
-        # heads and their width, of keys and values by turns
+        # The number and width of heads, for keys and values in turn.
         kept: list[Any] = [t for layer in list[Any](seen.layers) for t in (layer.keys, layer.values)]
         self.shapes: list[tuple[int, int]] = [(t.shape[1], t.shape[3]) for t in kept]
 
     def forward(self, input_ids: torch.Tensor, past: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """Returns logits, and keys and values of each layer."""
+        """Returns the logits, then the keys and values of each layer."""
         cache: Any = DynamicCache(config=self.model.config)
         for layer, key, value in zip(cache.layers, past[::2], past[1::2], strict=True):
             layer.lazy_initialization(key, value)
@@ -55,7 +55,7 @@ class CachedGraph(nn.Module):
         return (outputs.logits, *present)
 
     def program(self) -> ExportedProgram:
-        """Returns it as a program of ``torch.export``; batch and both lengths are open."""
+        """Exports the graph as a program of ``torch.export`` with dynamic batch and lengths."""
         ids_BT = torch.ones(2, 3, dtype=torch.long)
         past = [torch.zeros(2, heads, 5, width, dtype=self.model.dtype) for heads, width in self.shapes]
         batch, length, past_length = Dim("batch"), Dim("length", max=_LONGEST), Dim("past", max=_LONGEST)
@@ -70,14 +70,14 @@ class CachedGraph(nn.Module):
 def openvino_decoder(model: PreTrainedModel) -> Any:
     """Returns an ``openvino.Model`` that keeps its cache as a state.
 
-    Its inputs are ``input_ids`` [B, T] and ``beam_idx`` [B], which sequence goes on from which, as OpenVINO's own
-    pipelines feed it; its output is ``logits`` [B, T, V]. ``reset_state`` of a request empties the cache.
+    Its inputs are ``input_ids`` [B, T] and ``beam_idx`` [B], the sequence that each sequence continues. OpenVINO's own
+    pipelines feed the same inputs. Its output is ``logits`` [B, T, V]. ``reset_state`` of a request empties the cache.
 
     Args:
         model: A plain decoder in float32.
 
     Raises:
-        UserError: If OpenVINO is missing, or no graph can be made of the model.
+        UserError: If OpenVINO is missing, or the model does not become a graph.
     """
     with needs("OpenVINO"):
         import openvino
@@ -98,7 +98,7 @@ def openvino_decoder(model: PreTrainedModel) -> Any:
     beam = ops.parameter([-1], openvino.Type.i32, name="beam_idx")
     beam.output(0).get_tensor().set_names({"beam_idx"})
     converted.add_parameters([beam])
-    for before in past:  # OpenVINO knows the pattern, and fuses it with the attention
+    for before in past:  # OpenVINO knows this pattern and fuses it with the attention
         readers = list(before.get_target_inputs())
         chosen = ops.gather(before, beam, ops.constant(0)).output(0)
         for reader in readers:
@@ -107,7 +107,7 @@ def openvino_decoder(model: PreTrainedModel) -> Any:
     apply_make_stateful_transformation(converted, {f"past.{i}": f"present.{i}" for i in range(len(past))})
     batch = ops.gather(ops.shape_of(ids.get_node(), output_type="i64"), ops.constant([0]), ops.constant(0))
     for node in converted.get_ops():
-        if node.get_type_name() == "ReadValue":  # begins without tokens, for as many sequences as there are
+        if node.get_type_name() == "ReadValue":  # begin with an empty cache for the batch's sequences
             _, heads, _, width = node.get_output_partial_shape(0)
             sizes = ops.constant([heads.get_length(), 0, width.get_length()], dtype=openvino.Type.i64)
             empty = ops.broadcast(ops.constant(0.0, dtype=openvino.Type.f32), ops.concat([batch, sizes], axis=0))
@@ -127,12 +127,12 @@ def write_onnx_decoder(model: PreTrainedModel, file: Path) -> None:
     graph = CachedGraph(model.eval())
     program, count = graph.program(), len(graph.shapes)
     with without_remarks(*EXPORTERS):
-        found = torch.onnx.export(
+        onnx_program = torch.onnx.export(
             program,
             input_names=["input_ids", *(f"past_{i}" for i in range(count))],
             output_names=["logits", *(f"present_{i}" for i in range(count))],
             dynamo=True,
             verbose=False,
         )
-    assert found is not None  # it is None for the older exporter alone
-    found.save(file, external_data=True)
+    assert onnx_program is not None  # only the older exporter returns None
+    onnx_program.save(file, external_data=True)

@@ -1,4 +1,4 @@
-"""An ordinary Hugging Face folder: the dense function, and nothing of ours beside it."""
+"""Write the dense function as an ordinary Hugging Face folder, without any file of this package."""
 
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,8 @@ def write_dense(model: PreTrainedModel, description: dict[str, Any], source: str
     Args:
         model: A plain model; `restore` makes one of a converted model.
         description: The contents of the converted model's ``lte_config.json``.
-        source: Where its tokenizer is from.
-        folder: Where to.
+        source: The folder or hub id of its tokenizer.
+        folder: The folder to write.
     """
     with staged(folder) as staging:
         model.save_pretrained(staging)

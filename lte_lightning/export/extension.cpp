@@ -1,6 +1,7 @@
-// The selected experts of an FFN as an operation of OpenVINO, computed by the kernel of kernels/cpu in bfloat16.
+// The selected experts of an FFN as an operation of OpenVINO. The kernel of kernels/cpu computes it in bfloat16.
 //
-// extension.py compiles this file and loads it. The threads are those of OpenVINO's own arena: two teams would fight.
+// extension.py compiles this file and loads it. The threads are those of OpenVINO's own arena, because two teams on the
+// same cores would fight.
 #include <tbb/parallel_for.h>
 #include <tbb/task_arena.h>
 
@@ -21,8 +22,8 @@ void lte_openvino_team(void (*work)(void*), void* data, unsigned threads, unsign
 
 void* data_of(const ov::Tensor& tensor) { return const_cast<void*>(tensor.data()); }
 
-// Inputs: x [N, D], mask [N, E], up [E, S, D], down [E, S, D], then those of gate, up_bias, gate_bias and down_bias that
-// are given. All but the mask are bfloat16.
+// Inputs: x [N, D], mask [N, E], up [E, S, D], down [E, S, D], then gate, up_bias, gate_bias and down_bias if the FFN
+// has them. All but the mask are bfloat16.
 class LteFfn : public ov::op::Op {
 public:
     OPENVINO_OP("LteFfn", "lte_lightning");
@@ -63,7 +64,7 @@ private:
     int64_t activation = 0;
 };
 
-// Of torch's operator lte_lightning::cpu_ffn, see ffn.py.
+// Converts torch's operator lte_lightning::cpu_ffn, see ffn.py.
 ov::OutputVector converted(const ov::frontend::NodeContext& node) {
     auto narrowed = [&](int i) -> ov::Output<ov::Node> {
         return std::make_shared<ov::op::v0::Convert>(node.get_input(i), ov::element::bf16);
@@ -76,7 +77,7 @@ ov::OutputVector converted(const ov::frontend::NodeContext& node) {
     }
     const std::vector<std::string> names{"relu", "gelu", "gelu_tanh", "silu"};  // as in vector.h
     auto name = node.get_values_from_const_input(4).as<std::string>();
-    name.erase(std::remove(name.begin(), name.end(), ' '), name.end());  // it comes letter by letter
+    name.erase(std::remove(name.begin(), name.end(), ' '), name.end());  // OpenVINO passes it letter by letter
     const auto found = std::find(names.begin(), names.end(), name);
     OPENVINO_ASSERT(found != names.end(), "no kernel has the activation ", name);
     const auto ffn = std::make_shared<LteFfn>(inputs, given, found - names.begin());

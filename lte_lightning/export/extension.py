@@ -1,4 +1,4 @@
-"""A model whose selected experts OpenVINO runs, by a library that is compiled when it is first needed."""
+"""Write a model whose selected experts OpenVINO runs, with a library that is compiled at its first use."""
 
 import hashlib
 import logging
@@ -27,20 +27,20 @@ from lte_lightning.quiet import without_remarks
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 LIBRARY = "lte_openvino.so"
-KEPT = 4  # of several versions
+KEPT = 4  # libraries to keep in the cache, for several versions
 logger = logging.getLogger("lte_lightning")
 
 
 def write_openvino_sparse(model: PreTrainedModel, source: str, folder: Path) -> None:
-    """Writes ``openvino_model.xml`` and ``.bin`` with the selected experts alone, and the library that computes them.
+    """Writes ``openvino_model.xml`` and ``.bin`` that run selected experts alone, and the library that computes them.
 
-    The library, ``lte_openvino.so``, is for this kind of processor and this version of OpenVINO:
-    ``openvino.Core().add_extension(path)`` makes it known before the model is read. Experts are computed in bfloat16.
+    The library, ``lte_openvino.so``, is for this kind of processor and this version of OpenVINO. Call
+    ``openvino.Core().add_extension(path)`` before you read the model. The library computes experts in bfloat16.
 
     Args:
         model: A converted model in float32, in mode hard.
-        source: Where its tokenizer is from.
-        folder: Where to.
+        source: The folder or hub id of its tokenizer.
+        folder: The folder to write.
 
     Raises:
         UserError: If OpenVINO or a compiler is missing, or the kernels cannot take the model's experts.
@@ -64,13 +64,13 @@ def write_openvino_sparse(model: PreTrainedModel, source: str, folder: Path) -> 
 
 
 def extension_library(out: Path) -> Path:
-    """Writes the library for this machine and the OpenVINO that is installed, after compiling it if it is not cached.
+    """Writes the library for this machine and the installed OpenVINO. Compiles it unless it is cached.
 
     Args:
         out: The file to write.
 
     Returns:
-        The same.
+        The file that was written.
 
     Raises:
         UserError: If OpenVINO is missing, has no headers, or there is no C++ compiler that takes them.
@@ -116,7 +116,7 @@ def _compile(instructions: str, options: list[str], out: Path) -> bytes:
 
 
 def _cached(folder: Path, stem: str) -> bytes | None:
-    """Returns a library that is what its name says."""
+    """Returns a cached library whose content matches its name; None if there is none."""
     for path in sorted(folder.glob(f"{stem}-*.so")):
         content = path.read_bytes()
         if path.stem.rpartition("-")[2] == _digest(content):

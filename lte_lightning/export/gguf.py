@@ -1,4 +1,4 @@
-"""GGUF: a decoder's dense function as llama.cpp reads it, written by the package ``gguf``."""
+"""Write a decoder's dense function as a GGUF file for llama.cpp, with the package ``gguf``."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -15,24 +15,26 @@ from lte_lightning.errors import UserError
 from lte_lightning.export.staging import staged
 from lte_lightning.export.vocabulary import write_tokenizer
 
-# How weights are stored: our names, and those of GGUF. Vectors stay float32, which llama.cpp wants.
+# The types of stored weights: our names, and GGUF's. Vectors stay float32, because llama.cpp requires that.
 TYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", "q8_0": "Q8_0", "q4_0": "Q4_0"}
 _OWN = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-_BLOCK = 32  # weights that share a scale, along a row
+_BLOCK = 32  # weights of a row that share a scale
 
-Fields = dict[str, Any]  # writer methods without "add_", and their arguments
+Fields = dict[str, Any]  # names of the writer's methods without "add_", and their arguments
 Change = Callable[[str, torch.Tensor, Any], torch.Tensor]
 
 
 @dataclass(frozen=True)
 class _Target:
-    """What llama.cpp makes of a Hugging Face model type.
+    """The architecture of llama.cpp for a Hugging Face model type.
 
     Args:
-        arch: Its name there.
-        activation: The FFN's, which llama.cpp has built in.
-        change: Gives a tensor, by its name in ``state_dict`` and the configuration, the values that llama.cpp expects.
-        fields: Further fields, by the configuration; raises `UserError` for what llama.cpp does not compute.
+        arch: The architecture's name in llama.cpp.
+        activation: The FFN's activation, which llama.cpp fixes for the architecture.
+        change: Returns the values that llama.cpp expects, from a tensor's name in ``state_dict``, the tensor and the
+            configuration.
+        fields: Returns further fields from the configuration. Raises `UserError` for a setting that llama.cpp does not
+            compute.
     """
 
     arch: str
@@ -42,7 +44,7 @@ class _Target:
 
 
 def _interleave(name: str, value: torch.Tensor, config: Any) -> torch.Tensor:
-    """Puts the two halves that RoPE rotates with each other side by side, in the rows of q and k."""
+    """Interleaves the rows of q and k, so that the two values which RoPE rotates together are neighbours."""
     projection = name.rpartition(".")[0].rpartition(".")[2]
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(projection)
     return value if heads is None else value.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
@@ -62,17 +64,17 @@ def _gemma(config: Any) -> Fields:
 
 
 def _windowed(config: Any, pattern: int, softcaps: bool) -> Fields:
-    """Gemma's layers of a sliding window, ``pattern - 1`` before each that sees everything."""
+    """Returns Gemma's fields if ``pattern - 1`` layers with a sliding window precede each layer with full attention."""
     kinds = [
         "full_attention" if (i + 1) % pattern == 0 else "sliding_attention" for i in range(len(config.layer_types))
     ]
     _require(config, layer_types=kinds, query_pre_attn_scalar=config.head_dim)
-    found = {**_gemma(config), "sliding_window": config.sliding_window}
+    fields = {**_gemma(config), "sliding_window": config.sliding_window}
     if not softcaps:
         _require(config, final_logit_softcapping=None, attn_logit_softcapping=None)
-        return found
+        return fields
     caps = {"attn_logit_softcapping", "final_logit_softcapping"}
-    return found | {cap: getattr(config, cap) for cap in caps if getattr(config, cap)}
+    return fields | {cap: getattr(config, cap) for cap in caps if getattr(config, cap)}
 
 
 def _gpt2(config: Any) -> Fields:
@@ -104,17 +106,17 @@ def write_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, file:
 
     Args:
         model: A plain Hugging Face model; `restore` makes one of a converted model.
-        tokenizer: Its own, a fast one.
-        file: Where to.
-        dtype: How matrices are stored, a name of `TYPES`; ``auto`` is the model's own type. Matrices whose rows blocks
-            of 32 do not divide stay float16 where the others are quantised.
+        tokenizer: The model's tokenizer, a fast one.
+        file: The file to write.
+        dtype: The type of stored matrices, a name of `TYPES`; ``auto`` is the model's own type. In a quantised file, a
+            matrix whose rows are no multiple of 32 weights stays float16.
 
     Returns:
-        The longest text that llama.cpp computes as the model does, in tokens: it knows no sliding window of some
-        families.
+        The longest text, in tokens, for which llama.cpp computes the same as the model. In some families llama.cpp
+        knows no sliding window.
 
     Raises:
-        UserError: If the package ``gguf`` is missing, or llama.cpp does not compute what the model does.
+        UserError: If the package ``gguf`` is missing, or llama.cpp would not compute the same as the model.
     """
     try:
         import gguf
@@ -124,13 +126,13 @@ def write_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, file:
     if dtype != "auto" and dtype not in TYPES:
         raise UserError(f"unknown dtype {dtype!r}; a GGUF file has {', '.join(TYPES)}")
     config, kinds = model.config, gguf.GGMLQuantizationType
-    wanted = kinds[TYPES[_OWN[model.dtype] if dtype == "auto" else dtype]]
+    matrix_type = kinds[TYPES[_OWN[model.dtype] if dtype == "auto" else dtype]]
     fields = _fields(config) | target.fields(config)
     logging.getLogger("gguf").setLevel(logging.WARNING)
     writer = gguf.GGUFWriter(None, target.arch)
     for name, value in fields.items():
         getattr(writer, f"add_{name}")(value)
-    writer.add_file_type(gguf.LlamaFileType[{"F32": "ALL_F32"}.get(wanted.name, f"MOSTLY_{wanted.name}")])
+    writer.add_file_type(gguf.LlamaFileType[{"F32": "ALL_F32"}.get(matrix_type.name, f"MOSTLY_{matrix_type.name}")])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     if source := getattr(config, "_name_or_path", ""):
         writer.add_name(Path(source).name)
@@ -140,8 +142,8 @@ def write_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, file:
     types = {}
     for name, (key, value) in tensors.items():
         shape = target.change(key, value, config).shape
-        whole = wanted in (kinds.F32, kinds.F16, kinds.BF16) or shape[-1] % _BLOCK == 0
-        types[name] = kinds.F32 if len(shape) == 1 else wanted if whole else kinds.F16
+        fits = matrix_type in (kinds.F32, kinds.F16, kinds.BF16) or shape[-1] % _BLOCK == 0
+        types[name] = kinds.F32 if len(shape) == 1 else matrix_type if fits else kinds.F16
         block, size = gguf.GGML_QUANT_SIZES[types[name]]
         writer.add_tensor_info(name, shape, np.dtype(np.float32), shape.numel() // block * size, types[name])
     with staged(file) as staging:
@@ -166,7 +168,7 @@ def _find(model: PreTrainedModel) -> _Target:
     if model.dtype not in _OWN:
         raise UserError(f"the weights are {model.dtype}; GGUF files are made of {', '.join(map(str, _OWN))}")
     names = ("hidden_activation", "hidden_act", "activation_function")
-    activation = next(found for name in names if (found := getattr(config, name, None)))
+    activation = next(value for name in names if (value := getattr(config, name, None)))
     if activation not in (target.activation, {"silu": "swish"}.get(target.activation)):
         raise UserError(
             f"the FFNs have the activation {activation}, and llama.cpp computes {target.activation} in a {kind} model"
@@ -176,9 +178,9 @@ def _find(model: PreTrainedModel) -> _Target:
 
 def _require(config: Any, **expected: Any) -> None:
     for name, value in expected.items():
-        found = getattr(config, name, None)
-        if found != value and not (isinstance(value, tuple) and found in value):
-            raise UserError(f"{name} is {found!r}, and llama.cpp computes a {config.model_type} model with {value!r}")
+        actual = getattr(config, name, None)
+        if actual != value and not (isinstance(value, tuple) and actual in value):
+            raise UserError(f"{name} is {actual!r}, and llama.cpp computes a {config.model_type} model with {value!r}")
 
 
 def _layers(config: Any) -> int:
@@ -186,10 +188,10 @@ def _layers(config: Any) -> int:
 
 
 def _fields(config: Any) -> dict[str, Any]:
-    """Returns the fields that every family has, by the names of the writer's methods."""
+    """Returns the fields of every family, by the names of the writer's methods."""
     heads, width = config.num_attention_heads, config.hidden_size
     context = config.max_position_embeddings
-    found = {
+    fields = {
         "block_count": _layers(config),
         "embedding_length": width,
         "feed_forward_length": getattr(config, "intermediate_size", None)
@@ -199,36 +201,36 @@ def _fields(config: Any) -> dict[str, Any]:
         "vocab_size": config.vocab_size,
     }
     if (epsilon := getattr(config, "rms_norm_eps", None)) is None:
-        return found | {"context_length": context, "layer_norm_eps": config.layer_norm_epsilon}
+        return fields | {"context_length": context, "layer_norm_eps": config.layer_norm_epsilon}
     if config.model_type in ("mistral", "phi3") and (window := getattr(config, "sliding_window", None)):
-        context = min(context, window)  # llama.cpp lets these see all tokens: up to here it is the same
+        context = min(context, window)  # llama.cpp shows these all tokens, which is the same up to here
     head = getattr(config, "head_dim", None) or width // heads
-    found |= {
+    fields |= {
         "context_length": context,
         "layer_norm_rms_eps": epsilon,
         "head_count_kv": config.num_key_value_heads,
         "key_length": head,
         "value_length": head,
     }
-    return found | _rope(config, head)
+    return fields | _rope(config, head)
 
 
 def _rope(config: Any, head: int) -> dict[str, Any]:
     by_kind = config.rope_parameters
     local = {}
-    if "full_attention" in by_kind:  # Gemma 3: the layers of a sliding window have their own
+    if "full_attention" in by_kind:  # Gemma 3: layers with a sliding window have their own settings
         _refuse_scaling(config, by_kind["sliding_attention"], ("default",))
         local, by_kind = {"rope_freq_base_swa": by_kind["sliding_attention"]["rope_theta"]}, by_kind["full_attention"]
     _refuse_scaling(config, by_kind, ("default", "linear"))
-    found = local | {
+    fields = local | {
         "rope_freq_base": by_kind["rope_theta"],
         "rope_dimension_count": int(head * by_kind.get("partial_rotary_factor", 1.0)),
     }
     if by_kind["rope_type"] == "linear":
         from gguf import RopeScalingType
 
-        found |= {"rope_scaling_type": RopeScalingType.LINEAR, "rope_scaling_factor": by_kind["factor"]}
-    return found
+        fields |= {"rope_scaling_type": RopeScalingType.LINEAR, "rope_scaling_factor": by_kind["factor"]}
+    return fields
 
 
 def _refuse_scaling(config: Any, rope: Mapping[str, Any], known: tuple[str, ...]) -> None:
@@ -238,22 +240,22 @@ def _refuse_scaling(config: Any, rope: Mapping[str, Any], known: tuple[str, ...]
 
 
 def _tensors(model: PreTrainedModel, names: Any) -> dict[str, tuple[str, torch.Tensor]]:
-    """Returns a model's tensors, and their names in its state dict, by the names of GGUF."""
-    state, found = model.state_dict(), {}
+    """Returns a model's tensors and their names in its state dict, by GGUF's names."""
+    state, tensors = model.state_dict(), {}
     if model.config.tie_word_embeddings:
         state.pop("lm_head.weight", None)
     for key, value in state.items():
         if (name := names.get_name(key, try_suffixes=(".weight", ".bias"))) is None:
             raise UserError(f"llama.cpp has no place for {key} in a {model.config.model_type} model")
-        found[name] = (key, value)
+        tensors[name] = (key, value)
     rope = getattr(model.config, "rope_parameters", None) or {}
     if rope.get("rope_type") == "llama3":
         rotary = model.base_model.rotary_emb
-        found["rope_freqs.weight"] = ("rope_freqs.weight", _slowing(rope, rotary))
-    return found
+        tensors["rope_freqs.weight"] = ("rope_freqs.weight", _slowing(rope, rotary))
+    return tensors
 
 
 def _slowing(rope: Mapping[str, Any], rotary: Any) -> torch.Tensor:
-    """By how much Llama 3's scaling slows each frequency."""
+    """Returns the factor by which Llama 3's scaling slows each frequency."""
     plain = 1.0 / rope["rope_theta"] ** (torch.arange(0, 2 * len(rotary.inv_freq), 2) / (2 * len(rotary.inv_freq)))
     return plain / rotary.inv_freq.cpu()

@@ -1,7 +1,7 @@
-"""The masked function as a graph: torch.export's program, and ONNX and OpenVINO models made of it.
+"""The masked function as a graph: a program of torch.export, and the ONNX and OpenVINO models made of it.
 
-A graph computes every expert, and masks those that a token does not select: the values are those of the sparse model,
-the time is not.
+A graph computes every expert, and masks the experts that a token does not select. It gives the sparse model's values,
+but takes longer.
 """
 
 import inspect
@@ -23,17 +23,17 @@ from lte_lightning.export.staging import staged
 from lte_lightning.kernels.dispatch import Backend
 from lte_lightning.quiet import without_remarks
 
-_EXAMPLE = {"length": 7, "decoder_length": 5}  # of the text with which the graph is traced; all lengths are open
+_EXAMPLE = {"length": 7, "decoder_length": 5}  # sizes of the traced example; a graph takes any length
 
-EXPORTERS = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")  # which say much of themselves
+EXPORTERS = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")  # loggers with many remarks
 
 
 class Graph(nn.Module):
-    """A model with tensors as inputs, by name, and one tensor as its output, called ``output``.
+    """A model with named tensors as inputs and one tensor, called ``output``, as its output.
 
-    The inputs are ``input_ids`` and ``attention_mask`` [B, T], ``token_type_ids`` [B, T] where the model tells texts of
-    a pair apart, and ``decoder_input_ids`` [B, U] of an encoder-decoder. The output is the logits, or the last hidden
-    states of a model without a head.
+    The inputs are ``input_ids`` and ``attention_mask`` [B, T]. A model that tells the texts of a pair apart also takes
+    ``token_type_ids`` [B, T]. An encoder-decoder also takes ``decoder_input_ids`` [B, U]. The output is the logits, or
+    the last hidden states of a model without a head.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -57,20 +57,20 @@ class Graph(nn.Module):
         decoder_input_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Returns the output."""
-        given = {"token_type_ids": token_type_ids, "decoder_input_ids": decoder_input_ids}
-        given = {name: value for name, value in given.items() if value is not None}
-        found = self.model(input_ids=input_ids, attention_mask=attention_mask, **given, **self.options)
-        if self.output not in found:
-            raise UserError(f"a {type(self.model).__name__} gives no {self.output}, but {', '.join(found)}")
-        output: torch.Tensor = found[self.output]
+        optional = {"token_type_ids": token_type_ids, "decoder_input_ids": decoder_input_ids}
+        optional = {name: value for name, value in optional.items() if value is not None}
+        outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, **optional, **self.options)
+        if self.output not in outputs:
+            raise UserError(f"a {type(self.model).__name__} gives no {self.output}, but {', '.join(outputs)}")
+        output: torch.Tensor = outputs[self.output]
         return output
 
     def axes(self) -> dict[str, tuple[str, str]]:
-        """Returns the names of the inputs' two axes; the same name is the same size."""
+        """Returns the names of each input's two axes. Axes with the same name have the same size."""
         return {name: ("batch", f"{'decoder_' * name.startswith('decoder')}length") for name in self.inputs}
 
     def example(self) -> dict[str, torch.Tensor]:
-        """Returns inputs of two texts, the first padded."""
+        """Returns inputs of two texts, of which the first is padded."""
         sizes = {"batch": 2, **_EXAMPLE}
         example = {
             name: torch.ones([sizes[axis] for axis in axes], dtype=torch.long) for name, axes in self.axes().items()
@@ -82,16 +82,16 @@ class Graph(nn.Module):
 
 
 def to_program(model: PreTrainedModel, backend: Backend = "dense-mask") -> ExportedProgram:
-    """Returns a converted model as a program of ``torch.export``, in the mode that it is in.
+    """Exports a converted model, in its current mode, as a program of ``torch.export``.
 
-    Batch and lengths are open. The program's inputs are named, see `Graph`; ``program.module()(**inputs)`` runs it.
+    Batch and lengths are dynamic. `Graph` names the program's inputs; ``program.module()(**inputs)`` runs it.
 
     Args:
-        model: A converted model. It is put in eval mode, and on the backend.
-        backend: What computes the experts. Others than dense-mask leave operators of ours in the program.
+        model: A converted model. The export puts it in eval mode, and sets its backend.
+        backend: The backend of the experts. All but dense-mask leave operators of this package in the program.
 
     Raises:
-        UserError: If its output depends on more than texts.
+        UserError: If the model's output depends on more than texts.
     """
     if model.main_input_name != "input_ids":
         raise UserError(
@@ -102,7 +102,7 @@ def to_program(model: PreTrainedModel, backend: Backend = "dense-mask") -> Expor
 
 
 def graph_program(graph: Graph) -> ExportedProgram:
-    """Returns the program of a graph, whose model may be a plain one as well."""
+    """Returns the program of a graph, whose model may also be a plain model."""
     model = graph.model
     limit = getattr(model.config, "max_position_embeddings", None) or 2**20
     dims = {
@@ -116,12 +116,12 @@ def graph_program(graph: Graph) -> ExportedProgram:
 
 
 def write_onnx(model: PreTrainedModel, source: str, folder: Path) -> None:
-    """Writes ``model.onnx``, and beside it the configuration and the tokenizer; a folder, whole or not at all.
+    """Writes a folder, whole or not at all, with ``model.onnx``, the configuration and the tokenizer.
 
     Args:
         model: A converted model in float32.
-        source: Where its tokenizer is from.
-        folder: Where to.
+        source: The folder or hub id of its tokenizer.
+        folder: The folder to write.
 
     Raises:
         UserError: If a package is missing, or PyTorch cannot translate the model.
@@ -136,18 +136,18 @@ def write_onnx(model: PreTrainedModel, source: str, folder: Path) -> None:
             onnx_program = torch.onnx.export(
                 program, output_names=[graph.output], dynamic_shapes=_named(graph), verbose=False, dynamo=True
             )
-        except Exception as error:  # the exporter's own, of whatever operator it stumbles over
+        except Exception as error:  # an unknown operator raises various errors of the exporter
             reason = (str(error.__cause__ or error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(f"PyTorch cannot write a {type(model).__name__} as ONNX: {reason}") from error
-        assert onnx_program is not None  # it is None for the older exporter alone
+        assert onnx_program is not None  # only the older exporter returns None
         onnx_program.save(
             staging / "model.onnx", external_data=_size(model) > 2**30
-        )  # a file of protobuf ends at 2 GiB
+        )  # a protobuf file holds at most 2 GiB
         write_rest(model, source, staging)
 
 
 def write_openvino(model: PreTrainedModel, source: str, folder: Path) -> None:
-    """Writes ``openvino_model.xml`` and ``.bin``, weights in float32, and the rest as `write_onnx` does.
+    """Writes ``openvino_model.xml`` and ``.bin`` with float32 weights, and the rest of the folder as in `write_onnx`.
 
     The arguments and errors are those of `write_onnx`.
     """
@@ -164,10 +164,10 @@ def save_openvino(graph: Graph, program: ExportedProgram, folder: Path, extensio
     """Writes ``openvino_model.xml`` and ``.bin`` into a folder.
 
     Args:
-        graph: Whose inputs and output it has.
-        program: Of the graph.
-        folder: Where to.
-        extension: A library with the operators of ours that are in the program.
+        graph: The graph, which names the inputs and the output.
+        program: The graph's program.
+        folder: An existing folder.
+        extension: A library for the operators of this package that are in the program.
     """
     import openvino
 
@@ -195,10 +195,10 @@ def _size(model: PreTrainedModel) -> int:
 
 @contextmanager
 def needs(what: str) -> Iterator[None]:
-    """Says which extra a package belongs to that is imported within.
+    """Names the extra to install if an import in the ``with`` block fails.
 
     Raises:
-        UserError: If it is not installed.
+        UserError: If a package is not installed.
     """
     try:
         yield
@@ -208,7 +208,7 @@ def needs(what: str) -> Iterator[None]:
 
 @contextmanager
 def _finite(model: PreTrainedModel) -> Iterator[None]:
-    """Leaves out what guards against NaN in experts that were not selected: a branch of the graph in each layer."""
+    """Leaves out the guard against NaN in unselected experts, which would be a branch of the graph in each layer."""
     ffns = list(expert_ffns(model).values())
     for ffn in ffns:
         ffn.guards = False

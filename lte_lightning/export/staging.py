@@ -1,4 +1,4 @@
-"""What is written is there whole or not at all."""
+"""Write a file or a folder whole or not at all."""
 
 import shutil
 import tempfile
@@ -12,13 +12,13 @@ from lte_lightning.files import require_place
 
 @contextmanager
 def staged(path: Path) -> Iterator[Path]:
-    """Yields where to write a file or a folder, which is moved to its place at the end of the ``with`` block.
+    """Yields a temporary path for a file or a folder, and moves it to its place at the end of the ``with`` block.
 
     Args:
-        path: Its place; nothing may be there.
+        path: The place, where nothing may exist.
 
     Raises:
-        UserError: If something is there already, or cannot be written.
+        UserError: If something exists there, or the place cannot be written to.
     """
     require_free(path)
     try:
@@ -35,7 +35,7 @@ def staged(path: Path) -> Iterator[Path]:
 
 
 def require_free(path: Path) -> None:
-    """Refuses a place where something is, or whose folder is not there."""
+    """Refuses a place that is taken, or whose folder does not exist."""
     if path.exists():
         raise UserError(f"{path} is there already; choose another place, or remove it")
     require_place(path)

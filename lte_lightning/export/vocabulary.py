@@ -1,4 +1,4 @@
-"""A tokenizer in a GGUF file, as llama.cpp is to read it."""
+"""Write a tokenizer to a GGUF file in llama.cpp's terms."""
 
 import json
 from collections.abc import Iterator
@@ -8,8 +8,8 @@ from transformers import PreTrainedTokenizerBase
 
 from lte_lightning.errors import UserError
 
-# llama.cpp's name of how byte-level BPE cuts a text before it merges: by what tokenizer.json has for it, and whether it
-# takes a word that is a token whole.
+# llama.cpp's names of the ways in which byte-level BPE cuts a text before it merges. The key is the steps in
+# tokenizer.json, and whether a word that is a token stays whole.
 _CUTS = {
     (("ByteLevel",), False): "gpt-2",
     (("Digits", "ByteLevel"), False): "smollm",
@@ -28,19 +28,19 @@ _CUTS = {
         False,
     ): "qwen2",
 }
-_SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # what SentencePiece writes for one
+_SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # SentencePiece's character for a space
 
 
 def write_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
     """Adds a tokenizer's vocabulary, special tokens and chat template to a GGUF file.
 
     Args:
-        writer: Of the package ``gguf``.
-        tokenizer: A fast one.
-        vocab_size: Rows of the model's embedding; those behind the tokenizer's tokens are marked as unused.
+        writer: The writer of the package ``gguf``.
+        tokenizer: A fast tokenizer.
+        vocab_size: Rows of the model's embedding. Rows past the tokenizer's tokens are marked as unused.
 
     Raises:
-        UserError: If llama.cpp has no tokenizer that does the same.
+        UserError: If llama.cpp has no equal tokenizer.
     """
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     name, model = tokenizer.name_or_path, content["model"]
@@ -74,12 +74,12 @@ def _cut(name: str, content: dict[str, Any]) -> str:
     if normalizer not in (None, "NFC"):
         raise UserError(f"the tokenizer {name} normalises texts by {normalizer}, which llama.cpp's BPE does not do")
     steps = tuple(_steps(content["pre_tokenizer"] or {}))
-    if (found := _CUTS.get((steps, bool(content["model"].get("ignore_merges"))))) is None:
+    if (cut := _CUTS.get((steps, bool(content["model"].get("ignore_merges"))))) is None:
         raise UserError(
             f"the tokenizer {name} cuts texts in a way that no GGUF file is written with: {' then '.join(steps)}. "
             f"Known are those of {', '.join(_CUTS.values())}"
         )
-    return found
+    return cut
 
 
 def _steps(step: dict[str, Any]) -> Iterator[str]:
@@ -109,7 +109,7 @@ def _write_sentencepiece(
     tokens: dict[int, tuple[str, str]],
     vocab_size: int,
 ) -> None:
-    """Turns the ranks of merges into the scores by which SentencePiece chooses the next pair, best first."""
+    """Turns the ranks of merges into scores. SentencePiece merges the pair with the best score first."""
     vocabulary = model["vocab"]
     rank: dict[int, int] = {}
     for i, merge in enumerate(model["merges"]):
