@@ -1,4 +1,4 @@
-"""`set_backend`: asks for a backend, and lays the weights out for it. `kernels.dispatch` chooses at each call."""
+"""`set_backend` requests a backend and lays out the weights for it. `kernels.dispatch` chooses at each call."""
 
 from torch import nn
 
@@ -12,20 +12,20 @@ from lte_lightning.kernels.dispatch import BACKENDS, Backend
 def set_backend(model: nn.Module, backend: Backend = "auto") -> None:
     """Sets the backend that computes the selected experts in hard mode without gradients.
 
-    For every backend but ``dense-mask`` the weights are laid out once, in place, a row per neuron: the down
-    projection's parameter becomes a transposed view of that. Names, shapes and values stay, and with them state_dict,
-    dense mode, training and saving; nothing is stored twice. ``dense-mask`` undoes it, as `restore` does: torch
+    Every backend but ``dense-mask`` gets the weights with a row per neuron, in place, so that the down projection's
+    parameter becomes a transposed view. Names, shapes and values stay the same, and so do state_dict, dense mode,
+    training and saving. Nothing is stored twice. ``dense-mask`` undoes the layout, like `restore`, because torch
     multiplies few tokens by transposed bfloat16 weights at two thirds of the speed.
 
-    The kernels read weights and biases, and nothing else. An FFN whose projections are anything else than ``Linear`` or
-    ``Conv1D`` with ordinary parameters (an adapter, a quantised weight, a shard), or have hooks, is computed by its
-    modules, as with ``dense-mask``. Weights that FSDP manages are not touched. Each forward pass looks for such
-    changes, so none needs another call of this.
+    The kernels read only weights and biases. So an FFN's modules compute it, as with ``dense-mask``, if a projection
+    has hooks or is no ``Linear`` or ``Conv1D`` with ordinary parameters (an adapter, a quantised weight, a shard).
+    Weights that FSDP manages stay as they are. Each forward pass looks for such changes, so no change needs another
+    call of this.
 
     Args:
         model: A converted model.
-        backend: ``auto`` (by device and type), ``dense-mask`` (every expert is computed, then masked), ``reference``
-            (slow and plain), ``cpu`` or ``triton``. What a backend cannot serve, the dense-mask path does, and the log
+        backend: ``auto`` (by device and type), ``dense-mask`` (computes every expert, then masks), ``reference`` (slow
+            and plain), ``cpu`` or ``triton``. The dense-mask path takes over what a backend cannot serve, and the log
             says so once.
 
     Raises:
@@ -34,7 +34,7 @@ def set_backend(model: nn.Module, backend: Backend = "auto") -> None:
     if backend not in BACKENDS:
         raise UserError(f"unknown backend {backend!r}; there are {', '.join(BACKENDS)}")
     ffns = require_expert_ffns(model).values()
-    # FSDP gathers weights into memory of its own, in the order that it found
+    # FSDP gathers weights into its own memory, in their original order.
     sharded = {inner for module in model.modules() if is_sharded(module) for inner in module.modules()}
     for ffn in ffns:
         ffn.backend = backend

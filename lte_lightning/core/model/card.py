@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 from lte_lightning.files import markdown_table
 
 README = "README.md"
-PLACEHOLDER = "FOLDER"  # where a saved model's own place belongs
+PLACEHOLDER = "FOLDER"  # stands for the saved model's own place
 _MARK = "<!-- lte-lightning writes this card anew with the model; take this line out to keep your own text. -->"
 _VIEWS = {
     "dense": "dense, before routing",
@@ -37,14 +37,14 @@ def write_card(folder: Path, description: dict[str, Any], config: PreTrainedConf
         folder: The model's folder.
         description: The contents of its ``lte_config.json``.
         config: Its ``config.json``.
-        name: What the model is loaded by: a folder, or a repository.
+        name: The folder or repository that the model is loaded from.
     """
     if is_ours(folder / README):
         card(description, config, name).save(folder / README)
 
 
 def is_ours(path: Path) -> bool:
-    """Says whether a card may be written: there is none, or one that `write_card` wrote and nobody took over."""
+    """Says whether a card may be written: there is none, or `write_card` wrote it and nobody has taken it over."""
     return not path.exists() or _MARK in path.read_text(errors="replace")
 
 
@@ -170,7 +170,7 @@ def _recipe(description: dict[str, Any], base: dict[str, Any]) -> str:
 def public_name(source: object) -> str | None:
     """Returns the publishable part of an origin: the last part of a path on a disk.
 
-    A run's ``model`` and a package's are called by what they lie in.
+    A folder ``model``, as in a run or a package, takes the name of its parent.
     """
     text = str(source or "")
     path = Path(text)
@@ -181,7 +181,7 @@ def public_name(source: object) -> str | None:
 
 
 def licence(path: Path) -> str | None:
-    """Returns the licence that a model's card names, None if it names none."""
+    """Returns the licence in a model's card; None if the card has none."""
     try:
         text = ModelCard.load(path, ignore_metadata_errors=True).data.license
     except (OSError, ValueError):

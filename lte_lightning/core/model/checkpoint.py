@@ -1,4 +1,4 @@
-"""Loading a saved model, sparse."""
+"""Load a saved model as a sparse model."""
 
 import os
 from collections.abc import Iterator
@@ -39,9 +39,9 @@ from lte_lightning.core.model.thresholds import keep_table, owner_of, read_table
 from lte_lightning.errors import UserError
 from lte_lightning.kernels.dispatch import BACKENDS, Backend
 
-# whether the Auto classes are asked by `from_pretrained`, for the plain model
+# Whether `from_pretrained` is loading the plain model through an Auto class.
 _LOADS_PLAIN: ContextVar[bool] = ContextVar("loads_plain", default=False)
-# what `register` has replaced
+# The methods that `register` has replaced.
 _TRANSFORMERS_OWN: dict[Any, Any] = {}
 
 
@@ -53,24 +53,24 @@ def from_pretrained(
     quantize: Quantization | None = None,
     **kwargs: Any,
 ) -> PreTrainedModel:
-    """Loads a model written by `save_pretrained`, experts and routers in place, in the mode it was saved in.
+    """Loads a model that `save_pretrained` wrote, with experts and routers, in the mode in which it was saved.
 
-    The routers take the type of the weights they decide on.
+    The routers take the type of the weights that they decide on.
 
     Args:
         source: A folder, a run's folder, or a hub id.
-        auto_class: How to build the plain model, e.g. ``AutoModelForCausalLM``; the saved architecture if not given.
-        backend: What computes the selected experts in hard mode without gradients; see `set_backend`.
-        quantize: ``int8`` or ``int4``: round the weights as `quantize` does. A folder that was saved quantised is
-            loaded so without it.
-        **kwargs: Passed to the plain model's ``from_pretrained`` (``dtype``, ``device_map``, ``revision``, ...). Of
-            these a folder that was saved quantised takes ``dtype`` and where it lies.
+        auto_class: The class that builds the plain model, e.g. ``AutoModelForCausalLM``; by default the saved one.
+        backend: The backend of the selected experts in hard mode without gradients; see `set_backend`.
+        quantize: ``int8`` or ``int4``: round the weights as `quantize` does. A folder that was saved quantised does not
+            need it.
+        **kwargs: Passed to the plain model's ``from_pretrained`` (``dtype``, ``device_map``, ``revision``, ...). A
+            folder that was saved quantised takes only ``dtype`` and the options that say where it lies.
 
     Raises:
-        UserError: If there is no such backend or quantisation, or weights are missing, not finite, or of no use to the
+        UserError: If there is no such backend or quantisation, or weights are missing, nonfinite, or unknown to the
             model.
-        LayoutError: If there is no such folder, the source is not an LTE model, is of another layout version, or its
-            routers are not those that were saved with its weights.
+        LayoutError: If there is no such folder, or the source is not an LTE model, has another format, or has routers
+            that were not saved with its weights.
     """
     if backend not in BACKENDS:
         raise UserError(f"unknown backend {backend!r}; there are {', '.join(BACKENDS)}")
@@ -106,10 +106,10 @@ def from_pretrained(
         finally:
             _LOADS_PLAIN.reset(token)
         require_complete(model, info, source)
-        # Files are mapped for each check alone: pages of the model's own mapping, once read, would stay beside them.
+        # Each check maps the files anew, because pages of the model's own mapping would stay in memory once read.
         with said_of(source):
             require_finite(stored_weights(source, variant, **hub), source)
-        if "dtype" in kwargs or "torch_dtype" in kwargs:  # a copy in another type, which may overflow
+        if "dtype" in kwargs or "torch_dtype" in kwargs:  # the conversion to another type may overflow
             require_finite(dict(model.named_parameters()), source)
         convert(model, config, group=False)
     path = require_file(source, ROUTERS_FILE, **hub)
@@ -117,9 +117,9 @@ def from_pretrained(
     require_sound_routers(routers, path)
     require_own(description, stored_weights(source, variant, **hub), routers, source, model.base_model_prefix)
     for ffn in expert_ffns(model).values():
-        for parameter in ffn.selector.parameters():  # not buffers: a calibrated level is not to be rounded
+        for parameter in ffn.selector.parameters():  # not buffers, because a calibrated level must not be rounded
             parameter.data = parameter.data.to(model.config.dtype if is_quantized else ffn.up.weight.dtype)
-    model.__dict__["lte_base"] = description.get("base")  # saved again, its card will say so
+    model.__dict__["lte_base"] = description.get("base")  # its card will name it when it is saved again
     set_mode(model, description["mode"])
     keep_table(model, table, owner_of(description))
     if table is not None and table.chosen is not None:
@@ -133,11 +133,11 @@ def from_pretrained(
 def _read_quantized(
     source: Any, auto_class: Any, hf_config: Any, config: LteConfig, description: dict[str, Any], kwargs: dict[str, Any]
 ) -> PreTrainedModel:
-    """Builds a model of its configuration, and puts the folder's quantised weights into it."""
+    """Builds a model from its configuration, and loads the folder's quantised weights into it."""
     hub = {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
     own = {"dtype", "torch_dtype", "attn_implementation", *hub}
     unknown = []
-    for key in sorted(set(kwargs) - own):  # settings of the configuration, as transformers takes them
+    for key in sorted(set(kwargs) - own):  # settings of the configuration, which transformers takes, too
         if hasattr(hf_config, key):
             setattr(hf_config, key, kwargs[key])
         else:
@@ -152,7 +152,7 @@ def _read_quantized(
     if "attn_implementation" in kwargs:
         options["attn_implementation"] = kwargs["attn_implementation"]
     del hf_config.quantization_config
-    with no_init_weights():  # memory that nothing writes to is not used
+    with no_init_weights():  # memory that nothing writes to costs nothing
         build = auto_class.from_config if hasattr(auto_class, "from_config") else auto_class._from_config
         model: PreTrainedModel = build(hf_config, **options)
     model.tie_weights()
@@ -169,11 +169,11 @@ def register(active: bool = True) -> None:
     """Lets transformers' Auto classes, and with them ``pipeline``, load saved LTE models sparse.
 
     ``AutoModelForCausalLM.from_pretrained(FOLDER)`` is then ``lte_lightning.from_pretrained(FOLDER,
-    AutoModelForCausalLM)`` if the folder, or the repository on the hub, holds an ``lte_config.json``. All others are
-    loaded as before. Without it the Auto classes load the dense function of an LTE model.
+    AutoModelForCausalLM)`` if the folder, or the repository on the hub, holds an ``lte_config.json``. All others load
+    as before. Without this call, the Auto classes load the dense function of an LTE model.
 
     Args:
-        active: False undoes it.
+        active: False undoes an earlier call.
     """
     if not active:
         while _TRANSFORMERS_OWN:

@@ -1,4 +1,4 @@
-"""Checks of a loaded model: all of its weights are there, no others, and all are finite."""
+"""Check that a loaded model has all of its weights, no others, and only finite values."""
 
 import re
 from typing import Any
@@ -11,7 +11,7 @@ from lte_lightning.core.model.sharding import is_part, whole
 from lte_lightning.errors import UserError
 from lte_lightning.files import abridged
 
-# Buffers that files of earlier transformers hold, and no later one reads.
+# Buffers in files of earlier versions of transformers, which later versions do not read.
 _OLD_BUFFERS = re.compile(r"(inv_freq|position_ids|masked_bias|attn\.bias|attention\.bias)$")
 _LEVELS = ("level", "levels")
 MOST_LAYERS = 10_000
@@ -21,7 +21,7 @@ def require_sizes(config: PreTrainedConfig) -> None:
     """Refuses a configuration of so many layers that making them would take for ever.
 
     Raises:
-        UserError: If it has.
+        UserError: If it has too many layers.
     """
     for key, value in config.to_dict().items():
         if "layers" in key and isinstance(value, int) and value > MOST_LAYERS:
@@ -29,16 +29,16 @@ def require_sizes(config: PreTrainedConfig) -> None:
 
 
 def require_complete(model: PreTrainedModel, info: dict[str, Any], source: object, cut: bool = False) -> None:
-    """Refuses a model that lacks weights which are not a new task's, or whose file has others for its layers.
+    """Refuses a model that lacks weights other than a new task's, or whose file has unknown weights for its layers.
 
     Args:
         model: The model.
         info: Its loading info, as ``from_pretrained(..., output_loading_info=True)`` returns it.
-        source: Where it is from, for the message.
-        cut: Whether the model is to have fewer layers than the file.
+        source: The model's origin, for the message.
+        cut: Whether the model shall have fewer layers than the file.
 
     Raises:
-        UserError: If it does.
+        UserError: If weights are missing or unknown.
     """
     name = type(model).__name__
     same_class = name in (model.config.architectures or ())
@@ -59,7 +59,7 @@ def require_complete(model: PreTrainedModel, info: dict[str, Any], source: objec
 
 
 def _is_new(model: PreTrainedModel, key: str) -> bool:
-    """Says whether a weight is of a head that another task may lack: outside of the base model, or its pooler."""
+    """Says whether a weight is outside of the base model, or in its pooler; another task may lack such a weight."""
     prefix = model.base_model_prefix
     within = key.startswith(f"{prefix}.") if hasattr(model, prefix) else True
     return not within or key.removeprefix(f"{prefix}.").startswith("pooler.")
@@ -77,7 +77,7 @@ def require_finite(tensors: dict[str, torch.Tensor], source: object) -> None:
 
 
 def require_sound_routers(routers: dict[str, torch.Tensor], source: object) -> None:
-    """Refuses NaN and infinite values, but for the levels of selectors, which may let all pass or none.
+    """Refuses NaN and infinite values. Only levels of selectors may be infinite, because a level may pass all or none.
 
     Raises:
         UserError: If there are any.
@@ -88,16 +88,16 @@ def require_sound_routers(routers: dict[str, torch.Tensor], source: object) -> N
 
 @torch.no_grad()
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Says whether a tensor has finite values only, or none that can be seen (one that was moved to the disk)."""
+    """Says whether a tensor has only finite values. A tensor that was moved to the disk shows none, and passes."""
     if tensor.is_meta or not tensor.numel() or not tensor.dtype.is_floating_point:
         return True
     if is_part(tensor):
         return bool(whole(tensor.isfinite().all()))
-    lowest, highest = tensor.aminmax()  # in one pass, and NaN is either
+    lowest, highest = tensor.aminmax()  # one pass; with NaN both are NaN
     return bool(torch.isfinite(lowest) & torch.isfinite(highest))
 
 
 def listed(names: list[str], most: int = 3) -> str:
-    """Returns the first few names, and how many more there are."""
+    """Returns the first few names, and the number of the others."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more

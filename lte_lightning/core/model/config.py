@@ -1,4 +1,4 @@
-"""The configuration of a converted model; its training is the task's."""
+"""The configuration of a converted model. The task configures its training."""
 
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -64,7 +64,7 @@ class LteConfig:
         if not 0.0 < self.threshold < 1.0:
             raise UserError(f"threshold is {self.threshold}; it must lie in (0, 1), as scores do (the paper uses 0.5)")
         self._check_budget()
-        # a budget becomes a target once the model is there; until then any stands for it
+        # A budget becomes a target once the model is loaded. Until then any target stands for it.
         selector_class(self.selector).check(self if self.budget is None else self.with_target(0.5))
         self._check_layers()
         if not self.router_scale > 0.0:
@@ -74,12 +74,12 @@ class LteConfig:
 
     @property
     def budget(self) -> tuple[str, float] | None:
-        """``flops`` or ``bytes``, and their share of the dense model's; None if a sparsity is asked for, or nothing."""
+        """``flops`` or ``bytes``, and their share of the dense model's; None if the target is a sparsity or not set."""
         return next(((name, share) for name, share in self._targets()[1:] if share is not None), None)
 
     @property
     def has_target(self) -> bool:
-        """Whether a sparsity is asked for, or what comes to one."""
+        """Whether a target sparsity or a budget is set."""
         return any(share is not None for _, share in self._targets())
 
     def with_target(self, sparsity: float) -> "LteConfig":
@@ -90,9 +90,9 @@ class LteConfig:
         return [("sparsity", self.target_sparsity), ("flops", self.target_flops), ("bytes", self.target_bytes)]
 
     def _check_budget(self) -> None:
-        given = [f"target_{name} {share}" for name, share in self._targets() if share is not None]
-        if len(given) > 1:
-            raise UserError(f"{' and '.join(given)} are dials of one thing; leave one in")
+        targets = [f"target_{name} {share}" for name, share in self._targets() if share is not None]
+        if len(targets) > 1:
+            raise UserError(f"{' and '.join(targets)} are dials of one thing; leave one in")
         if self.budget is None:
             return
         name, share = self.budget

@@ -1,4 +1,4 @@
-"""Turning FFNs into expert FFNs and back."""
+"""Turn FFNs into expert FFNs and back."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -36,11 +36,11 @@ def convert(
 ) -> PreTrainedModel:
     """Turns every FFN of ``model`` into experts, in place; the function it computes stays the same.
 
-    Everything is checked before anything is changed. The model starts in mode ``dense``.
+    It checks everything before it changes anything. The model starts in mode ``dense``.
 
     Args:
         model: A plain Hugging Face model of a family in the FFN table.
-        config: How to group and select; the paper's choices if not given.
+        config: How to group and select; by default the paper's choices.
         progress: Show a progress bar while grouping.
         group: Group the neurons now; otherwise they keep their order until `group_experts`.
 
@@ -85,7 +85,7 @@ def convert(
         ffn = ExpertFfn(parts, config.expert_size, selector.to(computes_on(parts.up)), threshold)
         ffn.stack = stack
         if parts.row.module:
-            ffn.shell = (get_child(layer, parts.row.module),)  # in a tuple: its weights are not registered twice
+            ffn.shell = (get_child(layer, parts.row.module),)  # in a tuple, which does not register its weights twice
         insert(layer, ffn)
     set_lte_config(model, config)
     adopt(model)
@@ -93,14 +93,14 @@ def convert(
         return model
     try:
         group_experts(model, progress)
-    except BaseException:  # weights that are not finite, or Ctrl-C while clustering
+    except BaseException:  # nonfinite weights, or Ctrl-C during clustering
         restore(model)
         raise
     return model
 
 
 def _check_hooks(layer: nn.Module, parts: FfnParts) -> None:
-    """Refuses hooks on modules that the expert FFN replaces; those of its own parts go on with them."""
+    """Refuses hooks on modules that the expert FFN replaces. Its own parts keep their hooks."""
     row = parts.row
     for path in filter(None, (row.module, row.up if row.fused else None)):
         module = get_child(layer, path)
@@ -127,9 +127,9 @@ def group_experts(
     Args:
         model: A converted model.
         progress: Show a progress bar.
-        activations: Of each FFN what its neurons do on training rows, [F, N] (see
-            `core.routing.observe.neuron_activations`); for grouping ``coactivation``.
-        once: Does a piece of work in one of several processes, and returns what it gave in all of them.
+        activations: For grouping ``coactivation``, the activations [F, N] of each FFN's neurons on training rows (see
+            `core.routing.observe.neuron_activations`).
+        once: Calls a function in one of several processes, and returns its result in all of them.
 
     Returns:
         The grouping of each layer, with what clustering gained over chance.
@@ -141,7 +141,7 @@ def group_experts(
     config = lte_config(model)
     ffns = expert_ffns(model)
     keeps_order = config.expert_size == 1 or selector_class(config.selector).keeps_order
-    if config.grouping == "contiguous" or keeps_order:  # neurons on their own need no order
+    if config.grouping == "contiguous" or keeps_order:  # experts of one neuron need no order
         return []
     uses: list[torch.Tensor | None] = [None] * len(ffns)
     if groups_by_activation(config):
@@ -164,7 +164,7 @@ def group_experts(
 
 
 def restore(model: PreTrainedModel) -> PreTrainedModel:
-    """Gives back the plain Hugging Face model, in place: its FFNs run densely, in the order of the experts.
+    """Restores the plain Hugging Face model in place. Its FFNs run densely, and keep the order of the experts.
 
     Raises:
         UserError: If the model has no expert FFNs, or they are quantised.
@@ -212,6 +212,6 @@ def _make_selector(config: LteConfig, parts: FfnParts, generator: torch.Generato
     neurons, width = weight_rows(parts.up).shape
     activation = activation_name(parts.activation)
     shape = FfnShape(width, neurons // config.expert_size, parts.gate is not None, activation)
-    # Not on torch's default device, which Lightning sets to a GPU: the generator is the CPU's.
+    # Not on torch's default device, which Lightning sets to a GPU, because the generator is the CPU's.
     with torch.device("meta" if computes_on(parts.up).type == "meta" else "cpu"):
         return selector_class(config.selector).make(shape, config, generator)

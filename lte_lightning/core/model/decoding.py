@@ -1,4 +1,4 @@
-"""Decode with a quantised LLaMA-like model, token after token, in one call of the kernels for each."""
+"""Decode with a quantised LLaMA-like model, with one call of the kernels for each token."""
 
 import functools
 import operator
@@ -24,29 +24,29 @@ from lte_lightning.errors import UserError
 from lte_lightning.kernels.cpu.decoder import run_decoder
 from lte_lightning.kernels.dispatch import say_once
 
-MOST_SEQUENCES = 16  # for more the ordinary way shares out more of the work
+MOST_SEQUENCES = 16  # for more, the ordinary modules share out more of the work
 
 
 @contextmanager
 def fused_decoding(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
-    """Lets a quantised model write faster on a CPU.
+    """Lets a quantised model decode faster on a CPU.
 
     >>> with fused_decoding(model):
     ...     model.generate(**inputs, cache_implementation="static")
 
-    Within it the model computes one new token of up to 16 sequences in one call of the CPU kernels, if it has a cache
-    (growing or static). Everything else it computes as before: prompts, and each call that asks for more than logits.
-    So does a model that was changed meanwhile (hooks, adapters, other modes), and the log says so. Such changes are
-    looked for where a text begins; a module or a weight that is replaced between two tokens of a text is noticed some
-    tokens later. Thresholds may be set, and weights written in place, at any time. Logits differ from those of the
-    ordinary way by the order of sums.
+    In this context the model computes one new token of up to 16 sequences in one call of the CPU kernels, if it has a
+    cache (growing or static). Prompts, and calls that ask for more than logits, run as before. A model that was changed
+    meanwhile (hooks, adapters, other modes) also runs as before, and the log says so. Each text begins with a check for
+    such changes. If a module or a weight is replaced between two tokens of a text, a check notices it some tokens
+    later. You may set thresholds, and write weights in place, at any time. Logits differ from the ordinary logits by
+    the order of sums.
 
     Args:
-        model: Of the families LLaMA, Mistral without a sliding window, Qwen2 and Qwen3, converted with linear sigmoid
-            routers, quantised, in hard mode, and in evaluation.
+        model: A model of the families LLaMA, Mistral without a sliding window, Qwen2 or Qwen3. It is converted with
+            linear sigmoid routers, quantised, in hard mode, and in evaluation.
 
     Raises:
-        UserError: If the model is another; `why_not_fused` says why.
+        UserError: If the model does not fit; `why_not_fused` says why.
     """
     if why := why_not_fused(model):
         raise UserError(f"this {type(model).__name__} cannot decode fused: {why}")
@@ -65,14 +65,14 @@ def fused_decoding(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
 
 
 class _Watch:
-    """Whether modules that a step passes by would compute what it does; the values of their weights may be others."""
+    """Says whether modules that a step bypasses would still compute the same. Values of their weights may change."""
 
     def __init__(self, modules: list[nn.Module], ffn: ExpertFfn | None = None) -> None:
         self.ffn, self.activation = ffn, None if ffn is None else ffn.activation
         self.hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         self.own = [module.__dict__ for module in modules]
         self.held: list[Any] = [held for m in modules for held in (m._modules, m._parameters, m._buffers) if held]
-        self.kept = [value for held in self.held for value in held.values()]  # so that no other gets its id
+        self.kept = [value for held in self.held for value in held.values()]  # so that no other object gets its id
         self.tensors = [value for value in self.kept if isinstance(value, torch.Tensor)]
         self.before = self._marks()
 
@@ -89,7 +89,7 @@ class _Watch:
 
 
 class _Steps:
-    """What computes one token of each sequence; the model is known to be fit for it."""
+    """Computes one token of each sequence. The caller has checked that the model fits."""
 
     def __init__(self, model: Any) -> None:
         self.model, self.base = model, model.model
@@ -99,10 +99,10 @@ class _Steps:
         self.table = self.decoder.table()
         embedding: Any = self.base.embed_tokens
         self.tied = type(embedding) is QuantizedEmbedding and embedding.head[0] is model.lm_head
-        # the others are called, and by themselves do what was added to them
+        # The step calls all other modules, so that what was added to these takes effect.
         alone = [self.base, layers, self.base.norm, model.lm_head, *([embedding] if self.tied else [])]
         self.watches = [_Watch(alone), *(_Watch(list(layer.modules()), layer.mlp) for layer in layers)]
-        self.cache: list[torch.Tensor] = []  # keys and values of the text at hand, and in a static cache their lengths
+        self.cache: list[torch.Tensor] = []  # keys and values of the current text, and lengths of a static cache
         self.next = self.hooks = self.turn = -1
 
     def take(
@@ -117,7 +117,7 @@ class _Steps:
         logits_to_keep: int | torch.Tensor = 0,
         **others: Any,
     ) -> CausalLMOutputWithPast | None:
-        """Computes a call of the model's forward if it is one token of each sequence; else returns None."""
+        """Computes a forward call if it is for one token of each sequence; else returns None."""
         expected, self.next = self.next, -1
         if type(input_ids) not in TENSORS or input_ids.shape[1:] != (1,) or past_key_values is None:
             return None
@@ -155,10 +155,11 @@ class _Steps:
         return self.base.embed_tokens(ids_N1)[:, 0].contiguous()
 
     def _unchanged(self, goes_on: bool) -> bool:
-        """Says whether the step computes what the model would.
+        """Says whether the step computes the same as the model.
 
-        All is looked at where a text begins, or a hook was registered anywhere. Where it goes on, a part at each token:
-        what a step does not touch is out of the processor's cache, and a look at all of it takes a tenth of the step.
+        It checks everything when a text begins, or when a hook was registered anywhere. Within a text it checks a part
+        at each token, because data that a step does not touch are out of the processor's cache. A check of everything
+        takes a tenth of the step.
         """
         if self.model.training or has_global_hooks() or transforms() or is_in_torch_dispatch_mode():
             return False
@@ -171,7 +172,7 @@ class _Steps:
         return all(watch.same() for watch in self.watches)
 
     def _has_room(self, cache: Any, N: int, position: int) -> bool:
-        """Gives the token a place in each layer's keys and values; False if they are no plain tensors for it."""
+        """Gives the token a place in each layer's keys and values. Returns False if they are not plain enough."""
         tensors: list[Any] = [each for layer in cache.layers for each in (layer.keys, layer.values)]
         lengths: list[Any] = []
         if isinstance(cache, StaticCache):
@@ -198,7 +199,7 @@ class _Steps:
 
 
 def _position(cache: Any, layers: int) -> int | None:
-    """Returns how many places of a cache are filled; None if it is of another kind, or empty."""
+    """Returns the number of filled places of a cache; None if the cache is empty or of another kind."""
     kind: Any = {DynamicCache: DynamicLayer, StaticCache: StaticLayer}.get(type(cache))
     if kind is None or getattr(cache, "offloading", False) or len(cache.layers) != layers:
         return None
@@ -212,7 +213,7 @@ def _position(cache: Any, layers: int) -> int | None:
 
 
 def _places_seen(mask: Any, N: int, position: int) -> torch.Tensor | None:
-    """Returns an attention mask as bool [N, T]; None if there is none, or it says more than that."""
+    """Returns an attention mask as bool [N, T]; None if there is none, or it holds more than that."""
     if type(mask) not in TENSORS:
         return None
     if mask.ndim == 4 and mask.dtype == torch.bool and mask.shape[1:3] == (1, 1):

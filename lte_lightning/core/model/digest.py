@@ -1,9 +1,9 @@
-"""A digest of stored tensors, by which a saved model's routers know the weights that they were trained with.
+"""A digest of stored tensors, which ties a saved model's routers to the weights that they were trained with.
 
-Each tensor has an entry of its own: type, hash, and a few of its values. The entry is of what the file holds, so how
-files are cut and which type a model is loaded in does not matter. A folder that another tool wrote again in another
-type is compared by the values, to the precision of the coarser type. Of a large tensor blocks are hashed, 1 MiB in all:
-half a second for a model of seven billion weights. An entry tells models apart; it is no seal against who forges one.
+Each tensor has its own entry: type, hash, and a few of its values. An entry describes the stored values, so neither the
+cut into files nor the type of the loaded model matters. If another tool wrote a folder again in another type, the
+values are compared to the precision of the coarser type. For a large tensor the hash covers blocks of 1 MiB in all,
+which takes half a second for a model of seven billion weights. An entry tells models apart, but does not stop a forger.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ _VALUES = 4
 
 
 def digest(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """Returns an entry for each tensor: its type, 16 hexadecimal digits, and values from places spread over it."""
+    """Returns an entry for each tensor: its type, 16 hexadecimal digits, and values from evenly spread places."""
     return {name: _entry(tensors[name]) for name in sorted(tensors)}
 
 

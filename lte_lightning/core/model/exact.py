@@ -1,4 +1,4 @@
-"""Whether a module computes exactly what the kernels compute from its weight and bias."""
+"""Find out whether a module computes exactly what the kernels compute from its weight and bias."""
 
 from typing import Any
 
@@ -9,8 +9,8 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn.modules import module as torch_module
 from transformers.pytorch_utils import Conv1D
 
-# Tensors whose values are their storage, and those that stand for them while torch traces. Any other class may hold a
-# shard, quantised numbers, or a function of its own: DTensor, torchao's.
+# Classes whose values are their storage, and the classes that stand for them while torch traces. Any other class, like
+# DTensor or torchao's, may hold a shard, quantised numbers, or its own function.
 TENSORS = (torch.Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
 _GLOBAL_HOOKS = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
 
@@ -24,7 +24,7 @@ def why_not_linear(module: Any) -> str:
         "" for a ``Linear`` or ``Conv1D`` whose weight and bias are ordinary parameters.
     """
     kind = type(module)
-    # Falcon's own Linear differs in rounding alone: it adds the bias after the product is rounded
+    # Falcon's own Linear differs only in rounding: it adds the bias after it has rounded the product.
     if kind not in (nn.Linear, Conv1D) and kind.__name__ != "FalconLinear":
         return f"is a {kind.__name__}" + (f" of {kind.__module__}" if kind.__name__ in ("Linear", "Conv1D") else "")
     for name in ("weight", "bias"):
@@ -44,13 +44,13 @@ def what_surrounds(module: nn.Module) -> str:
     """Returns a clause that names code which runs beside a module's ``forward``; "" if there is none."""
     if module._forward_hooks or module._forward_pre_hooks:
         return "has forward hooks"
-    if "forward" in module.__dict__:  # accelerate moves offloaded weights in such a one
+    if "forward" in module.__dict__:  # accelerate moves offloaded weights in such a forward
         return "has a forward of its own instead of its class's"
     return ""
 
 
 def computes_on(module: nn.Module) -> torch.device:
-    """Returns where a module's weight is when it computes: accelerate brings offloaded ones (``device_map``) there."""
+    """Returns the device where a module computes. accelerate brings offloaded weights (``device_map``) there."""
     device = module.weight.device
     hook = getattr(module, "_hf_hook", None)
     execution = getattr(hook, "execution_device", None)
@@ -58,7 +58,7 @@ def computes_on(module: nn.Module) -> torch.device:
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Says whether FSDP, of either version, manages a module's parameters; by name, for torch may lack both."""
+    """Says by name, because torch may lack FSDP, whether either version of it manages a module's parameters."""
     return any(kind.__name__ in ("FSDPModule", "FullyShardedDataParallel") for kind in type(module).__mro__)
 
 
@@ -70,7 +70,7 @@ def has_global_hooks() -> bool:
 def mark(module: Any) -> tuple[Any, ...]:
     """Returns a cheap fingerprint of a module, equal as long as the parts that the kernels see stay the same.
 
-    Values written in place leave it as it is; another module, class, hook, parameter, memory or type changes it.
+    Values written in place do not change it. Another module, class, hook, parameter, memory or type does.
     """
     if not isinstance(module, nn.Module):
         return (id(module),)

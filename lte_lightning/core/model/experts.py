@@ -37,18 +37,18 @@ def _call(projection: Projection, x_BTD: torch.Tensor) -> torch.Tensor:
 class ExpertFfn(nn.Module):
     """One FFN, run densely, softly (equation 3 of the paper) or with selected experts only (equation 2).
 
-    It owns the original projections, whose neurons `permute` puts in the order of their experts: expert i is the
-    neurons ``i * S`` to ``(i + 1) * S``. The output bias, where there is one, is always added.
+    It owns the original projections. `permute` puts their neurons in the order of the experts: expert i has the neurons
+    ``i * S`` to ``(i + 1) * S``. An output bias is always added.
 
     Args:
         parts: The original modules.
         expert_size: S.
         selector: Maps the input [B, T, D] to scores [B, T, E].
-        threshold: tau; in hard mode the experts whose score exceeds it run, unscaled (unless the selector ``scales``).
+        threshold: tau. In hard mode the experts whose score exceeds it run, unscaled (unless the selector ``scales``).
 
-    With ``straight_through`` hard mode has the gradient of soft mode's factors for the scores, so that routers learn;
-    with ``detach_router`` that gradient ends at the selector's own weights. With ``skips_in_training`` hard mode
-    computes selected experts alone where a gradient is wanted, too, if that is expected to be faster.
+    With ``straight_through``, hard mode gives the scores the gradient of soft mode's factors, so that routers learn.
+    With ``detach_router``, that gradient ends at the selector's own weights. With ``skips_in_training``, hard mode
+    computes only selected experts in training, too, if that is expected to be faster.
     """
 
     up: Projection
@@ -77,12 +77,12 @@ class ExpertFfn(nn.Module):
 
     @property
     def parts(self) -> FfnParts:
-        """The modules as they are now; an adapter or a quantiser may have put others in their place."""
+        """The current modules. An adapter or a quantiser may have replaced the original modules."""
         return FfnParts(self.up, self.gate, self.down, self.activation, self.dropout, self.row)
 
     @property
     def threshold(self) -> float:
-        """The threshold of scores; it is written in place, so that compiled and captured code follows."""
+        """The threshold of scores. Setting it writes in place, so that compiled and captured code follows."""
         return self._threshold
 
     @threshold.setter
@@ -97,7 +97,7 @@ class ExpertFfn(nn.Module):
         return self.neurons // self.expert_size
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        """Returns the FFN's output, [B, T, D]; in soft and hard mode the scores go to the recorder, if there is one."""
+        """Returns the FFN's output, [B, T, D]. In soft and hard mode a recorder, if there is one, gets the scores."""
         if self.mode == "dense":
             return self._dense(x_BTD)
         prepared = self.prepare(x_BTD)
@@ -115,7 +115,7 @@ class ExpertFfn(nn.Module):
                 "among all of them. Tensor parallelism of FFNs is not supported: shard with FSDP, or leave them whole"
             )
         out_BTD = self.down(scale_experts(hidden_BTF, factor_BTE))
-        # where weights are trained they are finite, and the host waits for no device
+        # Weights in training are finite, and without the guard the host does not wait for the device.
         if self.mode == "hard" and self.guards and not (self.training and torch.is_grad_enabled()):
             return self._guard(out_BTD, given_BTD, hidden_BTF, factor_BTE)
         return out_BTD
@@ -127,7 +127,7 @@ class ExpertFfn(nn.Module):
         return self.down(self.finished(hidden_BTF))
 
     def prepare(self, x_BTD: torch.Tensor) -> Prepared:
-        """Returns the prepared backend for such an input, chosen once, and again when its conditions change."""
+        """Returns the prepared backend for such an input. It is chosen once, and again if its conditions change."""
         skipping = self.skips_in_training and not torch.compiler.is_compiling()
         if self.mode != "hard" or (self.backend == "dense-mask" and not skipping):
             return DENSE_MASK
@@ -168,7 +168,7 @@ class ExpertFfn(nn.Module):
         if self.mode == "soft" or self.selector.scales:
             return scores_BTE
         mask_BTE = scores_BTE > self.tau
-        if self.straight_through and scores_BTE.requires_grad:  # else a mask, as the sparse backends want it
+        if self.straight_through and scores_BTE.requires_grad:  # else a mask, which the sparse backends need
             return mask_BTE + (scores_BTE - scores_BTE.detach())
         return mask_BTE
 
@@ -180,7 +180,7 @@ class ExpertFfn(nn.Module):
         return hidden_activations(self.activation, project(self.up, to_up_BTD), gate_BTF)
 
     def finished(self, hidden_BTF: torch.Tensor) -> torch.Tensor:
-        """Returns the hidden activations as the down projection takes them: after dropout, and in its type."""
+        """Returns the hidden activations for the down projection: after dropout, and in its type."""
         if self.dropout is not None:
             hidden_BTF = self.dropout(hidden_BTF)
         weight: object = getattr(self.down, "weight", None)
@@ -215,9 +215,9 @@ class ExpertFfn(nn.Module):
         return guard(out_BTD, again)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "ExpertFfn":
-        self._prepared = None  # or its views would keep the memory that the weights leave
+        self._prepared = None  # its views would keep the memory that the weights leave
         super()._apply(fn, recurse)
-        self.tau = self.tau.float()  # not as rounded, nor as to_empty leaves it
+        self.tau = self.tau.float()  # it must be neither rounded nor emptied by to_empty
         self.threshold = self._threshold
         return self
 
@@ -246,17 +246,17 @@ class ExpertFfn(nn.Module):
         return round(self.flops_dense() * self.computed(sparsity)) + self.selector.flops_per_token()
 
     def computed(self, sparsity: float) -> float:
-        """The share of the weights that is used at a sparsity; some selectors need a projection whole."""
+        """Returns the share of the weights that is used at a sparsity. Some selectors need a whole projection."""
         whole = self.selector.whole_projections() / (2 if self.gate is None else 3)
         return whole + (1.0 - whole) * (1.0 - sparsity)
 
     def flops_dense(self) -> int:
-        """Multiply-adds of the whole FFN per token, times two."""
+        """Returns the FLOPs per token of the dense FFN: two per multiply-add."""
         return 2 * self.neurons * self.width * (2 if self.gate is None else 3)
 
 
 def expert_ffns(model: nn.Module) -> dict[str, ExpertFfn]:
-    """Returns the expert FFNs of a model by name, in order; empty if it was not converted."""
+    """Returns the expert FFNs of a model by name, in order. There are none if the model was not converted."""
     return {name: module for name, module in model.named_modules() if isinstance(module, ExpertFfn)}
 
 

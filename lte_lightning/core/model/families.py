@@ -1,4 +1,4 @@
-"""The families: each model type that `convert` takes, where its FFNs are, and further facts.
+"""The table of families: each model type that `convert` takes, the place of its FFNs, and further facts.
 
 To support another family, add a row to `FAMILIES` and its tiny config to ``tests/core/conftest.py``. Then make the page
 that lists them: ``python -m lte_lightning.core.model.families > docs/families.md``.
@@ -13,21 +13,21 @@ from lte_lightning.files import markdown_table
 
 @dataclass(frozen=True)
 class FfnRow:
-    """Where one family keeps its FFNs; paths are relative to a transformer layer, -1 is the last of a list.
+    """The place of a family's FFNs. Paths are relative to a transformer layer, and -1 is the last item of a list.
 
     Args:
-        layers: Paths of the lists of layers inside ``model.base_model``; the encoder's, then the decoder's, where the
+        layers: Paths of the lists of layers inside ``model.base_model``: the encoder's, then the decoder's, if the
             family has both (a model may lack one of them).
         up: The up projection, D to F.
         down: The down projection, F to D.
         activation: The activation function.
         gate: The gate projection of a gated FFN, ``down(activation(gate(x)) * up(x))``. The same path as ``up`` if one
             projection holds both, the rows of the gate before those of the up projection; such a row needs ``module``.
-        module: The FFN's own module, if it does nothing but the above; it is then replaced whole. Otherwise the expert
-            FFN takes the place of the up projection, and activation and down projection become identities, so that the
-            dropout, residual and LayerNorm around them stay where they were.
-        dropout: Dropout between activation and down projection, which the expert FFN then does: a part of ``module``,
-            or a probability on the layer.
+        module: The FFN's own module, if it does nothing but the above. The expert FFN then replaces it whole. Otherwise
+            the expert FFN takes the place of the up projection, and activation and down projection become identities,
+            so that the dropout, residual and LayerNorm around them stay where they were.
+        dropout: Dropout between activation and down projection, a part of ``module`` or a probability on the layer. The
+            expert FFN then applies it.
         otherwise: The row of a layer that has no ``up``.
     """
 
@@ -51,9 +51,9 @@ class Family:
     """The facts about a Hugging Face ``model_type``.
 
     Args:
-        kind: How its tokens see each other: an encoder's all do, a decoder's only those before them.
-        row: Where its FFNs are.
-        examples: Checkpoints of it, dense ones only.
+        kind: How its tokens see each other. In an encoder all do; in a decoder a token sees only those before it.
+        row: The place of its FFNs.
+        examples: Dense checkpoints of the family.
         first_token: Whether its classification head reads the first token alone, so that the last layer's other tokens
             change no result.
     """
@@ -129,7 +129,7 @@ FAMILIES: dict[str, Family] = {
 
 
 class UnsupportedModelError(UserError):
-    """The model's family, or one of its parts, is not one that expert FFNs are made for."""
+    """Expert FFNs do not support the model's family, or one of its parts."""
 
 
 def find_row(model_type: str) -> FfnRow:

@@ -1,4 +1,4 @@
-"""The folder of a saved model: its files' names, their format, and how they are found."""
+"""The folder of a saved model: the names and format of its files, and the functions that find them."""
 
 import json
 import os
@@ -21,11 +21,11 @@ from lte_lightning.files import abridged, read_json
 from lte_lightning.selection import selector_class
 
 LAYOUT_VERSION = 1
-QUANTIZED_VERSION = "quantized-1"  # of a folder whose weights are; only this package reads them
+QUANTIZED_VERSION = "quantized-1"  # of a folder with quantised weights, which only this package reads
 CONFIG_FILE = "lte_config.json"
 ROUTERS_FILE = "lte_routers.safetensors"
 QUANTIZED_FILE = "lte_quantized.safetensors"
-# How from_pretrained is told where on the hub something lies: every file of a model is to come from there.
+# Options of from_pretrained that name a place on the hub. Every file of a model must come from the same place.
 HUB_OPTIONS = (
     "cache_dir",
     "force_download",
@@ -42,7 +42,7 @@ class LayoutError(UserError):
 
 
 def find_model(source: str | os.PathLike[str]) -> str:
-    """Returns where a model lies: a folder as it is named, a run's folder's ``model/``, or a hub id as it is named.
+    """Returns a model's place: the named folder, a run folder's ``model/``, or the named hub id.
 
     Raises:
         LayoutError: If it is a path and there is no such folder, or the folder holds no model.
@@ -55,16 +55,16 @@ def find_model(source: str | os.PathLike[str]) -> str:
         raise LayoutError(f"{name} holds no model: it has no config.json, and no model/config.json as a run has")
     if path.exists():
         raise LayoutError(f"{name} is a file; name the folder of a model")
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:  # or else a hub id
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:  # otherwise it is a hub id
         raise LayoutError(f"no folder {name}{meant_path(path)}")
     return name
 
 
 def find_saved(source: str | os.PathLike[str]) -> Path:
-    """Returns the folder on this machine that a saved LTE model lies in: the one that is named, or a run's ``model/``.
+    """Returns the folder of a saved LTE model on this machine: the named folder, or a run's ``model/``.
 
     Raises:
-        LayoutError: If there is none, or it is a plain model's.
+        LayoutError: If there is no such folder, or it holds a plain model.
     """
     for folder in _places(Path(source)):
         if folder.is_dir() and is_lte(folder):
@@ -74,7 +74,7 @@ def find_saved(source: str | os.PathLike[str]) -> Path:
 
 
 def _places(folder: Path) -> tuple[Path, Path]:
-    """Returns where a folder may hold a model: itself, or a run's ``model/``."""
+    """Returns the places where a folder may hold a model: the folder itself, and a run's ``model/``."""
     return folder, folder / "model"
 
 
@@ -128,7 +128,7 @@ def read_description(source: str | os.PathLike[str], **hub: Any) -> dict[str, An
     """Returns the contents of ``lte_config.json``.
 
     Raises:
-        LayoutError: If there is none, or it is of another version.
+        LayoutError: If there is no such file, or it has another format.
     """
     path = require_file(source, CONFIG_FILE, **hub)
     try:
@@ -146,10 +146,10 @@ def read_description(source: str | os.PathLike[str], **hub: Any) -> dict[str, An
 
 
 def read_routers(source: str | os.PathLike[str], **hub: Any) -> dict[str, torch.Tensor]:
-    """Returns the contents of ``lte_routers.safetensors``: by the names of the FFNs and of their selectors' tensors.
+    """Returns the tensors of ``lte_routers.safetensors``, by the names of the FFNs and of their selectors' tensors.
 
     Raises:
-        LayoutError: If there is none, or it is damaged.
+        LayoutError: If there is no such file, or it is damaged.
     """
     path = require_file(source, ROUTERS_FILE, **hub)
     try:
@@ -163,7 +163,7 @@ def stored_weights(source: str | os.PathLike[str], variant: str | None = None, *
 
     Args:
         source: A folder, or a hub id.
-        variant: As ``from_pretrained`` takes it.
+        variant: The variant that ``from_pretrained`` takes.
         **hub: `HUB_OPTIONS`.
     """
     for kind in ("model.safetensors", "pytorch_model.bin", QUANTIZED_FILE):
@@ -194,17 +194,17 @@ def require_own(
     source: object,
     prefix: str = "",
 ) -> None:
-    """Refuses weights and routers that were not saved with each other.
+    """Refuses weights and routers that were not saved together.
 
     Args:
-        description: The contents of ``lte_config.json``; one that was written before there were digests says nothing.
+        description: The contents of ``lte_config.json``. An old description without a digest passes.
         weights: The folder's weights, or some of them, as they are stored.
         routers: The folder's routers.
-        source: Where they are from, for the message.
-        prefix: What the names may or may not begin with: that of the base model.
+        source: Their origin, for the message.
+        prefix: The base model's prefix, which a name may have or lack.
 
     Raises:
-        LayoutError: If they were not, or the digest is of a format that this version does not know.
+        LayoutError: If they were not saved together, or this version does not know the digest's format.
     """
     digest = description.get("digest")
     if digest is None:
@@ -236,8 +236,8 @@ def require_own(
 
 
 def find(source: str | os.PathLike[str], name: str, **hub: Any) -> Path | None:
-    """Returns a file of a folder or of a repository, None if there is no such file, or no such repository."""
-    if Path(source).is_dir():  # asked about one, transformers would look at the hub's settings, and talk about them
+    """Returns a file of a folder or of a repository; None if there is no such file or no such repository."""
+    if Path(source).is_dir():  # here transformers would look at the hub's settings, and log remarks about them
         local = Path(source, hub.get("subfolder") or "", name)
         return local if local.is_file() else None
     file = cached_file(

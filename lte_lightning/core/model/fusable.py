@@ -1,4 +1,4 @@
-"""Which models `fused_decoding` takes, and their weights as its kernel reads them."""
+"""Decide whether `fused_decoding` takes a model, and collect the model's weights for its kernel."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ from lte_lightning.kernels.cpu.decoder import Decoder, DecoderLayer, Matrix
 from lte_lightning.kernels.cpu.ffn import DTYPES
 from lte_lightning.kernels.quantized import QuantizedExperts
 
-# Decoder layers that compute as LLaMA's: norm, attention with rotary positions, sum, norm, FFN, sum
+# Decoder layers that compute the same as LLaMA's: norm, attention with rotary positions, sum, norm, FFN, sum.
 LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
 
 
@@ -101,7 +101,7 @@ def _norms(layer: Any) -> list[Any]:
 
 
 def decoder_of(model: Any) -> Decoder:
-    """Returns the weights of a model that `why_not_fused` has nothing against; they stay the model's own."""
+    """Returns the weights of a model that `why_not_fused` accepts. They are the model's own tensors."""
     base, attention, ffn = model.model, model.model.layers[0].self_attn, model.model.layers[0].mlp
     like = torch.empty(1, 1, model.config.hidden_size, dtype=base.norm.weight.dtype)
     weights: Any = prepare(ffn.parts, ffn.selector, ffn.expert_size, "cpu", like).weights

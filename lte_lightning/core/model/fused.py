@@ -1,7 +1,7 @@
-"""One projection that holds two: the gate's rows, then those of the up projection.
+"""Take apart a fused projection, which holds the gate's rows and then the up projection's rows.
 
-While an FFN is made of experts its fused projection is empty, and its halves are two projections that share the memory
-of the one weight. It gets its weight back for as long as the model is plain.
+While an FFN has experts, its fused projection is empty. Its halves are two projections that share the memory of the
+fused weight. While the model is plain, the fused projection has its weight back.
 """
 
 import torch
@@ -11,7 +11,7 @@ _NAMES = ("weight", "bias")
 
 
 def halves(fused: nn.Linear) -> tuple[nn.Linear, nn.Linear]:
-    """Returns gate and up as projections of their own, whose weights are views of the fused one's."""
+    """Returns gate and up as two projections, whose weights are views of the fused weight."""
     first, second = (
         nn.Linear(fused.in_features, fused.out_features // 2, fused.bias is not None, device="meta").train(
             fused.training
@@ -27,7 +27,7 @@ def halves(fused: nn.Linear) -> tuple[nn.Linear, nn.Linear]:
 
 
 def take_apart(fused: nn.Linear, first: nn.Module | None, second: nn.Module) -> None:
-    """Hands the weights of ``fused`` to its halves, whose parameters stay the objects that they are."""
+    """Hands the weights of ``fused`` to its halves. Their parameters stay the same objects."""
     for name in _NAMES:
         whole = getattr(fused, name)
         if whole is not None:
@@ -38,7 +38,7 @@ def take_apart(fused: nn.Linear, first: nn.Module | None, second: nn.Module) -> 
 def put_together(fused: nn.Linear, first: nn.Module | None, second: nn.Module) -> None:
     """Gives ``fused`` its weights back, without a copy if the halves still lie side by side in memory.
 
-    They do not after the model has gone to another device or type.
+    The halves lie apart after the model has moved to another device or type.
     """
     fused.training = second.training
     for name in _NAMES:
@@ -50,14 +50,14 @@ def put_together(fused: nn.Linear, first: nn.Module | None, second: nn.Module) -
 
 def split(whole: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the halves of a fused projection's weight or bias, the gate's first, in its memory."""
-    # Each from its own .data: views of one tensor would share a version counter, and a step on one half would
-    # invalidate what the other has saved for its backward pass.
+    # Each half comes from its own .data. Views of one tensor would share a version counter, and a step on one half
+    # would invalidate the tensors that the other half has saved for its backward pass.
     neurons = len(whole) // 2
     return whole.data[:neurons], whole.data[neurons:]
 
 
 def join(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """Returns the whole of two halves, without a copy where they lie side by side in memory."""
+    """Joins two halves, without a copy if they lie side by side in memory."""
     one, other = one.detach(), other.detach()
     side_by_side = (
         one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr() != 0

@@ -21,7 +21,7 @@ USED = 0.1
 _SEED_TRIALS = 8
 _LLOYD_STEPS = 10
 _SWEEPS = 4
-# A sweep that lowers the inertia by less than this share is the last one.
+# A sweep that lowers the inertia by less than this share is the last sweep.
 _SWEEP_TOLERANCE = 5e-3
 # Far above the rounding error of float32 sums over 2 S unit vectors, so that duplicate rows are not swapped for ever.
 _MIN_GAIN = 1e-3
@@ -35,7 +35,7 @@ class Grouping:
         permutation_F: int64 on the CPU; the neurons ``permutation_F[e * S : (e + 1) * S]`` belong to expert ``e``, in
             ascending order.
         inertia: Sum over neurons of the squared distance of the L2-normalised weight vector to the mean of its expert.
-        random_inertia: The same for the random grouping of the same seed, which shows what clustering bought.
+        random_inertia: The same for the random grouping of the same seed, which shows the gain of clustering.
     """
 
     permutation_F: torch.Tensor
@@ -44,7 +44,7 @@ class Grouping:
 
 
 def expert_count(neurons: int, expert_size: int) -> int:
-    """Returns how many experts of ``expert_size`` neurons an FFN has; they must come out even."""
+    """Returns the number of experts of ``expert_size`` neurons in an FFN. The size must divide the neurons."""
     if neurons < 1:
         raise UserError(f"An FFN of {neurons} neurons cannot be split into experts.")
     if expert_size < 1 or neurons % expert_size:
@@ -70,15 +70,15 @@ def group_neurons(
 
     Args:
         weight_FD: Input weights, a row per neuron: the up projection, or the gate of a gated FFN. For ``coactivation``
-            and ``use`` what each neuron does on D training tokens: its |activations|.
+            and ``use``, each neuron's |activations| on D training tokens.
         expert_size: Neurons per expert, a divisor of F.
         method: ``kmeans`` (balanced, on L2-normalised rows), ``coactivation``, ``random``, or ``contiguous`` (the
             checkpoint's order). ``use`` fills a tenth of the experts (`USED`) with the neurons that do most, in their
             order, so that a router may let these run nearly always, and groups the rest by ``coactivation``.
-            ``coactivation`` is MoEfication's co-activation graph split (arXiv 2110.01786) and
-            runs the same clustering on |activations|: the Gram matrix of their normalised rows is the graph's edges,
-            and the least inertia puts the most weight of edges within experts.
-        seed: Equal seeds give equal groupings; torch's global generator is neither read nor moved.
+            ``coactivation`` is MoEfication's co-activation graph split (arXiv 2110.01786). It runs the same clustering
+            on |activations|: the Gram matrix of their normalised rows holds the graph's edges, and the least inertia
+            puts the most weight of edges within experts.
+        seed: Equal seeds give equal groupings. The function neither reads nor moves torch's global generator.
         use_F: For ``use``, how much each neuron does: its mean |activation| times the norm of its down column.
     """
     if method not in get_args(Method):
@@ -90,9 +90,9 @@ def group_neurons(
     rows_FD = weight_FD.detach().to("cpu", torch.float32)
     bad_rows = (~rows_FD.isfinite()).any(1).nonzero()[:, 0]
     if len(bad_rows):
-        what = "activations" if method in ("coactivation", "use") else "weights"
+        values = "activations" if method in ("coactivation", "use") else "weights"
         raise UserError(
-            f"{len(bad_rows)} of {neurons} neurons have NaN or infinite {what}, the first is row {int(bad_rows[0])}. "
+            f"{len(bad_rows)} of {neurons} neurons have NaN or infinite {values}, the first is row {int(bad_rows[0])}. "
             "Group a checkpoint that trained without overflow."
         )
     rows_FD = normalize(rows_FD, dim=1)
@@ -132,7 +132,7 @@ def _inertia(rows_FD: torch.Tensor, members_ES: torch.Tensor) -> float:
 
 
 def _balanced_kmeans(rows_FD: torch.Tensor, size: int, generator: torch.Generator) -> torch.Tensor:
-    """Lloyd steps from k-means++ seeds find the layout, swaps between pairs of experts then settle each neuron.
+    """Runs Lloyd steps from k-means++ seeds, then settles each neuron by swaps between pairs of experts.
 
     Lloyd steps alone stall early in high dimensions: each neuron pulls the mean of its expert towards itself, and so
     stays where it is. The gain of a swap is exact.
@@ -158,7 +158,7 @@ def _balanced_kmeans(rows_FD: torch.Tensor, size: int, generator: torch.Generato
 
 
 def _seeds(gram_FF: torch.Tensor, experts: int, generator: torch.Generator) -> torch.Tensor:
-    """Chooses neurons far from each other: k-means++, each seed the best of a few candidates."""
+    """Chooses neurons far from each other by k-means++. Each seed is the best of a few candidates."""
     norm_F = gram_FF.diagonal()
     distance_F = torch.ones_like(norm_F)
     seeds: list[int] = []
@@ -175,10 +175,10 @@ def _seeds(gram_FF: torch.Tensor, experts: int, generator: torch.Generator) -> t
 
 
 def _assign(score_FE: torch.Tensor, size: int) -> torch.Tensor:
-    """Every neuron asks its best expert, an expert keeps its best ``size``, and whom it rejects asks its next best."""
+    """Every neuron asks its best expert. An expert keeps its best ``size``, and the others ask their next best."""
     neurons, experts = score_FE.shape
     owner_F = score_FE.argmax(1)
-    # Whoever does not beat the lowest score of a full expert need not ask there: it only rises.
+    # A neuron that does not beat the lowest score of a full expert need not ask it, because that score only rises.
     lowest_E = torch.full((experts,), -torch.inf)
     while True:
         value_F = score_FE.gather(1, owner_F[:, None])[:, 0]

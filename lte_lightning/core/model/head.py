@@ -1,23 +1,23 @@
-"""Heads: which models classify, and a decoder's loss from the logits that have a label."""
+"""Say whether a model's head classifies, and run a decoder's head only at labelled positions."""
 
 from typing import Any
 
 import torch
 from torch.nn import functional
 
-IGNORED = -100  # the label of what carries no loss
+IGNORED = -100  # the label of a position without loss
 
 
 def classifies(kind: str) -> bool:
-    """Says whether a model of transformers tells classes apart, or predicts a number, by the name of its class."""
+    """Says, by the name of its class, whether a model of transformers classifies or predicts a number."""
     return kind.endswith("ForSequenceClassification")
 
 
 def run_where_asked(model: Any, batch: dict[str, torch.Tensor]) -> Any:
     """Runs a decoder, and its head only on the positions whose next token has a label.
 
-    The loss and all gradients are those of ``model(**batch)``. Prompts and padding cost no logits, which in a small
-    model with a large vocabulary are most of the work, and in any model much of the memory.
+    The loss and all gradients are those of ``model(**batch)``. Prompts and padding cost no logits. In a small model
+    with a large vocabulary, logits are most of the work. In any model they take much of the memory.
 
     Args:
         model: A Hugging Face model for causal language modelling.
@@ -27,7 +27,7 @@ def run_where_asked(model: Any, batch: dict[str, torch.Tensor]) -> Any:
         The model's outputs: ``loss``, the mean over the N labels (NaN if there is none), and ``logits`` [1, N, V], the
         rows of the batch one after the other.
     """
-    labels_BT = batch["labels"][:, 1:]  # nothing stands before the first token
+    labels_BT = batch["labels"][:, 1:]  # no position predicts the first token
     asked_BT = labels_BT != IGNORED
 
     def keep(_: Any, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Uploading a folder to the Hugging Face hub, or to a folder in the form of the hub's cache."""
+"""Upload a folder to the Hugging Face hub, or write it in the form of the hub's cache."""
 
 import hashlib
 import shutil
@@ -14,7 +14,7 @@ from lte_lightning.core.model.card import README, write_card
 from lte_lightning.core.model.folder import read_description
 from lte_lightning.files import exchange, sync_all, write_text
 
-# What training leaves beside a model is large, and of no use to others.
+# Files that training leaves beside a model. They are large, and of no use to others.
 _LEFT_BEHIND = ["checkpoint-*/**", "optimizer.*", "scheduler.pt", "scaler.pt", "rng_state*", "training_args.bin"]
 
 
@@ -26,13 +26,13 @@ def push_folder(
     tags: list[str] | None = None,
     **kwargs: Any,
 ) -> str:
-    """Uploads a saved model, its card by the name of the repository.
+    """Uploads a saved model. Its card then names the repository.
 
     Args:
-        folder: Where it lies.
-        repo_id: The repository; it is made if there is none.
-        private: Whether a new one is private; by default as the owner's settings say.
-        token: Of the hub; by default that of ``hf auth login``.
+        folder: The model's folder.
+        repo_id: The repository, which is created if there is none.
+        private: Whether a new repository is private; by default as the owner's settings say.
+        token: The hub's token; by default that of ``hf auth login``.
         tags: Further tags of the model card.
         **kwargs: Passed to ``HfApi.upload_folder``: ``commit_message``, ``revision``, ``create_pr``, ...
 
@@ -53,11 +53,12 @@ def push_folder(
 def store_folder(folder: Path, repo_id: str, cache: Path, revision: str = "main") -> Path:
     """Writes a saved model to a folder in the form of the hub's cache, as if it had been downloaded.
 
-    Whatever reads the hub finds it there by its name, with ``HF_HUB_CACHE`` (or ``cache_dir=``) and no connection.
+    A program that reads the hub finds it there by its name, with ``HF_HUB_CACHE`` (or ``cache_dir=``), without a
+    connection.
 
     Args:
-        folder: Where the model lies.
-        repo_id: Its name, OWNER/NAME.
+        folder: The model's folder.
+        repo_id: The model's name, OWNER/NAME.
         cache: The cache; it may hold other models, and other versions of this one.
         revision: The branch.
 
@@ -78,10 +79,10 @@ def store_folder(folder: Path, repo_id: str, cache: Path, revision: str = "main"
             with path.open("rb") as file:
                 content = hashlib.file_digest(file, "sha256").hexdigest()
             digest.update(f"{path.relative_to(staging).as_posix()} {content}\n".encode())
-    commit = digest.hexdigest()  # as long as the hub's, and the same for the same files
+    commit = digest.hexdigest()  # as long as the hub's commits, and equal for equal files
     sync_all(staging)
     exchange(staging, place / "snapshots" / commit)
-    shutil.rmtree(staging, ignore_errors=True)  # the same files, if they were there
+    shutil.rmtree(staging, ignore_errors=True)  # what `exchange` took from the place, the same files
     (place / "refs" / revision).parent.mkdir(parents=True, exist_ok=True)
     write_text(place / "refs" / revision, commit)
     return place / "snapshots" / commit

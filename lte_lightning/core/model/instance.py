@@ -1,6 +1,6 @@
-"""The methods of a converted model: Hugging Face's own, which write and read its routers, too.
+"""Hugging Face's methods for a converted model, which write and read its routers, too.
 
-`adopt` gives a model a class of its own, of the same name, between it and the one it had.
+`adopt` gives a model a new class with the same name, which derives from the model's original class.
 """
 
 import os
@@ -19,7 +19,7 @@ _PUSH = ("repo_id", "commit_message", "private", "token", "revision", "create_pr
 
 
 class ExpertMethods:
-    """Overrides of `PreTrainedModel` for a model with expert FFNs; a model without keeps the originals."""
+    """Overrides of `PreTrainedModel` for a model with expert FFNs. Without these FFNs, the original methods run."""
 
     plain_class: type[PreTrainedModel]
 
@@ -30,8 +30,9 @@ class ExpertMethods:
 
         Args:
             save_directory: The folder.
-            is_main_process: Of several processes one writes.
-            **kwargs: As of `PreTrainedModel.save_pretrained`: ``state_dict``, ``max_shard_size``, ``push_to_hub``, ...
+            is_main_process: Whether this process writes; of several processes only one does.
+            **kwargs: Those of `PreTrainedModel.save_pretrained`: ``state_dict``, ``max_shard_size``, ``push_to_hub``,
+                ...
 
         Raises:
             UserError: If the saved model could not be loaded again.
@@ -39,10 +40,10 @@ class ExpertMethods:
         if not expert_ffns(self):  # type: ignore[arg-type]
             super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)  # type: ignore[misc]
         elif is_main_process:
-            wanted = kwargs.pop("push_to_hub", False)
+            uploads = kwargs.pop("push_to_hub", False)
             options = {key: kwargs.pop(key) for key in _PUSH if key in kwargs}
             folder = save_into(self, Path(save_directory), **kwargs)  # type: ignore[arg-type]
-            if wanted:
+            if uploads:
                 push_folder(folder, options.pop("repo_id", folder.name), **options)
 
     def push_to_hub(
@@ -51,8 +52,8 @@ class ExpertMethods:
         """Uploads the files of `save_pretrained`.
 
         Args:
-            repo_id: The repository; it is made if there is none.
-            max_shard_size: Of a file of weights.
+            repo_id: The repository, which is created if there is none.
+            max_shard_size: The largest size of a weights file.
             tags: Further tags of the model card.
             **kwargs: ``commit_message``, ``commit_description``, ``private``, ``token``, ``revision``, ``create_pr``.
 
@@ -64,10 +65,10 @@ class ExpertMethods:
             return push_folder(Path(folder), repo_id, tags=tags, **kwargs)
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        """Loads weights under the plain names or those in memory, see `names`, and the routers that belong to them.
+        """Loads weights under plain names or names in memory (see `names`), and the routers that belong to them.
 
         Raises:
-            UserError: If there are none, and the routers that the model has belong to other weights.
+            UserError: If there are no such routers, and the model's routers belong to other weights.
         """
         return super().load_state_dict(with_routers(self, state_dict), strict, assign)  # type: ignore[misc,arg-type]
 
@@ -75,7 +76,7 @@ class ExpertMethods:
         reduced = super().__reduce_ex__(protocol)
         if not _is_adopted(self):
             return reduced
-        # a pickle finds classes by name, and under this one's name it would find the plain one
+        # A pickle finds classes by name, and by this class's name it would find the plain class.
         return (_new, (self.plain_class,), *reduced[2:])
 
 
@@ -91,7 +92,7 @@ def release(model: Any) -> None:
 
 
 def _is_adopted(model: Any) -> bool:
-    # FSDP puts a class of its own on top of this one; that stays
+    # FSDP puts its own class on top of this class, and that stays.
     return isinstance(model, ExpertMethods) and type(model) is _with_methods(model.plain_class)
 
 

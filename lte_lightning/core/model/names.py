@@ -1,7 +1,7 @@
-"""State dicts of converted models have Hugging Face's names.
+"""Give the state dicts of converted models Hugging Face's names.
 
-In memory an FFN is one module (``mlp.up.weight``); in a state dict its weights are called what a plain model calls them
-(``mlp.up_proj.weight``), and the selector's stand beside them (``mlp.selector.weight``). Loading takes either names.
+In memory an FFN is one module (``mlp.up.weight``). In a state dict its weights have a plain model's names
+(``mlp.up_proj.weight``), and the selector's weights stand beside them (``mlp.selector.weight``). Loading takes both.
 """
 
 from collections.abc import Iterator, Mapping
@@ -20,7 +20,7 @@ _OWN: ContextVar[bool] = ContextVar("own_names", default=False)
 
 @contextmanager
 def own_names() -> Iterator[None]:
-    """Leaves the names as they are in memory, in every state dict that is made in a ``with`` block."""
+    """Keeps the names in memory in every state dict that a ``with`` block makes."""
     token = _OWN.set(True)
     try:
         yield
@@ -29,25 +29,25 @@ def own_names() -> Iterator[None]:
 
 
 def name_as_plain(layer: nn.Module) -> None:
-    """Makes the state dicts of a layer with an expert FFN, and of all modules around it, have the plain names."""
+    """Gives plain names to the state dicts of a layer with an expert FFN, and to those of all modules around it."""
     layer.register_state_dict_post_hook(_on_saving)
     layer.register_load_state_dict_pre_hook(_on_loading)
 
 
 def name_as_is(layer: nn.Module) -> None:
     """Undoes `name_as_plain`."""
-    # by the hooks themselves: their handles would not survive a deep copy
+    # Remove the hooks themselves, because their handles would not survive a deep copy.
     for hooks, own in ((layer._state_dict_hooks, _on_saving), (layer._load_state_dict_pre_hooks, _on_loading)):
         for key in [key for key, hook in hooks.items() if getattr(hook, "hook", hook) is own]:
             del hooks[key]
 
 
 def plain_names(ffns: Mapping[str, ExpertFfn], state: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a state dict with the plain names, whichever it has; the halves of a fused projection are joined.
+    """Returns a state dict with plain names, from names of either kind. It joins the halves of a fused projection.
 
     Args:
-        ffns: The expert FFNs, by their names in the module that the state dict is of.
-        state: The state dict. It is left as it is.
+        ffns: The expert FFNs, by their names in the module of the state dict.
+        state: The state dict, which stays unchanged.
     """
     renamed = {own[0]: (plain, own) for plain, own in _renames(ffns) if all(key in state for key in own)}
     joined = {own[-1] for _, own in renamed.values() if len(own) > 1}
@@ -62,15 +62,15 @@ def plain_names(ffns: Mapping[str, ExpertFfn], state: Mapping[str, Any]) -> dict
 
 
 def weight_names(ffns: Mapping[str, ExpertFfn]) -> set[str]:
-    """Returns the names of expert FFNs' weights in a plain model, with those of biases that may be missing."""
+    """Returns the names of expert FFNs' weights and biases in a plain model. Some of the biases may not exist."""
     return {plain for plain, _ in _renames(ffns)}
 
 
 def _renames(ffns: Mapping[str, ExpertFfn]) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Yields a weight's plain name, and its name in memory: two of a fused projection, the gate's and the other's."""
+    """Yields a weight's plain name and its names in memory. A fused projection has two: the gate's and up's."""
     for name, ffn in ffns.items():
         row = ffn.row
-        # where the FFN stands for its whole module, and where it has the place of the first projection
+        # The FFN replaces its whole module, or it has the place of the first projection.
         stem = f"{name}." if row.module else name.removesuffix(row.up)
         module = f"{row.module}." if row.module else ""
         parts = {"down": row.down} if row.fused else {"up": row.up, "gate": row.gate, "down": row.down}
@@ -88,7 +88,7 @@ def _ffns(layer: nn.Module, prefix: str) -> dict[str, ExpertFfn]:
 
 def _on_saving(layer: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
     mine = {key: state[key] for key in state if key.startswith(prefix)}
-    # Of sharded weights (DTensors) torch's own tools look for what a name in a state dict stands for.
+    # For sharded weights (DTensors), torch's own tools look up in the model what a state dict's name stands for.
     if _OWN.get() or any(hasattr(value, "placements") for value in mine.values()):
         return
     for key in mine:
@@ -105,7 +105,7 @@ def _on_loading(layer: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -
 
 
 def is_held(value: torch.Tensor, tensor: torch.Tensor | None) -> bool:
-    """Says whether a value is what a module holds: torch's distributed loading adds that to what it was given."""
+    """Says whether a value is a module's own tensor. torch's distributed loading adds these to the loaded values."""
     if tensor is None or hasattr(tensor, "placements") or value.device != tensor.device:
         return False
     return value.data_ptr() == tensor.data_ptr() != 0

@@ -16,18 +16,18 @@ def is_bare(projection: Projection) -> bool:
 
 
 def guard(out_BTD: torch.Tensor, again: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """Returns an output in which each token owes nothing to experts that it did not select.
+    """Returns an output in which no token depends on an expert that it did not select.
 
     Zeros in a mask do not clear NaN or infinity in the down projection, whose product runs over all experts for all
-    tokens. Such weights are rare, and a look at all of them is expensive: so this looks at the output. Only if that is
-    not finite, `again` computes it without them. A compiled graph decides this for itself.
+    tokens. Such weights are rare, and a check of all weights is expensive, so this checks the output. Only if the
+    output is nonfinite, `again` computes it without those weights. A compiled graph decides this for itself.
 
-    Selectors that read activations have read those of all experts before this, and choose by what they found there:
-    NaN is the largest for ``kla``, and below every level for ``cats`` and ``teal``.
+    Selectors that read activations have already read those of all experts. NaN is the largest activation for ``kla``,
+    and below every level for ``cats`` and ``teal``.
 
     Args:
-        out_BTD: What all experts and the mask gave.
-        again: Computes it once more, by `down_selected`.
+        out_BTD: The output of all experts and the mask.
+        again: Computes the output once more, by `down_selected`.
     """
     if out_BTD.is_meta or (out_BTD.is_cuda and torch.cuda.is_current_stream_capturing()):
         return out_BTD  # meta tensors have no values; a graph capture must not synchronise
@@ -36,7 +36,7 @@ def guard(out_BTD: torch.Tensor, again: Callable[[], torch.Tensor]) -> torch.Ten
         return out_BTD if finite else again()
 
     def keep() -> torch.Tensor:
-        return out_BTD.clone()  # a branch may not return what it was given
+        return out_BTD.clone()  # a branch may not return its input
 
     return torch.cond(finite, keep, lambda: again().contiguous())
 
@@ -45,7 +45,7 @@ def project_running(projection: Projection, x_BTD: torch.Tensor, runs_F: torch.T
     """Projects with 0 for the weights of neurons that no token runs, so that NaN in them reaches no gradient.
 
     Args:
-        projection: Up or gate. One that is not bare is called as it is.
+        projection: Up or gate. A projection that is not bare runs unchanged.
         x_BTD: Its input.
         runs_F: True for the neurons that some token runs.
     """
@@ -59,13 +59,13 @@ def project_running(projection: Projection, x_BTD: torch.Tensor, runs_F: torch.T
 def down_selected(down: Projection, hidden_BTF: torch.Tensor, factor_BTE: torch.Tensor) -> torch.Tensor:
     """Applies the down projection to each token's selected experts.
 
-    What is not finite in its weight is left out, and the tokens that did select it get NaN in its place. A projection
-    that is not bare (an adapter, a hook) is called as it is: what is not finite in it reaches every token.
+    It leaves nonfinite weights out, and the tokens that selected them get NaN instead. A projection that is not bare
+    (an adapter, a hook) runs unchanged, so that its nonfinite values reach every token.
 
     Args:
         down: The down projection.
         hidden_BTF: Hidden activations of all experts, not yet masked.
-        factor_BTE: True where a token runs an expert, or what its output is scaled by, 0 where it does not run.
+        factor_BTE: True where a token runs an expert; or the scale of an expert's output, 0 where it does not run.
     """
     runs_BTE = factor_BTE != 0
     hidden_BTF = scale_experts(hidden_BTF, runs_BTE)

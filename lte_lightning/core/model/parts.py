@@ -1,4 +1,4 @@
-"""The parts of a model's FFNs: find, read and replace them by the names in `families`."""
+"""Find, read and replace the parts of a model's FFNs by the names in `families`."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -20,7 +20,7 @@ Projection = nn.Linear | Conv1D
 
 @dataclass(frozen=True)
 class FfnParts:
-    """The modules that make one FFN, and the row that they were found by."""
+    """The modules of one FFN, and the table's row that names them."""
 
     up: Projection
     gate: Projection | None
@@ -73,7 +73,7 @@ def find_stacks(model: PreTrainedModel) -> list[list[nn.Module]]:
 
 
 def _expert_counts(config: dict[str, Any]) -> Iterator[str]:
-    """Yields the settings that give a mixture of experts its number of experts, those of nested configurations too."""
+    """Yields the settings for a mixture's number of experts, including those of nested configurations."""
     for key, value in config.items():
         if isinstance(value, dict):
             yield from _expert_counts(value)
@@ -116,7 +116,7 @@ def find_parts(layer: nn.Module, row: FfnRow) -> FfnParts:
 
 
 def weight_rows(projection: Projection) -> torch.Tensor:
-    """Returns a projection's weight as [out, in], whatever way its class stores it (a view, no copy)."""
+    """Returns a projection's weight as [out, in], however its class stores it (a view, no copy)."""
     return projection.weight.T if isinstance(projection, Conv1D) else projection.weight
 
 
@@ -132,11 +132,12 @@ def get_child(layer: nn.Module, path: str) -> Any:
 
 
 def set_child(layer: nn.Module, path: str, value: object) -> None:
-    """Puts ``value`` at ``path`` below ``layer``; a plain function may take a module's place and the reverse."""
+    """Puts ``value`` at ``path`` below ``layer``. A plain function may replace a module, and a module a function."""
     parent_path, _, name = path.rpartition(".")
     parent = _parent(layer, parent_path)
     if not isinstance(value, nn.Module):
-        delattr(parent, name)  # torch lets no function take a module's place; modules keep it, and the weights' order
+        # torch lets no function replace a module. A module needs no removal, and so keeps its place among the weights.
+        delattr(parent, name)
     setattr(parent, name, value)
 
 

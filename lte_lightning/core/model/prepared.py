@@ -24,11 +24,11 @@ class Prepared:
     """A backend for an FFN's hard mode, with its weights.
 
     Args:
-        choice: The backend, with what kept a faster one from it.
-        weights: What the backend reads; None where the modules themselves compute (dense-mask).
-        routes: Whether the backend makes the selector's mask too, without scores.
-        marks: What the choice rests on, as `marks_of` found it.
-        skipping: Whether `run_skipping` computes, which is differentiable, wherever it is faster.
+        choice: The backend, with the reason why it is not a faster one.
+        weights: The weights for the backend; None if the modules themselves compute (dense-mask).
+        routes: Whether the backend also makes the selector's mask, without scores.
+        marks: The conditions of the choice, from `marks_of`.
+        skipping: Whether the differentiable `run_skipping` computes wherever it is faster.
     """
 
     choice: Choice
@@ -38,7 +38,7 @@ class Prepared:
     skipping: bool = False
 
     def takes(self, factor_BTE: torch.Tensor) -> bool:
-        """Says whether `run` computes this; else the modules do, with a factor for each expert."""
+        """Says whether `run` computes with these factors. Otherwise the modules do."""
         if not self.skipping or not isinstance(self.weights, ExpertWeights):
             return self.weights is not None
         kind = autocast_dtype(factor_BTE) or self.weights.up_ESD.dtype
@@ -82,13 +82,13 @@ def prepare(
     """Chooses the backend for an FFN's hard mode on such an input.
 
     Args:
-        parts: The FFN's modules as they are now.
-        selector: What selects its experts.
+        parts: The FFN's current modules.
+        selector: The selector of its experts.
         expert_size: S.
-        backend: What was asked for.
+        backend: The requested backend.
         x: The input; its values do not matter.
         gradient: Whether the result must be differentiable.
-        marks: What `marks_of` returns of all this.
+        marks: The conditions of the choice, from `marks_of`.
     """
     if backend == "dense-mask":
         return DENSE_MASK
@@ -96,7 +96,7 @@ def prepare(
         return Prepared(choose(backend, x, x, gradient=True))
     fallback = _why_not(parts, selector, x)
     if not fallback:
-        quantised = isinstance(parts.up, QuantizedLinear)  # which goes with inputs of any type
+        quantised = isinstance(parts.up, QuantizedLinear)  # it takes inputs of any type
         choice = choose(backend, x, x if quantised else parts.up.weight)
         if choice.backend == "dense-mask":
             return Prepared(choice, marks=marks)
@@ -111,7 +111,7 @@ def prepare(
 def prepare_skipping(parts: FfnParts, selector: Selector, expert_size: int, x: torch.Tensor) -> Prepared:
     """Chooses the backend of hard mode in training: `run_skipping` on a CPU, if it equals the modules."""
     up: Any = parts.up
-    if isinstance(up, QuantizedLinear):  # which refuses to be trained
+    if isinstance(up, QuantizedLinear):  # it refuses to train
         return DENSE_MASK
     weight, mixed = up.weight, autocast_dtype(x)
     if x.device.type != "cpu" or _why_not(parts, selector, x) or (mixed is None and x.dtype != weight.dtype):
@@ -152,15 +152,15 @@ def _why_not(parts: FfnParts, selector: Selector, x: torch.Tensor) -> str:
 
 
 def routes(selector: Selector) -> bool:
-    """Says whether the backend may make the mask from the selector's linear layer, passing the module by."""
-    # a wrapper, as peft puts around what it trains in full, hands the attribute on and its class lacks it
+    """Says whether the backend may bypass the selector and make the mask from its linear layer."""
+    # peft wraps a module that it trains in full. Such a wrapper passes the attribute on, but its class lacks it.
     wrapped = not hasattr(selector.__class__, "linear") or what_surrounds(selector)
     linear = None if wrapped else selector.linear()
     return linear is not None and all(t is None or (type(t) in TENSORS and t.is_contiguous()) for t in linear)
 
 
 def route(selector: Selector, threshold: torch.Tensor, x_BTD: torch.Tensor) -> torch.Tensor:
-    """Returns the mask [B, T, E] in one launch, without scores; for a backend that ``routes`` this selector."""
+    """Returns the mask [B, T, E] without scores, in one launch, on a backend that ``routes`` this selector."""
     linear = selector.linear()
     assert linear is not None
     mask_NE = run_router(x_BTD.flatten(0, -2), *linear, threshold)
@@ -174,7 +174,7 @@ def report(prepared: Prepared, backend: Backend) -> None:
 
 
 def transforms() -> bool:
-    """Says whether torch.func or forward-mode differentiation is at work; torch.compile decides this for itself."""
+    """Says whether torch.func or forward-mode differentiation is active. torch.compile decides this for itself."""
     if torch.compiler.is_compiling():
         return False
     return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None

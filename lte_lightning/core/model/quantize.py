@@ -1,4 +1,4 @@
-"""Quantise a converted model for decoding on a CPU, and read and write the weights of one."""
+"""Quantise a converted model for decoding on a CPU, and read and write quantised weights."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -27,7 +27,7 @@ from lte_lightning.kernels.quantized import Bits, Shape, quantize_matrix
 
 Quantization = Literal["int8", "int4"]
 QUANTIZATIONS: tuple[Quantization, ...] = get_args(Quantization)
-# The head is read whole for every token and its errors reach no later layer that could make up for them.
+# Every token reads the whole head, and no later layer can make up for the head's errors.
 HEAD_BITS: Bits = 8
 _Site = tuple[str, nn.Module, Shape]
 
@@ -35,15 +35,15 @@ _Site = tuple[str, nn.Module, Shape]
 def quantize(model: PreTrainedModel, kind: Quantization = "int8") -> PreTrainedModel:
     """Rounds the weights of a converted model to 8 or 4 bits, in place, to decode faster on a CPU.
 
-    Experts, the other projections of the transformer layers, and the head with a tied embedding are rounded. Norms,
-    routers, biases, other embeddings and a classifier stay as they are. The head keeps 8 bits. What is skipped stays
-    skipped, and every mode goes on working; inputs of products are rounded to 8 bits in groups of 32. Everything is
-    checked before anything is changed. It cannot be undone, and the model cannot be trained afterwards.
+    It rounds experts, the other projections of the transformer layers, and the head with a tied embedding. Norms,
+    routers, biases, other embeddings and a classifier stay as they are. The head keeps 8 bits. Skipped experts stay
+    skipped, and every mode goes on working. Inputs of products are rounded to 8 bits in groups of 32. The function
+    checks everything before it changes anything. It cannot be undone, and the model cannot be trained afterwards.
 
     Args:
         model: A converted model in evaluation mode, on the CPU.
-        kind: ``int8`` or ``int4``. 32 neighbouring inputs of an output share a scale, in 16 bits; of a down projection
-            these are 32 neurons of an expert.
+        kind: ``int8`` or ``int4``. 32 neighbouring inputs of an output share a scale of 16 bits. In a down projection
+            these inputs are 32 neurons of an expert.
 
     Returns:
         The same model.
@@ -63,7 +63,7 @@ def quantize(model: PreTrainedModel, kind: Quantization = "int8") -> PreTrainedM
     head, tied = _head(model), _tied_embedding(model)
     bits: Bits = 8 if kind == "int8" else 4
     dtype: Any = sites[0][1].weight.dtype
-    model.config.dtype = dtype  # of what is left; a saved folder is loaded in it
+    model.config.dtype = dtype  # the type of all other weights, and of a saved folder
     for name, module, shape in sites:
         weight_RK = weight_rows(module)  # type: ignore[arg-type]
         matrix = quantize_matrix(weight_RK, HEAD_BITS if module is head else bits, shape)
@@ -76,20 +76,20 @@ def quantize(model: PreTrainedModel, kind: Quantization = "int8") -> PreTrainedM
 
 
 def require_quantization(kind: str) -> None:
-    """Refuses a name that no quantisation has.
+    """Refuses the name of an unknown quantisation.
 
     Raises:
-        UserError: If it is none.
+        UserError: If there is no such quantisation.
     """
     if kind not in QUANTIZATIONS:
         raise UserError(f"unknown quantisation {kind!r}; there are {', '.join(QUANTIZATIONS)}")
 
 
 def require_kind(description: dict[str, Any], kind: str | None, source: object) -> None:
-    """Refuses to quantise a folder otherwise than it was saved.
+    """Refuses to quantise a folder in another way than it was saved.
 
     Raises:
-        UserError: If ``kind`` is another than that of the folder, which is described by its ``lte_config.json``.
+        UserError: If ``kind`` is not the kind that the folder's ``lte_config.json`` describes.
     """
     saved = description.get("quantized", {}).get("kind")
     if kind is not None and kind != saved:
@@ -97,7 +97,7 @@ def require_kind(description: dict[str, Any], kind: str | None, source: object) 
 
 
 def quantization(model: nn.Module) -> Quantization | None:
-    """Returns how a model's experts are quantised, None if they are not."""
+    """Returns the quantisation of a model's experts; None if they are not quantised."""
     for ffn in expert_ffns(model).values():
         up: object = ffn.up
         if isinstance(up, QuantizedLinear):
@@ -144,7 +144,7 @@ def _tied_embedding(model: PreTrainedModel) -> nn.Embedding | None:
 
 
 def _require_plain(model: PreTrainedModel, sites: list[_Site]) -> None:
-    """Refuses a model that would lose parts, or compute differently, once quantised."""
+    """Refuses a model that would lose parts, or compute differently, after quantisation."""
 
     def refuse(name: str, why: str, way_out: str) -> None:
         raise UserError(f"{name} of this {type(model).__name__} {why}, and cannot be quantised; {way_out}")
@@ -175,7 +175,7 @@ def _replace_embedding(model: PreTrainedModel, embedding: nn.Embedding) -> None:
     head = _head(model)
     assert isinstance(head, QuantizedLinear)
     looks_up = QuantizedEmbedding(head, embedding).eval()
-    # an encoder and a decoder may share it, as one module or as two of one weight
+    # An encoder and a decoder may share it, as one module or as two modules with one weight.
     weight, places = embedding.weight, list(model.named_modules(remove_duplicate=False))
     for name, module in places:
         if module is embedding or (type(module) is nn.Embedding and module.weight is weight):
@@ -183,14 +183,14 @@ def _replace_embedding(model: PreTrainedModel, embedding: nn.Embedding) -> None:
 
 
 def write_quantized(model: PreTrainedModel, file: Path) -> dict[str, Any]:
-    """Writes all weights of a quantised model but its routers, under their names in memory.
+    """Writes all weights of a quantised model except its routers, under their names in memory.
 
     Args:
         model: The model.
         file: A safetensors file.
 
     Returns:
-        What ``lte_config.json`` is to say of them.
+        The description of the weights for ``lte_config.json``.
     """
     tensors, seen = {}, set()
     for name, tensor in _state(model).items():
@@ -204,15 +204,15 @@ def write_quantized(model: PreTrainedModel, file: Path) -> dict[str, Any]:
 
 
 def load_quantized(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], tied: bool) -> None:
-    """Puts stored quantised weights into a converted model whose own weights do not matter.
+    """Loads stored quantised weights into a converted model whose own weights do not matter.
 
     Args:
         model: A converted model.
-        tensors: As `write_quantized` wrote them.
+        tensors: The tensors that `write_quantized` wrote.
         tied: Whether the embedding looks up rows of the head.
 
     Raises:
-        ValueError: If they are not those of such a model.
+        ValueError: If the tensors do not fit the model.
     """
     left = dict(tensors)
     embedding = _tied_embedding(model) or model.get_input_embeddings()
@@ -231,12 +231,12 @@ def load_quantized(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], 
         if name not in state or state[name].shape != value.shape:
             raise ValueError(f"the model has no {name} of shape {list(value.shape)}")
         state[name].copy_(value)
-    given = {state[name].data_ptr() for name in left}
+    loaded = {state[name].data_ptr() for name in left}
     replaced = (".blocks", ".scale", ".bias")
     if missing := [
         name
         for name, tensor in state.items()
-        if tensor.numel() and tensor.data_ptr() not in given and not (name in tensors and name.endswith(replaced))
+        if tensor.numel() and tensor.data_ptr() not in loaded and not (name in tensors and name.endswith(replaced))
     ]:
         raise ValueError(f"weights are missing: {listed(missing)}")
     pack_weights(model)

@@ -1,4 +1,4 @@
-"""Quantise a plain model: its FFNs become experts that all run, the only form that the kernels know."""
+"""Quantise a plain model. Its FFNs become experts that all run, because the kernels know no other form."""
 
 import math
 from typing import Any
@@ -19,8 +19,8 @@ SIZE = 32  # neurons of an expert: as many as share a scale
 def quantize_plain(model: PreTrainedModel, kind: Quantization) -> PreTrainedModel:
     """Rounds the weights of a plain model to 8 or 4 bits, in place, to decode faster on a CPU; every neuron runs.
 
-    Its routers, of one row for 32 neurons, choose every expert whatever they are given, so that `fused_decoding` takes
-    the model.
+    Its routers have one row for 32 neurons, and choose every expert for any input, so that `fused_decoding` takes the
+    model.
 
     Args:
         model: A plain model in evaluation mode, on the CPU.

@@ -1,4 +1,4 @@
-"""The modules of a quantised model: they hold blocks of 8 or 4 bits where a Linear holds its weight."""
+"""The modules of a quantised model, which hold blocks of 8 or 4 bits where a Linear holds its weight."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,9 +13,9 @@ from lte_lightning.kernels.quantized import Quantized, Shape, dequantize
 
 
 class QuantizedLinear(nn.Module):
-    """A linear layer in evaluation, its weight of 8 or 4 bits; the input is rounded to 8 bits in groups of 32.
+    """A linear layer for evaluation with a weight of 8 or 4 bits. It rounds its input to 8 bits in groups of 32.
 
-    It has no ``weight``: what reads one would have to read ``dequantized()``.
+    It has no ``weight``. Read ``dequantized()`` instead.
 
     Args:
         matrix: The weight.
@@ -48,7 +48,7 @@ class QuantizedLinear(nn.Module):
         """Refuses to train, and devices that the kernels do not run on.
 
         Raises:
-            UserError: If the module is in train mode, a gradient is wanted, or the input is on another device.
+            UserError: If the module is in train mode, a gradient is needed, or the input is on another device.
         """
         if self.training or (x.requires_grad and torch.is_grad_enabled()):
             raise UserError(
@@ -63,7 +63,7 @@ class QuantizedLinear(nn.Module):
         return dequantize(self.matrix)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "QuantizedLinear":
-        dtype = self.scale.dtype  # the kernels'; another type of the model is that of inputs and biases
+        dtype = self.scale.dtype  # the kernels' type; the model's type is for inputs and biases
         super()._apply(fn, recurse)
         self.scale = self.scale.to(dtype)
         return self
@@ -74,19 +74,19 @@ class QuantizedLinear(nn.Module):
 
 
 class QuantizedEmbedding(nn.Module):
-    """An embedding whose rows are those of a quantised head, which it is tied to.
+    """An embedding that is tied to a quantised head, and looks up the head's rows.
 
     Args:
         head: The head; it holds the weight.
-        embedding: What this takes the place of.
+        embedding: The embedding that this module replaces.
     """
 
     def __init__(self, head: QuantizedLinear, embedding: nn.Embedding) -> None:
         super().__init__()
-        self.head = (head,)  # in a tuple: its weights are not registered twice
+        self.head = (head,)  # in a tuple, so that its weights are not registered twice
         self.num_embeddings, self.embedding_dim = head.out_features, head.in_features
         self.padding_idx = embedding.padding_idx
-        # moved and cast with the model, and tells the type of the rows
+        # This moves and changes its type with the model, and so tells the type of the rows.
         self.register_buffer("like", torch.empty(0, dtype=embedding.weight.dtype), persistent=False)
 
     def forward(self, ids_BT: torch.Tensor) -> torch.Tensor:
@@ -108,7 +108,7 @@ def is_quantized(model: nn.Module) -> bool:
 
 @torch.no_grad()
 def pack_weights(model: nn.Module) -> None:
-    """Moves the weights of a quantised model into one piece of memory of large pages, in the order of its modules."""
+    """Moves the weights of a quantised model into one piece of memory with large pages, in the order of its modules."""
     linears = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
     places = [(linear, name) for linear in linears for name in ("blocks", "scale")]
     size = sum(room(getattr(linear, name)) for linear, name in places)
@@ -118,15 +118,15 @@ def pack_weights(model: nn.Module) -> None:
 
 
 def stored_linear(name: str, shape: Shape, tensors: dict[str, torch.Tensor]) -> QuantizedLinear:
-    """Returns a linear layer of stored tensors.
+    """Makes a linear layer from stored tensors.
 
     Args:
-        name: Of the layer, for messages.
-        shape: Of the weight.
+        name: The layer's name, for messages.
+        shape: The weight's size and parts.
         tensors: ``blocks``, ``scale``, and ``bias`` if it has one.
 
     Raises:
-        ValueError: If they are not those of such a weight.
+        ValueError: If the tensors do not fit the shape.
     """
     if lacking := [key for key in ("blocks", "scale") if key not in tensors]:
         raise ValueError(f"{name} lacks its {' and '.join(lacking)}")
@@ -137,8 +137,8 @@ def stored_linear(name: str, shape: Shape, tensors: dict[str, torch.Tensor]) -> 
     }
     if "bias" in tensors:
         expected["bias"] = ((shape.outputs,), tensors["bias"].dtype)
-    for key, (wanted, kind) in expected.items():
+    for key, (sizes, dtype) in expected.items():
         tensor = tensors[key]
-        if tuple(tensor.shape) != wanted or tensor.dtype != kind:
-            raise ValueError(f"{name}.{key} is {tensor.dtype} {list(tensor.shape)} instead of {kind} {list(wanted)}")
+        if tuple(tensor.shape) != sizes or tensor.dtype != dtype:
+            raise ValueError(f"{name}.{key} is {tensor.dtype} {list(tensor.shape)} instead of {dtype} {list(sizes)}")
     return QuantizedLinear(Quantized(tensors["blocks"], tensors["scale"], shape), tensors.get("bias"))

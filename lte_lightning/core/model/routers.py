@@ -1,4 +1,4 @@
-"""A saved model's routers: how they get into a model, by themselves or with the weights that they belong to."""
+"""Load a saved model's routers into a model, alone or with the weights that they belong to."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -25,17 +25,17 @@ from lte_lightning.errors import UserError
 
 
 def load_routers(model: PreTrainedModel, routers: Mapping[str, torch.Tensor], origin: Path | str) -> None:
-    """Puts stored routers into a converted model.
+    """Loads stored routers into a converted model.
 
     Args:
         model: The model.
-        routers: As `read_routers` returns them.
-        origin: Where they are from, for messages.
+        routers: The tensors that `read_routers` returns.
+        origin: The routers' origin, for messages.
 
     Raises:
-        LayoutError: If they do not fit.
+        LayoutError: If the routers do not fit the model.
     """
-    # a task's model has the base model under a name, and the base model alone has none
+    # A task's model has the base model under this name. The base model alone does not.
     base = f"{model.base_model_prefix}."
     stored = {key.removeprefix(base): value for key, value in routers.items()}
     for name, ffn in require_expert_ffns(model).items():
@@ -52,37 +52,37 @@ def load_routers(model: PreTrainedModel, routers: Mapping[str, torch.Tensor], or
 def with_routers(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
     """Returns a state dict with the routers that belong to its weights, if it has none.
 
-    Whoever loads the weights of a saved folder into a model (`Trainer`, resuming, is one) gives them to
-    ``load_state_dict`` without the routers, which lie in the file beside. Linux says which file a tensor is mapped
-    from; elsewhere the routers stay unknown.
+    Code that loads the weights of a saved folder into a model, like a `Trainer` that resumes, calls ``load_state_dict``
+    without the routers, which lie in a file beside the weights. Linux says which file a tensor is mapped from. On other
+    systems the routers stay unknown.
 
     Args:
-        model: The converted model that is to be given the state dict.
+        model: The converted model that loads the state dict.
         state: Weights under the plain names, or under those in memory.
 
     Raises:
-        UserError: If routers are needed, for the model is routed and the weights of its FFNs would change, and it is
-            not known where they are; or if the folder of the weights was converted otherwise than the model.
+        UserError: If the model is routed, the weights of its FFNs would change, and the place of their routers is
+            unknown; or if the weights' folder and the model were converted differently.
     """
     ffns = expert_ffns(model)
     known = {f"{name}.selector.{key}" for name, ffn in ffns.items() for key in ffn.selector.state_dict()}
     held = dict(model.named_parameters()) | dict(model.named_buffers())
-    given = plain_names(ffns, {key: value for key, value in state.items() if not is_held(value, held.get(key))})
-    mine = weight_names(ffns) & set(given)
-    if not mine or not known or known & set(given):
+    loaded = plain_names(ffns, {key: value for key, value in state.items() if not is_held(value, held.get(key))})
+    mine = weight_names(ffns) & set(loaded)
+    if not mine or not known or known & set(loaded):
         return state
-    file = _mapped_from(given[min(mine)])
+    file = _mapped_from(loaded[min(mine)])
     if file is not None and (file.parent / CONFIG_FILE).exists():
         folder = file.parent
         _require_same_conversion(model, folder)
         own = read_routers(folder)
         require_sound_routers(own, folder / ROUTERS_FILE)
-        require_own(read_description(folder), given, own, folder)
+        require_own(read_description(folder), loaded, own, folder)
         return {**state, **{_own_name(ffns, key): value for key, value in own.items()}}
     if all(ffn.mode == "dense" for ffn in ffns.values()):
         return state
     current = plain_names(ffns, model.state_dict())
-    if all(key in current and _same(given[key], current[key]) for key in mine):
+    if all(key in current and _same(loaded[key], current[key]) for key in mine):
         return state
     raise UserError(
         f"these weights come without routers ({ROUTERS_FILE} is the file of a saved folder that holds them), and those "
@@ -114,7 +114,7 @@ def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def _mapped_from(tensor: torch.Tensor) -> Path | None:
-    """Returns the file whose pages a tensor's memory is, None if it is of none, or the system does not say."""
+    """Returns the file that a tensor is mapped from; None if there is none, or the system does not say."""
     try:
         regions = Path("/proc/self/maps").read_text().splitlines()
     except OSError:

@@ -1,7 +1,7 @@
-"""Saving a model: an ordinary Hugging Face folder, and beside it the routers.
+"""Save a model as an ordinary Hugging Face folder, with the routers beside it.
 
-The folder holds the (permuted) weights under their original names, so anything that reads Hugging Face folders reads it
-as the dense model; ``lte_config.json`` and ``lte_routers.safetensors`` hold what makes it an LTE model.
+The folder holds the (permuted) weights under their original names. So any reader of Hugging Face folders reads it as
+the dense model. ``lte_config.json`` and ``lte_routers.safetensors`` make it an LTE model.
 """
 
 import copy
@@ -47,12 +47,12 @@ def save_pretrained(
 ) -> Path:
     """Writes a converted model as a Hugging Face folder with its routers.
 
-    The folder appears whole or not at all. One that holds a saved LTE model already is replaced; any other non-empty
-    folder (a plain model's, too) is left alone.
+    The folder appears whole or not at all. It replaces a folder that already holds a saved LTE model. Any other
+    non-empty folder (a plain model's, too) stays as it is.
 
     Args:
         model: A converted model.
-        folder: Where to.
+        folder: The folder to write.
         about: Further facts for ``lte_config.json`` (plain JSON types); a run keeps its stage and results here.
         **kwargs: Passed to the plain model's ``save_pretrained`` (``max_shard_size``, ...). A ``state_dict`` must hold
             the routers, too, as ``model.state_dict()`` does.
@@ -61,8 +61,8 @@ def save_pretrained(
         The folder.
 
     Raises:
-        UserError: If the model was not converted, the folder holds something else, or what would be written could not
-            be loaded again.
+        UserError: If the model was not converted, the folder holds something else, or the saved model could not be
+            loaded again.
     """
     require_expert_ffns(model)
     folder = Path(folder)
@@ -73,9 +73,9 @@ def save_pretrained(
     try:
         _write(model, staging, about, **kwargs)
         _permit(staging)
-        sync_all(staging)  # or after a power cut the folder may be there, and its files empty
+        sync_all(staging)  # without this, a power cut may leave the folder with empty files
         exchange(staging, folder)
-        if staging.exists():  # what was there before
+        if staging.exists():  # the previous folder
             shutil.rmtree(staging)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -87,14 +87,14 @@ def save_into(model: PreTrainedModel, folder: Path, **kwargs: Any) -> Path:
 
     Args:
         model: A converted model.
-        folder: Where to; it is made if there is none.
-        **kwargs: As of `save_pretrained`.
+        folder: The folder to write, which is created if there is none.
+        **kwargs: Those of `save_pretrained`.
 
     Returns:
         The folder.
 
     Raises:
-        UserError: If what would be written could not be loaded again, or the folder is a file.
+        UserError: If the saved model could not be loaded again, or the folder is a file.
     """
     if folder.is_file():
         raise UserError(f"{folder} is a file; a model is saved in a folder")
@@ -106,7 +106,7 @@ def save_into(model: PreTrainedModel, folder: Path, **kwargs: Any) -> Path:
         _permit(staging)
         sync_all(staging)
         written = sorted(path.name for path in staging.iterdir())
-        # The description goes first and comes last, so that a folder that was left half way is not taken for a model.
+        # The description is removed first and written last, so that nobody takes a half-written folder for a model.
         (folder / CONFIG_FILE).unlink(missing_ok=True)
         (folder / THRESHOLDS_FILE).unlink(missing_ok=True)
         for path in folder.iterdir():
@@ -116,7 +116,7 @@ def save_into(model: PreTrainedModel, folder: Path, **kwargs: Any) -> Path:
             written.remove(README)
         for name in sorted(written, key=lambda name: name == CONFIG_FILE):
             if name == CONFIG_FILE:
-                sync(folder)  # what it describes is there before it
+                sync(folder)  # the described files are on the disk before the description
             (staging / name).replace(folder / name)
         sync(folder)
     finally:
@@ -127,8 +127,8 @@ def save_into(model: PreTrainedModel, folder: Path, **kwargs: Any) -> Path:
 
 
 def _permit(folder: Path) -> None:
-    """Gives a folder and its files the permissions that the user's new files have; safetensors writes for one alone."""
-    os.umask(mask := os.umask(0o077))  # it can be read only by setting it
+    """Gives a folder and its files the permissions of the user's new files, because safetensors makes them private."""
+    os.umask(mask := os.umask(0o077))  # only setting the mask returns it
     folder.chmod(0o777 & ~mask)
     for file in filter(Path.is_file, folder.rglob("*")):
         file.chmod(0o666 & ~mask)
@@ -195,7 +195,7 @@ def _describe(
     variant: str | None = None,
     quantized: dict[str, Any] | None = None,
 ) -> None:
-    """Writes the routers and the description of a folder that has the weights."""
+    """Writes the routers and the description into a folder that has the weights."""
     save_file(routers, folder / ROUTERS_FILE)
     config = lte_config(model)
     description = {
@@ -219,19 +219,19 @@ def _describe(
 
 
 def _base(model: PreTrainedModel) -> dict[str, str | None]:
-    """Returns the base model, ``model`` and ``license``; of a saved model as its folder describes it."""
+    """Returns the base model, ``model`` and ``license``; for a saved model, those that its folder describes."""
     if (kept := model.__dict__.get("lte_base")) is not None:
         return dict(kept)
     source = getattr(model.config, "_name_or_path", None)
     try:
         own_card = find(source, README, local_files_only=True) if source else None
-    except OSError:  # a folder that is gone by now, whose name is none that the hub could have
+    except OSError:  # the folder is gone by now, and its name is no hub id
         own_card = None
     return {"model": public_name(source), "license": licence(own_card) if own_card else None}
 
 
 def _take_routers(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Moves the selectors' tensors out of a state dict; their names are those that the routers' file has."""
+    """Moves the selectors' tensors out of a state dict, and gives them the names of the routers' file."""
     routers, missing = {}, []
     for name, ffn in expert_ffns(model).items():
         for key, expected in ffn.selector.state_dict().items():
@@ -254,29 +254,28 @@ def _take_routers(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> dic
 
 
 def _require_loadable(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> None:
-    """Refuses weights that are not those of a fresh plain model of the same class and configuration.
+    """Refuses weights that do not fit a fresh plain model of the same class and configuration.
 
-    Adapters, quantised weights, parametrizations and changed heads are among what it finds: Hugging Face would load
-    such a folder with random weights in their place.
+    It finds adapters, quantised weights, parametrizations and changed heads, for example. Hugging Face would load such
+    a folder with random weights in their place.
     """
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         fresh = type(model)(copy.deepcopy(model.config))
-    wanted, ignored = fresh.state_dict(), set(fresh._keys_to_ignore_on_save or ())
+    expected, ignored = fresh.state_dict(), set(fresh._keys_to_ignore_on_save or ())
     tied = getattr(fresh, "all_tied_weights_keys", {})
     present = set(state) | ignored
-    present |= {one for one, other in tied.items() if other in present} | {tied[one] for one in tied if one in present}
+    present |= {key for key, twin in tied.items() if twin in present} | {tied[key] for key in tied if key in present}
     name = type(model).__name__
-    if unknown := [key for key in state if key not in wanted and key not in ignored]:
+    if unknown := [key for key in state if key not in expected and key not in ignored]:
         hint = ""
         if any("lora_" in key or "base_layer" in key for key in unknown):
             hint = "; merge the adapters first (merge_and_unload(), or merge_lora)"
         raise UserError(f"a {name} of this configuration has no weights {listed(unknown)}{hint}")
-    # of a base model by itself, transformers makes the pooler or not as the code that loads it says
+    # For a base model alone, the code that loads it decides whether transformers makes a pooler.
     bare = model.base_model is model
-    if missing := [key for key in wanted if key not in present and not (bare and key.startswith("pooler."))]:
+    if missing := [key for key in expected if key not in present and not (bare and key.startswith("pooler."))]:
         raise UserError(f"weights are missing that a {name} of this configuration has: {listed(missing)}")
     for key, value in state.items():
-        if key in wanted and value.shape != wanted[key].shape:
-            raise UserError(
-                f"{key} is {list(value.shape)}, and that of a {name} of this configuration is {list(wanted[key].shape)}"
-            )
+        if key in expected and value.shape != expected[key].shape:
+            shape = list(expected[key].shape)
+            raise UserError(f"{key} is {list(value.shape)}, and that of a {name} of this configuration is {shape}")

@@ -1,4 +1,4 @@
-"""Models whose weights are shared out over devices (FSDP2): they are read and written whole, and sharded by layer."""
+"""Shard a model's weights over devices (FSDP2) by layer, and read and write them whole."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from lte_lightning.core.model.parts import find_layers
 
 
 def shard(model: PreTrainedModel, mesh: Any) -> None:
-    """Shares the weights of a converted model out over the devices of a mesh, in place: each layer, and the rest.
+    """Shards the weights of a converted model over the devices of a mesh, in place: each layer, then the rest.
 
     Args:
         model: The model, whole and the same in every process.
@@ -25,9 +25,9 @@ def shard(model: PreTrainedModel, mesh: Any) -> None:
 
 
 def reshard(model: nn.Module) -> None:
-    """Gives back what was gathered: after a forward pass the weights outside the layers are still whole.
+    """Frees gathered weights. After a forward pass the weights outside the layers are still whole.
 
-    Until then a model's parameters are not those that its optimizer knows.
+    Until this call, a model's parameters are not those that its optimizer knows.
     """
     for module in model.modules():
         if is_sharded(module):
@@ -35,18 +35,18 @@ def reshard(model: nn.Module) -> None:
 
 
 def is_part(tensor: Any) -> bool:
-    """Says whether a tensor is this process's part of one: a DTensor, by what it has, for torch may lack the class."""
+    """Says by its attributes, because torch may lack the class, whether a tensor is a DTensor, a process's part."""
     return hasattr(tensor, "placements")
 
 
 def whole(tensor: Any) -> torch.Tensor:
-    """Returns a tensor that may be a part as a whole; every process must ask."""
+    """Returns the whole of a tensor that may be a part. Every process must call this."""
     full: torch.Tensor = tensor.full_tensor() if is_part(tensor) else tensor
     return full
 
 
 def part_like(value: torch.Tensor, like: Any) -> Any:
-    """Returns this process's part of a whole tensor, which every process has, shared out as another one is."""
+    """Returns this process's part of a whole tensor, sharded like another tensor. Every process has the whole."""
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
@@ -54,7 +54,7 @@ def part_like(value: torch.Tensor, like: Any) -> Any:
 
 @torch.no_grad()
 def write(tensor: Any, value: torch.Tensor) -> None:
-    """Writes a whole value into a tensor that may be a part; every process has the value."""
+    """Writes a whole value into a tensor that may be a part. Every process has the value."""
     if is_part(tensor):
         tensor.to_local().copy_(part_like(value, tensor).to_local())
     else:
@@ -62,5 +62,5 @@ def write(tensor: Any, value: torch.Tensor) -> None:
 
 
 def whole_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Returns a model's state dict with whole tensors, on the CPU; every process must ask."""
+    """Returns a model's state dict with whole tensors, on the CPU. Every process must call this."""
     return {name: whole(value).cpu() for name, value in model.state_dict().items()}

@@ -1,4 +1,4 @@
-"""The weights of expert FFNs by expert: how they are stored in place, and views of them for the kernels."""
+"""Store the weights of expert FFNs by expert, in place, and make views of them for the kernels."""
 
 from typing import Any, cast
 
@@ -37,7 +37,7 @@ _MODULES: dict[type[nn.Module], str] = {
 
 
 def activation_name(activation: Any) -> str | None:
-    """Returns the kernels' name of an activation function or module, None if they do not have it."""
+    """Returns the kernels' name of an activation function or module; None if they do not have it."""
     if type(activation) is nn.GELU:
         return "gelu_tanh" if activation.approximate == "tanh" else "gelu"
     if isinstance(activation, nn.Module):
@@ -45,13 +45,13 @@ def activation_name(activation: Any) -> str | None:
     return _FUNCTIONS.get(activation)
 
 
-@torch.inference_mode(False)  # what is made in it could not be trained afterwards
+@torch.inference_mode(False)  # inference tensors could not be trained afterwards
 @torch.no_grad()
 def lay_out(parts: FfnParts, by_neuron: bool) -> None:
-    """Stores an FFN's weights a row per neuron, for the sparse backends, or as its modules have them from the start.
+    """Stores an FFN's weights with a row per neuron, for the sparse backends, or in its modules' original layout.
 
-    Only whole weights of ordinary projections are moved. A shard, a quantised weight or an adapter's stays as it is;
-    the weight below an adapter is put back, but not laid out.
+    It moves only whole weights of ordinary projections. A shard, a quantised weight or an adapter's weight stays as it
+    is. The weight below an adapter goes back to its original layout, but never to a row per neuron.
     """
     for projection, rows_are_neurons in ((parts.up, True), (parts.gate, True), (parts.down, False)):
         if projection is None:
@@ -64,17 +64,17 @@ def lay_out(parts: FfnParts, by_neuron: bool) -> None:
 
 def _store(projection: Projection, transposed: bool) -> None:
     weight = projection.weight.data
-    wanted = weight.T if transposed else weight
-    if wanted.is_contiguous():
+    rows = weight.T if transposed else weight
+    if rows.is_contiguous():
         return
-    # Written back into the memory that holds it: a file mapped into memory would stay there beside a new tensor.
-    copy, held = wanted.contiguous(), weight if transposed else weight.T
+    # Write into the memory that holds the weight, because a mapped file would stay in memory beside a new tensor.
+    copy, held = rows.contiguous(), weight if transposed else weight.T
     stored = held.view(copy.shape).copy_(copy) if held.is_contiguous() else copy
     projection.weight.data = stored.T if transposed else stored
 
 
 def _is_transposed(projection: nn.Module, rows_are_neurons: bool) -> bool:
-    """Says whether a row of the weight is no neuron: a Linear's down [D, F], a Conv1D's up."""
+    """Says whether a row of the weight is not a neuron, as in a Linear's down [D, F] and a Conv1D's up."""
     return isinstance(projection, Conv1D) == rows_are_neurons
 
 
@@ -84,11 +84,11 @@ def expert_weights(parts: FfnParts, expert_size: int, in_place: bool = True) -> 
     Args:
         parts: The FFN, its projections exactly ``Linear`` or ``Conv1D``, or all of them quantised.
         expert_size: S.
-        in_place: Whether they must be laid out as `set_backend` does; else a row may have strides.
+        in_place: Whether they must have the layout of `set_backend`; otherwise a row may have strides.
 
     Raises:
-        UserError: If the kernels do not have its activation, its weights and biases are of several types, or are not
-            laid out as `set_backend` does.
+        UserError: If the kernels do not have its activation, or its weights and biases have several types or not the
+            layout of `set_backend`.
     """
     name = activation_name(parts.activation)
     if name is None:

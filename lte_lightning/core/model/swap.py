@@ -1,4 +1,4 @@
-"""Expert FFNs in their layers: how they are put in and taken out."""
+"""Put expert FFNs into their layers, and take them out."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,13 +21,13 @@ def lte_config(model: nn.Module) -> LteConfig:
 
 
 def set_lte_config(model: nn.Module, config: LteConfig) -> None:
-    """Notes on the model how it was converted."""
+    """Records on the model how it was converted."""
     model.lte_config = config  # type: ignore[assignment]  # torch's stubs know only tensors and modules as attributes
 
 
 @contextmanager
 def plain(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
-    """Makes the model a plain Hugging Face model for the time of a ``with`` block, weights shared."""
+    """Makes the model a plain Hugging Face model during a ``with`` block. The weights stay the same tensors."""
     require_expert_ffns(model)
     removed: list[tuple[nn.Module, ExpertFfn]] = []
     try:
@@ -57,25 +57,25 @@ def insert(layer: nn.Module, ffn: ExpertFfn) -> None:
 
 
 class _Moved(nn.Identity):
-    """Stands where the down projection was. Code that looks for that projection's weight finds it: ``init_weights``."""
+    """Takes the place of the down projection, so that code like ``init_weights`` still finds its weight."""
 
     def __init__(self, ffn: ExpertFfn) -> None:
         super().__init__()
-        self.ffn = (ffn,)  # in a tuple: its weights are not registered twice
+        self.ffn = (ffn,)  # in a tuple, so that its weights are not registered twice
 
     @property
     def weight(self) -> torch.Tensor:
-        """The down projection's."""
+        """The down projection's weight."""
         return self.ffn[0].down.weight
 
     @property
     def bias(self) -> torch.Tensor | None:
-        """The down projection's."""
+        """The down projection's bias."""
         return self.ffn[0].down.bias
 
 
 def remove(layer: nn.Module) -> ExpertFfn:
-    """Takes the expert FFN out of a layer, which is then as it was, and returns it."""
+    """Takes the expert FFN out of a layer and returns it. The layer is then as it was."""
     (ffn,) = expert_ffns(layer).values()
     name_as_is(layer)
     row = ffn.row

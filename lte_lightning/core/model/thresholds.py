@@ -32,9 +32,9 @@ class Setting:
     """The thresholds of one sparsity.
 
     Args:
-        sparsity: The share of the FFN neurons that was asked for not to run.
+        sparsity: The requested share of FFN neurons that do not run.
         reached: The share that did not run on the calibration rows.
-        thresholds: Of each layer, in (0, 1).
+        thresholds: The threshold of each layer, in (0, 1).
         per_layer: Sparsity of each layer on the calibration rows.
     """
 
@@ -52,8 +52,8 @@ class ThresholdTable:
         settings: In ascending order of sparsity.
         layers: How the sparsity was shared out among the layers: ``free``, ``equal`` or ``least-loss``.
         tokens: Tokens of the calibration rows.
-        rows: Where they were from.
-        chosen: The sparsity that the model was set to when it was saved; None for the threshold that it was trained at.
+        rows: The origin of the calibration rows.
+        chosen: The model's sparsity when it was saved; None for the threshold that it was trained with.
     """
 
     settings: tuple[Setting, ...]
@@ -63,7 +63,7 @@ class ThresholdTable:
     chosen: float | None = None
 
     def at(self, sparsity: float) -> Setting:
-        """Returns the setting of a sparsity; between two of the table, logits of thresholds are interpolated linearly.
+        """Returns the setting of a sparsity. Between two settings it interpolates the thresholds' logits linearly.
 
         Raises:
             UserError: If the sparsity lies outside of the table.
@@ -93,19 +93,19 @@ class ThresholdTable:
 
 
 def set_sparsity(model: nn.Module, sparsity: float | None) -> float | None:
-    """Sets a saved model's sparsity, by the table of thresholds that ``lte calibrate`` put into its folder.
+    """Sets a saved model's sparsity by the table of thresholds that ``lte calibrate`` put into its folder.
 
-    Thresholds are written in place on the device: a compiled model is not compiled again, and a captured CUDA graph
+    It writes thresholds in place on the device. So a compiled model is not compiled again, and a captured CUDA graph
     follows at its next replay.
 
     Args:
         model: In mode ``hard``, loaded from a folder with a table, or calibrated.
-        sparsity: Share of the FFN neurons that shall not run. Between two entries of the table thresholds are
-            interpolated, and the log says so. None for the threshold that the model was trained at.
+        sparsity: Share of the FFN neurons that shall not run. Between two entries of the table it interpolates
+            thresholds, and the log says so. None for the threshold that the model was trained with.
 
     Returns:
-        The sparsity that these thresholds gave on the calibration rows (between two entries: what is expected); None
-        for None.
+        The sparsity of these thresholds on the calibration rows (between two entries, the expected sparsity); None for
+        None.
 
     Raises:
         UserError: If the model has no table, the sparsity lies outside of it, or every expert runs in the model's mode.
@@ -132,7 +132,7 @@ def require_settings(model: nn.Module, sparsities: Sequence[float]) -> Threshold
     """Returns a model's table of thresholds, after a check that `set_sparsity` takes all of these sparsities.
 
     Raises:
-        UserError: As of `set_sparsity`.
+        UserError: For the reasons of `set_sparsity`.
     """
     table = kept_table(model)
     if table is None:
@@ -161,11 +161,11 @@ def keep_table(model: nn.Module, table: ThresholdTable | None, owner: str | None
 
     Args:
         model: A converted model.
-        table: None takes it away.
-        owner: `owner_of` the folder that it belongs to; None for the weights as they are now.
+        table: The table; None removes it.
+        owner: The `owner_of` the table's folder; None for the current weights.
 
     Raises:
-        UserError: If it is of a model with another number of layers.
+        UserError: If the table is for another number of layers.
     """
     model.__dict__.pop(_KEPT, None)
     if table is None:
@@ -217,7 +217,7 @@ def save_kept_table(model: nn.Module, folder: Path, description: Mapping[str, An
 
 
 def read_table(source: str | os.PathLike[str], description: Mapping[str, Any], **hub: Any) -> ThresholdTable | None:
-    """Returns the table of a saved model, None if it has none.
+    """Returns the table of a saved model; None if it has none.
 
     Args:
         source: A folder, or a hub id.
@@ -225,7 +225,7 @@ def read_table(source: str | os.PathLike[str], description: Mapping[str, Any], *
         **hub: `folder.HUB_OPTIONS`.
 
     Raises:
-        LayoutError: If the table is damaged, of another format, or of another model.
+        LayoutError: If the table is damaged, has another format, or belongs to another model.
     """
     path = find(source, THRESHOLDS_FILE, **hub)
     if path is None:
