@@ -51,7 +51,9 @@ def fit(tiny, tmp_path):
         trainer.fit(prepare(module), datamodule=data)
         return losses.found, module
 
-    return run
+    yield run
+    # what was compiled belongs to Module._call_impl, which all modules share: at its limit torch would compile no other
+    torch.compiler.reset()
 
 
 def compiled(backend, module):
