@@ -13,8 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from lte_lightning.core.model.config import LteConfig
 from lte_lightning.core.model.convert import convert, restore
 from lte_lightning.core.model.experts import expert_ffns
-from lte_lightning.core.model.families import find_row
-from lte_lightning.core.model.parts import Projection, find_layers, find_parts, weight_rows
+from lte_lightning.core.model.parts import Projection, count_neurons
 from lte_lightning.core.routing.calibrate import calibrate
 
 NARROW = "narrow"
@@ -36,7 +35,7 @@ def narrowed(
     Returns:
         The narrower model, not trained any further, and the share that was left out.
     """
-    neurons = weight_rows(find_parts(find_layers(dense)[0], find_row(dense.config.model_type)).up).shape[0]
+    neurons = count_neurons(dense)
     keep = max(MULTIPLE, MULTIPLE * round((1.0 - sparsity) * neurons / MULTIPLE))
     left_out = 1.0 - keep / neurons
     lte = LteConfig(expert_size=1, grouping="contiguous", selector=NARROW, target_sparsity=left_out)

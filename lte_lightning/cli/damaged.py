@@ -34,13 +34,12 @@ def reading(path: object) -> Iterator[None]:
 def guard_checkpoints(trainer: Trainer) -> None:
     """Has a trainer refuse a damaged checkpoint, whichever part of it is."""
     connector: Any = trainer._checkpoint_connector
-    paths: list[Any] = [None]
 
     def guarded(restore: Callable[..., None]) -> Callable[..., None]:
         @wraps(restore)
         def call(*args: Any, **kwargs: Any) -> None:
-            paths.extend(args[:1])  # the first of them is given the path
-            with nullcontext() if paths[-1] is None else reading(paths[-1]):
+            path = args[0] if args else trainer.ckpt_path  # the first of them is given the path, which Lightning keeps
+            with nullcontext() if path is None else reading(path):
                 restore(*args, **kwargs)
 
         return call

@@ -195,7 +195,8 @@ def task_name(source: str, subset: str | None = None) -> str:
     """Returns a short name for a source: that of the file, the folder, or the hub's data set."""
     name = Path(source.rstrip("/")).name
     for suffix in (*COMPRESSIONS, suffix_of(name) if suffix_of(name) in TextData.formats else ""):
-        name = name[: len(name) - len(suffix) * name.lower().endswith(suffix)]
+        if name.lower().endswith(suffix):
+            name = name[: len(name) - len(suffix)]
     return re.sub(r"[^\w.-]+", "-", f"{name}-{subset}" if subset else name) or "classification"
 
 

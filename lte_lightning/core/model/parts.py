@@ -86,6 +86,18 @@ def find_layers(model: PreTrainedModel) -> list[nn.Module]:
     return [layer for stack in find_stacks(model) for layer in stack]
 
 
+def count_neurons(model: PreTrainedModel) -> int:
+    """Returns the number of neurons of the first layer's FFN.
+
+    Args:
+        model: A plain model.
+
+    Raises:
+        UnsupportedModelError: If the model's family, or the type of a projection, is unknown.
+    """
+    return weight_rows(find_parts(find_layers(model)[0], find_row(model.config.model_type)).up).shape[0]
+
+
 def find_parts(layer: nn.Module, row: FfnRow) -> FfnParts:
     """Returns the modules of a layer's FFN.
 

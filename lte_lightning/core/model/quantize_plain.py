@@ -9,8 +9,7 @@ from lte_lightning.core.model.backend import set_backend
 from lte_lightning.core.model.config import LteConfig
 from lte_lightning.core.model.convert import convert
 from lte_lightning.core.model.experts import expert_ffns, set_mode
-from lte_lightning.core.model.families import find_row
-from lte_lightning.core.model.parts import find_layers, find_parts, weight_rows
+from lte_lightning.core.model.parts import count_neurons
 from lte_lightning.core.model.quantize import Quantization, quantize
 
 SIZE = 32  # neurons of an expert: as many as share a scale
@@ -33,8 +32,7 @@ def quantize_plain(model: PreTrainedModel, kind: Quantization) -> PreTrainedMode
         UnsupportedModelError: If its family, or the type of a projection, is unknown.
         UserError: If `quantize` cannot take it.
     """
-    neurons = weight_rows(find_parts(find_layers(model)[0], find_row(model.config.model_type)).up).shape[0]
-    lte = LteConfig(grouping="contiguous", router_margin=0.0, expert_size=math.gcd(neurons, SIZE))
+    lte = LteConfig(grouping="contiguous", router_margin=0.0, expert_size=math.gcd(count_neurons(model), SIZE))
     convert(model, lte, progress=False)
     set_mode(model, "hard")
     for ffn in expert_ffns(model).values():
