@@ -4,7 +4,6 @@
 The runs of the fits lie beside them, as of any fit. A finished run alone counts; the rest is kept for people.
 """
 
-import hashlib
 import os
 import shlex
 import shutil
@@ -16,11 +15,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lte_lightning.errors import UserError
 from lte_lightning.files import abridged, is_checkpoint, read_json, write_json
 from lte_lightning.results import FILE
+from lte_lightning.sweep.checksums import checksum, checksums, files_of
 from lte_lightning.sweep.points import Point, Sweep, restore
 from lte_lightning.sweep.record import Record
 
@@ -130,12 +128,13 @@ class SweepFolder:
         self.about = {"id": str(self.path)} | read_sweep_file(file)
         name, origin = self.about.get("name"), Path(self.about.get("file") or sweep.path)
         # A sweep may move with its repository: it is another only where both files are there, and differ
-        moved = not origin.exists() or origin.read_bytes() == sweep.path.read_bytes()
+        moved = not origin.exists() or checksum(origin) == checksum(sweep.path)
         if name != sweep.path.stem or not (moved or origin.samefile(sweep.path)):
             owner = origin if name == sweep.path.stem else repr(name)
             raise UserError(f"{self.path} belongs to the sweep {owner}, not to {sweep.path}; choose another --folder")
         old = self.about.get("configs", {})
-        changed = [name for name, checksum in _sums(sweep).items() if old.get(name, checksum) != checksum]
+        files = [(name, file) for name, file in files_of(sweep).items() if name in old]
+        changed = [name for name, file in files if old[name] not in checksums(file)]
         if changed:
             raise UserError(
                 f"{', '.join(changed)} changed since the sweep in {self.path} began, so its points would not be "
@@ -143,7 +142,7 @@ class SweepFolder:
             )
 
     def _begin(self, sweep: Sweep, words: Sequence[str]) -> None:
-        configs = self.about.get("configs", {}) | _sums(sweep)
+        configs = self.about.get("configs", {}) | {name: checksum(file) for name, file in files_of(sweep).items()}
         self.about |= {"layout": LAYOUT, "name": sweep.path.stem, "text": sweep.about, "configs": configs}
         self.about["file"] = str(sweep.path.absolute())
         command = {"command": shlex.join(words), "folder": os.getcwd()}
@@ -238,33 +237,6 @@ def read_sweep_file(file: Path) -> dict[str, Any]:
             "it, or choose another folder"
         )
     return about
-
-
-def _sums(sweep: Sweep) -> dict[str, str]:
-    """Checksums of the configurations, and of the files that those are made of."""
-    files: set[Path] = set()
-    for file in {file for block in sweep.variants.values() for file in block.configs}:
-        _add_with_parts(Path(file), files)
-    names = {os.path.relpath(file, sweep.path.parent): file for file in files}
-    return {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in sorted(names.items())}
-
-
-def _add_with_parts(file: Path, files: set[Path]) -> None:
-    if file in files:
-        return
-    files.add(file)
-    try:
-        waiting = [yaml.safe_load(file.read_text())]
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return  # the fits will say so
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, dict | list):
-            waiting += value.values() if isinstance(value, dict) else value
-        elif isinstance(value, str) and value.endswith((".yaml", ".yml")):
-            part = Path(os.path.normpath(file.parent / value))
-            if part.is_file():
-                _add_with_parts(part, files)
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -326,37 +326,6 @@ def test_a_damaged_folder(bench, tmp_path):
             trial.run()
 
 
-def test_a_base_configuration_that_changed(bench, tmp_path, monkeypatch):
-    trial = bench()
-    trial.run()
-    sweep = read_sweep(trial.file)
-    (tmp_path / "base.yaml").write_text("model: {other: 1}\n")
-    with (
-        pytest.raises(UserError, match=r"base\.yaml changed since the sweep in .* began"),
-        SweepFolder(tmp_path / "runs" / "trial").hold(sweep),
-    ):
-        pytest.fail("went on")
-
-
-def test_a_part_of_a_base_configuration_that_changed(tmp_path):
-    parts = tmp_path / "parts"
-    parts.mkdir()
-    (tmp_path / "base.yaml").write_text("model: parts/model.yaml\ndata: {files: [train.yaml, parts/model.yaml]}\n")
-    (parts / "model.yaml").write_text("lte: deeper.yml\n")
-    (parts / "deeper.yml").write_text("expert_size: 32\n")
-    file, folder = tmp_path / "trial.yaml", SweepFolder(tmp_path / "runs" / "trial")
-    file.write_text("configs: [base.yaml]\n")
-    for _ in range(2):
-        with folder.hold(read_sweep(file)):
-            pass
-    (parts / "deeper.yml").write_text("expert_size: 16\n")
-    with (
-        pytest.raises(UserError, match=r"parts/deeper\.yml changed since the sweep in .* began"),
-        folder.hold(read_sweep(file)),
-    ):
-        pytest.fail("went on")
-
-
 def test_a_folder_that_cannot_be_written(bench, tmp_path):
     (tmp_path / "runs").touch()
     with pytest.raises(UserError, match=r"cannot write the sweep's folder .*runs/trial.*choose another --folder"):
