@@ -160,7 +160,8 @@ def draw_rates(rates: Sequence[Rate], path: Path) -> None:
     """Draws quality over tokens per second, or only the tokens per second if quality was not measured."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.5, 4.6), layout="constrained")
+    bars = len(rates) if all(math.isnan(r.quality) for r in rates) else 0
+    figure = Figure(figsize=(7.5, max(4.6, 0.6 + 0.22 * bars)), layout="constrained")  # labels of bars must not overlap
     plot_rates(figure.subplots(), rates)
     with whole_file(path, "wb") as file:
         figure.savefig(file, dpi=150, format=path.suffix.lstrip(".") or "png")
