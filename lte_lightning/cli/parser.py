@@ -1,7 +1,6 @@
 """Errors of options: the cause and the nearest name, without the whole usage."""
 
 import contextlib
-import inspect
 import io
 import re
 import sys
@@ -9,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
-from jsonargparse import Namespace
+from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import LightningArgumentParser
 
@@ -109,10 +108,8 @@ def _elsewhere(name: str) -> str:
 
 
 def _parameters(cls: type) -> set[str]:
-    """Returns the names that a class takes, including those that it passes on to its bases."""
-    ours = [base for base in cls.__mro__ if base.__module__.startswith("lte_lightning.")]
-    makers = [vars(base)["__init__"] for base in ours if "__init__" in vars(base)]
-    return {name for maker in makers for name in inspect.signature(maker).parameters} - {"self", "kwargs"}
+    """Returns the names that a class takes: its own and those that it passes on, without those that it sets itself."""
+    return set(ArgumentParser().add_class_arguments(cls))
 
 
 def _names() -> set[str]:

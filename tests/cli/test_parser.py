@@ -25,6 +25,8 @@ UNION = """Parser key "model":
             UNION.replace("wieght", "weight"),
             "it is --model.efficiency_weight of Classification, Gen",
         ),
+        # not MovieReviews, MmluData and others that set it themselves
+        (UNION.replace("efficiency_wieght", "holdout"), "LanguageModelData, PromptData, StreamingData, TextData"),
         ("Something else\n  entirely", "Something else\n  entirely"),
     ],
 )
