@@ -138,7 +138,7 @@ def _chat(
     training = data.rows("train")[0]
     return {
         "source": source,
-        "columns": list(data.columns),
+        "columns": list(data.form.columns),
         "written": "the chat template" if data.chat else "plain text" if data.plain_text else "Alpaca's prompt",
         "rows": len(training),
         **_fitting(np.array(data._encode(training[_some(len(training))])["length"]), min(limit, 2048)),

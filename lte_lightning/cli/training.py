@@ -213,9 +213,10 @@ def make_cli(args: list[Any] | None = None, run: bool = True, cli_class: type[Lt
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     guard_configurations()
     # Lightning warns of these at every fit, and no user can mend them: it asks torch 2.13 for the type of a LeafSpec,
-    # and its summary of the model counts megabytes in 32 bits
+    # and its summary of the model counts megabytes in 32 bits. Short epochs are logged by `Rates`, after the warning
     warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
     warnings.filterwarnings("ignore", "Precision .* is not supported by the model summary")
+    warnings.filterwarnings("ignore", r"The number of training batches \(.*\) is smaller than the logging interval")
     # advertisements do not belong in the log of an experiment
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "💡 Tip" not in str(record.msg))
     words = sys.argv[1:] if args is None else args

@@ -1,15 +1,23 @@
 """Instructions and conversations of several forms, as lists of messages."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lte_lightning.data.packaged import DataError
 
 ROLES = ("system", "user", "assistant")
-# ShareGPT's words, and those that its relatives use
-_ROLE_OF = {role: role for role in ROLES} | {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
+# ShareGPT's words, and those of its relatives, in lower case
+_ROLE_OF = {
+    **{role: role for role in ROLES},
+    "developer": "system",
+    **dict.fromkeys(("human", "prompter"), "user"),
+    **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "ai", "bot", "model"), "assistant"),
+}
+_TOOLS = ("tool", "function", "function_call", "function_response", "tool_call", "tool_response", "observation")
+SYSTEM = "system"  # a column of this name opens its row's conversation
 Messages = list[dict[str, str]]
+_SILENT = ("weight", "train")  # OpenAI's and axolotl's names: a 0 or false there takes a turn out of the loss
 
 
 @dataclass(frozen=True)
@@ -20,10 +28,22 @@ class Form:
         columns: One of conversations, two of a prompt and its answer, or three of an instruction, its input and the
             answer.
         plain: A prompt and its answer stand as they are where there is no chat template.
+        system: Whether rows have a column of system prompts, too.
     """
 
     columns: tuple[str, ...]
     plain: bool = False
+    system: bool = False
+
+    @property
+    def read(self) -> tuple[str, ...]:
+        """All columns that are read."""
+        return (*self.columns, SYSTEM) if self.system else self.columns
+
+    @property
+    def optional(self) -> tuple[str, ...]:
+        """The columns whose values may be missing in a row."""
+        return (*self.columns[1:-1], SYSTEM)
 
     @property
     def is_conversation(self) -> bool:
@@ -34,6 +54,10 @@ class Form:
     def answer(self) -> tuple[str, ...]:
         """The column of the answer, which rows to predict need not have."""
         return () if self.is_conversation else self.columns[-1:]
+
+    def with_system(self, splits: Iterable[Sequence[str]]) -> "Form":
+        """Returns the form with the column of system prompts, if a split of a source has one."""
+        return replace(self, system=SYSTEM not in self.columns and any(SYSTEM in names for names in splits))
 
     def parts(self, row: dict[str, Any]) -> tuple[Any, str, Any]:
         """Returns a row's instruction, its input, and its answer, which may be missing."""
@@ -46,6 +70,12 @@ class Form:
         Raises:
             DataError: If it is no conversation.
         """
+        messages = self._turns(row)
+        if (system := row.get(SYSTEM) if self.system else None) and messages[0]["role"] != SYSTEM:
+            messages = [{"role": SYSTEM, "content": system}, *messages]
+        return messages
+
+    def _turns(self, row: dict[str, Any]) -> Messages:
         if self.is_conversation:
             return conversation(row[self.columns[0]])
         asked, context, answer = self.parts(row)
@@ -71,6 +101,9 @@ def find_form(splits: Iterable[Sequence[str]]) -> Form:
 def conversation(turns: Any) -> Messages:
     """Returns messages with a `role` and a `content`, from ShareGPT's `from` and `value` too.
 
+    A content may come in parts (``{"type": "text", "text": ...}``). A turn that the data take out of the loss has
+    `weight` 0.
+
     Args:
         turns: A list of messages, or a mapping of lists, as Hugging Face's older data sets have it.
 
@@ -89,13 +122,41 @@ def conversation(turns: Any) -> Messages:
             known.get(theirs) if known.get(ours) is None else known[ours]
             for ours, theirs in (("role", "from"), ("content", "value"))
         )
-        if not isinstance(role, str) or role not in _ROLE_OF or not isinstance(content, str):
+        content = _joined(content)
+        known_role = _ROLE_OF.get(role.strip().casefold()) if isinstance(role, str) else None
+        if known.get("tool_calls") or known.get("function_call") or role in _TOOLS:
+            raise DataError(
+                f"{turn!r:.200} is no message of words alone: calls of tools and their results are not read; leave "
+                "such conversations out"
+            )
+        if known_role is None or not isinstance(content, str):
             raise DataError(
                 f"{turn!r:.200} is no message with a role ({', '.join(ROLES)}; ShareGPT: human, gpt) and a text "
                 "as content"
             )
-        messages.append({"role": _ROLE_OF[role], "content": content})
+        silent = any(known.get(name) in (0, False) for name in _SILENT)
+        messages.append({"role": known_role, "content": content} | ({"weight": "0"} if silent else {}))
     return messages
+
+
+def carries_loss(messages: Messages, turn: int) -> bool:
+    """Says whether a turn is an answer to learn: not an opening, an empty one on the way, or one of weight 0.
+
+    The last turn counts although it is empty, because it is the answer to predict.
+    """
+    message = messages[turn]
+    if message["role"] != "assistant" or not turn or message.get("weight") == "0":
+        return False
+    return bool(message["content"].strip()) or turn == len(messages) - 1
+
+
+def _joined(content: Any) -> Any:
+    """Returns the text of a content that comes in parts of text; any other content as it is."""
+    if isinstance(content, list) and content and all(isinstance(part, dict) for part in content):
+        texts = [part.get("text") for part in content if part.get("type", "text") == "text"]
+        if len(texts) == len(content) and all(isinstance(text, str) for text in texts):
+            return "".join(texts)
+    return content
 
 
 def answered(messages: Messages) -> Messages:

@@ -25,8 +25,8 @@ class Example:
     @property
     def answer(self) -> str:
         """The last answer; empty if there is none."""
-        return self.segments[self._last][0] if self.segments else ""
+        return "".join(text for text, _ in self.segments[self._last : self._last + 1])
 
     @property
     def _last(self) -> int:
-        return max((i for i, (_, is_answer) in enumerate(self.segments) if is_answer), default=0)
+        return max((i for i, (_, is_answer) in enumerate(self.segments) if is_answer), default=len(self.segments))

@@ -4,10 +4,22 @@ from typing import Any, Literal
 
 from datasets import Dataset
 from jinja2 import TemplateError
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from lte_lightning.data.chats import ALPACA, FORMS, Form, Messages, answered, conversation, find_form
+from lte_lightning.data.chats import (
+    ALPACA,
+    FORMS,
+    SYSTEM,
+    Form,
+    Messages,
+    answered,
+    carries_loss,
+    conversation,
+    find_form,
+)
 from lte_lightning.data.checks import count_blank, report_blank, require_text
 from lte_lightning.data.example import Example
+from lte_lightning.data.labels import listed
 from lte_lightning.data.packaged import DataError
 from lte_lightning.data.prompts import PromptData
 
@@ -20,8 +32,9 @@ class InstructData(PromptData):
 
     Rows have one of these forms, found by their columns: `messages`, lists of a `role` (system, user, assistant) and
     its `content`; ShareGPT's `conversations`, lists of `from` (human, gpt) and `value`; Alpaca's `instruction`, `input`
-    and `output`; or `prompt` and `completion`. Every answer of a conversation carries loss, and so does the token that
-    ends it. The tokenizer's chat template writes the rows. Without a template a prompt and its completion stay as they
+    and `output`; or `prompt` and `completion`. A column `system` opens its row's conversation. Every answer of a
+    conversation carries loss, and so does the token that ends it, but for empty answers and those of `weight` 0. The
+    tokenizer's chat template writes the rows. Without a template a prompt and its completion stay as they
     are, and Alpaca's prompt writes all others, once for each turn of a conversation. Rows whose answers lie beyond
     `max_length` are left out, counted and reported.
 
@@ -75,16 +88,22 @@ class InstructData(PromptData):
         self._named = columns is not None
 
     def _take(self, form: Form) -> None:
-        self.form, self.columns, self.targets = form, form.columns, form.answer
+        self.form, self.columns, self.targets = form, form.read, (*form.answer, SYSTEM)
 
     def load_splits(self) -> dict[str, Dataset]:
         """Read every split, and recognise the form of the rows."""
         splits = super().load_splits()
-        if not self._named:
-            names = [rows.column_names for rows in splits.values()]
-            if self.streaming:
-                names.append(list(next(iter(self.open_stream()), {})))
-            self._take(find_form(names))
+        names = [rows.column_names for rows in splits.values()]
+        if self.streaming:
+            names.append(list(next(iter(self.open_stream()), {})))
+        self._take((self.form if self._named else find_form(names)).with_system(names))
+        there = list(dict.fromkeys(name for each in names for name in each if name not in self.columns))
+        if set(self.form.columns) - set(self.targets) <= {name for each in names for name in each}:
+            if there:
+                rank_zero_info(f"columns of {self.source} that are not read: {listed(there)}")
+        elif not self._named:
+            likely = [name for name in names[0] if name != SYSTEM and not name.casefold().endswith("id")]
+            self.hint = f'{InstructData.hint}, for example --data.columns "[{",".join(likely[:2])}]"'
         return splits
 
     def rows(self, role: str) -> list[Dataset]:
@@ -98,14 +117,14 @@ class InstructData(PromptData):
         rows = self.split(name, [column for column in self.columns if column not in self.targets or column in there])
         if self.form.is_conversation:
             column = self.columns[0]
-            rows = Dataset.from_list([{column: answered(conversation(turns))} for turns in rows[column][:]])
+            rows = Dataset.from_list([{column: answered(self.form.messages(row))} for row in rows.to_list()])
         return [rows]
 
     def check_rows(self, rows: Dataset, name: str) -> None:
         """Checks that everything is text, in known roles."""
         written = [column for column in rows.column_names if not self._holds_messages(rows, column)]
-        require_text(rows, written, name, optional=self.columns[1:-1])
-        for column in written[:1]:
+        require_text(rows, written, name, optional=self.form.optional)
+        for column in [column for column in written if column != SYSTEM][:1]:
             report_blank(count_blank(rows[column]), len(rows), column, name)
         for column in (column for column in rows.column_names if column not in written):
             unasked = 0
@@ -120,7 +139,7 @@ class InstructData(PromptData):
             report_blank(unasked, len(rows), f"a question of {column}", name)
 
     def _holds_messages(self, rows: Dataset, column: str) -> bool:
-        return self.form.is_conversation or isinstance(rows[0][column], list | dict)
+        return column != SYSTEM and (self.form.is_conversation or isinstance(rows[0][column], list | dict))
 
     @property
     def chat(self) -> bool:
@@ -134,8 +153,10 @@ class InstructData(PromptData):
     @property
     def plain_text(self) -> bool:
         """Says whether prompt and answer stand as they are."""
-        if self.prompt == "plain" and len(self.columns) != 2:
-            raise DataError(f"prompt is plain, but rows have {', '.join(self.columns)}, not a prompt and its answer")
+        if self.prompt == "plain" and len(self.form.columns) != 2:
+            raise DataError(
+                f"prompt is plain, but rows have {', '.join(self.form.columns)}, not a prompt and its answer"
+            )
         return self.prompt == "plain" or (self.prompt == "auto" and self.form.plain and not self.chat)
 
     def recipe(self) -> list[Any]:
@@ -154,13 +175,17 @@ class InstructData(PromptData):
         if self.form.is_conversation or not isinstance(row[self.columns[0]], str):
             return _as_alpaca(self.form.messages(row))
         asked, context, answer = self.form.parts(row)
+        if system := row.get(SYSTEM) if self.form.system else None:
+            if not self.plain_text:
+                return _as_alpaca(self.form.messages(row))
+            asked = f"{system}\n\n{asked}"
         return Example([(asked if self.plain_text else alpaca_prompt(asked, context), False), (answer, True)])
 
     def _by_template(self, messages: Messages) -> Example:
         segments: list[tuple[str, bool]] = []
         done = ""
-        for turn, message in enumerate(messages):
-            if message["role"] != "assistant" or not turn:  # an opening word of the model answers nothing
+        for turn in range(len(messages)):
+            if not carries_loss(messages, turn):
                 continue
             before = self._render(messages[:turn], add_generation_prompt=True)
             after = self._render(messages[: turn + 1])
@@ -201,13 +226,13 @@ def _alpaca_turn(instruction: str) -> str:
 def _as_alpaca(messages: Messages) -> Example:
     segments: list[tuple[str, bool]] = []
     opening, asked = f"{_TASK}. {_WANTED}", ""
-    for message in messages:
+    for turn, message in enumerate(messages):
         if message["role"] == "system":
             opening = message["content"]
         elif message["role"] == "user":
             asked = message["content"]
         else:
             start = "\n\n" if segments else f"{opening}\n\n"
-            segments += [(start + _alpaca_turn(asked), False), (message["content"], True)]
+            segments += [(start + _alpaca_turn(asked), False), (message["content"], carries_loss(messages, turn))]
             asked = ""
     return Example(segments)

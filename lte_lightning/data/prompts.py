@@ -17,7 +17,7 @@ from lte_lightning.data.padding import CollateAnswers, CollatePrompts
 from lte_lightning.data.streaming import Mark, StreamingData
 from lte_lightning.data.text import Loader, fingerprint, is_encoder_decoder
 
-_ENCODING = 3  # part of the cache's key; raise it when the same rows shall give other tokens
+_ENCODING = 4  # part of the cache's key; raise it when the same rows shall give other tokens
 
 
 class PromptData(StreamingData):

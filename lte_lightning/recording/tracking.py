@@ -19,7 +19,16 @@ from lte_lightning.trainer import declared
 
 
 class Rates(Callback):
-    """Logs the learning rate of each group of weights, ``lr/model`` and ``lr/routers``, to every logger."""
+    """Logs the learning rate of each group of weights, ``lr/model`` and ``lr/routers``, to every logger.
+
+    An epoch shorter than Lightning's interval of logging is logged once: a small file has a curve, too.
+    """
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Logs at least once an epoch."""
+        batches = trainer.num_training_batches  # inf for a stream
+        if 1 <= batches < declared(trainer).log_every_n_steps:
+            declared(trainer).log_every_n_steps = int(batches)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Logs the rates of the step that begins, as often as losses are logged."""

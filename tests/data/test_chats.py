@@ -190,3 +190,103 @@ def test_several_forms_at_once_are_taken_by_their_order():
 def test_what_is_no_chat_is_refused(chats, row, options, complaint):
     with pytest.raises(DataError, match=complaint):
         chats(row, **options).setup("fit")
+
+
+SYSTEM = [{"role": "system", "content": "be brief"}, *MESSAGES]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": SYSTEM},
+        {"messages": [{"role": "developer", "content": "be brief"}, *MESSAGES]},
+        {"conversations": SHARE, "system": "be brief"},
+        {"conversations": SYSTEM, "system": "another"},  # the conversation's own comes first
+        {"prompt": "eat", "completion": "a cat", "system": "be brief"},
+        {"instruction": "eat", "input": "", "output": "a cat", "system": "be brief"},
+    ],
+)
+def test_a_system_prompt_is_a_message_or_a_column(chats, row):
+    data = chats(row)
+    data.setup("fit")
+    whole, learnt = read(data, data.train_dataloader())
+    assert "be brief" in whole
+    assert whole.endswith("<|user|>eat\n<|assistant|>a cat</s>")
+    assert learnt == "a cat</s>"
+    predicted = chats({name: value for name, value in row.items() if name not in ("completion", "output")}, count=2)
+    predicted.setup("predict")
+    (batch,) = predicted.predict_dataloader()
+    assert "be brief" in batch["prompt"][0]
+
+
+@pytest.mark.parametrize("row", [{"system": "be brief"}, {"system": None}, {}])
+def test_a_system_prompt_without_a_template(chats, row):
+    written = {}
+    for form in ("prompt", "alpaca", "messages"):
+        data = chats(FORMS[form] | row, chat=False)
+        data.setup("fit")
+        written[form] = read(data, data.train_dataloader())[0]
+    assert all(("be brief" in text) == bool(row.get("system")) for text in written.values())
+
+
+@pytest.mark.parametrize(
+    "turns",
+    [
+        [{"role": "User", "content": "eat"}, {"role": " ASSISTANT", "content": "a cat"}],
+        [{"from": "human", "value": "eat"}, {"from": "model", "value": "a cat"}],
+        [{"role": "user", "content": [{"type": "text", "text": "ea"}, {"type": "text", "text": "t"}]}, MESSAGES[1]],
+    ],
+)
+def test_relatives_of_the_forms(turns):
+    assert conversation(turns) == MESSAGES
+
+
+@pytest.mark.parametrize("chat", [True, False])
+@pytest.mark.parametrize(
+    "first", [{"content": ""}, {"content": "a dog", "weight": 0}, {"content": "x", "train": False}]
+)
+def test_turns_without_loss(chats, first, chat):
+    turns = [MESSAGES[0], {"role": "assistant"} | first, *MESSAGES]
+    data = chats({"messages": turns}, chat=chat)
+    data.setup("fit")
+    whole, learnt = read(data, data.train_dataloader())
+    assert learnt == "a cat</s>"
+    assert first["content"] in whole
+
+
+def test_rows_without_an_answer_to_learn_are_left_out(chats):
+    with pytest.raises(DataError, match="none of the 18 rows for train has an answer"):
+        chats({"messages": [MESSAGES[0], MESSAGES[1] | {"weight": 0}]}).setup("fit")
+
+
+@pytest.mark.parametrize(
+    "turn",
+    [
+        {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]},
+        {"role": "tool", "content": "3"},
+        {"from": "function_call", "value": "{}"},
+    ],
+)
+def test_calls_of_tools_are_refused_by_name(chats, turn):
+    with pytest.raises(DataError, match=r"row 0 .*calls of tools and their results are not read"):
+        chats({"messages": [MESSAGES[0], turn, MESSAGES[1]]}).setup("fit")
+
+
+def test_pictures_are_refused(chats):
+    seen = [{"role": "user", "content": [{"type": "image", "text": None}]}, MESSAGES[1]]
+    with pytest.raises(DataError, match="is no message with a role"):
+        chats({"messages": seen}).setup("fit")
+
+
+def test_columns_that_are_not_read_are_named(chats, caplog):
+    with caplog.at_level("INFO"):
+        chats(FORMS["messages"] | {"tools": "[]", "id": 3}).setup("fit")
+    assert "that are not read: " in caplog.text
+    assert "tools" in caplog.text
+
+
+def test_the_option_for_other_columns_is_written_out(chats):
+    with pytest.raises(DataError, match=r'--data\.columns "\[question,answer\]"'):
+        chats({"row_id": 1, "question": "a", "answer": "b"}).setup("fit")
+    with pytest.raises(DataError, match=r'--data\.columns "\[chat\]"'):
+        chats({"chat": MESSAGES}).setup("fit")
