@@ -1,4 +1,4 @@
-"""The configurations and sweeps that come with the package, by names such as ``lte:quickstart``."""
+"""The configurations and sweeps that come with the package, by names such as ``lte:quickstart``; and those of runs."""
 
 from pathlib import Path
 
@@ -22,17 +22,18 @@ def names(kind: str) -> list[str]:
 
 
 def resolve(word: str, kind: str = CONFIGS) -> str:
-    """Turns ``lte:NAME`` into the path of a file.
+    """Turns ``lte:NAME``, or the folder of a run, into the path of a file.
 
     Args:
-        word: ``lte:NAME``, with or without ``.yaml``; anything else comes back unchanged.
+        word: ``lte:NAME``, with or without ``.yaml``, or a folder with a ``config.yaml``; anything else comes back
+            unchanged.
         kind: `CONFIGS` or `SWEEPS`.
 
     Raises:
-        UserError: There is none of that name.
+        UserError: There is none of that name, or the folder has no configuration.
     """
     if not word.startswith(SCHEME):
-        return word
+        return _of_run(Path(word)) if kind == CONFIGS and word and Path(word).is_dir() else word
     name = word.removeprefix(SCHEME).removesuffix(".yaml")
     known = names(kind)
     if name not in known:
@@ -43,12 +44,20 @@ def resolve(word: str, kind: str = CONFIGS) -> str:
     return str(folder(kind) / f"{name}.yaml")
 
 
-def resolve_options(words: list[str], option: str = "--config") -> list[str]:
+def _of_run(place: Path) -> str:
+    own = [each / "config.yaml" for each in (place, place.parent)]  # RUN/model was made with RUN/config.yaml
+    if own[0].is_file():
+        return str(own[0])
+    near = f"; did you mean {own[1]}?" if own[1].is_file() else "; name a file, or a run's folder"
+    raise UserError(f"--config is {place}, a folder without config.yaml{near}")
+
+
+def resolve_options(words: list[str], options: tuple[str, ...] = ("--config", "-c")) -> list[str]:
     """Returns a command line with the paths of the configurations that it names.
 
     Args:
         words: Of the command line.
-        option: Whose values are looked at.
+        options: Whose values are looked at.
 
     Raises:
         UserError: There is none of that name.
@@ -56,7 +65,7 @@ def resolve_options(words: list[str], option: str = "--config") -> list[str]:
     resolved = []
     for before, word in zip(["", *words], words, strict=False):
         name, equals, value = word.partition("=")
-        if name == option and equals:
+        if name in options and equals:
             word = f"{name}={resolve(value)}"
-        resolved.append(resolve(word) if before == option else word)
+        resolved.append(resolve(word) if before in options else word)
     return resolved

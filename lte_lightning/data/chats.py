@@ -124,15 +124,12 @@ def conversation(turns: Any) -> Messages:
         )
         content = _joined(content)
         known_role = _ROLE_OF.get(role.strip().casefold()) if isinstance(role, str) else None
-        if known.get("tool_calls") or known.get("function_call") or role in _TOOLS:
-            raise DataError(
-                f"{turn!r:.200} is no message of words alone: calls of tools and their results are not read; leave "
-                "such conversations out"
-            )
-        if known_role is None or not isinstance(content, str):
+        calls = known.get("tool_calls") or known.get("function_call") or role in _TOOLS
+        if known_role is None or calls or not isinstance(content, str):
+            why = "; calls of tools and their results are not read: leave such conversations out" if calls else ""
             raise DataError(
                 f"{turn!r:.200} is no message with a role ({', '.join(ROLES)}; ShareGPT: human, gpt) and a text "
-                "as content"
+                f"as content{why}"
             )
         silent = any(known.get(name) in (0, False) for name in _SILENT)
         messages.append({"role": known_role, "content": content} | ({"weight": "0"} if silent else {}))

@@ -109,3 +109,18 @@ def test_an_installed_wheel_runs_its_configurations_in_an_empty_folder(installed
     sweep, _ = installed("sweep", "lte:smoke", "--dry-run")
     assert sweep.returncode == 0, sweep.stderr
     assert f"{target}/lte_lightning/experiments/conf/quickstart.yaml" in sweep.stdout
+
+
+def test_the_folder_of_a_run_is_its_configuration(lightning, tmp_path):
+    run = tmp_path / "run"
+    (run / "model").mkdir(parents=True)
+    refused = lightning(tmp_path, None, "fit", "--config", str(run))
+    assert refused.code == 1
+    assert refused.err.count("\n") == 1
+    assert f"--config is {run}, a folder without config.yaml; name a file" in refused.err
+    (run / "config.yaml").write_text("seed_everything: 7\n")
+    for words in (["--config", str(run)], ["-c", str(run)]):
+        assert shipped.resolve_options(words) == [words[0], str(run / "config.yaml")]
+    assert shipped.resolve_options([f"--config={run}"]) == [f"--config={run}/config.yaml"]
+    with pytest.raises(UserError, match=rf"did you mean {run}/config.yaml\?"):
+        shipped.resolve(str(run / "model"))
