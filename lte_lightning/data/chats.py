@@ -12,7 +12,7 @@ _ROLE_OF = {
     **{role: role for role in ROLES},
     "developer": "system",
     **dict.fromkeys(("human", "prompter"), "user"),
-    **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "ai", "bot", "model"), "assistant"),
+    **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "ai", "model"), "assistant"),
 }
 _TOOLS = ("tool", "function", "function_call", "function_response", "tool_call", "tool_response", "observation")
 SYSTEM = "system"  # a column of this name opens its row's conversation
