@@ -1,10 +1,13 @@
 """Environment, seeds and goldens of all tests."""
 
 import atexit
+import contextlib
+import functools
 import json
 import os
 import random
 import shutil
+import sqlite3
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -76,6 +79,39 @@ def no_store_named() -> Iterator[None]:
     """What ``mlflow.set_tracking_uri`` leaves in the environment would be the next test's store."""
     yield
     os.environ.pop("MLFLOW_TRACKING_URI", None)
+
+
+@pytest.fixture(autouse=True)
+def mlflow_tables() -> None:
+    """MLflow's new SQLite databases are copies of an empty one: its migrations take two seconds.
+
+    Nothing is imported for this, so a process's first database may still be migrated.
+    """
+    utils = sys.modules.get("mlflow.store.db.utils")
+    if utils is None or hasattr(utils._initialize_tables, "__wrapped__"):
+        return
+    migrate = utils._initialize_tables
+
+    @functools.cache
+    def empty() -> sqlite3.Connection:
+        import sqlalchemy
+
+        database = sqlite3.connect(":memory:", check_same_thread=False)
+        with tempfile.TemporaryDirectory() as folder:
+            migrate(sqlalchemy.create_engine(f"sqlite:///{folder}/empty.db"))
+            with contextlib.closing(sqlite3.connect(f"{folder}/empty.db")) as file:
+                file.backup(database)
+        return database
+
+    @functools.wraps(migrate)
+    def copy(engine: Any) -> None:
+        if engine.dialect.name != "sqlite":
+            migrate(engine)
+            return
+        with contextlib.closing(engine.raw_connection()) as connection:
+            empty().backup(connection.driver_connection)
+
+    utils._initialize_tables = copy
 
 
 CHAT_TEMPLATE = (

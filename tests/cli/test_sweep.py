@@ -14,6 +14,8 @@ import threading
 import time
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import yaml
@@ -118,6 +120,22 @@ def sweep(lightning, tmp_path):
     return lambda *words: lightning(tmp_path, None, "sweep", *words)
 
 
+@pytest.fixture
+def checked_here(monkeypatch):
+    """Command lines are read in this process, which has imported Lightning: another one takes eight seconds for that.
+
+    Tests without this fixture show that the other process answers the same way.
+    """
+
+    def check(words, input, **_):
+        assert words == [sys.executable, "-m", "lte_lightning.cli.check"]
+        with mock.patch.object(sys, "argv", ["lte"]):
+            answers = check_commands(json.loads(input))
+        return subprocess.CompletedProcess(words, 0, json.dumps(answers), "")
+
+    monkeypatch.setattr("lte_lightning.cli.sweep.subprocess", SimpleNamespace(run=check))
+
+
 def test_points_that_cannot_be_are_found_before_any_is_run(sweep_file, sweep, tmp_path):
     variants = {
         "typo": {"overrides": {"model.efficiency_wieght": 1}},
@@ -136,7 +154,7 @@ def test_points_that_cannot_be_are_found_before_any_is_run(sweep_file, sweep, tm
     assert not (tmp_path / "runs").exists()
 
 
-def test_every_choice_of_a_search_is_looked_at(sweep_file, sweep, tmp_path):
+def test_every_choice_of_a_search_is_looked_at(checked_here, sweep_file, sweep, tmp_path):
     search = {"trials": 9, "parameters": {"model.lte.grouping": {"choices": ["kmeans", "kmaens"]}}}
     outcome = sweep(sweep_file(search=search | {"objectives": {"hard": "maximize"}}))
     assert outcome.code == 1
@@ -443,7 +461,7 @@ def test_the_smoke_sweep_on_a_real_mlflow_server(server, tiny, sweep, tmp_path, 
     assert "constant lambda" in (tmp_path / "page" / "index.html").read_text()
 
 
-def test_an_mlflow_server_that_is_not_there(sweep_file, sweep, tmp_path, monkeypatch):
+def test_an_mlflow_server_that_is_not_there(checked_here, sweep_file, sweep, tmp_path, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
@@ -454,7 +472,7 @@ def test_an_mlflow_server_that_is_not_there(sweep_file, sweep, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("says", ["nothing", "nonsense"])
-def test_who_listens_but_is_no_mlflow_server(says, sweep_file, sweep, tmp_path, monkeypatch):
+def test_who_listens_but_is_no_mlflow_server(says, checked_here, sweep_file, sweep, tmp_path, monkeypatch):
     """MLflow itself would try for many minutes."""
     monkeypatch.setattr("lte_lightning.network.PATIENCE", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as other:
