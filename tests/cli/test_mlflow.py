@@ -132,6 +132,7 @@ def test_the_model_is_loaded_and_served_by_mlflow(fitted, answers):
         with urllib.request.urlopen(post, timeout=60) as answer:
             rows = json.loads(answer.read())["predictions"]
     assert [row["label"] for row in rows] == found["label"].tolist()
+    assert [row["probability"] for row in rows] == pytest.approx(found["probability"].tolist(), abs=1e-6)
 
 
 @pytest.fixture
