@@ -10,6 +10,7 @@ with a growing cache. A compiled arm has a static cache and one graph; a fused a
 """
 
 import argparse
+import copy
 import os
 import random
 import statistics
@@ -46,7 +47,7 @@ def main() -> None:
     arms = {"dense bf16, eager": decoder(dense, prompt_BT, options.tokens)}
     for kind in options.kinds.split(","):
         for sparsity in map(float, options.sparsity.split(",")):
-            model = sparse_twin(dense, kind)
+            model = sparse_twin(copy.deepcopy(dense), kind)
             even_routers(model, sparsity, {"input_ids": sample_BT})
             for way, kinds in (("eager", kind), ("compiled", options.compiled), ("fused", options.fused)):
                 if kind in kinds.split(","):

@@ -1,6 +1,5 @@
 """``lte bench --scope generate`` and ``--against``: tokens per second of whole models, in torch and other engines."""
 
-import copy
 import math
 import os
 import statistics
@@ -23,7 +22,7 @@ from lte_lightning.bench.jobs import Job, Logits, Started
 from lte_lightning.bench.measure import interleave
 from lte_lightning.bench.narrow import NARROW, narrowed
 from lte_lightning.bench.rates import Rate, show_rates
-from lte_lightning.bench.whole import DTYPES, Whole, find_whole, typed
+from lte_lightning.bench.whole import DTYPES, Whole, find_whole, typed_copy
 from lte_lightning.core.model.fusable import why_not_fused
 from lte_lightning.core.model.quantize import QUANTIZATIONS
 from lte_lightning.core.model.quantize_plain import quantize_plain
@@ -175,7 +174,7 @@ def _narrow_rows(plan: Plan, job: Job, sparsity: float) -> list[_Row]:
     model, left_out = narrowed(job.model, sparsity, job.calibration)
     folder = job.folder / f"narrow-{left_out:.4f}"
     folder.mkdir()
-    twin = quantize_plain(typed(copy.deepcopy(model), "bf16"), "int8")
+    twin = quantize_plain(typed_copy(model, "bf16"), "int8")
     ways = _ways_of(plan, twin)
     ways = ["fused"] if "fused" in ways else ways  # the fastest
     rows = _rows(plan, NARROW, "int8", ways, twin, job.batch, lambda: None, left_out)

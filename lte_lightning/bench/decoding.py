@@ -1,6 +1,5 @@
 """Timed passes of a whole model, and routers set to run a wanted share of the experts."""
 
-import copy
 import math
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -191,17 +190,17 @@ def set_biases(model: PreTrainedModel, biases: Biases) -> None:
         linear[1].data.copy_(biases[name])
 
 
-def sparse_twin(dense: PreTrainedModel, kind: str) -> PreTrainedModel:
-    """Returns a converted copy of a plain model in hard mode, with untrained routers and contiguous experts.
+def sparse_twin(plain: PreTrainedModel, kind: str) -> PreTrainedModel:
+    """Converts a plain model, in place, to hard mode with untrained routers and contiguous experts, and returns it.
 
     Args:
-        dense: The plain model, in the wanted type.
-        kind: ``int8`` or ``int4`` quantises the copy; any other value keeps its type.
+        plain: The plain model, in the wanted type.
+        kind: ``int8`` or ``int4`` quantises it; any other value keeps its type.
     """
-    model = convert(copy.deepcopy(dense), LteConfig(grouping="contiguous", router_margin=0.0), progress=False)
+    model = convert(plain, LteConfig(grouping="contiguous", router_margin=0.0), progress=False)
     set_mode(model, "hard")
     for ffn in expert_ffns(model).values():
-        ffn.selector.to(dense.dtype)
+        ffn.selector.to(plain.dtype)
     set_backend(model, "auto")
     for known in QUANTIZATIONS:
         if kind == known:

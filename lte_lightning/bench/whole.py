@@ -1,6 +1,7 @@
 """Whole models, head included: a dense model, its sparse twin, and texts to run them on."""
 
 import copy
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +64,7 @@ class Whole:
 
     def plain(self, dtype: str, device: torch.device) -> PreTrainedModel:
         """Returns a copy of the dense model in a type."""
-        return moved(typed(copy.deepcopy(self.dense), dtype), device)
+        return moved(typed_copy(self.dense, dtype), device)
 
     def batch(self, sequences: int, length: int, device: torch.device) -> dict[str, torch.Tensor]:
         """Returns inputs [B, T] from a fixed text, without padding; each sequence begins at another place of the text.
@@ -88,11 +89,18 @@ class Whole:
         return batch
 
 
-def typed(model: PreTrainedModel, dtype: str) -> PreTrainedModel:
-    """Gives a plain model another type, in place, and returns it."""
-    torch.nn.Module.to(model, DTYPES[dtype])
-    model.config.dtype = DTYPES[dtype]
-    return model
+def typed_copy(model: PreTrainedModel, dtype: str) -> PreTrainedModel:
+    """Returns a copy of a plain model in another type, without a copy in its own type in between."""
+    weights = itertools.chain(model.parameters(), model.buffers())
+    copied: dict[int, Any] = {id(weight): _in_type(weight, DTYPES[dtype]) for weight in weights}
+    twin = copy.deepcopy(model, copied)
+    twin.config.dtype = DTYPES[dtype]
+    return twin
+
+
+def _in_type(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    values = weight.detach().to(dtype if weight.is_floating_point() else weight.dtype, copy=True)
+    return torch.nn.Parameter(values, weight.requires_grad) if isinstance(weight, torch.nn.Parameter) else values
 
 
 def find_whole(shape: str, layers: int | None, backend: Backend) -> Whole:
@@ -171,8 +179,7 @@ def _named(shape: str, layers: int | None) -> Whole:
 
 
 def _twin(dense: PreTrainedModel, kind: str, backend: Backend) -> PreTrainedModel:
-    plain = typed(copy.deepcopy(dense), "bf16" if kind in QUANTIZATIONS else kind)
-    twin = sparse_twin(plain, kind).eval().requires_grad_(False)
+    twin = sparse_twin(typed_copy(dense, "bf16" if kind in QUANTIZATIONS else kind), kind).eval().requires_grad_(False)
     if backend != "auto":
         set_backend(twin, backend)
     return twin

@@ -25,7 +25,7 @@ from lte_lightning.bench.engines import ENGINES
 from lte_lightning.bench.jobs import Job
 from lte_lightning.bench.narrow import narrowed
 from lte_lightning.bench.rates import draw_rates, read_rates
-from lte_lightning.bench.whole import find_whole
+from lte_lightning.bench.whole import find_whole, typed_copy
 from lte_lightning.core.model.experts import expert_ffns
 from lte_lightning.core.model.quantize_plain import quantize_plain
 from lte_lightning.core.routing.calibrate import calibrate
@@ -287,6 +287,19 @@ def test_a_step_that_moves_itself_along_decodes_as_the_model_does(folders):
             stepper.step()
             made.append(stepper.token_BT.clone())
         assert torch.equal(torch.cat(made, dim=1), expected)
+
+
+def test_a_copy_in_another_type_shares_nothing_and_keeps_ties(folders):
+    model = AutoModelForCausalLM.from_pretrained(folders / "plain").eval()
+    model.tie_weights()
+    twin = typed_copy(model, "bf16")
+    expected = torch.nn.Module.to(copy.deepcopy(model), torch.bfloat16).state_dict()
+    assert {t.dtype for t in model.parameters()} == {torch.float32}
+    assert twin.config.dtype == torch.bfloat16
+    assert all(torch.equal(weight, expected[name]) for name, weight in twin.state_dict().items())
+    assert len(list(twin.parameters())) == len(list(model.parameters()))  # as many are tied
+    again = typed_copy(model, "f32")
+    assert not {t.data_ptr() for t in again.parameters()} & {t.data_ptr() for t in model.parameters()}
 
 
 @pytest.mark.parametrize("threshold", [0.5, 0.3])
