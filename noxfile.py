@@ -118,6 +118,7 @@ def mutants(session: nox.Session) -> None:
 @nox.session(name="hf-tests", python=False, requires=["env"], default=False)
 def hf_tests(session: nox.Session) -> None:
     """Run Hugging Face's own common model tests on converted models; -- FOLDER names the tests of transformers."""
+    session.run("python", "-m", "pip", "install", "--quiet", "parameterized", env=OFFLINE)  # their tests import it
     session.run("python", "tests/hugging_face.py", *session.posargs, env=ONE_THREAD)
 
 

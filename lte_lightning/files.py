@@ -4,6 +4,7 @@ import ctypes
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -116,7 +117,7 @@ def read_json(path: Path, way_out: str = "", **how: Any) -> dict[str, Any]:
         OSError: If it cannot be read.
     """
     try:
-        content = json.loads(path.read_bytes().decode("utf-8-sig"), **how)
+        content = json.loads(path.read_bytes().decode("utf-8-sig"), object_pairs_hook=_once, **how)
     except UnicodeDecodeError as error:
         why = f"it is not UTF-8 text from byte {error.start} on"
     except RecursionError:
@@ -128,6 +129,14 @@ def read_json(path: Path, way_out: str = "", **how: Any) -> dict[str, Any]:
             return content
         why = f"it holds {abridged(content)}, not a mapping"
     raise UserError(f"{path} is damaged: {why}{way_out and f'; {way_out}'}")
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    mapping = dict(pairs)
+    if len(mapping) < len(pairs):  # JSON would take the last
+        counts = Counter(key for key, _ in pairs)
+        raise ValueError(f"the key {abridged(counts.most_common(1)[0][0])} is there twice")
+    return mapping
 
 
 def abridged(value: object, most: int = 60) -> str:

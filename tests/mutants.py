@@ -21,7 +21,10 @@ TARGETS = {
     "core/routing/trace.py": ["core/routing/test_trace.py", "core/routing/test_union.py"],
     "core/model/grouping.py": ["core/model/test_grouping.py"],
     "core/model/storage.py": ["core/model/test_storage.py", "core/model/test_skipping.py"],
-    "core/model/checkpoint.py": ["core/model/test_checkpoint.py", "core/model/test_damage.py"],
+    "core/model/checkpoint.py": [
+        *(f"core/model/test_{name}.py" for name in ("checkpoint", "damage", "register", "quantize")),
+        "core/routing/test_knob.py",
+    ],
     "core/model/digest.py": ["core/model/test_damage.py"],
     "documents.py": ["test_documents.py", "cli/test_guard.py"],
     "files.py": ["test_store.py"],

@@ -4,7 +4,7 @@ import time
 import pytest
 
 from lte_lightning.errors import UserError
-from lte_lightning.files import hold_folder, read_json
+from lte_lightning.files import hold_folder, markdown_table, read_json, write_text
 from lte_lightning.store import mlflow_store, reason, shown
 
 
@@ -73,6 +73,7 @@ def test_a_reason_shows_no_password():
         (b'{"a": "caf\xe9"}', "is damaged: it is not UTF-8 text from byte 10 on; do this"),
         (b"[" * 100_000, "is damaged: it is nested too deep; do this"),
         (b"9" * 400, "is damaged: it holds a number of about 2**1329, not a mapping; do this"),
+        (b'{"b": {"a": 1, "a": 2}}', "is damaged: the key 'a' is there twice; do this"),
         (b'{"a": ' + b"9" * 5000 + b"}", "is damaged: Exceeds the limit (4300 digits)"),
     ],
 )
@@ -98,3 +99,12 @@ def test_a_folder_is_held_for_so_long_at_most(tmp_path):
         assert held
     with hold_folder(tmp_path / "nowhere") as held:
         assert not held
+
+
+def test_a_file_that_cannot_be_written(tmp_path):
+    with pytest.raises(UserError, match=r"cannot write .*/none/a\.txt: No such file or directory$"):
+        write_text(tmp_path / "none" / "a.txt", "")
+
+
+def test_a_table_in_markdown():
+    assert markdown_table(["a", "b"], [["1", "2|3"]]) == "| a | b |\n|---|---|\n| 1 | 2/3 |\n"

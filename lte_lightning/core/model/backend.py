@@ -15,7 +15,8 @@ def set_backend(model: nn.Module, backend: Backend = "auto") -> None:
     Every backend but ``dense-mask`` gets the weights with a row per neuron, in place, so that the down projection's
     parameter becomes a transposed view. Names, shapes and values stay the same, and so do state_dict, dense mode,
     training and saving. Nothing is stored twice. ``dense-mask`` undoes the layout, like `restore`, because torch
-    multiplies few tokens by transposed bfloat16 weights at two thirds of the speed.
+    multiplies few tokens by transposed bfloat16 weights at two thirds of the speed. Code that wants each parameter in
+    one piece, like ``torch.nn.utils.parameters_to_vector``, needs ``dense-mask``.
 
     The kernels read only weights and biases. So an FFN's modules compute it, as with ``dense-mask``, if a projection
     has hooks or is no ``Linear`` or ``Conv1D`` with ordinary parameters (an adapter, a quantised weight, a shard).

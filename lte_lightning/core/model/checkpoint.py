@@ -18,6 +18,7 @@ from lte_lightning.core.model.config import LteConfig
 from lte_lightning.core.model.convert import convert
 from lte_lightning.core.model.experts import expert_ffns, set_mode
 from lte_lightning.core.model.folder import (
+    CONFIG_FILE,
     HUB_OPTIONS,
     QUANTIZED_VERSION,
     ROUTERS_FILE,
@@ -32,11 +33,18 @@ from lte_lightning.core.model.folder import (
     said_of,
     stored_weights,
 )
-from lte_lightning.core.model.quantize import Quantization, load_quantized, require_kind, require_quantization
+from lte_lightning.core.model.quantize import (
+    Quantization,
+    load_quantized,
+    quantization,
+    require_kind,
+    require_quantization,
+)
 from lte_lightning.core.model.quantize import quantize as quantize_model
 from lte_lightning.core.model.routers import load_routers
 from lte_lightning.core.model.thresholds import keep_table, owner_of, read_table, set_sparsity
 from lte_lightning.errors import UserError
+from lte_lightning.files import abridged
 from lte_lightning.kernels.dispatch import BACKENDS, Backend
 
 # Whether `from_pretrained` is loading the plain model through an Auto class.
@@ -105,7 +113,7 @@ def from_pretrained(
                 model, info = auto_class.from_pretrained(source, output_loading_info=True, **kwargs)
         finally:
             _LOADS_PLAIN.reset(token)
-        require_complete(model, info, source)
+        require_complete(model, info, source, own=True)
         # Each check maps the files anew, because pages of the model's own mapping would stay in memory once read.
         with said_of(source):
             require_finite(stored_weights(source, variant, **hub), source)
@@ -151,14 +159,18 @@ def _read_quantized(
     options = {"dtype": (hf_config.dtype or torch.float32) if dtype in ("auto", None) else dtype}
     if "attn_implementation" in kwargs:
         options["attn_implementation"] = kwargs["attn_implementation"]
-    del hf_config.quantization_config
+    hf_config.__dict__.pop("quantization_config", None)
     with no_init_weights():  # memory that nothing writes to costs nothing
         build = auto_class.from_config if hasattr(auto_class, "from_config") else auto_class._from_config
         model: PreTrainedModel = build(hf_config, **options)
     model.tie_weights()
     convert(model.eval(), config, group=False)
+    stored = stored_weights(source, **hub)
+    require_finite(stored, source)  # scales are no parameters
     try:
-        load_quantized(model, stored_weights(source, **hub), description["quantized"]["tied_embedding"])
+        load_quantized(model, stored, description["quantized"]["tied_embedding"])
+        if (kind := description["quantized"]["kind"]) != quantization(model):
+            raise ValueError(f"they are {quantization(model)}, and {CONFIG_FILE} says {abridged(kind)}")
     except (KeyError, TypeError, ValueError) as error:
         raise LayoutError(f"the quantised weights of {source} are damaged: {error}") from error
     require_finite(dict(model.named_parameters()), source)

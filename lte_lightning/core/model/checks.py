@@ -28,7 +28,9 @@ def require_sizes(config: PreTrainedConfig) -> None:
             raise UserError(f"{key} is {abridged(value)}, and no model has more than {MOST_LAYERS} layers")
 
 
-def require_complete(model: PreTrainedModel, info: dict[str, Any], source: object, cut: bool = False) -> None:
+def require_complete(
+    model: PreTrainedModel, info: dict[str, Any], source: object, cut: bool = False, own: bool = False
+) -> None:
     """Refuses a model that lacks weights other than a new task's, or whose file has unknown weights for its layers.
 
     Args:
@@ -36,6 +38,7 @@ def require_complete(model: PreTrainedModel, info: dict[str, Any], source: objec
         info: Its loading info, as ``from_pretrained(..., output_loading_info=True)`` returns it.
         source: The model's origin, for the message.
         cut: Whether the model shall have fewer layers than the file.
+        own: Whether this package wrote the file, so that it has no weights beside those of its model's class.
 
     Raises:
         UserError: If weights are missing or unknown.
@@ -50,7 +53,9 @@ def require_complete(model: PreTrainedModel, info: dict[str, Any], source: objec
         raise UserError(f"{source} lacks weights of a {name}: {listed(missing)}; they would be random. {way_out}")
     paths = "|".join(map(re.escape, find_row(model.config.model_type).layers))
     inside = re.compile(rf"(^|\.)({paths})\.\d+\.")
-    others = [key for key in sorted(info["unexpected_keys"]) if inside.search(key) and not _OLD_BUFFERS.search(key)]
+    others = [key for key in sorted(info["unexpected_keys"]) if not _OLD_BUFFERS.search(key)]
+    if not (own and same_class):
+        others = [key for key in others if inside.search(key)]
     if others and not cut:
         raise UserError(
             f"{source} has weights that a {name} of its config.json does not take: {listed(others)}; the two do not "

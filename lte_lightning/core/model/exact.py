@@ -12,6 +12,8 @@ from transformers.pytorch_utils import Conv1D
 # Classes whose values are their storage, and the classes that stand for them while torch traces. Any other class, like
 # DTensor or torchao's, may hold a shard, quantised numbers, or its own function.
 TENSORS = (torch.Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
+# What the kernels compute. Another library may replace these functions for every module of the class.
+_FORWARDS: dict[type, Any] = {kind: kind.forward for kind in (nn.Linear, Conv1D)}
 _GLOBAL_HOOKS = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
 
 
@@ -46,6 +48,9 @@ def what_surrounds(module: nn.Module) -> str:
         return "has forward hooks"
     if "forward" in module.__dict__:  # accelerate moves offloaded weights in such a forward
         return "has a forward of its own instead of its class's"
+    kind = type(module)
+    if kind.forward is not _FORWARDS.get(kind, kind.forward):
+        return f"has a forward that replaced {kind.__name__}'s for all modules"
     return ""
 
 
@@ -70,7 +75,8 @@ def has_global_hooks() -> bool:
 def mark(module: Any) -> tuple[Any, ...]:
     """Returns a cheap fingerprint of a module, equal as long as the parts that the kernels see stay the same.
 
-    Values written in place do not change it. Another module, class, hook, parameter, memory or type does.
+    Values written in place do not change it. Another module, class, forward, hook, parameter, memory, type or layout
+    does.
     """
     if not isinstance(module, nn.Module):
         return (id(module),)
@@ -78,6 +84,7 @@ def mark(module: Any) -> tuple[Any, ...]:
     return (
         id(module),
         type(module),
+        type(module).forward,
         bool(module._forward_hooks or module._forward_pre_hooks),
         "forward" in module.__dict__,
         module.training,
@@ -88,10 +95,10 @@ def mark(module: Any) -> tuple[Any, ...]:
     )
 
 
-def _address(tensor: torch.Tensor | None) -> int:
+def _address(tensor: torch.Tensor | None) -> tuple[Any, ...]:
     if tensor is None or type(tensor) not in TENSORS:
-        return 0
+        return ()
     try:
-        return tensor.data_ptr()
+        return tensor.data_ptr(), tensor.shape, tensor.stride()
     except RuntimeError:  # a sparse layout has no address
-        return 0
+        return ()

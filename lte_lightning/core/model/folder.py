@@ -142,6 +142,8 @@ def read_description(source: str | os.PathLike[str], **hub: Any) -> dict[str, An
             f"{source} has layout version {abridged(version)}, this lte-lightning reads {LAYOUT_VERSION}; "
             "install the version that wrote it, or export the model again"
         )
+    if version == QUANTIZED_VERSION and not isinstance(description.get("quantized"), dict):
+        raise LayoutError(f"{path} is damaged: it does not say how the weights are quantised")
     return description
 
 

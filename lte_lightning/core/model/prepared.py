@@ -142,6 +142,8 @@ def _why_not(parts: FfnParts, selector: Selector, x: torch.Tensor) -> str:
     if parts.dropout is not None:
         if parts.dropout.training:
             return "there is dropout between its projections, and the model is in train mode"
+        if type(parts.dropout) not in (nn.Dropout, nn.Identity):  # one for Monte Carlo drops in evaluation, too
+            return f"there is a {type(parts.dropout).__name__} between its projections"
         if why := what_surrounds(parts.dropout):
             return f"its dropout {why}"
     if selector.reads != "input":

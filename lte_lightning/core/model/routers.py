@@ -67,9 +67,12 @@ def with_routers(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> M
     ffns = expert_ffns(model)
     known = {f"{name}.selector.{key}" for name, ffn in ffns.items() for key in ffn.selector.state_dict()}
     held = dict(model.named_parameters()) | dict(model.named_buffers())
-    loaded = plain_names(ffns, {key: value for key, value in state.items() if not is_held(value, held.get(key))})
+    kept = {key for key, value in state.items() if is_held(value, held.get(key))}
+    loaded = plain_names(ffns, {key: value for key, value in state.items() if key not in kept})
     mine = weight_names(ffns) & set(loaded)
-    if not mine or not known or known & set(loaded):
+    # torch's distributed loading adds the model's tensors, weights as well as routers, to what it has read.
+    adds = any(f"{name}.up.weight" in kept for name in ffns)
+    if not mine or not known or known & set(loaded if adds else state):
         return state
     file = _mapped_from(loaded[min(mine)])
     if file is not None and (file.parent / CONFIG_FILE).exists():

@@ -18,7 +18,7 @@ from torch import nn
 from lte_lightning.core.model.experts import require_expert_ffns
 from lte_lightning.core.model.folder import LayoutError, find
 from lte_lightning.errors import UserError
-from lte_lightning.files import whole_file
+from lte_lightning.files import abridged, read_json, whole_file
 
 THRESHOLDS_FILE = "lte_thresholds.json"
 FORMAT = 1
@@ -232,7 +232,7 @@ def read_table(source: str | os.PathLike[str], description: Mapping[str, Any], *
         return None
     again = f"run lte calibrate {source} again, or delete the file"
     try:
-        content = json.loads(path.read_text())
+        content = read_json(path)
         written, owner = content.pop("format"), content.pop("owner")
         if written != FORMAT:
             raise LayoutError(f"{path} has format {written!r}, this lte-lightning reads {FORMAT}; {again}")
@@ -254,6 +254,11 @@ def read_table(source: str | os.PathLike[str], description: Mapping[str, Any], *
 def _read_setting(values: Mapping[str, Any]) -> Setting:
     made: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
     setting = Setting(**made)
+    numbers = (setting.sparsity, setting.reached, *setting.per_layer, *setting.thresholds)
+    if wrong := [number for number in numbers if not isinstance(number, int | float) or isinstance(number, bool)]:
+        raise TypeError(f"{abridged(wrong[0])} is no number")
+    if len(setting.per_layer) != len(setting.thresholds):
+        raise ValueError(f"it has {len(setting.thresholds)} thresholds and {len(setting.per_layer)} sparsities")
     if not all(0.0 <= float(share) <= 1.0 for share in (setting.sparsity, setting.reached, *setting.per_layer)):
         raise ValueError("a sparsity is no share")
     if not all(0.0 <= float(threshold) <= 1.0 for threshold in setting.thresholds):

@@ -15,6 +15,11 @@ from lte_lightning.core.model.folder import LayoutError, read_description
 from lte_lightning.errors import UserError
 
 FFN = "bert.encoder.layer.1.intermediate.dense"
+GOLDEN = {
+    "large": "int64 939fd84d12a8ce7c 4 12 20 28",
+    "one": "bool 2351a2c301d92d9e 1",
+    "small": "float32 3a85b41cc3933f43 15.625 46.875 78.125 109.375",
+}
 
 
 @pytest.fixture
@@ -53,6 +58,10 @@ WEIGHTS = {
     "layer-more": (
         lambda t: t.update({"bert.encoder.layer.2.output.dense.bias": torch.zeros(32)}),
         r"saved has weights that a Bert\w+ of its config\.json does not take: bert\.encoder\.layer\.2\.output",
+    ),
+    "one-more": (
+        lambda t: t.update({"bert.embeddings.more": torch.zeros(3)}),
+        r"saved has weights that a Bert\w+ of its config\.json does not take: bert\.embeddings\.more",
     ),
     "ffn-nan": (nan(f"{FFN}.weight"), rf"saved holds NaN or infinite values: {FFN}\.weight"),
     "attention-inf": (
@@ -207,6 +216,12 @@ def test_a_digest_covers_a_small_tensor_whole_and_a_large_one_in_blocks():
         assert differing(entries, {"small": small.index_fill(0, torch.tensor(place), 1e-30)}) == ["small"]
     assert differing(entries, {"large": large + 1e-30, "small": small.view(10, 100)}) == ["large", "small"]
     assert differing(entries, {"large": large.index_fill(0, torch.tensor(1_999_999), 1.0)}) == ["large"]
+
+
+def test_entries_are_those_of_earlier_versions():
+    """Folders that were saved before must be read, so an entry may not change."""
+    tensors = {"large": torch.arange(2_000_000) % 251, "small": torch.arange(1000.0) / 8, "one": torch.tensor(True)}
+    assert digest(tensors) == GOLDEN
 
 
 def test_a_digest_of_another_type_is_compared_by_values():

@@ -311,6 +311,47 @@ def test_dropout_alone_in_train_mode(sparse, said):
         assert not ffn(x_BTD).equal(ffn(x_BTD))
 
 
+def test_dropout_that_drops_in_evaluation_too(sparse, said):
+    """As libraries for Monte Carlo dropout put in place of a model's."""
+
+    class Halving(nn.Dropout):
+        def forward(self, x):
+            return x / 2
+
+    ffn = next(iter(expert_ffns(sparse("t5-gated", "seq2seq")).values()))
+    x_BTD = torch.randn(1, 3, ffn.width)
+    with torch.no_grad():
+        whole = ffn(x_BTD)
+        ffn.dropout.__class__ = Halving
+        close(ffn(x_BTD), whole / 2)
+    assert "there is a Halving between its projections" in said()[0]
+
+
+def test_a_forward_that_replaces_a_class_s(sparse, batch, said, monkeypatch):
+    """As libraries do that change every Linear of a process."""
+    model, own = sparse(), nn.Linear.forward
+    plain = logits(model, batch)
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: own(self, x) * 1.5)
+    changed = logits(model, batch)
+    assert (changed - plain).abs().max() > 1e-3
+    close(changed, masked(model, batch))
+    assert "has a forward that replaced Linear's for all modules" in said()[0]
+    monkeypatch.undo()
+    assert logits(model, batch).equal(plain)
+
+
+def test_another_layout_of_the_same_memory_is_noticed(sparse, batch):
+    model = sparse()
+    plain = logits(model, batch)
+    with torch.no_grad():
+        for ffn in expert_ffns(model).values():
+            weight = ffn.up.weight  # every row becomes the first
+            weight.set_(weight.untyped_storage(), 0, weight.shape, (0, 1))
+    changed = logits(model, batch)
+    assert (changed - plain).abs().max() > 1e-3
+    close(changed, masked(model, batch))
+
+
 def test_another_activation_is_noticed(sparse, batch):
     model = sparse()
     plain = logits(model, batch)

@@ -205,6 +205,16 @@ def test_weights_of_a_folder_bring_their_routers(routed, build, batch, tmp_path)
     assert logits(other, batch).equal(logits(model, batch))
 
 
+def test_weights_that_are_changed_in_a_state_dict(routed, batch):
+    """The routers in it are the model's own tensors, and were given all the same."""
+    model = routed()
+    state = model.state_dict()
+    state["bert.encoder.layer.1.output.dense.weight"] = state["bert.encoder.layer.1.output.dense.weight"] * 2
+    before = logits(model, batch)
+    model.load_state_dict(state)
+    assert not logits(model, batch).allclose(before)
+
+
 def test_weights_without_routers(routed, build, batch):
     model = routed()
     weights = {key: value.clone() for key, value in without(model, "selector.weight", "selector.bias").items()}

@@ -252,6 +252,18 @@ def test_damaged_folders_are_refused(routed, tmp_path):
     wrong = damaged(saved, tmp_path / "nan", lambda t: t[norm].fill_(float("nan")))
     with pytest.raises(UserError, match="NaN or infinite"):
         from_pretrained(wrong)
+    wrong = damaged(saved, tmp_path / "nan-scale", lambda t: t[f"{up}.scale"].fill_(float("nan")))
+    with pytest.raises(UserError, match=r"NaN or infinite values: .*mlp\.up\.scale"):
+        from_pretrained(wrong)
+    for name, about, message in (
+        ("none", None, "does not say how the weights are quantised"),
+        ("kind", {"kind": "int4", "tied_embedding": True}, "they are int8, and lte_config.json says 'int4'"),
+    ):
+        wrong = damaged(saved, tmp_path / name, lambda t: None)
+        description = json.loads((wrong / CONFIG_FILE).read_text())
+        (wrong / CONFIG_FILE).write_text(json.dumps(description | {"quantized": about}))
+        with pytest.raises(LayoutError, match=message):
+            from_pretrained(wrong)
     other = shutil.copytree(saved, tmp_path / "digest")
     tensors = load_file(other / QUANTIZED_FILE)
     tensors[norm] += 1

@@ -277,6 +277,9 @@ def test_a_table_does_not_outlive_its_weights(knobbed, tmp_path, caplog):
         lambda c: c["settings"][0]["thresholds"].__setitem__(0, 1.5),
         lambda c: c["settings"][0].update(reached="much"),
         lambda c: c["settings"][0]["thresholds"].pop(),
+        lambda c: c["settings"][0]["thresholds"].__setitem__(0, "0.5"),
+        lambda c: c["settings"][0]["thresholds"].__setitem__(0, True),
+        lambda c: c["settings"][0]["per_layer"].pop(),
         lambda c: c.update(chosen=0.99),
         lambda c: c.update(more=1),
     ],
@@ -287,4 +290,11 @@ def test_a_damaged_table_is_named(damage, knobbed, tmp_path):
     damage(content)
     (tmp_path / "a" / THRESHOLDS_FILE).write_text(json.dumps(content))
     with pytest.raises(UserError, match=f"{THRESHOLDS_FILE}|table of thresholds"):
+        lte_lightning.from_pretrained(tmp_path / "a")
+
+
+def test_a_table_that_is_nested_too_deep(knobbed, tmp_path):
+    lte_lightning.save_pretrained(knobbed, tmp_path / "a")
+    (tmp_path / "a" / THRESHOLDS_FILE).write_text("[" * 100_000)
+    with pytest.raises(LayoutError, match=f"{THRESHOLDS_FILE} is damaged: it is nested too deep"):
         lte_lightning.from_pretrained(tmp_path / "a")
