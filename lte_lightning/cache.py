@@ -1,5 +1,6 @@
 """The user's cache folder, for compiled kernels and help texts."""
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -21,3 +22,8 @@ def cache_folder() -> Path | None:
     except OSError:
         return None
     return folder if folder is not None and os.access(folder, os.W_OK) else None
+
+
+def content_digest(content: bytes) -> str:
+    """Returns the digest of its content that the name of a cached library ends with."""
+    return hashlib.sha256(content).hexdigest()[:16]

@@ -81,7 +81,7 @@ def fit_costs(
     found = {name: stage_costs(model, batch_size, context, precision, name, machines) for name in STRATEGIES}
     return {
         "devices": machines.devices,
-        "gpu": next(name for name, gpu in GPUS.items() if gpu == machines.gpu),
+        "gpu": machines.gpu.name,
         "link_gb_per_second": machines.link / 1e9,
         "utilisation": machines.utilisation,
         "precision": precision,

@@ -4,6 +4,7 @@ import glob
 import re
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -155,19 +156,22 @@ def _refusal(file: Path, suffix: str, error: Exception) -> str:
 
 def _csv_options(file: Path, suffix: str) -> dict[str, Any]:
     separator = "\t" if suffix == ".tsv" else ","
-    how = {"dtype": str, "keep_default_na": False, "compression": "infer"}
-    # pandas would take the first column for row numbers where rows have a field more than the header; so it refuses.
-    pd.read_csv(file, sep=separator, header=None, nrows=2, **how)
-    names = pd.read_csv(file, sep=separator, nrows=0, **how).columns
+    head, names = _head(file, separator)
     if len(names) == 1 and (other := next((mark for mark in ";\t|," if mark in names[0]), None)):
         separator = other  # what Excel writes where the comma is the decimal sign
-        names = pd.read_csv(file, sep=separator, nrows=0, **how).columns
-    head = Counter(pd.read_csv(file, sep=separator, header=None, nrows=1, **how).iloc[0])
-    if twice := [name for name, count in head.items() if count > 1 and name]:
+        head, names = _head(file, separator)
+    if twice := [name for name, count in Counter(head).items() if count > 1 and name]:
         rank_zero_warn(f"{file} has several columns of the name {', '.join(twice)}: the first of them is read")
     # All as text: pandas guesses types anew every 10,000 rows, and sentences like "None" and "NA" are text.
     features = Features({name: Value("string") for name in names})
     return {"sep": separator, "keep_default_na": False, "features": features}
+
+
+def _head(file: Path, separator: str) -> tuple[list[str], list[str]]:
+    """Returns the first row of a CSV file as it is written, and the names of columns that pandas makes of it."""
+    read = partial(pd.read_csv, file, sep=separator, dtype=str, keep_default_na=False, compression="infer")
+    # pandas would take the first column for row numbers where rows have a field more than the header; so it refuses.
+    return list(read(header=None, nrows=2).iloc[0]), list(read(nrows=0).columns)
 
 
 def _with_numbers(rows: Dataset, column: str) -> Dataset:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from lte_lightning.cache import cache_folder
+from lte_lightning.cache import cache_folder, content_digest
 from lte_lightning.core.model.experts import expert_ffns
 from lte_lightning.errors import UserError
 from lte_lightning.export.graph import EXPORTERS, Graph, needs, save_openvino, to_program, write_rest
@@ -98,7 +98,7 @@ def extension_library(out: Path) -> Path:
         content = _cached(folder, stem)
         if content is None:
             content = _compile(instructions, options, out)
-            with whole_file(folder / f"{stem}-{_digest(content)}.so", "wb") as file:
+            with whole_file(folder / f"{stem}-{content_digest(content)}.so", "wb") as file:
                 file.write(content)
             for old in sorted(folder.glob("openvino-*.so"), key=os.path.getmtime)[:-KEPT]:
                 with suppress(OSError):
@@ -119,12 +119,8 @@ def _cached(folder: Path, stem: str) -> bytes | None:
     """Returns a cached library whose content matches its name; None if there is none."""
     for path in sorted(folder.glob(f"{stem}-*.so")):
         content = path.read_bytes()
-        if path.stem.rpartition("-")[2] == _digest(content):
+        if path.stem.rpartition("-")[2] == content_digest(content):
             return content
         logger.warning(f"{path} is damaged and not loaded")
         path.unlink()
     return None
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:16]

@@ -15,20 +15,25 @@ class Gpu:
         bandwidth: Bytes per second of the memory.
         flops_16: FLOPs per second of matrix products in bfloat16 or float16, two per multiply-add.
         flops_32: The same in float32, not TF32.
+        name: How people call it.
     """
 
     bandwidth: float
     flops_16: float
     flops_32: float
+    name: str = "GPU"
 
 
 GPUS = {
-    "RTX 3090 Ti": Gpu(1.008e12, 80e12, 40e12),
-    "A100 SXM 80 GB": Gpu(2.039e12, 312e12, 19.5e12),
-    "H100 SXM": Gpu(3.35e12, 989e12, 67e12),
-    "H200 SXM": Gpu(4.8e12, 989e12, 67e12),
-    "B200 SXM": Gpu(8.0e12, 2250e12, 80e12),
-    "MI300X": Gpu(5.3e12, 1307e12, 163e12),
+    gpu.name: gpu
+    for gpu in (
+        Gpu(1.008e12, 80e12, 40e12, "RTX 3090 Ti"),
+        Gpu(2.039e12, 312e12, 19.5e12, "A100 SXM 80 GB"),
+        Gpu(3.35e12, 989e12, 67e12, "H100 SXM"),
+        Gpu(4.8e12, 989e12, 67e12, "H200 SXM"),
+        Gpu(8.0e12, 2250e12, 80e12, "B200 SXM"),
+        Gpu(5.3e12, 1307e12, 163e12, "MI300X"),
+    )
 }
 
 

@@ -330,6 +330,7 @@ def test_a_misspelt_file_is_told_its_neighbour(own, tmp_path):
     [
         ("review,stars\ncafé,good\n".encode("latin-1"), r"not UTF-8 text: .*iconv -f latin1"),
         (b"review,stars\na,good,late\nb,bad,late\n", "Expected 2 fields in line 2, saw 3"),
+        (b"review;stars\na;good;late\nb;bad;late\n", "Expected 2 fields in line 2, saw 3"),
         (b"review,stars\none, two,good\n", "saw 3; a text that contains the separator stands in quotation marks"),
         (b"review,stars\n", "odd.csv has no rows"),
     ],

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from lte_lightning.cache import cache_folder, cache_place
+from lte_lightning.cache import cache_folder, cache_place, content_digest
 from lte_lightning.errors import UserError
 from lte_lightning.files import hold_folder, whole_file
 from lte_lightning.kernels.cpu.processor import cpu_flags
@@ -178,7 +178,7 @@ def _candidates(instructions: str, by: str) -> Iterator[Path]:
 def _load(path: Path) -> ctypes.CDLL | None:
     """Loads a library if its content matches its name and it runs with this system's C library; else returns None."""
     try:
-        if path.stem.rpartition("-")[2] != _digest(path.read_bytes()):
+        if path.stem.rpartition("-")[2] != content_digest(path.read_bytes()):
             logger.warning(f"{path} is damaged and not loaded")
             if path.parent == cache_place():
                 path.unlink()
@@ -202,7 +202,7 @@ def _prune(folder: Path) -> None:
 def _compile(instructions: str, scratch: Path) -> Path:
     out = scratch / "library"
     content = compile_library(instructions, sorted(map(str, SOURCES.glob("*.cpp"))), out)
-    return out.rename(scratch / f"{_stem(instructions)}-{_compiler_digest()}-{_digest(content)}.so")
+    return out.rename(scratch / f"{_stem(instructions)}-{_compiler_digest()}-{content_digest(content)}.so")
 
 
 def compile_library(instructions: str, sources: Sequence[str], out: Path, options: Sequence[str] = ()) -> bytes:
@@ -263,7 +263,7 @@ def _words() -> list[str]:
 
 def _compiler_digest() -> str:
     words = os.environ.get("CXX", "").split()
-    return _digest(repr(words).encode()) if words else "default"
+    return content_digest(repr(words).encode()) if words else "default"
 
 
 def _stem(instructions: str) -> str:
@@ -272,10 +272,6 @@ def _stem(instructions: str) -> str:
     for source in sorted((*SOURCES.glob("*.cpp"), *SOURCES.glob("*.h"))):
         digest.update(f"{source.name} ".encode() + source.read_bytes())
     return f"cpu_ffn-{instructions}-{digest.hexdigest()[:16]}"
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def _flags(instructions: str) -> tuple[str, ...]:
