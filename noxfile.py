@@ -23,10 +23,9 @@ OFFLINE = {"HF_HUB_OFFLINE": "1"}
 ONE_THREAD = OFFLINE | {"OMP_NUM_THREADS": "1"}
 # A file's tests run in one process, so that its fixtures are made once and no two Ray clusters run side by side. Files
 # keep their order. Sorted by number of tests, the few long tests of tests/cli would come last and leave a core idle.
-# One process more than cores: for a quarter of the time, tests wait for disks, sockets and other processes. More than
-# four need more memory than most machines have.
-PROCESSES = min((os.cpu_count() or 1) + 1, 4)
-ON_EVERY_CORE = ("-n", str(PROCESSES), "--dist", "loadfile", "--no-loadscope-reorder")
+# More than four processes need more memory than most machines have. With one process more than cores, tests with a
+# clock of their own failed.
+ON_EVERY_CORE = ("-n", "logical", "--maxprocesses", "4", "--dist", "loadfile", "--no-loadscope-reorder")
 
 
 @nox.session(default=False)

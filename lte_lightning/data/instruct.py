@@ -97,12 +97,11 @@ class InstructData(PromptData):
         if self.streaming:
             names.append(list(next(iter(self.open_stream()), {})))
         self._take((self.form if self._named else find_form(names)).with_system(names))
-        there = list(dict.fromkeys(name for each in names for name in each if name not in self.columns))
-        if set(self.form.columns) - set(self.targets) <= {name for each in names for name in each}:
-            if there:
-                rank_zero_info(f"columns of {self.source} that are not read: {listed(there)}")
-        elif not self._named:
-            likely = [name for name in names[0] if name != SYSTEM and not name.casefold().endswith("id")]
+        there = list(dict.fromkeys(name for each in names for name in each))  # none in a file of texts
+        if set(self.form.columns) - set(self.targets) <= set(there):
+            if unread := [name for name in there if name not in self.columns]:
+                rank_zero_info(f"columns of {self.source} that are not read: {listed(unread)}")
+        elif not self._named and (likely := [n for n in there if n != SYSTEM and not n.casefold().endswith("id")]):
             self.hint = f'{InstructData.hint}, for example --data.columns "[{",".join(likely[:2])}]"'
         return splits
 

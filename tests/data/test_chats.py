@@ -290,3 +290,11 @@ def test_the_option_for_other_columns_is_written_out(chats):
         chats({"row_id": 1, "question": "a", "answer": "b"}).setup("fit")
     with pytest.raises(DataError, match=r'--data\.columns "\[chat\]"'):
         chats({"chat": MESSAGES}).setup("fit")
+
+
+def test_a_folder_without_readable_files_is_refused_in_one_line(tmp_path, make_lm_tokenizer):
+    for name in ("train.txt", "validation.txt"):
+        (tmp_path / name).write_text("hi\n")
+    make_lm_tokenizer(chat=True).save_pretrained(tmp_path / "lm")
+    with pytest.raises(DataError, match=r"has no split 'train' for instruct"):
+        InstructData(str(tmp_path / "lm"), str(tmp_path)).setup("fit")

@@ -237,12 +237,12 @@ def is_sleep(path):
 
 
 def test_another_process_that_never_ends_its_compilation_is_not_waited_for(cache, counted, monkeypatch):
-    monkeypatch.setattr(cpu_build, "COMPILER_SECONDS", 0.5)
+    monkeypatch.setattr(cpu_build, "COMPILER_SECONDS", 2)  # a busy machine starts the compiler in one
     cache.mkdir(parents=True)
     with hold_folder(cache):
         began = time.monotonic()
         assert build("portable").lte_ffn
-    assert 1 <= time.monotonic() - began < 10
+    assert 4 <= time.monotonic() - began < 30
 
 
 @pytest.mark.parametrize(
