@@ -11,6 +11,7 @@ from lte_lightning.errors import UserError
 from lte_lightning.tasks.evaluation import STAGES, Stage
 
 _MOST_EPOCHS = 100_000  # of a stage
+_STREAM_EPOCH = 1000  # batches of a stream, after which it is validated and saved
 
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]  # of parameters, or groups of them
 
@@ -121,6 +122,33 @@ class Epoch:
         return _key(self.stage, self.number)
 
 
+def batches_per_pass(plans: Mapping[Stage, StagePlan], limit: int | float, length: int | None) -> int:
+    """Returns how many batches an epoch of whole passes has.
+
+    Args:
+        plans: The plan of every stage.
+        limit: ``trainer.limit_train_batches``, a number or a share.
+        length: Batches of the data; None of a stream.
+
+    Raises:
+        UserError: If the limit leaves none, or a stream would never end.
+    """
+    if length is None and not isinstance(limit, int):
+        if limit != 1.0:
+            raise UserError(f"limit_train_batches is {limit}, a share of an endless stream; give a whole number")
+        for stage, plan in plans.items():
+            if plan.steps is None and not plan.skipped:
+                raise UserError(
+                    f"the {stage} stage is to last epochs, but a stream of rows never ends; give "
+                    f"stages.{stage}.steps, or say by trainer.limit_train_batches how many batches an epoch has"
+                )
+        return _STREAM_EPOCH
+    batches = int(min(length or limit, limit) if length is None or isinstance(limit, int) else length * limit)
+    if batches < 1:
+        raise UserError(f"limit_train_batches {limit} leaves none of the {length} training batches; raise it")
+    return batches
+
+
 def lay_out(
     plans: Mapping[Stage, StagePlan], per_pass: int, accumulate: int, goes_on: bool, imitating: bool
 ) -> list[Epoch]:
@@ -166,11 +194,17 @@ def _key(stage: Stage, number: int) -> int:
 
 
 def require_same(
-    done: list[list[Any]] | None, by: tuple[int, ...], now: list[list[Any]], now_by: tuple[int, ...], path: object
+    done: list[list[Any]] | None,
+    by: tuple[int, ...],
+    now: list[list[Any]],
+    now_by: tuple[int, ...],
+    within: bool,
+    path: object,
 ) -> None:
     """Checks that a fit can go on from a checkpoint: its epochs were laid out as these are.
 
-    Another number of devices may go on, if the steps remain what they were.
+    Another number of devices may go on, if the steps remain what they were. A schedule counts steps, so their size may
+    change between stages alone.
 
     Args:
         done: Of each epoch before the checkpoint the stage, batches of a device, those of the pass before it, and of
@@ -178,18 +212,20 @@ def require_same(
         by: Devices, and batches to a step of each, of the fit that wrote it.
         now: The epochs as this fit lays them out.
         now_by: As ``by``, of this fit.
+        within: Whether the checkpoint was written within a stage.
         path: The checkpoint.
 
     Raises:
         UserError: If they were not.
     """
     alike = done == now
-    if done is not None and by[0] != now_by[0]:
-        if by[0] * by[1] != now_by[0] * now_by[1]:
-            raise UserError(
-                f"{path} was written with {by[0]} devices and {by[1]} batches of each to a step, and now there are "
-                f"{now_by[0]} and {now_by[1]}; keep their product, by trainer.accumulate_grad_batches"
-            )
+    others = by[0] != now_by[0]
+    if done is not None and (others or within) and by[0] * by[1] != now_by[0] * now_by[1]:
+        raise UserError(
+            f"{path} was written with {by[0]} devices and {by[1]} batches of each to a step, and now there are "
+            f"{now_by[0]} and {now_by[1]}; keep their product, by trainer.accumulate_grad_batches"
+        )
+    if done is not None and others:
         # passes are rounded up to whole batches of every device
         most = max(by[0], now_by[0]) - 1
         alike = len(done) == len(now) and all(

@@ -10,10 +10,12 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from lte_lightning.callbacks.module import lte_module
-from lte_lightning.callbacks.plan import Epoch, StagePlan, lay_out, require_same
+from lte_lightning.callbacks.plan import Epoch, StagePlan, batches_per_pass, lay_out, require_same
+from lte_lightning.callbacks.resumed import check_settings, settings
 from lte_lightning.callbacks.strategy import NAME, ShardedStrategy
 from lte_lightning.callbacks.switching import hand_over, rewrap
 from lte_lightning.core.model.convert import lte_config, selector_parameters
@@ -24,8 +26,6 @@ from lte_lightning.tasks.base import LteModule
 from lte_lightning.tasks.baselines import check_baseline
 from lte_lightning.tasks.evaluation import STAGES, Stage
 from lte_lightning.trainer import declared
-
-_STREAM_EPOCH = 1000  # batches of a stream, after which it is validated and saved
 
 
 class StageSchedule(Callback):
@@ -69,6 +69,7 @@ class StageSchedule(Callback):
         self._done: list[list[Any]] | None = None  # epochs, by the checkpoint that is resumed
         self._by: tuple[int, ...] = (1, 1)
         self._written_by = self._by  # devices, and batches to a step of each; of that checkpoint
+        self._used: dict[Stage, dict[str, Any]] = {}  # settings of the stages begun so far
         self._epoch_began = 0.0
 
     @property
@@ -105,7 +106,7 @@ class StageSchedule(Callback):
         self._by = self._written_by = (trainer.world_size, self._accumulate)
         loader = data.train_dataloader()
         self._goes_on = hasattr(getattr(loader, "batch_sampler", None), "begin")
-        self._per_pass = self._batches_per_pass(trainer, sized_len(loader))
+        self._per_pass = batches_per_pass(self.plans, trainer.limit_train_batches, sized_len(loader))
         self._most = -1 if trainer.max_epochs is None else trainer.max_epochs
         self._lay_out(trainer, imitating=False)
         if any(plan.steps for plan in self.plans.values()):
@@ -132,26 +133,6 @@ class StageSchedule(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Gives the data module its own loader back."""
         self.teardown(trainer, pl_module)
-
-    def _batches_per_pass(self, trainer: Trainer, length: int | None) -> int:
-        limit = trainer.limit_train_batches
-        if length is None and not isinstance(limit, int):
-            if limit != 1.0:
-                raise UserError(f"limit_train_batches is {limit}, a share of an endless stream; give a whole number")
-            for stage in self.stages:
-                if self.plans[stage].steps is None:
-                    raise UserError(
-                        f"the {stage} stage is to last epochs, but a stream of rows never ends; give "
-                        f"stages.{stage}.steps, or say by trainer.limit_train_batches how many batches an epoch has"
-                    )
-            return _STREAM_EPOCH
-        if length is None or isinstance(limit, int):
-            batches = min(length or int(limit), int(limit))
-        else:
-            batches = int(length * limit)
-        if batches < 1:
-            raise UserError(f"limit_train_batches {limit} leaves none of the {length} training batches; raise it")
-        return batches
 
     def _lay_out(self, trainer: Trainer, imitating: bool) -> None:
         self._epochs = lay_out(self.plans, self._per_pass, self._accumulate, self._goes_on, imitating)
@@ -192,7 +173,12 @@ class StageSchedule(Callback):
         if imitates(module.net):
             self._lay_out(trainer, imitating=True)
         if trainer.ckpt_path is not None:
-            require_same(self._done, self._written_by, self._now(self._next_epoch), self._by, trainer.ckpt_path)
+            # a stage goes on, unless the next epoch begins one
+            current = next((epoch.stage for epoch in self._epochs[self._next_epoch :][:1] if epoch.number), None)
+            now = self._now(self._next_epoch)
+            require_same(self._done, self._written_by, now, self._by, current is not None, trainer.ckpt_path)
+            plans = {name: self._settings(module, name, self._optimizer(module, name)) for name in self._used}
+            check_settings(self._used, plans, current, trainer.ckpt_path)
         self._prepare(trainer, self._next_epoch)
         if "router" in self.stages and not learns(module.net):
             selector = lte_config(module.net).selector
@@ -235,6 +221,8 @@ class StageSchedule(Callback):
             if groups:
                 self._add_seconds("grouping", self._epoch_began)
                 self._epoch_began = time.perf_counter()
+        optimizer = trainer.optimizers[0]
+        self._used[now.stage] = self._settings(module, now.stage, optimizer, len(optimizer.param_groups) > 1)
         sampler = getattr(trainer.train_dataloader, "batch_sampler", None)
         if self._goes_on and sampler is not None:
             sampler.begin(now.order, now.start)
@@ -266,7 +254,9 @@ class StageSchedule(Callback):
     def state_dict(self) -> dict[str, Any]:
         """Where the current stage began, the epochs that are done, and the time spent so far."""
         state = {"start_step": self._start_step, "next_epoch": self._next_epoch, "seconds": dict(self.seconds)}
-        return state | {"done": self._now(self._next_epoch), "by": list(self._by)}
+        begun = {done.stage for done in self._epochs[: self._next_epoch]}
+        used = {stage: used for stage, used in self._used.items() if stage in begun}
+        return state | {"done": self._now(self._next_epoch), "by": list(self._by), "used": used}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resumes where the checkpoint left off."""
@@ -275,12 +265,15 @@ class StageSchedule(Callback):
         self.seconds = dict(state_dict["seconds"])
         self._done = state_dict.get("done")
         self._written_by = tuple(state_dict.get("by", self._by))
+        self._used = dict(state_dict.get("used", {}))  # none of an earlier version
 
     # Optimisation
 
-    def configure_optimizers(self, module: LteModule) -> dict[str, Any]:
-        """Builds the current stage's optimizer: the model's weights, and the routers' own group while they learn."""
-        plan = self.plans[module.stage]
+    def _settings(self, module: LteModule, stage: Stage, optimizer: Optimizer, routers: bool = True) -> dict[str, Any]:
+        return settings(self.plans[stage], optimizer, module.hparams["router_start"], routers)
+
+    def _optimizer(self, module: LteModule, stage: Stage) -> Optimizer:
+        plan = self.plans[stage]
         routers = list(selector_parameters(module.net))
         inside = {id(parameter) for parameter in routers}
         body = [p for p in module.net.parameters() if id(p) not in inside and p.requires_grad]
@@ -288,7 +281,11 @@ class StageSchedule(Callback):
         if module.routers_learn and routers:
             rates = {"lr": plan.router_rate(module.hparams["router_start"]), "weight_decay": plan.router_weight_decay}
             groups.append({"params": routers, **rates, "name": "routers"})
-        optimizer = plan.optimizer(groups)
+        return plan.optimizer(groups)
+
+    def configure_optimizers(self, module: LteModule) -> dict[str, Any]:
+        """Builds the current stage's optimizer: the model's weights, and the routers' own group while they learn."""
+        plan, optimizer = self.plans[module.stage], self._optimizer(module, module.stage)
         mixed = isinstance(module.trainer.precision_plugin, MixedPrecision)
         if mixed and getattr(optimizer, "_step_supports_amp_scaling", False) and module.trainer.gradient_clip_val:
             raise UserError(

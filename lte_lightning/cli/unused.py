@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
@@ -13,6 +14,7 @@ from lte_lightning.callbacks.plan import StagePlan
 from lte_lightning.core.model.config import LteConfig
 from lte_lightning.errors import UserError
 from lte_lightning.selection import selector_class
+from lte_lightning.store import find_run, read_run_file
 from lte_lightning.tasks.base import LteModule
 from lte_lightning.tasks.evaluation import STAGES
 from lte_lightning.trainer import is_first_process
@@ -95,9 +97,30 @@ def check_given(given: Given, config: Namespace, command: str | None) -> None:
     else:
         untrained = [key for key in changed if key in TRAINING or key.startswith("stages.")]
         unread |= {key: f"lightning {command} trains nothing" for key in untrained if given.typed(key)}
+    kept = _kept_by_a_run(config)
+    unread |= {
+        key: f"the run's {kept[key]!r} is used" for key in kept if given.typed(key) and _misses(config, key, kept)
+    }
     if unread and is_first_process():
         names = "; ".join(f"{_name(key)} ({why})" for key, why in sorted(unread.items()))
         print(f"options that have no effect here: {names}", file=sys.stderr)
+
+
+def _kept_by_a_run(config: Namespace) -> dict[str, str | None]:
+    """Returns the options that the folder of the checkpoint's run says itself."""
+    folder = find_run(config.ckpt_path) if config.get("ckpt_path") else None
+    if folder is None:
+        return {}
+    about = read_run_file(folder)
+    return {
+        "run.root": str(folder.parent.parent),
+        **{f"run.{name}": about.get(name) for name in ("experiment", "name")},
+    }
+
+
+def _misses(config: Namespace, key: str, kept: dict[str, str | None]) -> bool:
+    value = _at(config, key)
+    return value is not None and (str(Path(value).absolute()) if key == "run.root" else value) != kept[key]
 
 
 def _unread_by_a_fit(config: Namespace) -> Iterator[tuple[list[str], str]]:

@@ -1,8 +1,12 @@
 """Options that have no effect are named, or refused where the meaning would differ."""
 
+import json
 import shutil
 
 import pytest
+import torch
+
+from lte_lightning.tasks.base import LteModule
 
 
 @pytest.fixture(scope="module")
@@ -128,3 +132,90 @@ def test_what_a_fit_does_not_read_is_named(options, named, tiny, lightning, tmp_
         assert "no effect" not in fit.err
     else:
         assert named in without_effect(fit)
+
+
+@pytest.fixture(scope="module")
+def stopped(tiny, lightning, tmp_path_factory):
+    """Stopped in the router stage, after the first of its two epochs."""
+    config = tiny.config(epochs=(1, 2, 1), **{"trainer.limit_train_batches": 2, "trainer.max_epochs": 2})
+    outcome = lightning(tmp_path_factory.mktemp("stopped"), config, "fit")
+    assert outcome.code == 0, outcome.err
+    return outcome, config
+
+
+@pytest.fixture
+def resume(stopped, lightning, tmp_path):
+    """`resume(last, *words)` goes on in a copy of the run's folder; `last` may change the checkpoint."""
+
+    def go(*words, change=None):
+        outcome, config = stopped
+        shutil.copytree(outcome.cwd / "runs", tmp_path / "runs")
+        last = tmp_path / outcome.run.relative_to(outcome.cwd) / "checkpoints" / "last.ckpt"
+        if change:
+            content = torch.load(last, weights_only=True)
+            change(content)
+            torch.save(content, last)
+        return last, lightning(tmp_path, config, "fit", "--ckpt_path", last, "--trainer.max_epochs", 3, *words)
+
+    return go
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--stages.router.learning_rate", 0.5), "stages.router.learning_rate is 0.5, but {} was written with 0.005"),
+        (("--stages.router.router_learning_rate", 0.5), "router_learning_rate is 0.5, but {} was written with 0.01"),
+        (("--stages.router.weight_decay", 0.5), "stages.router.weight_decay is 0.5, but {} was written with 0.0"),
+        (
+            ("--stages.router.optimizer", "torch.optim.SGD"),
+            "stages.router.optimizer is 'torch.optim.sgd.SGD', but {} was written with 'torch.optim.adamw.AdamW'",
+        ),
+        (
+            ("--stages.router.optimizer", "torch.optim.AdamW", "--stages.router.optimizer.betas", "[0.5, 0.6]"),
+            "stages.router.optimizer.betas is [0.5, 0.6], but {} was written with [0.9, 0.999]",
+        ),
+        (
+            ("--trainer.accumulate_grad_batches", 2),
+            "{} was written with 1 devices and 1 batches of each to a step, and",
+        ),
+    ],
+)
+def test_a_stage_goes_on_with_its_optimizer(words, said, resume):
+    last, fit = resume(*words)
+    before = sorted(last.parent.iterdir())
+    assert fit.code == 1
+    assert said.format(last) in fit.err
+    assert "Traceback" not in fit.err
+    assert sorted(last.parent.iterdir()) == before
+
+
+def test_a_stage_that_is_over_names_its_options(resume, monkeypatch):
+    """Those of the stage that goes on are read at every step, and those of the next one are to come."""
+    rates = []
+
+    def watch(self, optimizer):
+        rates.append(optimizer.param_groups[0]["lr"])
+
+    monkeypatch.setattr(LteModule, "on_before_optimizer_step", watch)
+    over = ("--stages.dense.learning_rate", 0.5, "--stages.dense.warmup", 0.5)
+    goes_on = ("--stages.router.schedule", "constant", "--stages.expert.learning_rate", 0.5)
+    same = ("--stages.router.router_learning_rate", 0.01)  # what None was
+    last, fit = resume(*over, *goes_on, *same, "--run.experiment", "other", "--run.name", "other", "--run.root", "runs")
+    assert fit.code == 0, fit.err
+    reason, start = "(the dense stage is over)", "options that have no effect here: "
+    of_run, of_stages = (line.removeprefix(start) for line in fit.err.splitlines() if line.startswith(start))
+    assert of_stages == f"stages.dense.learning_rate {reason}; stages.dense.warmup {reason}"
+    name = json.loads((last.parents[1] / "run.json").read_text())["name"]
+    assert of_run == f"run.experiment (the run's 'lte' is used); run.name (the run's {name!r} is used)"
+    assert fit.run == last.parents[1]
+    assert rates[-1] == 0.005
+
+
+def test_a_checkpoint_of_an_earlier_version_says_no_options(resume):
+    def change(content):
+        (schedule,) = (state for name, state in content["callbacks"].items() if name.startswith("StageSchedule"))
+        del schedule["used"]
+
+    _, fit = resume("--stages.dense.learning_rate", 0.5, change=change)
+    assert fit.code == 0, fit.err
+    assert "no effect" not in fit.err

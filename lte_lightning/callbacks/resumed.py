@@ -1,0 +1,69 @@
+"""Options of stages that a resumed fit was begun with, and that cannot change any more."""
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from torch.optim import Optimizer
+
+from lte_lightning.callbacks.plan import StagePlan
+from lte_lightning.errors import UserError
+from lte_lightning.tasks.evaluation import Stage
+from lte_lightning.trainer import is_first_process
+
+Settings = Mapping[Stage, Mapping[str, Any]]
+# Read at every step; a checkpoint's optimizer brings the others of a stage that goes on
+READ_LATER = ("warmup", "schedule", "final")
+
+
+def settings(plan: StagePlan, optimizer: Optimizer, router_start: str, routers: bool) -> dict[str, Any]:
+    """Returns what a stage optimises by: plain values, by the names of its options.
+
+    Args:
+        plan: The stage's plan.
+        optimizer: One that the plan has made.
+        router_start: How the routers start, on which their rate depends.
+        routers: Whether the stage trains routers.
+    """
+    names = ["learning_rate", "weight_decay", *READ_LATER, *(["router_weight_decay"] if routers else [])]
+    found = {name: getattr(plan, name) for name in names}
+    if routers:
+        found["router_learning_rate"] = plan.router_rate(router_start)
+    found["optimizer"] = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
+    own = {name: value for name, value in optimizer.defaults.items() if name not in ("lr", "weight_decay")}
+    return found | {f"optimizer.{name}": _plain(value) for name, value in own.items()}
+
+
+def check_settings(used: Settings, now: Settings, current: Stage | None, path: object) -> None:
+    """Names the changed options of stages that are over, and refuses those that the current stage would not read.
+
+    Args:
+        used: The `settings` by which the checkpoint's stages were trained; none of an earlier version.
+        now: The `settings` of this fit's stages.
+        current: The stage that the fit goes on with; None if all are over or to begin.
+        path: The checkpoint.
+
+    Raises:
+        UserError: If the checkpoint's optimizer would replace an option of the current stage.
+    """
+    over = []
+    for stage, before in used.items():
+        changed = {name: value for name, value in before.items() if now[stage].get(name, value) != value}
+        if stage != current:
+            over += [f"stages.{stage}.{name} (the {stage} stage is over)" for name in changed]
+            continue
+        for name, value in changed.items():
+            if name not in READ_LATER:
+                raise UserError(
+                    f"stages.{stage}.{name} is {now[stage][name]!r}, but {path} was written with {value!r}, which "
+                    f"would be used until the {stage} stage ends; leave it as it was, or begin from the weights alone, "
+                    "by --model.init_from RUN/model instead of --ckpt_path"
+                )
+    if over and is_first_process():
+        print(f"options that have no effect here: {'; '.join(over)}", file=sys.stderr)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return [_plain(each) for each in value]
+    return value if value is None or isinstance(value, bool | int | float | str) else repr(value)
