@@ -25,13 +25,14 @@ def settings(plan: StagePlan, optimizer: Optimizer, router_start: str, routers: 
         router_start: How the routers start, on which their rate depends.
         routers: Whether the stage trains routers.
     """
-    names = ["learning_rate", "weight_decay", *READ_LATER, *(["router_weight_decay"] if routers else [])]
-    found = {name: getattr(plan, name) for name in names}
+    names = ["learning_rate", "weight_decay", *READ_LATER]
+    values = {name: getattr(plan, name) for name in names}
     if routers:
-        found["router_learning_rate"] = plan.router_rate(router_start)
-    found["optimizer"] = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
+        values["router_weight_decay"] = plan.router_weight_decay
+        values["router_learning_rate"] = plan.router_rate(router_start)
+    values["optimizer"] = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
     own = {name: value for name, value in optimizer.defaults.items() if name not in ("lr", "weight_decay")}
-    return found | {f"optimizer.{name}": _plain(value) for name, value in own.items()}
+    return values | {f"optimizer.{name}": _plain(value) for name, value in own.items()}
 
 
 def check_settings(used: Settings, now: Settings, current: Stage | None, path: object) -> None:
