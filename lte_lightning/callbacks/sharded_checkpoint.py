@@ -16,7 +16,7 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.tensor import Replicate, Shard, empty
 
-from lte_lightning.core.model.sharding import is_part
+from lte_lightning.core.model.exact import is_part
 from lte_lightning.errors import UserError
 from lte_lightning.files import SHARDED, exchange, sync_all
 

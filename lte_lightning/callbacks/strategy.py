@@ -10,8 +10,8 @@ from torch.optim import Optimizer
 
 from lte_lightning.callbacks.module import lte_module
 from lte_lightning.callbacks.sharded_checkpoint import read_folder, write_folder
-from lte_lightning.core.model.exact import is_sharded
-from lte_lightning.core.model.sharding import is_part, part_like, reshard, shard
+from lte_lightning.core.model.exact import is_part, is_sharded
+from lte_lightning.core.model.sharding import part_like, reshard, shard
 from lte_lightning.errors import UserError
 from lte_lightning.tasks.pace import KeepPace
 from lte_lightning.trainer import declared

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from lte_lightning.core.model.exact import is_part
 from lte_lightning.core.model.parts import find_row
-from lte_lightning.core.model.sharding import is_part, whole
+from lte_lightning.core.model.sharding import whole
 from lte_lightning.errors import UserError
 from lte_lightning.files import abridged
 

@@ -9,7 +9,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from lte_lightning.core.model.config import LteConfig
-from lte_lightning.core.model.exact import computes_on
+from lte_lightning.core.model.exact import computes_on, is_part
 from lte_lightning.core.model.experts import ExpertFfn, expert_ffns, require_expert_ffns
 from lte_lightning.core.model.families import find_row
 from lte_lightning.core.model.grouping import Grouping, expert_count, group_neurons
@@ -167,14 +167,20 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
     """Restores the plain Hugging Face model in place. Its FFNs run densely, and keep the order of the experts.
 
     Raises:
-        UserError: If the model has no expert FFNs, or they are quantised.
+        UserError: If the model has no expert FFNs, or they are quantised, or they are fused and sharded over devices.
     """
     if is_quantized(model):
         raise UserError(
             "a quantised model cannot be made plain again: load the model that it was made from. To run every expert, "
             "set_mode(model, 'dense')"
         )
-    for ffn in require_expert_ffns(model).values():
+    ffns = require_expert_ffns(model).values()
+    if any(ffn.row.fused and is_part(ffn.up.weight) for ffn in ffns):
+        raise UserError(
+            f"fused projections of this {type(model).__name__} are sharded over devices, and cannot be put together; "
+            "gather its weights, save them with save_pretrained, and load the folder with transformers"
+        )
+    for ffn in ffns:
         lay_out(ffn.parts, by_neuron=False)
     for layer in find_layers(model):
         remove(layer)

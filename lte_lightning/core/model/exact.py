@@ -67,6 +67,11 @@ def is_sharded(module: nn.Module) -> bool:
     return any(kind.__name__ in ("FSDPModule", "FullyShardedDataParallel") for kind in type(module).__mro__)
 
 
+def is_part(tensor: Any) -> bool:
+    """Says by its attributes, because torch may lack the class, whether a tensor is a DTensor, a process's part."""
+    return hasattr(tensor, "placements")
+
+
 def has_global_hooks() -> bool:
     """Says whether hooks run around every module's forward (``register_module_forward_hook`` and its kin)."""
     return any(map(len, _GLOBAL_HOOKS))

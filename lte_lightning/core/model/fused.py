@@ -7,6 +7,8 @@ fused weight. While the model is plain, the fused projection has its weight back
 import torch
 from torch import nn
 
+from lte_lightning.core.model.exact import is_part
+
 _NAMES = ("weight", "bias")
 
 
@@ -31,20 +33,26 @@ def take_apart(fused: nn.Linear, first: nn.Module | None, second: nn.Module) -> 
     for name in _NAMES:
         whole = getattr(fused, name)
         if whole is not None:
-            getattr(first, name).data, getattr(second, name).data = split(whole)
+            if not is_part(getattr(second, name)):
+                getattr(first, name).data, getattr(second, name).data = split(whole)
             setattr(fused, name, None)
 
 
 def put_together(fused: nn.Linear, first: nn.Module | None, second: nn.Module) -> None:
     """Gives ``fused`` its weights back, without a copy if the halves still lie side by side in memory.
 
-    The halves lie apart after the model has moved to another device or type.
+    The halves lie apart after the model has moved to another device or type. Of sharded halves, ``fused`` gets the
+    shape alone: only all processes together could join them, and code that saves gathered weights needs no more.
     """
     fused.training = second.training
     for name in _NAMES:
         part, other = getattr(first, name), getattr(second, name)
         if part is not None:
-            data = join(part.data, other.data)
+            data = (
+                part.new_empty(2 * len(part), *part.shape[1:], device="meta")
+                if is_part(part)
+                else join(part.data, other.data)
+            )
             setattr(fused, name, nn.Parameter(data, part.requires_grad or other.requires_grad))
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lte_lightning.core.model.exact import is_part
 from lte_lightning.core.model.experts import ExpertFfn
 from lte_lightning.core.model.fused import join, split
 
@@ -43,13 +44,17 @@ def name_as_is(layer: nn.Module) -> None:
 
 
 def plain_names(ffns: Mapping[str, ExpertFfn], state: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a state dict with plain names, from names of either kind. It joins the halves of a fused projection.
+    """Returns a state dict with plain names, from names of either kind.
+
+    It joins the halves of a fused projection. Sharded halves keep their names, because joining them would need every
+    process.
 
     Args:
         ffns: The expert FFNs, by their names in the module of the state dict.
         state: The state dict, which stays unchanged.
     """
     renamed = {own[0]: (plain, own) for plain, own in _renames(ffns) if all(key in state for key in own)}
+    renamed = {key: (plain, own) for key, (plain, own) in renamed.items() if len(own) == 1 or not is_part(state[key])}
     joined = {own[-1] for _, own in renamed.values() if len(own) > 1}
     names = {}
     for key, value in state.items():
@@ -89,7 +94,7 @@ def _ffns(layer: nn.Module, prefix: str) -> dict[str, ExpertFfn]:
 def _on_saving(layer: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
     mine = {key: state[key] for key in state if key.startswith(prefix)}
     # For sharded weights (DTensors), torch's own tools look up in the model what a state dict's name stands for.
-    if _OWN.get() or any(hasattr(value, "placements") for value in mine.values()):
+    if _OWN.get() or any(map(is_part, mine.values())):
         return
     for key in mine:
         del state[key]
@@ -106,6 +111,6 @@ def _on_loading(layer: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -
 
 def is_held(value: torch.Tensor, tensor: torch.Tensor | None) -> bool:
     """Says whether a value is a module's own tensor. torch's distributed loading adds these to the loaded values."""
-    if tensor is None or hasattr(tensor, "placements") or value.device != tensor.device:
+    if tensor is None or is_part(tensor) or value.device != tensor.device:
         return False
     return value.data_ptr() == tensor.data_ptr() != 0

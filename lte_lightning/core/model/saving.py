@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from lte_lightning.core.model.card import README, is_ours, licence, public_name, write_card
 from lte_lightning.core.model.checks import listed
 from lte_lightning.core.model.digest import FORMAT, digest
+from lte_lightning.core.model.exact import is_part
 from lte_lightning.core.model.experts import expert_ffns, require_expert_ffns
 from lte_lightning.core.model.folder import (
     CONFIG_FILE,
@@ -153,7 +154,7 @@ def _write(
         _write_quantized(model, folder, about)
         return
     state = plain_names(ffns, model.state_dict() if state_dict is None else state_dict)
-    if any(hasattr(value, "placements") for value in state.values()):
+    if any(map(is_part, state.values())):
         raise UserError(
             f"the weights of this {type(model).__name__} are sharded over devices; gather them in every process, "
             "state_dict = accelerator.get_state_dict(model), and save with state_dict=state_dict in the first"

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from lte_lightning.core.model.exact import is_sharded
+from lte_lightning.core.model.exact import is_part, is_sharded
 from lte_lightning.core.model.parts import find_layers
 
 
@@ -32,11 +32,6 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if is_sharded(module):
             module.reshard()  # type: ignore[operator]
-
-
-def is_part(tensor: Any) -> bool:
-    """Says by its attributes, because torch may lack the class, whether a tensor is a DTensor, a process's part."""
-    return hasattr(tensor, "placements")
 
 
 def whole(tensor: Any) -> torch.Tensor:

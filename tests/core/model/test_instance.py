@@ -323,8 +323,9 @@ def test_a_sharded_folder_that_the_trainer_loads(routed, build, batch, tmp_path)
     assert logits(other, batch).equal(logits(model, batch))
 
 
-def test_weights_sharded_over_devices(routed, batch, tmp_path):
-    model = routed("llama", "lm")
+@pytest.mark.parametrize("family", ["llama", "phi3"])  # the other one's projection is fused
+def test_weights_sharded_over_devices(family, routed, batch, tmp_path):
+    model = routed(family, "lm")
     sparse = logits(model, batch)
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
@@ -342,6 +343,10 @@ def test_weights_sharded_over_devices(routed, batch, tmp_path):
         model.reshard()  # the root stays whole after a forward pass
         set_model_state_dict(model, gathered, options=options)
         assert logits(model, batch).equal(sparse)
+        if family == "phi3":
+            with pytest.raises(UserError, match=r"^fused projections of this FSDPPhi3ForCausalLM are sharded"):
+                restore(model)
+            assert logits(model, batch).equal(sparse)
     finally:
         torch.distributed.destroy_process_group()
     assert logits(from_pretrained(tmp_path, backend="dense-mask"), batch).equal(sparse)
