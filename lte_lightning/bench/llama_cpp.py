@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from lte_lightning.bench.decoding import Arm
 from lte_lightning.bench.jobs import Job, Started
 from lte_lightning.errors import UserError
-from lte_lightning.export.gguf import TYPES, write_gguf
+from lte_lightning.export.gguf import TYPES, stored_type, write_gguf
 
 DTYPES = {"f32": "fp32", "bf16": "bf16", "int8": "q8_0", "int4": "q4_0"}
 
@@ -71,9 +71,11 @@ def rounded(model: PreTrainedModel, dtype: str) -> PreTrainedModel:
     """
     import gguf
 
-    twin, kind = copy.deepcopy(model), gguf.GGMLQuantizationType[TYPES[DTYPES[dtype]]]
+    twin, matrix_type = copy.deepcopy(model), TYPES[DTYPES[dtype]]
+    head = twin.get_output_embeddings().weight
     with torch.no_grad():
-        for parameter in {id(p): p for p in twin.parameters() if p.dim() == 2 and p.shape[1] % 32 == 0}.values():
+        for parameter in {id(p): p for p in twin.parameters() if p.dim() == 2}.values():
+            kind = gguf.GGMLQuantizationType[stored_type(matrix_type, parameter.shape, is_head=parameter is head)]
             blocks = gguf.quants.quantize(parameter.float().numpy(), kind)
             parameter.copy_(torch.from_numpy(gguf.quants.dequantize(blocks, kind)))
     return twin

@@ -19,6 +19,7 @@ from lte_lightning.export.vocabulary import write_tokenizer
 TYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", "q8_0": "Q8_0", "q4_0": "Q4_0"}
 _OWN = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 _BLOCK = 32  # weights of a row that share a scale
+_K_BLOCK = 256  # the same in llama.cpp's K types
 
 Fields = dict[str, Any]  # names of the writer's methods without "add_", and their arguments
 Change = Callable[[str, torch.Tensor, Any], torch.Tensor]
@@ -108,8 +109,8 @@ def write_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, file:
         model: A plain Hugging Face model; `restore` makes one of a converted model.
         tokenizer: The model's tokenizer, a fast one.
         file: The file to write.
-        dtype: The type of stored matrices, a name of `TYPES`; ``auto`` is the model's own type. In a quantised file, a
-            matrix whose rows are no multiple of 32 weights stays float16.
+        dtype: The type of stored matrices, a name of `TYPES`; ``auto`` is the model's own type. `stored_type` names
+            the exceptions.
 
     Returns:
         The longest text, in tokens, for which llama.cpp computes the same as the model. In some families llama.cpp
@@ -139,11 +140,10 @@ def write_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, file:
     write_tokenizer(writer, tokenizer, config.vocab_size)
 
     tensors = _tensors(model, gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, target.arch.upper()), _layers(config)))
-    types = {}
+    types, head = {}, "output.weight" if "output.weight" in tensors else "token_embd.weight"
     for name, (key, value) in tensors.items():
         shape = target.change(key, value, config).shape
-        fits = matrix_type in (kinds.F32, kinds.F16, kinds.BF16) or shape[-1] % _BLOCK == 0
-        types[name] = kinds.F32 if len(shape) == 1 else matrix_type if fits else kinds.F16
+        types[name] = kinds[stored_type(matrix_type.name, shape, is_head=name == head)]
         block, size = gguf.GGML_QUANT_SIZES[types[name]]
         writer.add_tensor_info(name, shape, np.dtype(np.float32), shape.numel() // block * size, types[name])
     with staged(file) as staging:
@@ -155,6 +155,25 @@ def write_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, file:
             writer.write_tensor_data(gguf.quants.quantize(array, types[name]))
         writer.close()
     return int(fields["context_length"])
+
+
+def stored_type(matrix_type: str, shape: torch.Size, is_head: bool) -> str:
+    """Returns GGUF's name of the type that a tensor has in a file.
+
+    Vectors are F32, and matrices of a quantised file F16 if their rows are no multiple of 32 weights.
+    ``llama-quantize`` keeps more bits for the head of a Q4_0 file: Q8_0 if its rows are no multiple of 256 weights, and
+    Q6_K otherwise. The package ``gguf`` cannot write Q6_K, so such a head is Q4_0 here.
+
+    Args:
+        matrix_type: GGUF's name of the file's type, as in `TYPES`.
+        shape: The tensor's shape.
+        is_head: Whether it is the head, or the embedding that the head is tied to.
+    """
+    if len(shape) == 1:
+        return "F32"
+    if matrix_type in ("Q8_0", "Q4_0") and shape[-1] % _BLOCK:
+        return "F16"
+    return "Q8_0" if is_head and matrix_type == "Q4_0" and shape[-1] % _K_BLOCK else matrix_type
 
 
 def _find(model: PreTrainedModel) -> _Target:

@@ -12,8 +12,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 import lte_lightning
+from lte_lightning.bench.llama_cpp import rounded
 from lte_lightning.errors import UserError
-from lte_lightning.export.gguf import TARGETS, write_gguf
+from lte_lightning.export.gguf import TARGETS, stored_type, write_gguf
 
 gguf = pytest.importorskip("gguf", reason="the extra export is not installed")
 
@@ -132,8 +133,29 @@ def test_other_types_are_near(dtype, llama_cpp, tmp_path):
     ids = torch.randint(3, 300, (40,)).tolist()
     written = llama_cpp(model, dtype=dtype).write(ids, 8)
     assert_most_probable(model, ids, written, 1.5 if dtype == "q4_0" else 0.2)
-    kinds = {tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
-    assert kinds == {"F32", {"fp16": "F16"}.get(dtype, dtype.upper())}
+    types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    expected = {"fp16": "F16"}.get(dtype, dtype.upper())
+    assert types.pop("output.weight") == ("Q8_0" if dtype == "q4_0" else expected)
+    assert set(types.values()) == {"F32", expected}
+
+
+@pytest.mark.parametrize(("width", "head"), [(576, "Q8_0"), (512, "Q4_0"), (48, "F16")])
+def test_the_head_of_a_4_bit_file_has_the_bits_that_llama_quantize_gives_it(width, head):
+    assert stored_type("Q4_0", torch.Size([330, width]), is_head=True) == head
+    assert stored_type("Q4_0", torch.Size([330, width]), is_head=False) == ("F16" if width == 48 else "Q4_0")
+
+
+def test_quality_is_measured_on_the_weights_of_the_file(tmp_path, make_lm_tokenizer):
+    model = build("llama biases, tied")
+    write_gguf(model, make_lm_tokenizer(), tmp_path / "model.gguf", "q4_0")
+    twin = rounded(model, "int4").state_dict()
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    for name, key in {
+        "token_embd.weight": "model.embed_tokens.weight",
+        "blk.1.ffn_down.weight": "model.layers.1.mlp.down_proj.weight",
+    }.items():
+        stored = gguf.quants.dequantize(tensors[name].data, tensors[name].tensor_type)
+        assert torch.from_numpy(stored).equal(twin[key])
 
 
 def test_the_file_says_what_it_is(tmp_path, make_lm_tokenizer):
