@@ -35,8 +35,8 @@ def reach(address: str, what: str, instead: str = "start it, or give another add
         AwayError: If nobody listens.
         UserError: If it is no address, or of no machine that is known.
     """
-    parts = urlsplit(address if "://" in address else f"//{address}")
     try:
+        parts = urlsplit(address if "://" in address else f"//{address}")
         host, port = parts.hostname, parts.port or PORTS.get(parts.scheme.partition("+")[0])
     except ValueError:
         host = port = None
@@ -70,11 +70,10 @@ def ask(uri: str, what: str, instead: str = "give another address", patience: fl
     except HTTPError as error:
         error.close()  # an answer, too: not every server has that page, or shows it to strangers
     except (URLError, OSError, http.client.HTTPException) as error:
-        reason = getattr(error, "reason", error)
-        if not isinstance(reason, ssl.SSLError):  # whom to trust is for the client to say
-            raise AwayError(
-                f"{what} at {shown(uri)} does not answer: {reason or type(error).__name__}; {instead}"
-            ) from error
+        cause = getattr(error, "reason", error)
+        if not isinstance(cause, ssl.SSLError):  # whom to trust is for the client to say
+            why = reason(cause) or type(error).__name__
+            raise AwayError(f"{what} at {shown(uri)} does not answer: {why}; {instead}") from None
 
 
 def failures() -> tuple[type[Exception], ...]:
@@ -108,7 +107,7 @@ def try_store(uri: str) -> None:
                     database.rollback()
             except sqlite3.Error as error:
                 raise AwayError(f"the MLflow database {file} cannot be used: {error}") from error
-    elif urlsplit(uri).hostname:
+    elif re.match(r"[^:]*://[^/?#]", uri):
         reach(uri, "the MLflow database", advice)
         _log_in(uri, advice)
 
@@ -120,4 +119,4 @@ def _log_in(uri: str, advice: str) -> None:
     try:
         create_engine(uri).connect().close()
     except (SQLAlchemyError, ImportError, ValueError) as error:  # a password, a name, a driver
-        raise UserError(f"the MLflow database {shown(uri)} cannot be used: {reason(error)}; {advice}") from error
+        raise UserError(f"the MLflow database {shown(uri)} cannot be used: {reason(error)}; {advice}") from None

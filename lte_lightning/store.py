@@ -106,7 +106,8 @@ def named_by_file(uri: str | None, own: str, where: Path) -> str:
     """
     if not uri or uri == shown(own):
         return own
-    if not re.match(r"(sqlite|file):|[./]", uri) and _host(uri) != _host(own) and (secrets := _credentials()):
+    other = _host(uri) is None or _host(uri) != _host(own)
+    if other and not re.match(r"(sqlite|file):|[./]", uri) and (secrets := _credentials()):
         raise UserError(
             f"{where} names MLflow's store {shown(uri)}, which would be sent {secrets}; if you trust it, name it "
             "yourself by MLFLOW_TRACKING_URI, otherwise record nothing with --trainer.logger false"
@@ -114,9 +115,15 @@ def named_by_file(uri: str | None, own: str, where: Path) -> str:
     return whole(uri)
 
 
-def _host(address: str) -> tuple[str, str | None, int | None]:
-    parts = urlsplit(address)
-    return parts.scheme, parts.hostname, parts.port
+def _host(address: str) -> tuple[str, str | None, int | None] | None:
+    """Returns scheme, host and port; None if there are none that every library would read alike."""
+    if not re.fullmatch(r"[!-\[\]-~]+", address):  # a backslash ends the host for some, and belongs to it for others
+        return None
+    try:
+        parts = urlsplit(address)
+        return parts.scheme, parts.hostname, parts.port
+    except ValueError:
+        return None
 
 
 def _credentials() -> str | None:
@@ -127,10 +134,14 @@ def _credentials() -> str | None:
     return next(iter([*found, *([file] if os.path.exists(file) else [])]), None)
 
 
-def reason(error: BaseException) -> str:
-    """Returns an error of a store's client on one line, without a password."""
+def reason(error: object) -> str:
+    """Returns an error of a store's client on one line, without passwords and what follows a question mark.
+
+    An error that is raised with it must hide the client's own (``raise ... from None``), which a traceback would show.
+    """
     # What follows the first @ in a password is taken for a host and a port, and quoted as such
-    return re.sub(r"\S*@", "***@", " ".join(str(error).split()))[:300]
+    masked = re.sub(r"\S*@", "***@", " ".join(str(error).split()))
+    return re.sub(r"\?\S+", "?***", masked)[:300]
 
 
 @contextmanager

@@ -63,6 +63,7 @@ def test_what_is_shown_of_an_address(address, kept):
 
 def test_a_reason_shows_no_password():
     assert reason(OSError("could not\n translate me:SECRET@here")) == "could not translate ***@here"
+    assert reason(OSError("failed: http://here/?token=SECRET/api (boom)")) == "failed: http://here/?*** (boom)"
 
 
 @pytest.mark.parametrize(

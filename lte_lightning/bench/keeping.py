@@ -26,7 +26,7 @@ def begin_mlflow(experiment: str) -> None:
         mlflow.set_tracking_uri(uri)
         mlflow.set_experiment(experiment)
     except (mlflow.MlflowException, UserError) as error:
-        raise UserError(f"MLflow at {shown(uri)} cannot be used: {reason(error)}") from error
+        raise UserError(f"MLflow at {shown(uri)} cannot be used: {reason(error)}") from None
 
 
 def write(

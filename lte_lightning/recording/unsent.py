@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from lte_lightning.errors import UserError
 from lte_lightning.files import write_json
@@ -69,7 +70,7 @@ def open_run(uri: str, run_id: str | None, origin: dict[str, Any]) -> tuple[Any,
     with first_contact(uri):
         try:
             client = MlflowClient(uri)
-            if run_id is not None and _has(client, run_id, origin):
+            if run_id is not None and _has(client, run_id, origin.get("root"), uri):
                 return client, run_id
             experiment, location = client.get_experiment_by_name(origin["experiment"]), origin.get("location")
             if experiment is None:
@@ -93,8 +94,10 @@ def open_run(uri: str, run_id: str | None, origin: dict[str, Any]) -> tuple[Any,
     return client, run.info.run_id
 
 
-def _has(client: Any, run_id: str, origin: dict[str, Any]) -> bool:
+def _has(client: Any, run_id: str, root: str | None, uri: str) -> bool:
+    """Says whether a store has a run, whose artifacts lie where ours may be written."""
     from mlflow.exceptions import MlflowException
+    from mlflow.utils.file_utils import local_file_uri_to_path
 
     try:
         place = client.get_run(run_id).info.artifact_uri
@@ -102,9 +105,12 @@ def _has(client: Any, run_id: str, origin: dict[str, Any]) -> bool:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
         return False
-    # A database that came with the run must not choose which of our files get overwritten
-    root = origin.get("root")
-    return root is None or not place.startswith(("file:", "/")) or f"{place}/".startswith(f"{root}/")
+    if root is None:
+        return True
+    # A database that came with the run must choose neither which of our files get overwritten, nor a server for them
+    if urlsplit(place).scheme not in ("", "file"):
+        return not uri.startswith("sqlite")
+    return Path(local_file_uri_to_path(place)).resolve().is_relative_to(Path(local_file_uri_to_path(root)).resolve())
 
 
 def _is_mistake(error: Exception) -> bool:

@@ -86,7 +86,7 @@ def _store(uri: str) -> Iterator[Any]:
         raise
     except Exception as error:  # MLflow's client raises many types for an unexpected reply
         message = f"MLflow's store {shown(uri)} cannot be read: {reason(error)}; name another with --tracking-uri"
-        raise UserError(message) from error
+        raise UserError(message) from None
 
 
 def _runs(client: Any, store: str, experiment: str | None, run_ids: Sequence[str]) -> list[Any]:

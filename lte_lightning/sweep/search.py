@@ -101,7 +101,7 @@ class Trials:
                 if isinstance(error, passing) and time.monotonic() < deadline:
                     time.sleep(1)
                     continue
-                raise self._unusable(error, isinstance(error, passing)) from error
+                raise self._unusable(error, isinstance(error, passing)) from None
 
     def _unusable(self, error: Exception, may_pass: bool) -> UserError:
         cause = reason(error.__cause__ or error)

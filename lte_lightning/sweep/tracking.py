@@ -60,7 +60,7 @@ class Tracker:
             raise UserError(
                 f"MLflow's store {self.name} cannot be used: {reason(error)}; {cause} Name another by "
                 "MLFLOW_TRACKING_URI, or record nothing with --trainer.logger false"
-            ) from error
+            ) from None
         parents |= {self.name: self.parent}
         folder.about["mlflow"] = {"uri": self.name, "parent": self.parent, "parents": parents}
         folder.save()

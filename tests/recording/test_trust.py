@@ -2,26 +2,31 @@
 
 import json
 import threading
+import traceback
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
 from mlflow.tracking import MlflowClient
 
+from lte_lightning.bench.keeping import begin_mlflow
 from lte_lightning.errors import UserError
 from lte_lightning.recording.recorder import Recorder
 from lte_lightning.recording.unsent import UNSENT, sync
-from lte_lightning.store import named_by_file
+from lte_lightning.report.tracked import collect_tracked
+from lte_lightning.store import named_by_file, shown
+from lte_lightning.sweep.tracking import Tracker
 
 
 @pytest.fixture
-def server():
-    """A server that notes what it is sent: its address, and the list of requests."""
-    asked = []
+def server(request):
+    """A server that notes what it is sent and refuses it: its address, and the list of requests."""
+    asked, status = [], getattr(request, "param", 403)
 
     class Notes(BaseHTTPRequestHandler):
         def do_GET(self):
             asked.append((self.path, self.headers.get("Authorization")))
-            self.send_response(200 if self.path == "/health" else 403)
+            self.send_response(200 if self.path == "/health" else status)
             self.send_header("Content-Length", "0")
             self.end_headers()
 
@@ -107,6 +112,45 @@ def test_which_store_is_used(uri, own, used, tmp_path, monkeypatch):
     assert named_by_file(uri, own, tmp_path / "run.json") == used
 
 
+@pytest.mark.parametrize(
+    "uri",
+    [
+        r"http://evil:80\@mine:5000/",  # its host is mine for urllib, and evil for requests
+        "http://evil\t@mine:5000",
+        "http://mine:5000 ",
+        "http://mine:99999",
+        "http://[mine:5000",
+    ],
+)
+def test_a_host_that_not_all_libraries_read_alike_gets_none(uri, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "SECRET")
+    with pytest.raises(UserError, match=r"which would be sent MLFLOW_TRACKING_TOKEN"):
+        named_by_file(uri, "http://mine:5000", tmp_path / "run.json")
+
+
+@pytest.mark.parametrize("server", [500], indirect=True)
+@pytest.mark.parametrize(
+    "address", ["http://me:SECRET@{host}", "http://{host}/?token=SECRET", "ftp://me:SECRET@{host}"]
+)
+def test_no_traceback_shows_a_password(address, server, run, monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    address = address.format(host=server[0].removeprefix("http://"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    folder = run(tracking_uri=shown(address))
+    (folder / UNSENT).write_text('{"time": 1, "metrics": {"loss": 1.0}}\n')
+    sweep = SimpleNamespace(about={}, path=folder.parent)
+    for contact in (
+        lambda: sync(folder),
+        lambda: collect_tracked(None, experiment="lte"),
+        lambda: Tracker(sweep),
+        lambda: begin_mlflow("lte"),
+    ):
+        with pytest.raises(UserError) as refused:
+            contact()
+        shown_lines = [line for line in traceback.format_exception(refused.value) if __file__ not in line]
+        assert "SECRET" not in "".join(shown_lines)
+
+
 @pytest.mark.parametrize("experiment", ["../../outside", "/{folder}/outside", "a/../../../outside"])
 def test_an_experiment_s_name_leads_nowhere(experiment, run, tmp_path):
     folder = run(experiment=experiment.format(folder=tmp_path))
@@ -125,7 +169,7 @@ def test_names_that_are_none(about, run):
 
 
 @pytest.mark.timeout(300)  # MLflow makes its tables in dozens of steps
-def test_files_that_wait_are_those_of_the_run(run, tmp_path, monkeypatch):
+def test_files_that_wait_are_those_of_the_run(run, server, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "private.txt").write_text("mine")
     folder = run(run_id=None)
@@ -138,16 +182,19 @@ def test_files_that_wait_are_those_of_the_run(run, tmp_path, monkeypatch):
     (identity,) = [json.loads((folder / "run.json").read_text())["run_id"]]
     assert client.list_artifacts(identity) == []
 
-    # A database that came along points to a folder of ours
-    experiment = client.create_experiment("theirs", artifact_location=(tmp_path / "home").as_uri())
-    theirs = client.create_run(experiment).info.run_id
-    about = json.loads((folder / "run.json").read_text())
-    (folder / "run.json").write_text(json.dumps(about | {"run_id": theirs, "experiment": "other"}))
-    (folder / "results.json").write_text("{}")
-    (folder / UNSENT).write_text(json.dumps({"time": 1, "file": "results.json"}) + "\n")
-    assert sync(folder) == 1
-    assert not (tmp_path / "home").exists()
-    assert json.loads((folder / "run.json").read_text())["run_id"] != theirs
+    # A database that came along points to a folder of ours, or to a server
+    home, root = (tmp_path / "home").as_uri(), folder.parent.parent.as_uri()
+    for place in (home, f"{root}/../home", "../home", f"{server[0]}/home"):
+        experiment = client.create_experiment(f"theirs {place}", artifact_location=place)
+        theirs = client.create_run(experiment).info.run_id
+        about = json.loads((folder / "run.json").read_text())
+        (folder / "run.json").write_text(json.dumps(about | {"run_id": theirs, "experiment": "other"}))
+        (folder / "results.json").write_text("{}")
+        (folder / UNSENT).write_text(json.dumps({"time": 1, "file": "results.json"}) + "\n")
+        assert sync(folder) == 1
+        assert not list(tmp_path.parent.glob("**/home"))
+        assert server[1] == []
+        assert json.loads((folder / "run.json").read_text())["run_id"] != theirs
 
 
 @pytest.mark.parametrize("line", ["no json", "[1]", '{"time": 1,', "[" * 100_000, "\x00"])
