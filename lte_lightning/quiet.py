@@ -1,4 +1,4 @@
-"""Hides the remarks of other libraries."""
+"""Hides the remarks and the progress bars of other libraries."""
 
 import logging
 import warnings
@@ -24,3 +24,29 @@ def without_remarks(*names: str) -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Hides progress bars, ours and those of the Hugging Face libraries."""
+    import datasets
+    import huggingface_hub.utils as hub
+    from transformers.utils import logging as hf_logging
+
+    hub_hides, datasets_hides = hub.are_progress_bars_disabled(), datasets.are_progress_bars_disabled()
+    shown = hf_logging.is_progress_bar_enabled()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a library warns if the user's environment has decided
+        hf_logging.disable_progress_bar()
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if shown:
+                hf_logging.enable_progress_bar()
+            if hub_hides:
+                hub.disable_progress_bars()
+            if not datasets_hides:
+                datasets.enable_progress_bars()

@@ -3,9 +3,11 @@
 import atexit
 import contextlib
 import functools
+import io
 import json
 import os
 import random
+import re
 import shutil
 import sqlite3
 import sys
@@ -65,6 +67,51 @@ def forgets_selectors() -> Iterator[None]:
     sys.modules.pop("my_baselines", None)
     registry._selectors.clear()
     registry._selectors.update(before)
+
+
+class Terminal(io.StringIO):
+    """A terminal's screen of endless height: what tqdm and printed lines leave on it."""
+
+    encoding = "utf-8"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows, self.row, self.column = [""], 0, 0
+
+    def isatty(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        for piece in re.findall(r"\x1b\[A|\x1b\[[\d;]*m|[\r\n]|[^\r\n\x1b]+", text):
+            if piece == "\r":
+                self.column = 0
+            elif piece == "\n":  # the terminal's driver also returns the carriage
+                self.row, self.column = self.row + 1, 0
+                self.rows += [""] * (self.row + 1 - len(self.rows))
+            elif piece == "\x1b[A":
+                self.row -= 1
+            elif piece[0] != "\x1b":  # the rest are colours
+                row = self.rows[self.row].ljust(self.column)
+                self.rows[self.row] = row[: self.column] + piece + row[self.column + len(piece) :]
+                self.column += len(piece)
+        return super().write(text)
+
+    @contextlib.contextmanager
+    def attached(self) -> Iterator[None]:
+        """This process's stdout and stderr."""
+        with contextlib.redirect_stdout(self), contextlib.redirect_stderr(self):
+            yield
+
+    def lines(self) -> list[str]:
+        """The rows that are not empty."""
+        return [row.rstrip() for row in self.rows if row.strip()]
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    monkeypatch.setenv("COLUMNS", "100")
+    return Terminal()
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # The layers from the ground up. A file imports from its own layer and from those before it.
 ORDER = (
     ("errors", "lazy"),
-    ("cache", "files"),
+    ("bars", "cache", "files"),
     ("kernels",),
     ("selection",),
     ("core", "core.model"),
@@ -37,6 +37,7 @@ ORDER = (
 RANKS = {name: rank for rank, names in enumerate(ORDER) for name in names}
 # Those that may import these alone, besides Python's own library.
 LOW = (
+    "bars",
     "cache",
     "errors",
     "files",

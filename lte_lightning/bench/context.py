@@ -22,10 +22,9 @@ from operator import add
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lte_lightning.bars import Bar
 from lte_lightning.core.model.experts import set_mode
 from lte_lightning.core.model.thresholds import require_settings, set_sparsity
 from lte_lightning.core.routing.trace import RouterTrace
@@ -206,7 +205,7 @@ def compare(
         settings += [("sparse", None)] if sparsities is None else [(f"{100 * s:g} %", s) for s in sparsities]
         require_settings(model, sparsities or ())
     scores = []
-    for setting, sparsity in track(settings, "measuring", console=Console(stderr=True), transient=True):
+    for setting, sparsity in Bar(settings, desc="measuring"):
         if skips:
             set_mode(model, "dense" if setting == "dense" else "hard")
         if sparsity is not None:

@@ -4,9 +4,10 @@ import time
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from lte_lightning.bars import Bar, say
 from lte_lightning.callbacks.module import lte_module
 from lte_lightning.callbacks.stages import StageSchedule
 from lte_lightning.core.model.convert import selector_parameters
@@ -14,12 +15,37 @@ from lte_lightning.core.model.experts import expert_ffns
 from lte_lightning.trainer import declared
 
 
-class StageProgressBar(RichProgressBar):
+class StageProgressBar(TQDMProgressBar):
     """Lightning's bar, with the stage and its epoch in place of the epoch of the whole fit."""
 
-    def _get_train_description(self, current_epoch: int) -> str:
-        schedule = _schedule(self.trainer)
-        return _epoch_name(schedule, current_epoch) if schedule else super()._get_train_description(current_epoch)
+    def on_train_epoch_start(self, trainer: Trainer, *args: Any) -> None:
+        super().on_train_epoch_start(trainer, *args)
+        if schedule := _schedule(trainer):
+            self.train_progress_bar.set_description(_epoch_name(schedule, trainer.current_epoch))
+
+    def init_sanity_tqdm(self) -> Any:
+        """Makes the bar of the sanity check."""
+        return self._bar(self.sanity_check_description)
+
+    def init_train_tqdm(self) -> Any:
+        """Makes the bar of an epoch."""
+        return self._bar(self.train_description)
+
+    def init_validation_tqdm(self) -> Any:
+        """Makes the bar of a validation, below the epoch's if there is one."""
+        return self._bar(self.validation_description, below=self.trainer.state.fn != "validate")
+
+    def init_test_tqdm(self) -> Any:
+        """Makes the bar of a test."""
+        return self._bar(self.test_description)
+
+    def init_predict_tqdm(self) -> Any:
+        """Makes the bar of predictions."""
+        return self._bar(self.predict_description)
+
+    def _bar(self, description: str, below: bool = False) -> Bar:
+        position = 2 * self.process_position + below
+        return Bar(desc=description, position=position, leave=self._leave, disable=self.is_disabled, smoothing=0)
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """Leaves out the version number, which an MLflow run does not have."""
@@ -39,10 +65,9 @@ class EpochLines(Callback):
         routers = sum(parameter.numel() for parameter in selector_parameters(net))
         weights = sum(parameter.numel() for parameter in net.parameters()) - routers
         name = type(net).__name__.removeprefix("FSDP")
-        print(
+        say(
             f"{name}: {weights / 1e6:.1f} M weights, {routers / 1e6:.2f} M in routers; "
-            f"{len(ffns)} FFNs, the first of {ffns[0].experts} experts x {ffns[0].expert_size} neurons",
-            flush=True,
+            f"{len(ffns)} FFNs, the first of {ffns[0].experts} experts x {ffns[0].expert_size} neurons"
         )
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -58,7 +83,7 @@ class EpochLines(Callback):
         parts += [f"{view}: {said(module.measured.get(view, {}))}" for view in module.views]
         schedule = _schedule(trainer)
         name = _epoch_name(schedule, trainer.current_epoch) if schedule else f"epoch {trainer.current_epoch + 1}"
-        print(f"{name}: {'; '.join(parts)} ({time.perf_counter() - self._began:.0f} s)", flush=True)
+        say(f"{name}: {'; '.join(parts)} ({time.perf_counter() - self._began:.0f} s)")
 
 
 def said(found: dict[str, Any]) -> str:

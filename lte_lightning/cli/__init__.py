@@ -54,6 +54,8 @@ def main(args: list[str] | None = None) -> None:
 
 def _run(args: list[str] | None) -> None:
     words = sys.argv[1:] if args is None else args
+    if args is None and not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # before the first import of tqdm: no library's bars in a log
     if asked() and args is None:
         return complete(_parser(), {name: module for name, (module, _) in COMMANDS.items()}, _run, _help_of)
     # Lightning's own options may stand before its command: `lightning --config all.yaml fit`

@@ -4,6 +4,7 @@ import logging
 import signal
 import sys
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -15,6 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
+from lte_lightning.bars import lines_above_bars
 from lte_lightning.callbacks import (
     BestCheckpoint,
     EpochLines,
@@ -30,6 +32,7 @@ from lte_lightning.cli.parser import LteParser
 from lte_lightning.cli.unused import Given, check_given
 from lte_lightning.errors import UserError, meant_path
 from lte_lightning.files import SHARDED, is_checkpoint, write_text
+from lte_lightning.quiet import without_bars
 from lte_lightning.recording.loggers import send_files
 from lte_lightning.recording.recorder import Recorder
 from lte_lightning.recording.tracking import Rates, announce, run_name
@@ -67,6 +70,12 @@ class LteCLI(LightningCLI):
     """
 
     wanted: ClassVar[str | None] = None
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        """Parses and runs the command."""
+        with ExitStack() as self._while_it_runs:
+            self._while_it_runs.enter_context(lines_above_bars())
+            super().__init__(*args, **options)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -118,6 +127,8 @@ class LteCLI(LightningCLI):
         """Names the options without effect, and refuses those that a checkpoint or a link would replace."""
         config = self.config[self.config.subcommand] if "subcommand" in self.config else self.config
         check_given(Given(self._given, self._in_files, self._words), config, self.config.get("subcommand"))
+        if config.get("trainer.enable_progress_bar") is False:
+            self._while_it_runs.enter_context(without_bars())
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Finds the run's place, and makes its MLflow logger unless the configuration says otherwise."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from lte_lightning.bars import say
 from lte_lightning.results import FILE, read_results
 from lte_lightning.sweep.folder import SweepFolder, resumable
 from lte_lightning.sweep.points import Point, options
@@ -64,7 +65,7 @@ class Engine:
         runner: Runner,
         tracker: Tracker | None = None,
         trials: Trials | None = None,
-        say: Callable[[str], None] = lambda line: print(line, flush=True),
+        say: Callable[[str], None] = say,
         watch: Watch | None = None,
     ) -> None:
         self.watch = watch

@@ -1,4 +1,4 @@
-"""Progress of a sweep: on a terminal a line for each running fit, elsewhere a line per event."""
+"""Progress of a sweep: on a terminal a bar for each running fit, elsewhere a line per event."""
 
 import time
 from collections import defaultdict
@@ -6,15 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Self
+from typing import Self, TextIO
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-
+from lte_lightning.bars import Bar, say
 from lte_lightning.results import FILE, Place
 from lte_lightning.sweep.folder import SweepFolder
 from lte_lightning.sweep.points import Point
 
+# A narrow screen cuts what comes last
+LOOKS = "{desc:<12} {n_fmt:>3}/{total_fmt:<3} |{bar:20}| {elapsed}{postfix}"
 SEARCH = 2.0  # seconds after which the run folder of a fit that has just begun is looked for again
 
 
@@ -25,7 +25,7 @@ class Running:
     Args:
         point: Its point.
         began: When it was started, in seconds of the monotonic clock.
-        task: Its line on a terminal.
+        bar: Its bar on a terminal.
         run: Its run folder, as soon as it is there.
         place: Where it stands, as far as is known.
         looked: When its run folder was looked for last.
@@ -33,7 +33,7 @@ class Running:
 
     point: Point
     began: float
-    task: TaskID
+    bar: Bar
     run: Path | None = None
     place: Place | None = None
     looked: float = 0.0
@@ -45,28 +45,18 @@ class Watch:
     Args:
         folder: The sweep's folder.
         slots: How many fits run at a time.
-        say: Where to print a line, if the console is no terminal.
-        console: The terminal; by default the one that the process has.
+        say: Prints a line, where no bars are shown.
+        screen: Where to draw the bars; by default stderr, if it is a terminal.
     """
 
     def __init__(
         self,
         folder: SweepFolder,
         slots: int,
-        say: Callable[[str], None] = lambda line: print(line, flush=True),
-        console: Console | None = None,
+        say: Callable[[str], None] = say,
+        screen: TextIO | None = None,
     ) -> None:
-        console = console or Console()
-        self.folder, self.slots, self.say = folder, slots, None if console.is_terminal else say
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(20),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[at]}"),
-        )
-        # Drawn when the engine looks: a thread of its own would be copied into every fit that is started
-        self.bars = Progress(*columns, TimeElapsedColumn(), console=console, auto_refresh=False)
-        self._all = self.bars.add_task("fits", total=None, at="")
+        self.folder, self.slots, self.say, self.screen = folder, slots, say, screen
         self._running: dict[str, Running] = {}
         self._seconds: dict[str, list[float]] = defaultdict(list)
         for record in folder.records().values():
@@ -74,27 +64,24 @@ class Watch:
                 self._seconds[record.point.role].append(record.seconds)
 
     def __enter__(self) -> Self:
-        if self.say is None:
-            self.bars.start()
+        self._all = self._bar("fits")
         return self
 
     def __exit__(self, *_: object) -> None:
-        for running in self._running.values():
-            self.bars.remove_task(running.task)
-        if self.say is None:
-            self.bars.stop()
+        for bar in (*(running.bar for running in self._running.values()), self._all):
+            bar.close()
 
     def started(self, point: Point) -> None:
         """Notes that a fit was started."""
-        task = self.bars.add_task(point.name, total=None, at="is starting")
-        self._running[point.name] = Running(point, time.monotonic(), task)
-        if self.say:
+        bar = self._bar("is starting", point.name)
+        self._running[point.name] = Running(point, time.monotonic(), bar)
+        if self._all.disable:
             self.say(f"{point.name}: started")
 
     def ended(self, name: str, done: bool) -> None:
         """Notes that a fit ended, and whether it is done."""
         running = self._running.pop(name)
-        self.bars.remove_task(running.task)
+        running.bar.close()
         if done:
             self._seconds[running.point.role].append(time.monotonic() - running.began)
 
@@ -108,18 +95,21 @@ class Watch:
         total = ended + sum(waiting.values()) + len(self._running)
         for name, running in self._running.items():
             before, place = running.place, self._place(running)
-            if place is None or place == before:
-                continue
-            at = f"{place.stage} {place.epoch}/{place.epochs}"
-            self.bars.update(running.task, total=place.total, completed=place.done, at=at)
-            if self.say:
-                seconds = time.monotonic() - running.began
-                self.say(
-                    f"{name}: {at}, epoch {place.done + 1} of {place.total} ({seconds:.0f} s); {self._left(waiting)}"
-                )
-        if self.say is None:
-            self.bars.update(self._all, total=total, completed=ended, at=self._left(waiting))
-            self.bars.refresh()
+            if place is not None and place != before:
+                at = f"{place.stage} {place.epoch}/{place.epochs}"
+                running.bar.desc, running.bar.n, running.bar.total = at, place.done, place.total
+                if self._all.disable:
+                    at += f", epoch {place.done + 1} of {place.total} ({time.monotonic() - running.began:.0f} s)"
+                    self.say(f"{name}: {at}; {self._left(waiting)}")
+            running.bar.refresh()
+        self._all.n, self._all.total = ended, total
+        self._all.set_postfix_str(self._left(waiting))
+
+    def _bar(self, description: str, name: str = "") -> Bar:
+        # The total of a fit is known once it has begun
+        bar = Bar(desc=description, total=0, bar_format=LOOKS, file=self.screen)
+        bar.set_postfix_str(name)
+        return bar
 
     def _place(self, running: Running) -> Place | None:
         now = time.monotonic()

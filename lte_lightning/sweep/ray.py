@@ -13,6 +13,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from lte_lightning.bars import say
 from lte_lightning.errors import UserError
 from lte_lightning.network import reach
 from lte_lightning.sweep.local import PROGRAM, environment
@@ -105,7 +106,7 @@ class RayRunner:
         try:
             return name, self._ray.get(ended)
         except self._ray.exceptions.RayError as error:  # the machine is gone, or Ray had no memory left for it
-            print(f"{name}: {' '.join(str(error).split())[:300]}", file=sys.stderr)
+            say(f"{name}: {' '.join(str(error).split())[:300]}", sys.stderr)
             return name, -1
 
     def stop(self, patience: float = 60) -> None:

@@ -22,6 +22,7 @@ from lte_lightning.core.model.experts import expert_ffns
 from lte_lightning.core.model.folder import find_model, is_lte, read_description
 from lte_lightning.core.model.names import plain_names
 from lte_lightning.errors import UserError
+from lte_lightning.quiet import without_bars
 
 _STAGE_OF_MODE = {"dense": "dense", "soft": "router", "hard": "expert"}
 
@@ -210,9 +211,8 @@ def _quiet() -> Iterator[None]:
     # transformers reports the new head as missing weights, which every fine-tuning has
     verbosity = hf_logging.get_verbosity()
     hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
     try:
-        yield
+        with without_bars():
+            yield
     finally:
         hf_logging.set_verbosity(verbosity)
-        hf_logging.enable_progress_bar()

@@ -5,9 +5,9 @@ from functools import partial
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from lte_lightning.bars import Bar
 from lte_lightning.core.model.config import LteConfig
 from lte_lightning.core.model.exact import computes_on, is_part
 from lte_lightning.core.model.experts import ExpertFfn, expert_ffns, require_expert_ffns
@@ -153,7 +153,7 @@ def group_experts(
     else:
         rows = [weight_rows(ffn.up if ffn.gate is None else ffn.gate) for ffn in ffns.values()]
     groupings = []
-    for i, rows_FX in enumerate(tqdm(rows, desc=f"grouping ({config.grouping})", disable=not progress)):
+    for i, rows_FX in enumerate(Bar(rows, desc=f"grouping ({config.grouping})", disable=not progress)):
         seed = (config.seed or 0) + i
         arguments = whole(rows_FX), config.expert_size, config.grouping, seed, uses[i]
         with torch.device("cpu"):  # as for selectors

@@ -5,9 +5,9 @@ from itertools import pairwise
 from typing import Any, Literal, get_args
 
 import torch
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from lte_lightning.bars import Bar
 from lte_lightning.core.model.convert import lte_config
 from lte_lightning.core.model.experts import expert_ffns, require_expert_ffns, set_mode
 from lte_lightning.core.model.thresholds import Setting, ThresholdTable
@@ -82,7 +82,7 @@ def find_thresholds(
             losses_LG, pairs = layer_losses(model, batches, progress)
             shares = [share_out(losses_LG, pairs, sparsity) for sparsity in wanted]
         settings, tokens = [], 0
-        for sparsity, share_L in tqdm([*zip(wanted, shares, strict=True)], desc="thresholds", disable=not progress):
+        for sparsity, share_L in Bar([*zip(wanted, shares, strict=True)], desc="thresholds", disable=not progress):
             setting, tokens = _setting(model, batches, sparsity, None if layers == "free" else share_L)
             settings.append(setting)
     finally:
@@ -156,7 +156,7 @@ def layer_losses(
     ffns = list(require_expert_ffns(model).values())
     scores, counts = _scores(model, batches)
     losses = []
-    for ffn, own in tqdm([*zip(ffns, scores, strict=True)], desc="loss by layer", disable=not progress):
+    for ffn, own in Bar([*zip(ffns, scores, strict=True)], desc="loss by layer", disable=not progress):
         before = ffn.threshold
         for sparsity in GRID:
             ffn.threshold = _level(own, sparsity)
