@@ -99,6 +99,12 @@ def kill(session: nox.Session) -> None:
 
 
 @nox.session(python=False, requires=["env"], default=False)
+def arm(session: nox.Session) -> None:
+    """Compile the CPU kernels for ARM and run them in qemu (minutes); needs g++-aarch64-linux-gnu and qemu-user."""
+    session.run("pytest", "-v", "-m", "arm", "tests/kernels/cpu/test_arm.py", *session.posargs, env=ONE_THREAD)
+
+
+@nox.session(python=False, requires=["env"], default=False)
 def fuzz(session: nox.Session) -> None:
     """Read newly drawn damaged and hostile files, LTE_FUZZ (500) of each kind; writes a table to fuzz.md."""
     many = os.environ.get("LTE_FUZZ", "500")

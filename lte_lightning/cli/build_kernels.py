@@ -21,18 +21,20 @@ def build_kernels(out: str | None = None, instructions: str = "auto") -> None:
         out: Folder for the libraries, for images that have no compiler: LTE_KERNELS=FOLDER finds them there. By default
             the user's cache.
         instructions: Instruction sets to compile for, with commas between: portable, avx2, avx512,
-            avx512_vnni, avx512_bf16, or all of them. By default the best that this machine has.
+            avx512_vnni, avx512_bf16 (on ARM portable, neon_dotprod, neon_i8mm), or all of them. By default the best
+            that this machine has.
     """
     from lte_lightning.cache import cache_folder
     from lte_lightning.errors import UserError, meant
-    from lte_lightning.kernels.cpu.build import INSTRUCTION_SETS, PLACE, build_into, instruction_set
+    from lte_lightning.kernels.cpu.build import PLACE, build_into
+    from lte_lightning.kernels.cpu.instructions import instruction_set, instruction_sets
 
-    names = {"auto": [instruction_set()], "all": list(INSTRUCTION_SETS)}.get(instructions) or instructions.split(",")
+    known = list(instruction_sets())
+    names = {"auto": [instruction_set()], "all": known}.get(instructions) or instructions.split(",")
     for name in names:
-        if name not in INSTRUCTION_SETS:
+        if name not in known:
             raise UserError(
-                f"there is no instruction set {name!r}{meant(name, INSTRUCTION_SETS)}; there are "
-                f"{', '.join(INSTRUCTION_SETS)}, or all"
+                f"there is no instruction set {name!r}{meant(name, known)}; there are {', '.join(known)}, or all"
             )
     folder = Path(out) if out else cache_folder()
     if folder is None:

@@ -18,11 +18,10 @@ from lte_lightning.files import hold_folder, whole_file
 from lte_lightning.kernels.cpu.build import (
     COMPILER_SECONDS,
     FLAGS,
-    INSTRUCTION_SETS,
     SOURCES,
     compile_library,
-    instruction_set,
 )
+from lte_lightning.kernels.cpu.instructions import instruction_set, instruction_sets
 from lte_lightning.quiet import without_remarks
 
 SOURCE = Path(__file__).with_suffix(".cpp")
@@ -86,7 +85,7 @@ def extension_library(out: Path) -> Path:
         )
     instructions = instruction_set()
     options = [f"-I{root / 'include'}", f"-I{SOURCES}", *map(str, libraries)]
-    known = hashlib.sha256(repr((FLAGS, INSTRUCTION_SETS[instructions], openvino.__version__)).encode())
+    known = hashlib.sha256(repr((FLAGS, instruction_sets()[instructions], openvino.__version__)).encode())
     for source in (SOURCE, *sorted((*SOURCES.glob("*.cpp"), *SOURCES.glob("*.h")))):
         known.update(source.read_bytes())
     stem = f"openvino-{instructions}-{known.hexdigest()[:16]}"

@@ -10,8 +10,9 @@ from torch import nn
 
 from lte_lightning.core.model.experts import ExpertFfn
 from lte_lightning.core.model.parts import FfnParts, find_row
-from lte_lightning.kernels.cpu.build import build, instruction_set
+from lte_lightning.kernels.cpu.build import build
 from lte_lightning.kernels.cpu.ffn import run_compiled, run_cpu
+from lte_lightning.kernels.cpu.instructions import instruction_set
 from lte_lightning.kernels.dense_mask import run_dense_mask
 from lte_lightning.kernels.layout import ACTIVATIONS
 from lte_lightning.kernels.reference import run_reference

@@ -78,6 +78,11 @@ inline ivec multiply_add_bytes(ivec sum, ivec w, int32_t x) {
         _mm256_and_si256(v, _mm256_set1_epi16(255)), _mm256_srai_epi16(_mm256_slli_epi16(b, 8), 8));
     const __m256i other = _mm256_madd_epi16(_mm256_srli_epi16(v, 8), _mm256_srai_epi16(b, 8));
     return sum + (ivec)even + (ivec)other;
+#elif defined(__ARM_FEATURE_MATMUL_INT8)
+    return (ivec)vusdotq_s32((int32x4_t)sum, (uint8x16_t)w, (int8x16_t)vdupq_n_s32(x));
+#elif defined(__ARM_FEATURE_DOTPROD)  // multiplies signed bytes alone: w - 128, and 128 added back
+    const int8x16_t b = (int8x16_t)vdupq_n_s32(x), lower = veorq_s8((int8x16_t)w, vdupq_n_s8(-128));
+    return (ivec)vdotq_s32((int32x4_t)sum, lower, b) - (ivec)vdotq_s32(vdupq_n_s32(0), vdupq_n_s8(-128), b);
 #else
     for (int i = 0; i < 4; i++) sum += (w >> 8 * i & 255) * int32_t(int8_t(uint32_t(x) >> 8 * i));
     return sum;

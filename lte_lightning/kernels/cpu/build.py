@@ -22,28 +22,15 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
-import torch
-
 from lte_lightning.cache import cache_folder, cache_place, content_digest
 from lte_lightning.errors import UserError
 from lte_lightning.files import hold_folder, whole_file
-from lte_lightning.kernels.cpu.processor import cpu_flags
+from lte_lightning.kernels.cpu.instructions import instruction_set, instruction_sets
 
 SOURCES = Path(__file__).parent
 PLACE = "LTE_KERNELS"  # the variable that names a folder of libraries which were built ahead of time
 SHIPPED = SOURCES / "built"  # such a folder within a wheel
 FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fPIC", "-shared")
-AVX2 = ("-mavx2", "-mfma", "-mf16c")
-AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
-VNNI = (*AVX512, "-mavx512vnni")
-# A machine that runs a set also runs every earlier set.
-INSTRUCTION_SETS = {
-    "portable": (),
-    "avx2": AVX2,
-    "avx512": AVX512,
-    "avx512_vnni": VNNI,
-    "avx512_bf16": (*VNNI, "-mavx512bf16"),
-}
 COMPILER_SECONDS = 300  # time limit of the compiler, which takes about 10 on an idle core
 KEPT = 8  # libraries to keep in the user's cache: several instruction sets and versions of this package
 
@@ -66,7 +53,7 @@ def library() -> ctypes.CDLL | None:
     try:
         return build(wanted)
     except BuildError as error:
-        lesser = list(INSTRUCTION_SETS)[: list(INSTRUCTION_SETS).index(wanted)]
+        lesser = list(instruction_sets())[: list(instruction_sets()).index(wanted)]
         for instructions in reversed(lesser):
             if (loaded := find(instructions)) is not None:
                 logger.warning(f"the cpu backend runs kernels for {instructions}, not for {wanted}: {error}")
@@ -81,7 +68,7 @@ def library() -> ctypes.CDLL | None:
 
 
 def build(instructions: str) -> ctypes.CDLL:
-    """Loads the kernels for one of `INSTRUCTION_SETS`, and compiles them if there are none.
+    """Loads the kernels for one of `instruction_sets`, and compiles them if there are none.
 
     If several processes come at the same time, one compiles and the others wait. A library that cannot be kept serves
     this process alone.
@@ -112,7 +99,7 @@ def build(instructions: str) -> ctypes.CDLL:
 
 
 def build_into(folder: Path, instructions: str) -> Path:
-    """Compiles the kernels for one of `INSTRUCTION_SETS` into a folder, whole or not at all; returns the library.
+    """Compiles the kernels for one of `instruction_sets` into a folder, whole or not at all; returns the library.
 
     Raises:
         BuildError: If there is no compiler, it fails, or it takes more than five minutes.
@@ -154,7 +141,7 @@ def _scratch() -> Iterator[Path]:
 
 
 def find(instructions: str, by: str = "*") -> ctypes.CDLL | None:
-    """Loads an existing library for one of `INSTRUCTION_SETS`; returns None if there is none.
+    """Loads an existing library for one of `instruction_sets`; returns None if there is none.
 
     Args:
         instructions: The instruction set.
@@ -275,14 +262,4 @@ def _stem(instructions: str) -> str:
 
 
 def _flags(instructions: str) -> tuple[str, ...]:
-    return (*FLAGS, *INSTRUCTION_SETS[instructions])
-
-
-def instruction_set() -> str:
-    """Returns the best of `INSTRUCTION_SETS` that this machine has (torch's ATEN_CPU_CAPABILITY can lower it)."""
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return "portable"
-    level = torch.backends.cpu.get_cpu_capability()
-    if level == "AVX512":
-        return next((name for name in ("avx512_bf16", "avx512_vnni") if name in cpu_flags()), "avx512")
-    return "avx2" if level == "AVX2" else "portable"
+    return (*FLAGS, *instruction_sets()[instructions])

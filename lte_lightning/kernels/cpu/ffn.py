@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 import torch
 
-from lte_lightning.kernels.cpu.build import instruction_set, library
+from lte_lightning.kernels.cpu.build import library
+from lte_lightning.kernels.cpu.instructions import instruction_set
 from lte_lightning.kernels.cpu.processor import cpu_flags
 from lte_lightning.kernels.dense_mask import run_dense_mask
 from lte_lightning.kernels.layout import ACTIVATIONS, ExpertWeights

@@ -1,6 +1,8 @@
-"""Facts about the machine's processor, from Linux."""
+"""Facts about the machine's processor, from Linux or macOS."""
 
 import platform
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -15,8 +17,22 @@ def cpu_facts() -> dict[str, str]:
 
 
 def cpu_flags() -> frozenset[str]:
-    """Returns the names of the processor's features; nothing on other systems."""
-    return frozenset(cpu_facts().get("flags", "").split())
+    """Returns Linux's names of the processor's features; nothing on other systems than Linux and macOS."""
+    if sys.platform == "darwin":
+        return _apple_flags()
+    facts = cpu_facts()
+    return frozenset((facts.get("flags") or facts.get("Features", "")).split())  # x86, ARM
+
+
+@cache
+def _apple_flags() -> frozenset[str]:
+    try:
+        command = ["sysctl", "hw.optional.arm"]
+        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    except (OSError, subprocess.CalledProcessError):  # an Intel Mac has no such entries
+        return frozenset()
+    names = {"hw.optional.arm.FEAT_DotProd: 1": "asimddp", "hw.optional.arm.FEAT_I8MM: 1": "i8mm"}
+    return frozenset(names[line.strip()] for line in lines if line.strip() in names)
 
 
 def processor() -> str:

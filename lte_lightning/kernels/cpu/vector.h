@@ -16,6 +16,8 @@
 
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
 #endif
 
 namespace {
@@ -81,6 +83,9 @@ template <> inline vec load_wide(const bf16* p) {
     return (vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
 }
 template <> inline vec load_wide(const f16* p) { return (vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+#elif defined(__ARM_NEON)
+template <> inline vec load_wide(const bf16* p) { return (vec)vshlq_n_u32(vmovl_u16(vld1_u16(&p->u)), 16); }
+template <> inline vec load_wide(const f16* p) { return (vec)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&p->u))); }
 #endif
 inline float sum(vec v) {
     float s[W];

@@ -13,7 +13,8 @@ import torch
 from lte_lightning.cli import main
 from lte_lightning.files import hold_folder
 from lte_lightning.kernels.cpu import build as cpu_build
-from lte_lightning.kernels.cpu.build import BuildError, build, build_into, find, instruction_set, library
+from lte_lightning.kernels.cpu.build import BuildError, build, build_into, find, library
+from lte_lightning.kernels.cpu.instructions import instruction_set
 
 
 @pytest.fixture(scope="session")
@@ -374,7 +375,8 @@ def test_no_vector_claims_an_alignment_that_it_lacks(tmp_path):
         pytest.skip("reads such rows with vectors only")
     code = """
 import torch
-from lte_lightning.kernels.cpu.build import build, instruction_set
+from lte_lightning.kernels.cpu.build import build
+from lte_lightning.kernels.cpu.instructions import instruction_set
 from lte_lightning.kernels.cpu.ffn import run_compiled
 from lte_lightning.kernels.layout import ExpertWeights
 lib = build(instruction_set())

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from lte_lightning.kernels.cpu import ffn as cpu_ffn
-from lte_lightning.kernels.cpu.build import INSTRUCTION_SETS, build, instruction_set
+from lte_lightning.kernels.cpu import processor
+from lte_lightning.kernels.cpu.build import build
 from lte_lightning.kernels.cpu.ffn import run_compiled, run_cpu
+from lte_lightning.kernels.cpu.instructions import instruction_set, instruction_sets
 from lte_lightning.kernels.layout import ExpertWeights
 from lte_lightning.kernels.reference import run_reference
 
@@ -20,9 +22,9 @@ def case(make_weights, tokens=7, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("instructions", INSTRUCTION_SETS)
+@pytest.mark.parametrize("instructions", instruction_sets())
 def test_every_instruction_set_of_this_machine(instructions, dtype, make_weights, assert_agrees):
-    levels = list(INSTRUCTION_SETS)
+    levels = list(instruction_sets())
     if levels.index(instructions) > levels.index(instruction_set()):
         pytest.skip(f"this machine has no {instructions}")
     for tokens in (1, 30):
@@ -36,8 +38,34 @@ def test_torch_can_lower_the_instruction_set(monkeypatch):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
     assert instruction_set() == "avx2"
-    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    monkeypatch.setattr(platform, "machine", lambda: "riscv64")
     assert instruction_set() == "portable"
+
+
+@pytest.mark.parametrize(
+    ("features", "expected"), [("asimd i8mm asimddp", "neon_i8mm"), ("asimd asimddp", "neon_dotprod"), ("", "portable")]
+)
+def test_an_arm_processor_says_what_it_has(features, expected, monkeypatch):
+    monkeypatch.setattr(platform, "machine", lambda: "arm64")
+    monkeypatch.setattr(processor, "cpu_facts", lambda: {"processor": "0", "Features": features})
+    assert instruction_set() == expected
+    assert list(instruction_sets()) == ["portable", "neon_dotprod", "neon_i8mm"]
+
+
+@pytest.mark.parametrize(("present", "expected"), [(True, "neon_dotprod"), (False, "portable")])
+def test_a_mac_says_what_it_has(present, expected, monkeypatch, tmp_path):
+    lines = "hw.optional.arm.FEAT_DotProd: 1", "hw.optional.arm.FEAT_I8MM: 0", "hw.optional.arm.FEAT_BF16: 1"
+    if present:
+        (tmp_path / "sysctl").write_text("#!/bin/sh\n" + "".join(f"echo {line}\n" for line in lines))
+        (tmp_path / "sysctl").chmod(0o755)
+    monkeypatch.setattr(platform, "machine", lambda: "arm64")
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    processor._apple_flags.cache_clear()
+    try:
+        assert instruction_set() == expected
+    finally:
+        processor._apple_flags.cache_clear()
 
 
 @pytest.mark.parametrize("way", ["few", "many"])

@@ -3,7 +3,8 @@ import torch
 from torch.nn import functional
 
 from lte_lightning.kernels.cpu import quantized as cpu_quantized
-from lte_lightning.kernels.cpu.build import INSTRUCTION_SETS, build, instruction_set
+from lte_lightning.kernels.cpu.build import build
+from lte_lightning.kernels.cpu.instructions import instruction_set, instruction_sets
 from lte_lightning.kernels.cpu.quantized import run_quantized, run_quantized_linear
 from lte_lightning.kernels.layout import ACTIVATIONS, hidden_activations
 from lte_lightning.kernels.quantized import (
@@ -126,9 +127,9 @@ def test_linear(shape, bits, dtype):
 
 
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("instructions", INSTRUCTION_SETS)
+@pytest.mark.parametrize("instructions", instruction_sets())
 def test_every_instruction_set_of_this_machine(instructions, bits, monkeypatch):
-    levels = list(INSTRUCTION_SETS)
+    levels = list(instruction_sets())
     if levels.index(instructions) > levels.index(instruction_set()):
         pytest.skip(f"this machine has no {instructions}")
     monkeypatch.setattr(cpu_quantized, "library", lambda: build(instructions))
