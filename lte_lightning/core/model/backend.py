@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from lte_lightning.core.model.attention import use_attention
 from lte_lightning.core.model.exact import is_sharded
 from lte_lightning.core.model.experts import require_expert_ffns
 from lte_lightning.core.model.storage import lay_out
@@ -23,6 +24,9 @@ def set_backend(model: nn.Module, backend: Backend = "auto") -> None:
     Weights that FSDP manages stay as they are. Each forward pass looks for such changes, so no change needs another
     call of this.
 
+    With ``auto`` and ``cpu``, our kernel also computes the attention of an encoder on a CPU in bfloat16 and float16,
+    where torch's would (``sdpa``) and no gradient is needed.
+
     Args:
         model: A converted model.
         backend: ``auto`` (by device and type), ``dense-mask`` (computes every expert, then masks), ``reference`` (slow
@@ -35,6 +39,7 @@ def set_backend(model: nn.Module, backend: Backend = "auto") -> None:
     if backend not in BACKENDS:
         raise UserError(f"unknown backend {backend!r}; there are {', '.join(BACKENDS)}")
     ffns = require_expert_ffns(model).values()
+    use_attention(model, backend in ("auto", "cpu"))
     # FSDP gathers weights into its own memory, in their original order.
     sharded = {inner for module in model.modules() if is_sharded(module) for inner in module.modules()}
     for ffn in ffns:

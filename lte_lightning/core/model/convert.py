@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lte_lightning.bars import Bar
+from lte_lightning.core.model.attention import use_attention
 from lte_lightning.core.model.config import LteConfig
 from lte_lightning.core.model.exact import computes_on, is_part
 from lte_lightning.core.model.experts import ExpertFfn, expert_ffns, require_expert_ffns
@@ -182,6 +183,7 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
         )
     for ffn in ffns:
         lay_out(ffn.parts, by_neuron=False)
+    use_attention(model, kernel=False)
     for layer in find_layers(model):
         remove(layer)
     del model.lte_config

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from lte_lightning.core.model.attention import use_attention
 from lte_lightning.core.model.checks import is_finite, listed
 from lte_lightning.core.model.exact import is_sharded, what_surrounds, why_not_linear
 from lte_lightning.core.model.experts import expert_ffns, require_expert_ffns
@@ -71,6 +72,7 @@ def quantize(model: PreTrainedModel, kind: Quantization = "int8") -> PreTrainedM
     if tied is not None:
         _replace_embedding(model, tied)
     pack_weights(model)
+    use_attention(model)
     model.requires_grad_(False)
     return model
 
@@ -240,6 +242,7 @@ def load_quantized(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], 
     ]:
         raise ValueError(f"weights are missing: {listed(missing)}")
     pack_weights(model)
+    use_attention(model)
     model.requires_grad_(False)
 
 

@@ -11,6 +11,8 @@
 
 namespace {
 
+#define NOT_INLINED __attribute__((noinline))  // large, and called from several places: compiled once
+
 constexpr int64_t LANES = 16, GROUP = 32;
 constexpr int PARTS = LANES / W;  // vectors of a row of outputs
 
@@ -34,26 +36,31 @@ struct Matrix {
 };
 template <int BITS> constexpr int64_t BLOCK_BYTES = LANES * GROUP * BITS / 8;
 
-// Rounds up to 32 inputs to 8 bits. A group with NaN or infinity gets the scale NaN, so its products are NaN.
-inline void round_group(const float* x, int64_t count, int32_t zero, Group& g) {
-    alignas(64) float v[GROUP] = {};
-    std::copy_n(x, count, v);
-    float largest = 0.f, odd = 0.f;
-    for (float f : v) {
-        const float a = std::fabs(f);
+typedef int8_t bytes_in_memory __attribute__((vector_size(W), aligned(1), may_alias));
+
+// Rounds 32 inputs to 8 bits. A group with NaN or infinity gets the scale NaN, so its products are NaN.
+inline void round_group(const vec (&v)[GROUP / W], int32_t zero, Group& g) {
+    ivec largest = {};  // without signs, floats are in the order of their bits, and infinity and NaN come last
+#pragma GCC unroll 8
+    for (const vec& x : v) {
+        const ivec a = (ivec)x & 0x7fffffff;
         largest = a > largest ? a : largest;
-        odd += f * 0.f;  // NaN for infinity, too
     }
-    const bool empty = largest < 1e-30f;
-    const float up = empty || odd != 0.f ? 0.f : 127.f / largest;
-    int32_t total = 0;
-    for (int i = 0; i < GROUP; i++) {
-        const int32_t q = odd != 0.f ? 0 : int32_t(bits(v[i] * up + 12582912.f) - bits(12582912.f));  // to nearest
-        g.q[i] = int8_t(q);
+    const uint32_t most_bits = uint32_t(max(largest));
+    const float most = bits(most_bits);
+    const bool is_odd = most_bits >= 0x7f800000, empty = most < 1e-30f;
+    const float up = empty || is_odd ? 0.f : 127.f / most;
+    ivec total = {};
+#pragma GCC unroll 8
+    for (int i = 0; i < GROUP / W; i++) {
+        const vec magic = all(12582912.f);  // adding 1.5 * 2^23 rounds to the nearest integer, in the low bits
+        ivec q = (ivec)(v[i] * up + magic) - (ivec)magic;
+        if (is_odd) q = ivec{};
+        *reinterpret_cast<bytes_in_memory*>(g.q + i * W) = __builtin_convertvector(q, bytes_in_memory);
         total += q;
     }
-    g.minus = -zero * total;
-    g.scale = odd != 0.f ? bits(uint32_t(0x7fc00000)) : empty ? 0.f : largest / 127.f;
+    g.minus = -zero * sum(total);
+    g.scale = is_odd ? bits(uint32_t(0x7fc00000)) : empty ? 0.f : most / 127.f;
 }
 
 inline ivec load_bytes(const uint8_t* p) {
@@ -89,55 +96,107 @@ inline ivec multiply_add_bytes(ivec sum, ivec w, int32_t x) {
 #endif
 }
 
-// acc[t] += `groups` blocks of weights times as many groups of each token's input. Prefetches the blocks 4 KB ahead, or
-// at next.
-template <int BITS, int TN>
-void add_blocks(const uint8_t* w, const bf16* scale, int64_t groups, const uint8_t* next, const Group* const* x,
-                vec (*acc)[PARTS]) {
+// A tile of sums that stays in registers: tokens by blocks of outputs. Each byte of an input is multiplied by both
+// blocks, and each block by all tokens, so that loads do not hold up the products.
+constexpr int TILE_TOKENS = W == 16 ? 6 : 8, TILE_BLOCKS = W == 16 ? 2 : 1;
+
+// to[t][0:16 RN] += `groups` blocks of weights times as many groups of each token's input. Blocks of the next 16 outputs
+// are `groups` blocks further. With RN = 1 it prefetches the blocks 4 KB ahead, or at next.
+template <int BITS, int TN, int RN>
+NOT_INLINED void add_blocks(const uint8_t* w, const bf16* scale, int64_t groups, const uint8_t* next,
+                            const Group* const* x, float* const* to) {
     constexpr int64_t SIZE = BLOCK_BYTES<BITS>, FAR = 4096 / SIZE;
+    const Group* xs[TN];
+    vec sums[TN][RN][PARTS];
+#pragma GCC unroll 8
+    for (int t = 0; t < TN; t++) {
+        xs[t] = x[t];
+#pragma GCC unroll 4
+        for (int i = 0; i < RN * PARTS; i++) sums[t][i / PARTS][i % PARTS] = load(to[t] + i * W);
+    }
     for (int64_t g = 0; g < groups; g++, w += SIZE) {
-        if (next) {
+        if (RN == 1 && next) {
             const uint8_t* const ahead = g + FAR < groups ? w + FAR * SIZE : next + (g + FAR - groups) * SIZE;
             for (int64_t b = 0; b < SIZE; b += 64) __builtin_prefetch(ahead + b);
         }
-        ivec sum[TN][PARTS];
+        ivec exact[TN][RN][PARTS];
+#pragma GCC unroll 8
         for (int t = 0; t < TN; t++)
-            for (int p = 0; p < PARTS; p++) sum[t][p] = ivec{} + x[t][g].minus;
+#pragma GCC unroll 4
+            for (int i = 0; i < RN * PARTS; i++) exact[t][i / PARTS][i % PARTS] = ivec{} + xs[t][g].minus;
 #pragma GCC unroll 8
         for (int i = 0; i < 8; i++)
+#pragma GCC unroll 4
             for (int p = 0; p < PARTS; p++) {
-                ivec bytes = load_bytes(w + (BITS == 8 ? i : i / 2) * 4 * LANES + p * 4 * W);
-                if (BITS == 4) bytes = (i % 2 ? bytes >> 4 : bytes) & 0x0f0f0f0f;
+                ivec bytes[RN];
+#pragma GCC unroll 2
+                for (int r = 0; r < RN; r++) {
+                    bytes[r] = load_bytes(w + r * groups * SIZE + (BITS == 8 ? i : i / 2) * 4 * LANES + p * 4 * W);
+                    if (BITS == 4) bytes[r] = (i % 2 ? bytes[r] >> 4 : bytes[r]) & 0x0f0f0f0f;
+                }
+#pragma GCC unroll 8
                 for (int t = 0; t < TN; t++) {
                     int32_t four;
-                    std::memcpy(&four, x[t][g].q + 4 * i, 4);
-                    sum[t][p] = multiply_add_bytes(sum[t][p], bytes, four);
+                    std::memcpy(&four, xs[t][g].q + 4 * i, 4);
+#pragma GCC unroll 2
+                    for (int r = 0; r < RN; r++) exact[t][r][p] = multiply_add_bytes(exact[t][r][p], bytes[r], four);
                 }
             }
-        for (int p = 0; p < PARTS; p++) {
-            const vec factor = load_wide(scale + g * LANES + p * W);
+#pragma GCC unroll 8
+        for (int i = 0; i < RN * PARTS; i++) {
+            const int r = i / PARTS, p = i % PARTS;
+            const vec factor = load_wide(scale + (r * groups + g) * LANES + p * W);
+#pragma GCC unroll 8
             for (int t = 0; t < TN; t++)
-                acc[t][p] += __builtin_convertvector(sum[t][p], vec) * (factor * x[t][g].scale);
+                sums[t][r][p] += __builtin_convertvector(exact[t][r][p], vec) * (factor * xs[t][g].scale);
         }
     }
+#pragma GCC unroll 8
+    for (int t = 0; t < TN; t++)
+#pragma GCC unroll 4
+        for (int i = 0; i < RN * PARTS; i++) store(to[t] + i * W, sums[t][i / PARTS][i % PARTS]);
 }
 
-// Calls body with 8, 4, 2 or 1 of the numbers at a time.
-template <class Body> void at_a_time(int64_t begin, int64_t end, const Body& body) {
-    for (; begin + 8 <= end; begin += 8) body(begin, std::integral_constant<int, 8>());
-    if (begin + 4 <= end) body(begin, std::integral_constant<int, 4>()), begin += 4;
-    if (begin + 2 <= end) body(begin, std::integral_constant<int, 2>()), begin += 2;
-    if (begin < end) body(begin, std::integral_constant<int, 1>());
+template <int N> using constant = std::integral_constant<int, N>;
+
+// Calls body with MOST, 4, 2 or 1 of the numbers at a time.
+template <int MOST, class Body> void at_a_time(int64_t begin, int64_t end, const Body& body) {
+    for (; begin + MOST <= end; begin += MOST) body(begin, constant<MOST>());
+    if (begin + 4 <= end) body(begin, constant<4>()), begin += 4;
+    if (begin + 2 <= end) body(begin, constant<2>()), begin += 2;
+    if (begin < end) body(begin, constant<1>());
+}
+
+// Calls body(first block, tokens from, tokens to, blocks at a time) for all tokens and each block, or two of them.
+template <class Body> void by_blocks(int64_t b, int64_t b_end, int64_t n0, int64_t n1, const Body& body) {
+    if (TILE_BLOCKS > 1 && n1 - n0 >= TILE_TOKENS)
+        for (; b + TILE_BLOCKS <= b_end; b += TILE_BLOCKS) body(b, constant<TILE_TOKENS>(), constant<TILE_BLOCKS>());
+    for (; b < b_end; b++) body(b, constant<8>(), constant<1>());
+}
+
+// Writes up to 16 outputs of a token, with the bias if there is one.
+template <class T> void write_lanes(const float* sums, const T* bias, int64_t count, T* y) {
+    if (count == LANES)
+        for (int i = 0; i < LANES; i += W) store_narrow(y + i, load(sums + i) + (bias ? load_wide(bias + i) : vec{}));
+    else
+        for (int64_t i = 0; i < count; i++) narrow(sums[i] + (bias ? widen(bias[i]) : 0.f), y[i]);
+}
+
+// Loads 32 values, or zeros in the place of those that are missing.
+template <class T> void load_group(const T* from, int64_t count, vec (&v)[GROUP / W]) {
+    T padded[GROUP] = {};
+    if (count < GROUP) from = std::copy_n(from, count, padded) - count;
+#pragma GCC unroll 8
+    for (int i = 0; i < GROUP / W; i++) v[i] = load_wide(from + i * W);
 }
 
 // Rounds a token's input: [column parts][groups].
 template <int BITS, class T> void round_input(const T* x, const Matrix& m, Group* out) {
-    alignas(64) float v[GROUP];
     for (int64_t part = 0; part < m.column_parts; part++)
         for (int64_t c = 0; c < m.columns; c += GROUP) {
-            const int64_t count = std::min(GROUP, m.columns - c);
-            for (int64_t i = 0; i < count; i++) v[i] = widen(x[part * m.columns + c + i]);
-            round_group(v, count, BITS == 8 ? 128 : 8, *out++);
+            vec v[GROUP / W];
+            load_group(x + part * m.columns + c, m.columns - c, v);
+            round_group(v, BITS == 8 ? 128 : 8, *out++);
         }
 }
 

@@ -9,10 +9,13 @@
 //       are packed into panels that stay in cache. Register tiles of MR tokens by NR columns compute the products.
 // In both, the partition of work never changes the order of a sum. Results do not depend on the threads, and a row does
 // not depend on other rows.
+#include "attention.h"
 #include "decoder.h"
 #include "few.h"
 #include "many.h"
 #include "quantized.h"
+
+#include <cstddef>
 
 namespace {
 
@@ -62,6 +65,17 @@ void run_experts(const int64_t* shape, int activation, int threads, const uint8_
 }
 
 template <class T>
+void run_attention(const int64_t* shape, float scale, int threads, void* const* p) {
+    Attention<T> attend;
+    std::memcpy(&attend, shape, offsetof(Attention<T>, scale));
+    attend.scale = scale;
+    attend.q = static_cast<const T*>(p[0]), attend.k = static_cast<const T*>(p[1]);
+    attend.v = static_cast<const T*>(p[2]), attend.mask = static_cast<const uint8_t*>(p[3]);
+    attend.y = static_cast<T*>(p[4]);
+    parallel(threads, attend.B * attend.H, attend, 0, attend);
+}
+
+template <class T>
 bool run_decoder(const Shape& shape, const float* numbers, const int64_t* table, int threads, int activation,
                  void* const* p) {
     auto at = [&](int i) { return static_cast<T*>(p[i]); };
@@ -105,6 +119,16 @@ extern "C" int lte_quantized_ffn(int dtype, int bits, const int64_t* shape, int 
         bits == 8 ? (dtype == 0 ? run_experts<8, float> : dtype == 1 ? run_experts<8, bf16> : run_experts<8, f16>)
                   : (dtype == 0 ? run_experts<4, float> : dtype == 1 ? run_experts<4, bf16> : run_experts<4, f16>);
     run_it(shape, activation, threads, mask, pointers);
+    return 0;
+} catch (const std::bad_alloc&) {
+    return 1;
+}
+
+// Attention without gradients. shape: B, H, Q, K, D and the strides of q, k, v and mask, see attention.h.
+// pointers: q, k, v, mask or null, y.
+extern "C" int lte_attention(int dtype, const int64_t* shape, float scale, int threads, void* const* pointers) try {
+    const auto run_it = dtype == 0 ? run_attention<float> : dtype == 1 ? run_attention<bf16> : run_attention<f16>;
+    run_it(shape, scale, threads, pointers);
     return 0;
 } catch (const std::bad_alloc&) {
     return 1;

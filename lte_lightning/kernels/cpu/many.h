@@ -39,8 +39,9 @@ template <class T> inline vec steps_at(const T* from, int64_t k, int64_t stride,
     return (vec)(high | (low >> 16 & 0xffff));
 }
 
-// panel[k][0:W] = step k of each of W rows. Zeros stand for missing rows.
-template <class T> void pack(const T* from, int64_t rows, int64_t steps, int64_t D, float* panel) {
+// panel[k][0:W] = step k of each of W rows of D values. Zeros stand for missing rows.
+template <class T>
+void pack(const T* from, int64_t rows, int64_t stride, int64_t steps, int64_t D, float* panel) {
     int64_t k = 0;
 #if defined(__GNUC__) && !defined(__clang__)
     // Transposes W by W blocks in registers: log2(W) times, pairs of rows swap the parts off the diagonal.
@@ -48,7 +49,8 @@ template <class T> void pack(const T* from, int64_t rows, int64_t steps, int64_t
         vec block[W];
 #pragma GCC unroll 16
         for (int r = 0; r < W; r++)
-            block[r] = PAIRED<T> ? load(reinterpret_cast<const float*>(from + r * D) + k) : load_wide(from + r * D + k);
+            block[r] = PAIRED<T> ? load(reinterpret_cast<const float*>(from + r * stride) + k)
+                                 : load_wide(from + r * stride + k);
 #pragma GCC unroll 4
         for (int d = W / 2; d; d /= 2) {
             ivec first, second;
@@ -69,7 +71,19 @@ template <class T> void pack(const T* from, int64_t rows, int64_t steps, int64_t
     }
 #endif
     for (; k < steps; k++)
-        for (int64_t r = 0; r < W; r++) panel[k * NR + r] = r < rows ? step_of(from + r * D, k, 1, D) : 0.f;
+        for (int64_t r = 0; r < W; r++) panel[k * NR + r] = r < rows ? step_of(from + r * stride, k, 1, D) : 0.f;
+}
+
+// panels[columns / NR][steps][NR] = the steps down each column of a matrix. Zeros stand for missing columns.
+template <class T>
+void pack_columns(const T* from, int64_t rows, int64_t stride, int64_t columns, int64_t steps, float* panels) {
+    for (int64_t k = 0; k < steps; k++)
+        for (int64_t c = 0; c < up_to(columns, NR); c += W) {
+            float* const to = panels + (c / NR * steps + k) * NR + c % NR;
+            if (c + W <= columns) store(to, steps_at(from + c, k, stride, rows));
+            else
+                for (int64_t i = 0; i < W; i++) to[i] = c + i < columns ? step_of(from + c + i, k, stride, rows) : 0.f;
+        }
 }
 
 // c[m][0:NR] += sum over steps of a[m][k] * b[k][0:NR]
@@ -141,7 +155,7 @@ template <class T> void many(const Ffn<T>& f) {
         float* const panels = scratch<2, float>(2 * x_steps * wide);
         for (int which = 0; which < (f.gate ? 2 : 1); which++)  // [wide / NR][x_steps][NR]
             for (int64_t s = 0; s < wide; s += W)
-                pack(weights[which] + s * D, std::min<int64_t>(W, S - s), x_steps, D,
+                pack(weights[which] + s * D, std::min<int64_t>(W, S - s), D, x_steps, D,
                      panels + which * x_steps * wide + s / NR * x_steps * NR + s % NR);
         float* const hidden = scratch<3, float>(2 * ROWS * wide);
         for (int64_t p = f.first[e]; p < f.first[e + 1]; p += ROWS) {
@@ -161,7 +175,7 @@ template <class T> void many(const Ffn<T>& f) {
                 float* const out = h + (p + r) * h_steps;
                 if (PAIRED<T>) {
                     if (S % 2) up[S] = 0.f;
-                    for (int64_t s = 0; s < S + S % 2; s++) narrow(up[s], reinterpret_cast<bf16*>(out)[s]);
+                    narrow_row(up, S + S % 2, reinterpret_cast<bf16*>(out));
                 } else {
                     std::copy_n(up, S, out);
                 }
@@ -190,22 +204,14 @@ template <class T> void many(const Ffn<T>& f) {
             const int64_t p0 = std::lower_bound(token + f.first[e], token + f.first[e + 1], n0) - token;
             const int64_t p1 = std::lower_bound(token + p0, token + f.first[e + 1], n1) - token;
             if (p0 == p1) continue;
-            for (int64_t k = 0; k < h_steps; k++) {  // [block_columns / NR][h_steps][NR]
-                const T* const row = f.down + e * S * D + c0;
-                for (int64_t c = 0; c < block_columns; c += W) {
-                    float* const to = panels + (c / NR * h_steps + k) * NR + c % NR;
-                    if (c + W <= columns) store(to, steps_at(row + c, k, D, S));
-                    else
-                        for (int64_t i = 0; i < W; i++) to[i] = c + i < columns ? step_of(row + c + i, k, D, S) : 0.f;
-                }
-            }
+            pack_columns(f.down + e * S * D + c0, S, D, columns, h_steps, panels);
             for (int64_t c = 0; c < columns; c += NR)
                 product<T>(
                     p1 - p0, h_steps, [&](int64_t r) { return h + (p0 + r) * h_steps; }, panels + c * h_steps,
                     [&](int64_t r) { return out + (f.token[p0 + r] - n0) * block_columns + c; });
         }
         for (int64_t n = n0; n < n1; n++)
-            for (int64_t c = 0; c < columns; c++) narrow(out[(n - n0) * block_columns + c], f.y[n * D + c0 + c]);
+            narrow_row(out + (n - n0) * block_columns, columns, f.y + n * D + c0);
     };
     parallel(f.threads, int64_t(f.active.size()), hide, (f.N + TOKENS - 1) / TOKENS * blocks, project);
 }

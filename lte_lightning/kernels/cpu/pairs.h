@@ -35,11 +35,14 @@ template <class T> struct Ffn {
 
     // Turns products into hidden activations, in place in up. Both buffers reach to the next multiple of W.
     void finish(int64_t neurons, int64_t row, float* up, float* gate_of) const {
+        auto add = [&](const T* bias, int64_t s, float* to) {
+            if (bias && s + W <= neurons) store(to + s, load(to + s) + load_wide(bias + row + s));
+            else
+                for (int64_t i = s; bias && i < neurons; i++) to[i] += widen(bias[row + i]);
+        };
         for (int64_t s = 0; s < neurons; s += W) {
-            for (int64_t i = s; i < std::min<int64_t>(s + W, neurons); i++) {
-                up[i] += bias(up_bias, row + i);
-                if (gate) gate_of[i] += bias(gate_bias, row + i);
-            }
+            add(up_bias, s, up);
+            if (gate) add(gate_bias, s, gate_of);
             const vec u = load(up + s);
             store(up + s, gate ? activate(activation, load(gate_of + s)) * u : activate(activation, u));
         }

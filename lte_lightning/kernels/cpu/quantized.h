@@ -2,8 +2,6 @@
 #pragma once
 #include "blocks.h"
 
-#define NOT_INLINED __attribute__((noinline))  // large, and called from several places: compiled once
-
 namespace {
 
 inline int64_t ranges_of(int64_t blocks, int threads) {
@@ -17,43 +15,51 @@ template <int BITS, class T> struct Linear {
     const Group* in;
     const T* bias;
     T* y;
-    int64_t ranges;
-    static constexpr int64_t TOKENS_AT_ONCE = 128;
+    int64_t ranges;  // of the outputs
+    static constexpr int64_t TOKENS_AT_ONCE = 120;  // whole tiles
 
-    int64_t tasks() const { return (N + TOKENS_AT_ONCE - 1) / TOKENS_AT_ONCE * ranges; }
+    static int64_t pieces(int64_t N) { return (N + TOKENS_AT_ONCE - 1) / TOKENS_AT_ONCE; }
+    int64_t tasks() const { return pieces(N) * ranges; }
+    int64_t first_block(int64_t range) const {  // no range takes half of a tile
+        const int64_t step = N < TILE_TOKENS ? 1 : TILE_BLOCKS;
+        return range == ranges ? m.row_blocks() : range * m.row_blocks() / ranges / step * step;
+    }
 
     NOT_INLINED void operator()(int64_t task) const {
         const int64_t groups = m.groups(), all_groups = m.column_parts * groups, R = m.row_parts * m.rows;
         const int64_t n0 = task / ranges * TOKENS_AT_ONCE, n1 = std::min(N, n0 + TOKENS_AT_ONCE), range = task % ranges;
-        const int64_t row_blocks = m.row_blocks(), end = (range + 1) * row_blocks / ranges;
-        for (int64_t b = range * row_blocks / ranges; b < end; b++) {
-            const int64_t e = b / m.part_blocks(), r = b % m.part_blocks() * LANES;
-            const int64_t count = std::min(LANES, m.rows - r), row = e * m.rows + r;
-            at_a_time(n0, n1, [&](int64_t n, auto tokens) {
+        const int64_t end = first_block(range + 1);
+        by_blocks(first_block(range), end, n0, n1, [&](int64_t b, auto tokens_at_once, auto blocks) {
+            constexpr int RN = decltype(blocks)::value;
+            at_a_time<decltype(tokens_at_once)::value>(n0, n1, [&](int64_t n, auto tokens) {
                 constexpr int TN = decltype(tokens)::value;
-                vec acc[TN][PARTS] = {};
+                alignas(64) float sums[TN][RN * LANES] = {};
+                const Group* xs[TN];
+                float* to[TN];
+                for (int t = 0; t < TN; t++) to[t] = sums[t];
                 for (int64_t part = 0; part < m.column_parts; part++) {
-                    const Group* xs[TN];
                     for (int t = 0; t < TN; t++) xs[t] = in + (n + t) * all_groups + part * groups;
                     const int64_t block = m.block(b, part), ahead = m.block(std::min(b + 1, end - 1), part);
-                    add_blocks<BITS, TN>(m.blocks + block * BLOCK_BYTES<BITS>, m.scale + block * LANES, groups,
-                                         n == n0 ? m.blocks + ahead * BLOCK_BYTES<BITS> : nullptr, xs, acc);
+                    add_blocks<BITS, TN, RN>(m.blocks + block * BLOCK_BYTES<BITS>, m.scale + block * LANES, groups,
+                                             n == n0 ? m.blocks + ahead * BLOCK_BYTES<BITS> : nullptr, xs, to);
                 }
-                for (int t = 0; t < TN; t++) {
-                    alignas(64) float lanes[LANES];
-                    for (int p = 0; p < PARTS; p++) store(lanes + p * W, acc[t][p]);
-                    for (int64_t i = 0; i < count; i++)
-                        narrow(lanes[i] + (bias ? widen(bias[row + i]) : 0.f), y[(n + t) * R + row + i]);
+                for (int r = 0; r < RN; r++) {
+                    const int64_t e = (b + r) / m.part_blocks(), first = (b + r) % m.part_blocks() * LANES;
+                    const int64_t count = std::min(LANES, m.rows - first), row = e * m.rows + first;
+                    for (int t = 0; t < TN; t++)
+                        write_lanes(sums[t] + r * LANES, bias ? bias + row : nullptr, count, y + (n + t) * R + row);
                 }
             });
-        }
+        });
     }
 };
 
 template <int BITS, class T>
 void linear(const Matrix& m, int64_t N, const T* x, const T* bias, T* y, int threads) {
     const Group* const in = round_inputs<BITS>(x, N, m, threads);
-    const Linear<BITS, T> multiply{m, N, in, bias, y, ranges_of(m.row_blocks(), threads)};
+    // Many tokens make tasks enough. A task that takes all outputs reads its tokens once.
+    const int64_t ranges = std::max<int64_t>(1, ranges_of(m.row_blocks(), threads) / Linear<BITS, T>::pieces(N));
+    const Linear<BITS, T> multiply{m, N, in, bias, y, ranges};
     parallel(threads, multiply.tasks(), multiply, 0, multiply);
 }
 
@@ -67,52 +73,60 @@ template <int BITS, class T> struct Experts {
     int64_t ranges;
     static constexpr int64_t TOKENS_AT_ONCE = 256;
 
-    void add(const T* bias, int64_t row, int64_t count, vec* acc) const {
-        alignas(64) float added[LANES] = {};
-        for (int64_t i = 0; bias && i < count; i++) added[i] = widen(bias[row + i]);
-        for (int p = 0; p < PARTS; p++) acc[p] += load(added + p * W);
-    }
-
     // A slab is 32 neurons of an expert. Within a range of slabs the next slab is known.
     NOT_INLINED void hide(int64_t range) const {
-        const int64_t S = f.S, groups = up.groups(), slabs_each = down.groups();
+        const int64_t slabs_each = down.groups();
         const int64_t slabs = int64_t(f.active.size()) * slabs_each, end = (range + 1) * slabs / ranges;
+        auto first_block = [&](int64_t i) {
+            return f.active[i / slabs_each] * up.part_blocks() + i % slabs_each * (GROUP / LANES);
+        };
         for (int64_t slab = range * slabs / ranges; slab < end; slab++) {
-            auto first_block = [&](int64_t i) {
-                return f.active[i / slabs_each] * up.part_blocks() + i % slabs_each * (GROUP / LANES);
-            };
             const int64_t e = f.active[slab / slabs_each], s = slab % slabs_each * GROUP;
-            const int64_t count = std::min(GROUP, S - s), b0 = first_block(slab);
-            const int64_t after = slab + 1 < end ? first_block(slab + 1) : b0;
-            at_a_time(f.first[e], f.first[e + 1], [&](int64_t p, auto tokens) {
-                constexpr int TN = decltype(tokens)::value;
-                const Group* xs[TN];
-                for (int t = 0; t < TN; t++) xs[t] = in + f.token[p + t] * groups;
-                alignas(64) float h[TN][GROUP] = {};
-                for (int64_t r = 0; r < count; r += LANES) {
-                    const int64_t b = b0 + r / LANES, then = r + LANES < count ? b + 1 : after, here = b * groups;
-                    const int64_t rows = std::min(LANES, count - r), row = e * S + s + r;
-                    auto product = [&](const Matrix& m, const Matrix& m_next, int64_t b_next, vec (*acc)[PARTS]) {
-                        const uint8_t* const next = m_next.blocks + b_next * groups * BLOCK_BYTES<BITS>;
-                        add_blocks<BITS, TN>(m.blocks + here * BLOCK_BYTES<BITS>, m.scale + here * LANES, groups,
-                                             p == f.first[e] ? next : nullptr, xs, acc);
-                    };
-                    const bool gated = gate.blocks;
-                    vec ups[TN][PARTS] = {}, gates[TN][PARTS] = {};
-                    if (gated) product(gate, up, b, gates);
-                    product(up, gated ? gate : up, then, ups);
-                    for (int t = 0; t < TN; t++) {
-                        add(f.up_bias, row, rows, ups[t]);
-                        if (gated) add(f.gate_bias, row, rows, gates[t]);
-                        for (int i = 0; i < PARTS; i++)
-                            store(h[t] + r + i * W, gated ? activate(f.activation, gates[t][i]) * ups[t][i]
-                                                          : activate(f.activation, ups[t][i]));
-                    }
-                }
-                for (int t = 0; t < TN; t++)
-                    round_group(h[t], count, BITS == 8 ? 128 : 8, hidden[(p + t) * slabs_each + s / GROUP]);
-            });
+            const int64_t b = first_block(slab), after = slab + 1 < end ? first_block(slab + 1) : b;
+            if (TILE_BLOCKS > 1 && f.S - s > LANES && f.first[e + 1] - f.first[e] >= TILE_TOKENS)
+                hide_slab<TILE_TOKENS, TILE_BLOCKS>(e, s, b, after);
+            else
+                hide_slab<8, 1>(e, s, b, after);
         }
+    }
+
+    template <int MOST, int RN> void hide_slab(int64_t e, int64_t s, int64_t b0, int64_t after) const {
+        const int64_t groups = up.groups(), slabs_each = down.groups(), count = std::min(GROUP, f.S - s);
+        alignas(64) float biases[2][GROUP] = {};  // of up and gate
+        for (int64_t i = 0; i < count; i++) {
+            biases[0][i] = f.bias(f.up_bias, e * f.S + s + i);
+            biases[1][i] = f.bias(f.gate_bias, e * f.S + s + i);
+        }
+        at_a_time<MOST>(f.first[e], f.first[e + 1], [&](int64_t p, auto tokens) {
+            constexpr int TN = decltype(tokens)::value;
+            const Group* xs[TN];
+            for (int t = 0; t < TN; t++) xs[t] = in + f.token[p + t] * groups;
+            vec h[TN][GROUP / W];
+            for (int64_t r = 0; r < count; r += RN * LANES) {
+                const int64_t b = b0 + r / LANES, then = r + LANES < count ? b + 1 : after, here = b * groups;
+                auto product = [&](const Matrix& m, const Matrix& m_next, int64_t b_next, float (*sums)[RN * LANES]) {
+                    float* to[TN];
+                    for (int t = 0; t < TN; t++) to[t] = sums[t];
+                    const uint8_t* const next = m_next.blocks + b_next * groups * BLOCK_BYTES<BITS>;
+                    add_blocks<BITS, TN, RN>(m.blocks + here * BLOCK_BYTES<BITS>, m.scale + here * LANES, groups,
+                                             p == f.first[e] ? next : nullptr, xs, to);
+                };
+                const bool gated = gate.blocks;
+                alignas(64) float ups[TN][RN * LANES] = {}, gates[TN][RN * LANES] = {};
+                if (gated) product(gate, up, b, gates);
+                product(up, gated ? gate : up, then, ups);
+                for (int t = 0; t < TN; t++)
+                    for (int i = 0; i < RN * PARTS; i++) {
+                        const vec u = load(ups[t] + i * W) + load(biases[0] + r + i * W);
+                        const vec g = load(gates[t] + i * W) + load(biases[1] + r + i * W);
+                        h[t][r / W + i] = gated ? activate(f.activation, g) * u : activate(f.activation, u);
+                    }
+            }
+            for (int t = 0; t < TN; t++) {
+                for (int64_t i = count; i < GROUP; i++) h[t][i / W][i % W] = 0.f;
+                round_group(h[t], BITS == 8 ? 128 : 8, hidden[(p + t) * slabs_each + s / GROUP]);
+            }
+        });
     }
 
     // Each task owns some columns of some tokens, so its sums stay in its thread's cache.
@@ -134,33 +148,33 @@ template <int BITS, class T> struct Experts {
             const auto token = f.token.begin();
             const int64_t p0 = std::lower_bound(token + f.first[e], token + f.first[e + 1], n0) - token;
             const int64_t p1 = std::lower_bound(token + p0, token + f.first[e + 1], n1) - token;
-            for (int64_t b = b0; b < b1; b++)
-                at_a_time(p0, p1, [&](int64_t p, auto tokens) {
-                    constexpr int TN = decltype(tokens)::value;
-                    const Group* xs[TN];
-                    float* at[TN];
-                    vec acc[TN][PARTS];
-                    for (int t = 0; t < TN; t++) {
-                        xs[t] = hidden + (p + t) * slabs_each;
-                        at[t] = sums + ((f.token[p + t] - n0) * wide + b - b0) * LANES;
-                        for (int v = 0; v < PARTS; v++) acc[t][v] = load(at[t] + v * W);
-                    }
-                    // prefetch 4 KB ahead in this stripe, or in the next expert's stripe
-                    const int64_t block = down.block(b, e), left = (b1 - b) * slabs_each;
+            by_blocks(b0, b1, p0, p1, [&](int64_t b, auto tokens_at_once, auto blocks) {
+                constexpr int RN = decltype(blocks)::value;
+                const int64_t block = down.block(b, e), left = (b1 - b) * slabs_each;
+                if (RN == 1) {  // prefetch 4 KB ahead in this stripe, or in the next expert's stripe
                     const int64_t far = std::max<int64_t>(1, 4096 / BLOCK_BYTES<BITS> / slabs_each) * slabs_each;
                     const int64_t ahead = far < left ? block + far : down.block(b0, e_next) + far - left;
-                    if (p == p0)
-                        for (int64_t k = 0; k < slabs_each * BLOCK_BYTES<BITS>; k += 64)
-                            __builtin_prefetch(down.blocks + ahead * BLOCK_BYTES<BITS> + k);
-                    add_blocks<BITS, TN>(down.blocks + block * BLOCK_BYTES<BITS>, down.scale + block * LANES,
-                                         slabs_each, nullptr, xs, acc);
-                    for (int t = 0; t < TN; t++)
-                        for (int v = 0; v < PARTS; v++) store(at[t] + v * W, acc[t][v]);
+                    for (int64_t k = 0; k < slabs_each * BLOCK_BYTES<BITS>; k += 64)
+                        __builtin_prefetch(down.blocks + ahead * BLOCK_BYTES<BITS> + k);
+                }
+                at_a_time<decltype(tokens_at_once)::value>(p0, p1, [&](int64_t p, auto tokens) {
+                    constexpr int TN = decltype(tokens)::value;
+                    const Group* xs[TN];
+                    float* to[TN];
+                    for (int t = 0; t < TN; t++) {
+                        xs[t] = hidden + (p + t) * slabs_each;
+                        to[t] = sums + ((f.token[p + t] - n0) * wide + b - b0) * LANES;
+                    }
+                    add_blocks<BITS, TN, RN>(down.blocks + block * BLOCK_BYTES<BITS>, down.scale + block * LANES,
+                                             slabs_each, nullptr, xs, to);
                 });
+            });
         }
         for (int64_t n = n0; n < n1; n++)
-            for (int64_t c = b0 * LANES; c < std::min(D, b1 * LANES); c++)
-                narrow(sums[(n - n0) * wide * LANES + c - b0 * LANES] + f.bias(f.down_bias, c), f.y[n * D + c]);
+            for (int64_t b = b0; b < b1; b++) {
+                const int64_t c = b * LANES;
+                write_lanes(sums + ((n - n0) * wide + b - b0) * LANES, f.down_bias ? f.down_bias + c : nullptr, std::min(LANES, D - c), f.y + n * D + c);
+            }
     }
 };
 

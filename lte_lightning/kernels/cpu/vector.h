@@ -87,13 +87,42 @@ template <> inline vec load_wide(const f16* p) { return (vec)_mm256_cvtph_ps(_mm
 template <> inline vec load_wide(const bf16* p) { return (vec)vshlq_n_u32(vmovl_u16(vld1_u16(&p->u)), 16); }
 template <> inline vec load_wide(const f16* p) { return (vec)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&p->u))); }
 #endif
-inline float sum(vec v) {
-    float s[W];
-    store(s, v);
+
+// The other way, for W numbers.
+typedef uint16_t halves_in_memory __attribute__((vector_size(2 * W), aligned(2), may_alias));
+template <class T> inline void store_narrow(T* p, vec v) {
+    for (int i = 0; i < W; i++) narrow(v[i], p[i]);
+}
+template <> inline void store_narrow(float* p, vec v) { store(p, v); }
+template <> inline void store_narrow(bf16* p, vec v) {
+    const ivec u = (ivec)v, rounded = (u + 0x7fff + (u >> 16 & 1)) >> 16, nan = ivec{} + 0x7fc0;
+    *reinterpret_cast<halves_in_memory*>(p) = __builtin_convertvector(v != v ? nan : rounded, halves_in_memory);
+}
+template <class T> inline void narrow_row(const float* from, int64_t count, T* to) {
+    int64_t i = 0;
+    for (; i + W <= count; i += W) store_narrow(to + i, load(from + i));
+    for (; i < count; i++) narrow(from[i], to[i]);
+}
+
+template <class V, class F> inline auto fold(V v, const F& join) {  // halves onto halves
+    decltype(v[0] + v[0]) s[W];
+    std::memcpy(s, &v, sizeof s);
+#pragma GCC unroll 4
     for (int half = W / 2; half; half /= 2)
-        for (int i = 0; i < half; i++) s[i] += s[i + half];
+#pragma GCC unroll 8
+        for (int i = 0; i < half; i++) s[i] = join(s[i], s[i + half]);
     return s[0];
 }
+inline float sum(vec v) { return fold(v, [](float a, float b) { return a + b; }); }
+#if defined(__AVX512F__)
+inline int32_t sum(ivec v) { return _mm512_reduce_add_epi32((__m512i)v); }
+inline int32_t max(ivec v) { return _mm512_reduce_max_epi32((__m512i)v); }
+inline float max(vec v) { return _mm512_reduce_max_ps((__m512)v); }
+#else
+inline int32_t sum(ivec v) { return fold(v, [](int32_t a, int32_t b) { return a + b; }); }
+inline int32_t max(ivec v) { return fold(v, [](int32_t a, int32_t b) { return a > b ? a : b; }); }
+inline float max(vec v) { return fold(v, [](float a, float b) { return a > b ? a : b; }); }
+#endif
 
 // Activations, a vector at a time, within 1e-6 of the exact values.
 inline vec exponential(vec x) {
