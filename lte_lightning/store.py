@@ -69,6 +69,11 @@ def mlflow_store(*named: str | None) -> str:
     return uri
 
 
+def keeps_run(uri: str) -> bool:
+    """Says whether the store that a run's file names may still have the run: a server, or a database that is there."""
+    return not uri.startswith("sqlite:///") or Path(uri.removeprefix("sqlite:///")).exists()
+
+
 def shown(address: str) -> str:
     """Returns a store's address as messages and files may have it: of a server, without its user, password, options."""
     if re.match(r"(sqlite|file):|[./]", address):

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities.data import sized_len
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy
@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from lte_lightning.callbacks.module import lte_module
 from lte_lightning.callbacks.plan import Epoch, StagePlan, batches_per_pass, lay_out, require_same
-from lte_lightning.callbacks.resumed import check_settings, settings
+from lte_lightning.callbacks.resumed import KnowsReplaced, check_settings, settings
 from lte_lightning.callbacks.strategy import NAME, ShardedStrategy
 from lte_lightning.callbacks.switching import hand_over, rewrap
 from lte_lightning.core.model.convert import lte_config, selector_parameters
@@ -28,7 +28,7 @@ from lte_lightning.tasks.evaluation import STAGES, Stage
 from lte_lightning.trainer import declared
 
 
-class StageSchedule(Callback):
+class StageSchedule(KnowsReplaced):
     """Runs the stages one after the other in one fit: dense fine-tuning, routers with the model, adaptation.
 
     Each stage starts with a fresh optimizer and schedule. One in epochs begins with a new pass over the data; one in
@@ -178,7 +178,8 @@ class StageSchedule(Callback):
             now = self._now(self._next_epoch)
             require_same(self._done, self._written_by, now, self._by, current is not None, trainer.ckpt_path)
             plans = {name: self._settings(module, name, self._optimizer(module, name)) for name in self._used}
-            check_settings(self._used, plans, current, trainer.ckpt_path)
+            switches = any(epoch.number == 0 for epoch in self._epochs[self._next_epoch :])
+            check_settings(self._used, plans, current, switches, trainer.ckpt_path, self.replaced())
         self._prepare(trainer, self._next_epoch)
         if "router" in self.stages and not learns(module.net):
             selector = lte_config(module.net).selector
@@ -270,7 +271,8 @@ class StageSchedule(Callback):
     # Optimisation
 
     def _settings(self, module: LteModule, stage: Stage, optimizer: Optimizer, routers: bool = True) -> dict[str, Any]:
-        return settings(self.plans[stage], optimizer, module.hparams["router_start"], routers)
+        used = settings(self.plans[stage], optimizer, module.hparams["router_start"], routers)
+        return used | {"keep_optimizer": self.keep_optimizer}
 
     def _optimizer(self, module: LteModule, stage: Stage) -> Optimizer:
         plan = self.plans[stage]

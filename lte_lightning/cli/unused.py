@@ -1,6 +1,7 @@
 """Options without effect: refuse those that would change the meaning of a command, name the others."""
 
 import inspect
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from lte_lightning.callbacks.plan import StagePlan
 from lte_lightning.core.model.config import LteConfig
 from lte_lightning.errors import UserError
 from lte_lightning.selection import selector_class
-from lte_lightning.store import find_run, read_run_file
+from lte_lightning.store import find_run, keeps_run, mlflow_store, read_run_file, shown
 from lte_lightning.tasks.base import LteModule
 from lte_lightning.tasks.evaluation import STAGES
 from lte_lightning.trainer import is_first_process
@@ -30,6 +31,7 @@ TRAINING = (
 )
 
 
+VARIABLE = "MLFLOW_TRACKING_URI"  # of the environment
 LINKED = {
     **{key: "set seed_everything" for key in ("stages.seed", "data.init_args.seed", "model.init_args.seed")},
     "data.init_args.tokenizer": "it is the model's: set model.init_from or model.pretrained",
@@ -99,7 +101,9 @@ def check_given(given: Given, config: Namespace, command: str | None) -> None:
         unread |= {key: f"lightning {command} trains nothing" for key in untrained if given.typed(key)}
     kept = _kept_by_a_run(config)
     unread |= {
-        key: f"the run's {kept[key]!r} is used" for key in kept if given.typed(key) and _misses(config, key, kept)
+        key: f"the run's {kept[key]!r} is used"
+        for key in kept
+        if (given.typed(key) or key == VARIABLE) and _misses(config, key, kept)
     }
     if unread and is_first_process():
         names = "; ".join(f"{_name(key)} ({why})" for key, why in sorted(unread.items()))
@@ -112,15 +116,23 @@ def _kept_by_a_run(config: Namespace) -> dict[str, str | None]:
     if folder is None:
         return {}
     about = read_run_file(folder)
-    return {
-        "run.root": str(folder.parent.parent),
-        **{f"run.{name}": about.get(name) for name in ("experiment", "name")},
-    }
+    kept = {f"run.{name}": about.get(name) for name in ("experiment", "name")} | {"run.root": str(folder.parent.parent)}
+    # An embedded store that was left behind is replaced by what is given now
+    if (uri := about.get("tracking_uri")) and keeps_run(uri):
+        kept |= {"run.tracking_uri": uri, VARIABLE: uri}
+    return kept
 
 
 def _misses(config: Namespace, key: str, kept: dict[str, str | None]) -> bool:
-    value = _at(config, key)
-    return value is not None and (str(Path(value).absolute()) if key == "run.root" else value) != kept[key]
+    if key == VARIABLE:
+        value = None if _at(config, "run.tracking_uri") else os.environ.get(VARIABLE)
+    else:
+        value = _at(config, key)
+    if not value:
+        return False
+    if key in ("run.tracking_uri", VARIABLE):
+        return shown(mlflow_store(value)) != kept[key]
+    return (str(Path(value).absolute()) if key == "run.root" else value) != kept[key]
 
 
 def _unread_by_a_fit(config: Namespace) -> Iterator[tuple[list[str], str]]:

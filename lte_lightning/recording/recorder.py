@@ -34,6 +34,7 @@ from lte_lightning.recording.tracking import conclude
 from lte_lightning.results import FILE, PROGRESS, Evaluation, Place
 from lte_lightning.store import (
     find_run,
+    keeps_run,
     mlflow_store,
     named_by_file,
     read_run_file,
@@ -122,7 +123,7 @@ class Recorder(Callback):
             if uri == shown(self.tracking_uri):  # no file keeps its password
                 uri = self.tracking_uri
             # a copied run's embedded store may have stayed elsewhere: then MLflow gets a new run
-            if uri and (not uri.startswith("sqlite:///") or Path(uri.removeprefix("sqlite:///")).exists()):
+            if uri and keeps_run(uri):
                 self._own, self._named_by = self.tracking_uri, folder / RUN_FILE
                 self.tracking_uri, self.run_id = uri, stored["run_id"]
 

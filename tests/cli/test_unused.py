@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 
+from lte_lightning.callbacks.resumed import check_settings
 from lte_lightning.tasks.base import LteModule
 
 
@@ -134,10 +135,16 @@ def test_what_a_fit_does_not_read_is_named(options, named, tiny, lightning, tmp_
         assert named in without_effect(fit)
 
 
+def early_stopping(patience):
+    stop = {"monitor": "val/loss", "patience": patience, "strict": False}
+    return [{"class_path": "lightning.pytorch.callbacks.EarlyStopping", "init_args": stop}]
+
+
 @pytest.fixture(scope="module")
 def stopped(tiny, lightning, tmp_path_factory):
     """Stopped in the router stage, after the first of its two epochs."""
     config = tiny.config(epochs=(1, 2, 1), **{"trainer.limit_train_batches": 2, "trainer.max_epochs": 2})
+    config["trainer"]["callbacks"] = early_stopping(50)
     outcome = lightning(tmp_path_factory.mktemp("stopped"), config, "fit")
     assert outcome.code == 0, outcome.err
     return outcome, config
@@ -145,12 +152,14 @@ def stopped(tiny, lightning, tmp_path_factory):
 
 @pytest.fixture
 def resume(stopped, lightning, tmp_path):
-    """`resume(last, *words)` goes on in a copy of the run's folder; `last` may change the checkpoint."""
+    """`resume(*words)` goes on in a copy of the run's folder, with `about` in its run.json."""
 
-    def go(*words, change=None):
+    def go(*words, change=None, **about):
         outcome, config = stopped
         shutil.copytree(outcome.cwd / "runs", tmp_path / "runs")
         last = tmp_path / outcome.run.relative_to(outcome.cwd) / "checkpoints" / "last.ckpt"
+        file = last.parents[1] / "run.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | about))
         if change:
             content = torch.load(last, weights_only=True)
             change(content)
@@ -200,15 +209,29 @@ def test_a_stage_that_is_over_names_its_options(resume, monkeypatch):
     over = ("--stages.dense.learning_rate", 0.5, "--stages.dense.warmup", 0.5)
     goes_on = ("--stages.router.schedule", "constant", "--stages.expert.learning_rate", 0.5)
     same = ("--stages.router.router_learning_rate", 0.01)  # what None was
-    last, fit = resume(*over, *goes_on, *same, "--run.experiment", "other", "--run.name", "other", "--run.root", "runs")
+    of_run = ("--run.experiment", "other", "--run.name", "other", "--run.root", "runs")
+    callbacks = ("--trainer.callbacks", json.dumps(early_stopping(40)), "--stages.keep_optimizer", "true")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:SECRET@nowhere.invalid")
+    last, fit = resume(*over, *goes_on, *same, *of_run, *callbacks, tracking_uri="http://theirs.invalid")
     assert fit.code == 0, fit.err
     reason, start = "(the dense stage is over)", "options that have no effect here: "
     of_run, of_stages = (line.removeprefix(start) for line in fit.err.splitlines() if line.startswith(start))
-    assert of_stages == f"stages.dense.learning_rate {reason}; stages.dense.warmup {reason}"
-    name = json.loads((last.parents[1] / "run.json").read_text())["name"]
-    assert of_run == f"run.experiment (the run's 'lte' is used); run.name (the run's {name!r} is used)"
+    patience = "EarlyStopping.patience (the checkpoint's 50 is used)"
+    assert of_stages == f"{patience}; stages.dense.learning_rate {reason}; stages.dense.warmup {reason}"
+    about = json.loads((last.parents[1] / "run.json").read_text())
+    kept = f"run.experiment (the run's 'lte' is used); run.name (the run's {about['name']!r} is used)"
+    assert of_run == f"MLFLOW_TRACKING_URI (the run's 'http://theirs.invalid' is used); {kept}"
     assert fit.run == last.parents[1]
     assert rates[-1] == 0.005
+
+
+@pytest.mark.parametrize("switches", [True, False])
+def test_a_switch_that_is_over(switches, capsys):
+    used = {stage: {"warmup": 0.1, "keep_optimizer": False} for stage in ("dense", "router")}
+    now = {stage: values | {"keep_optimizer": True} for stage, values in used.items()}
+    check_settings(used, now, "router", switches, "last.ckpt", [])
+    named = "options that have no effect here: stages.keep_optimizer (every stage has begun)\n"
+    assert capsys.readouterr().err == ("" if switches else named)
 
 
 def test_a_checkpoint_of_an_earlier_version_says_no_options(resume):
