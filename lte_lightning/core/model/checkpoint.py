@@ -13,7 +13,13 @@ from transformers.initialization import no_init_weights
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from lte_lightning.core.model.backend import set_backend
-from lte_lightning.core.model.checks import require_complete, require_finite, require_sizes, require_sound_routers
+from lte_lightning.core.model.checks import (
+    require_complete,
+    require_finite,
+    require_floating,
+    require_sizes,
+    require_sound_routers,
+)
 from lte_lightning.core.model.config import LteConfig
 from lte_lightning.core.model.convert import convert
 from lte_lightning.core.model.experts import expert_ffns, set_mode
@@ -32,6 +38,7 @@ from lte_lightning.core.model.folder import (
     require_own,
     said_of,
     stored_weights,
+    weight_files,
 )
 from lte_lightning.core.model.quantize import (
     Quantization,
@@ -98,10 +105,11 @@ def from_pretrained(
         auto_class = getattr(transformers, str(architecture), None)
         if not (isinstance(auto_class, type) and issubclass(auto_class, PreTrainedModel)):
             raise LayoutError(f"{source} was saved as {architecture!r}, which transformers lacks; pass auto_class")
+    variant = kwargs.get("variant")
+    weight_files(source, variant, **hub)  # before transformers reads a file of another folder
     routers = read_routers(source, **hub)
     table = read_table(source, description, **hub)
     model: PreTrainedModel
-    variant = kwargs.get("variant")
     is_quantized = description["layout_version"] == QUANTIZED_VERSION
     if is_quantized:
         require_kind(description, quantize, source)
@@ -116,14 +124,19 @@ def from_pretrained(
         require_complete(model, info, source, own=True)
         # Each check maps the files anew, because pages of the model's own mapping would stay in memory once read.
         with said_of(source):
-            require_finite(stored_weights(source, variant, **hub), source)
+            stored = stored_weights(source, variant, **hub)
+            require_floating(stored, source)
+            require_finite(stored, source)
+            del stored
         if "dtype" in kwargs or "torch_dtype" in kwargs:  # the conversion to another type may overflow
             require_finite(dict(model.named_parameters()), source)
         convert(model, config, group=False)
     path = require_file(source, ROUTERS_FILE, **hub)
     load_routers(model, routers, path)
     require_sound_routers(routers, path)
-    require_own(description, stored_weights(source, variant, **hub), routers, source, model.base_model_prefix)
+    require_own(
+        description, stored_weights(source, variant, **hub), routers, hf_config, source, model.base_model_prefix
+    )
     for ffn in expert_ffns(model).values():
         for parameter in ffn.selector.parameters():  # not buffers, because a calibrated level must not be rounded
             parameter.data = parameter.data.to(model.config.dtype if is_quantized else ffn.up.weight.dtype)

@@ -82,6 +82,21 @@ def require_finite(tensors: dict[str, torch.Tensor], source: object) -> None:
         raise UserError(f"{source} holds NaN or infinite values: {listed(wrong)}; whatever it computes means nothing")
 
 
+def require_floating(tensors: dict[str, torch.Tensor], source: object) -> None:
+    """Refuses weights that are stored as whole numbers, which transformers would cast to what they do not mean.
+
+    Raises:
+        UserError: If there are any.
+    """
+    wrong = [
+        f"{name} ({tensor.dtype})"
+        for name, tensor in tensors.items()
+        if name.endswith((".weight", ".bias")) and not tensor.dtype.is_floating_point
+    ]
+    if wrong:
+        raise UserError(f"{source} holds weights that are no floating-point numbers: {listed(wrong)}; get it again")
+
+
 def require_sound_routers(routers: dict[str, torch.Tensor], source: object) -> None:
     """Refuses NaN and infinite values. Only levels of selectors may be infinite, because a level may pass all or none.
 

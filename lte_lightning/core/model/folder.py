@@ -1,6 +1,5 @@
 """The folder of a saved model: the names and format of its files, and the functions that find them."""
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,12 +9,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from transformers import PreTrainedConfig
 from transformers.utils import cached_file
 
 from lte_lightning.core.model.checks import listed
 from lte_lightning.core.model.config import LteConfig
 from lte_lightning.core.model.digest import FORMAT, differing
 from lte_lightning.core.model.experts import MODES
+from lte_lightning.core.model.settings import changed
 from lte_lightning.errors import UserError, meant_path
 from lte_lightning.files import abridged, read_json
 from lte_lightning.selection import selector_class
@@ -168,18 +169,33 @@ def stored_weights(source: str | os.PathLike[str], variant: str | None = None, *
         variant: The variant that ``from_pretrained`` takes.
         **hub: `HUB_OPTIONS`.
     """
+    return {key: value for file in weight_files(source, variant, **hub) for key, value in _read(file).items()}
+
+
+def weight_files(source: str | os.PathLike[str], variant: str | None = None, **hub: Any) -> list[Path]:
+    """Returns the files of the weights, all within the folder; none if there are none. Arguments as `stored_weights`.
+
+    Raises:
+        LayoutError: If the index of several files is damaged, or names a file of another folder.
+    """
     for kind in ("model.safetensors", "pytorch_model.bin", QUANTIZED_FILE):
         for name in (kind, f"{kind}.index.json"):
             stem, _, ending = name.rpartition(".")
             path = find(source, f"{stem}.{variant}.{ending}" if variant else name, **hub)
-            if path is None:
-                continue
-            files = [path]
-            if name != kind:
-                shards = sorted(set(json.loads(path.read_text())["weight_map"].values()))
-                files = [require_file(source, shard, **hub) for shard in shards]
-            return {key: value for file in files for key, value in _read(file).items()}
-    return {}
+            if path is not None:
+                return [path] if name == kind else [require_file(source, shard, **hub) for shard in _shards(path)]
+    return []
+
+
+def _shards(index: Path) -> list[str]:
+    try:
+        names = sorted(set(read_json(index)["weight_map"].values()))
+        for name in names:
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                raise ValueError(f"{abridged(name)} is not in its folder")
+    except (UserError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise LayoutError(f"{index} names the files of the weights, and is damaged: {error}") from error
+    return names
 
 
 def _read(file: Path) -> dict[str, torch.Tensor]:
@@ -193,15 +209,17 @@ def require_own(
     description: dict[str, Any],
     weights: Mapping[str, torch.Tensor],
     routers: Mapping[str, torch.Tensor],
+    config: PreTrainedConfig,
     source: object,
     prefix: str = "",
 ) -> None:
-    """Refuses weights and routers that were not saved together.
+    """Refuses weights, routers and a configuration that were not saved together.
 
     Args:
         description: The contents of ``lte_config.json``. An old description without a digest passes.
         weights: The folder's weights, or some of them, as they are stored.
         routers: The folder's routers.
+        config: The folder's ``config.json``.
         source: Their origin, for the message.
         prefix: The base model's prefix, which a name may have or lack.
 
@@ -221,10 +239,15 @@ def require_own(
                 f"{CONFIG_FILE} of {source} has a digest of format {digest['format']!r}, this lte-lightning reads "
                 f"{FORMAT}; install the version that wrote it"
             )
+        others = changed(digest.get("config", {}), config)
         wrong_routers = differing(digest["routers"], routers)
         wrong_weights = differing(short(digest["weights"]), short(weights))
     except (AttributeError, KeyError, TypeError, IndexError, ValueError) as error:
         raise LayoutError(f"the digest in {CONFIG_FILE} of {source} is damaged: {error!r}") from error
+    way_out = f'Put it back; if you meant to change it, take "digest" out of {CONFIG_FILE} and measure the model again'
+    if others:
+        why = f"config.json is not what was saved ({listed(others)}), and describes another function"
+        raise LayoutError(f"{source}: {why}. {way_out}")
     for wrong, what, other in (
         (wrong_routers, ROUTERS_FILE, "weights"),
         (wrong_weights, "the weights' file", "routers"),
@@ -232,8 +255,7 @@ def require_own(
         if wrong:
             raise LayoutError(
                 f"{source}: {what} is not what was saved with its {other} ({listed(wrong)} differ), so routers and "
-                f"weights are of different models. Put back what was saved; if you changed it on purpose, take "
-                f'"digest" out of {CONFIG_FILE} and measure the model again'
+                f"weights are of different models. {way_out}"
             )
 
 

@@ -80,7 +80,7 @@ def with_routers(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> M
         _require_same_conversion(model, folder)
         own = read_routers(folder)
         require_sound_routers(own, folder / ROUTERS_FILE)
-        require_own(read_description(folder), loaded, own, folder)
+        require_own(read_description(folder), loaded, own, model.config, folder)
         return {**state, **{_own_name(ffns, key): value for key, value in own.items()}}
     if all(ffn.mode == "dense" for ffn in ffns.values()):
         return state

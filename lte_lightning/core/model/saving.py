@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from lte_lightning.core.model.card import README, is_ours, licence, public_name, write_card
 from lte_lightning.core.model.checks import listed
@@ -36,6 +36,7 @@ from lte_lightning.core.model.folder import (
 from lte_lightning.core.model.names import plain_names
 from lte_lightning.core.model.quantize import write_quantized
 from lte_lightning.core.model.quantized import is_quantized
+from lte_lightning.core.model.settings import settings
 from lte_lightning.core.model.swap import lte_config, plain
 from lte_lightning.core.model.thresholds import THRESHOLDS_FILE, save_kept_table
 from lte_lightning.errors import UserError
@@ -210,6 +211,7 @@ def _describe(
         "base": _base(model),
         "digest": {
             "format": FORMAT,
+            "config": settings(AutoConfig.from_pretrained(folder)),
             "weights": digest(stored_weights(folder, variant)),
             "routers": digest(routers),
         },

@@ -107,6 +107,59 @@ def test_files_of_another_model_of_the_same_shape(make, files, wrong):
         from_pretrained(mine)
 
 
+@pytest.mark.parametrize(
+    ("setting", "value", "said"),
+    [
+        ("hidden_act", "relu", r"hidden_act: gelu there, relu here"),
+        ("layer_norm_eps", 0.1, r"layer_norm_eps: 1e-12 there, 0.1 here"),
+        ("id2label", {"0": "a", "1": "b", "2": "c"}, None),
+        ("use_cache", False, None),
+        ("hidden_dropout_prob", 0.5, None),
+        ("of_a_later_version", 3, None),
+    ],
+)
+def test_a_configuration_that_computes_something_else(setting, value, said, make):
+    folder = make()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {setting: value}))
+    if said is None:
+        from_pretrained(folder)
+    else:
+        with pytest.raises(LayoutError, match=rf"saved: config\.json is not what was saved \({said}\)"):
+            from_pretrained(folder)
+
+
+def test_a_digest_without_a_configuration_is_read(make):
+    """As earlier versions wrote it."""
+    folder = make()
+    description = read_description(folder)
+    assert description["digest"].pop("config")["hidden_act"] == "gelu"
+    (folder / "lte_config.json").write_text(json.dumps(description))
+    from_pretrained(folder)
+
+
+def test_whole_numbers_in_place_of_weights(make):
+    folder = make()
+    description = read_description(folder)
+    (folder / "lte_config.json").write_text(json.dumps({k: v for k, v in description.items() if k != "digest"}))
+    change(folder / "model.safetensors", lambda t: t.update({f"{FFN}.weight": t[f"{FFN}.weight"].to(torch.int8)}))
+    with pytest.raises(UserError, match=rf"no floating-point numbers: {FFN}\.weight \(torch\.int8\)"):
+        from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", ["../other/{shard}", "{folder}/other/{shard}", 3, None])
+def test_an_index_leads_to_no_other_folder(name, make, tmp_path):
+    folder = make(max_shard_size="20KB")
+    make("other", max_shard_size="20KB")
+    index = folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    key, shard = next(iter(content["weight_map"].items()))
+    content["weight_map"][key] = name.format(folder=tmp_path, shard=shard) if isinstance(name, str) else name
+    index.write_text(json.dumps(content))
+    with pytest.raises(LayoutError, match=r"index\.json names the files of the weights, and is damaged"):
+        from_pretrained(folder)
+
+
 def test_infinite_levels_are_legal(build, batch, tmp_path):
     config = LteConfig(16, "random", selector="cats", target_sparsity=0.5)
     model = convert(build("llama", "lm"), config, progress=False)
