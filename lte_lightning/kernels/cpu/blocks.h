@@ -100,8 +100,8 @@ inline ivec multiply_add_bytes(ivec sum, ivec w, int32_t x) {
 // blocks, and each block by all tokens, so that loads do not hold up the products.
 constexpr int TILE_TOKENS = W == 16 ? 6 : 8, TILE_BLOCKS = W == 16 ? 2 : 1;
 
-// to[t][0:16 RN] += `groups` blocks of weights times as many groups of each token's input. Blocks of the next 16 outputs
-// are `groups` blocks further. With RN = 1 it prefetches the blocks 4 KB ahead, or at next.
+// to[t][0:16 RN] += `groups` blocks of weights times as many groups of each token's input. Blocks of the next 16
+// outputs are `groups` blocks further. With RN = 1 it prefetches the blocks 4 KB ahead, or at next.
 template <int BITS, int TN, int RN>
 NOT_INLINED void add_blocks(const uint8_t* w, const bf16* scale, int64_t groups, const uint8_t* next,
                             const Group* const* x, float* const* to) {
@@ -167,11 +167,23 @@ template <int MOST, class Body> void at_a_time(int64_t begin, int64_t end, const
     if (begin < end) body(begin, constant<1>());
 }
 
-// Calls body(first block, tokens from, tokens to, blocks at a time) for all tokens and each block, or two of them.
-template <class Body> void by_blocks(int64_t b, int64_t b_end, int64_t n0, int64_t n1, const Body& body) {
-    if (TILE_BLOCKS > 1 && n1 - n0 >= TILE_TOKENS)
-        for (; b + TILE_BLOCKS <= b_end; b += TILE_BLOCKS) body(b, constant<TILE_TOKENS>(), constant<TILE_BLOCKS>());
-    for (; b < b_end; b++) body(b, constant<8>(), constant<1>());
+// Calls body(token, block, tokens at once, blocks at once) for all tokens and blocks. Few tokens: each block comes from
+// memory once, and meets all tokens. Many: a stripe of blocks stays in the second-level cache, and a tile's tokens meet
+// all of it, so that their outputs are written in order.
+template <class Body>
+void in_tiles(int64_t n0, int64_t n1, int64_t b0, int64_t b1, int64_t block_bytes, const Body& body) {
+    if (TILE_BLOCKS == 1 || n1 - n0 < TILE_TOKENS) {
+        for (; b0 < b1; b0++) at_a_time<8>(n0, n1, [&](int64_t n, auto tokens) { body(n, b0, tokens, constant<1>()); });
+        return;
+    }
+    const int64_t stripe = std::max<int64_t>(1, (int64_t(320) << 10) / block_bytes / TILE_BLOCKS) * TILE_BLOCKS;
+    for (; b0 < b1; b0 += stripe)
+        at_a_time<TILE_TOKENS>(n0, n1, [&](int64_t n, auto tokens) {
+            const int64_t end = std::min(b1, b0 + stripe);
+            int64_t b = b0;
+            for (; b + TILE_BLOCKS <= end; b += TILE_BLOCKS) body(n, b, tokens, constant<TILE_BLOCKS>());
+            if (b < end) body(n, b, tokens, constant<1>());
+        });
 }
 
 // Writes up to 16 outputs of a token, with the bias if there is one.

@@ -29,27 +29,25 @@ template <int BITS, class T> struct Linear {
         const int64_t groups = m.groups(), all_groups = m.column_parts * groups, R = m.row_parts * m.rows;
         const int64_t n0 = task / ranges * TOKENS_AT_ONCE, n1 = std::min(N, n0 + TOKENS_AT_ONCE), range = task % ranges;
         const int64_t end = first_block(range + 1);
-        by_blocks(first_block(range), end, n0, n1, [&](int64_t b, auto tokens_at_once, auto blocks) {
-            constexpr int RN = decltype(blocks)::value;
-            at_a_time<decltype(tokens_at_once)::value>(n0, n1, [&](int64_t n, auto tokens) {
-                constexpr int TN = decltype(tokens)::value;
-                alignas(64) float sums[TN][RN * LANES] = {};
-                const Group* xs[TN];
-                float* to[TN];
-                for (int t = 0; t < TN; t++) to[t] = sums[t];
-                for (int64_t part = 0; part < m.column_parts; part++) {
-                    for (int t = 0; t < TN; t++) xs[t] = in + (n + t) * all_groups + part * groups;
-                    const int64_t block = m.block(b, part), ahead = m.block(std::min(b + 1, end - 1), part);
-                    add_blocks<BITS, TN, RN>(m.blocks + block * BLOCK_BYTES<BITS>, m.scale + block * LANES, groups,
-                                             n == n0 ? m.blocks + ahead * BLOCK_BYTES<BITS> : nullptr, xs, to);
-                }
-                for (int r = 0; r < RN; r++) {
-                    const int64_t e = (b + r) / m.part_blocks(), first = (b + r) % m.part_blocks() * LANES;
-                    const int64_t count = std::min(LANES, m.rows - first), row = e * m.rows + first;
-                    for (int t = 0; t < TN; t++)
-                        write_lanes(sums[t] + r * LANES, bias ? bias + row : nullptr, count, y + (n + t) * R + row);
-                }
-            });
+        in_tiles(n0, n1, first_block(range), end, all_groups * BLOCK_BYTES<BITS>,
+                 [&](int64_t n, int64_t b, auto tokens, auto blocks) {
+            constexpr int TN = decltype(tokens)::value, RN = decltype(blocks)::value;
+            alignas(64) float sums[TN][RN * LANES] = {};
+            const Group* xs[TN];
+            float* to[TN];
+            for (int t = 0; t < TN; t++) to[t] = sums[t];
+            for (int64_t part = 0; part < m.column_parts; part++) {
+                for (int t = 0; t < TN; t++) xs[t] = in + (n + t) * all_groups + part * groups;
+                const int64_t block = m.block(b, part), ahead = m.block(std::min(b + 1, end - 1), part);
+                add_blocks<BITS, TN, RN>(m.blocks + block * BLOCK_BYTES<BITS>, m.scale + block * LANES, groups,
+                                         n == n0 ? m.blocks + ahead * BLOCK_BYTES<BITS> : nullptr, xs, to);
+            }
+            for (int r = 0; r < RN; r++) {
+                const int64_t e = (b + r) / m.part_blocks(), first = (b + r) % m.part_blocks() * LANES;
+                const int64_t count = std::min(LANES, m.rows - first), row = e * m.rows + first;
+                for (int t = 0; t < TN; t++)
+                    write_lanes(sums[t] + r * LANES, bias ? bias + row : nullptr, count, y + (n + t) * R + row);
+            }
         });
     }
 };
@@ -148,32 +146,32 @@ template <int BITS, class T> struct Experts {
             const auto token = f.token.begin();
             const int64_t p0 = std::lower_bound(token + f.first[e], token + f.first[e + 1], n0) - token;
             const int64_t p1 = std::lower_bound(token + p0, token + f.first[e + 1], n1) - token;
-            by_blocks(b0, b1, p0, p1, [&](int64_t b, auto tokens_at_once, auto blocks) {
-                constexpr int RN = decltype(blocks)::value;
-                const int64_t block = down.block(b, e), left = (b1 - b) * slabs_each;
-                if (RN == 1) {  // prefetch 4 KB ahead in this stripe, or in the next expert's stripe
+            in_tiles(p0, p1, b0, b1, slabs_each * BLOCK_BYTES<BITS>,
+                     [&](int64_t p, int64_t b, auto tokens, auto blocks) {
+                constexpr int TN = decltype(tokens)::value, RN = decltype(blocks)::value;
+                const int64_t block = down.block(b, e);
+                if (RN == 1 && p == p0) {  // prefetch 4 KB ahead in this stripe, or in the next expert's stripe
                     const int64_t far = std::max<int64_t>(1, 4096 / BLOCK_BYTES<BITS> / slabs_each) * slabs_each;
+                    const int64_t left = (b1 - b) * slabs_each;
                     const int64_t ahead = far < left ? block + far : down.block(b0, e_next) + far - left;
                     for (int64_t k = 0; k < slabs_each * BLOCK_BYTES<BITS>; k += 64)
                         __builtin_prefetch(down.blocks + ahead * BLOCK_BYTES<BITS> + k);
                 }
-                at_a_time<decltype(tokens_at_once)::value>(p0, p1, [&](int64_t p, auto tokens) {
-                    constexpr int TN = decltype(tokens)::value;
-                    const Group* xs[TN];
-                    float* to[TN];
-                    for (int t = 0; t < TN; t++) {
-                        xs[t] = hidden + (p + t) * slabs_each;
-                        to[t] = sums + ((f.token[p + t] - n0) * wide + b - b0) * LANES;
-                    }
-                    add_blocks<BITS, TN, RN>(down.blocks + block * BLOCK_BYTES<BITS>, down.scale + block * LANES,
-                                             slabs_each, nullptr, xs, to);
-                });
+                const Group* xs[TN];
+                float* to[TN];
+                for (int t = 0; t < TN; t++) {
+                    xs[t] = hidden + (p + t) * slabs_each;
+                    to[t] = sums + ((f.token[p + t] - n0) * wide + b - b0) * LANES;
+                }
+                add_blocks<BITS, TN, RN>(down.blocks + block * BLOCK_BYTES<BITS>, down.scale + block * LANES,
+                                         slabs_each, nullptr, xs, to);
             });
         }
         for (int64_t n = n0; n < n1; n++)
             for (int64_t b = b0; b < b1; b++) {
                 const int64_t c = b * LANES;
-                write_lanes(sums + ((n - n0) * wide + b - b0) * LANES, f.down_bias ? f.down_bias + c : nullptr, std::min(LANES, D - c), f.y + n * D + c);
+                write_lanes(sums + ((n - n0) * wide + b - b0) * LANES, f.down_bias ? f.down_bias + c : nullptr,
+                            std::min(LANES, D - c), f.y + n * D + c);
             }
     }
 };
