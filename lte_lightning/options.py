@@ -3,7 +3,9 @@
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from argparse import ONE_OR_MORE, OPTIONAL, ZERO_OR_MORE, Action
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, auto_cli
@@ -29,6 +31,55 @@ class ShortErrors(ArgumentParser):
         return cause(message, options)
 
 
+class FunctionParser(ShortErrors):
+    """The parser of a command that is one function.
+
+    Attributes:
+        positional: The parameters that words without an option are for, and how the help calls such a word.
+        required_names: The parameters without a default.
+    """
+
+    positional: Mapping[str, str] = {}
+    required_names: Sequence[str] = ()
+
+    def format_help(self) -> str:
+        """Returns the help, with positional arguments as such, and options spelled with dashes, as errors name them."""
+        shown = copy(self)
+        shown._action_groups = [copy(group) for group in self._action_groups]
+        for group in shown._action_groups:
+            group._group_actions = [self._shown(action) for action in group._group_actions]
+        actions = [action for group in shown._action_groups for action in group._group_actions]
+        words = [next(action for action in actions if action.dest == name) for name in self.positional]
+        for group in shown._action_groups:  # the first one is that of positional arguments
+            rest = [action for action in group._group_actions if action not in words]
+            group._group_actions = words if group is shown._action_groups[0] else rest
+        required = [action for action in actions if action.required and action not in words]
+        several = {ONE_OR_MORE: "{0} [{0} ...]", ZERO_OR_MORE: "[{0} ...]", OPTIONAL: "[{0}]", None: "{0}"}
+        usage = [several[action.nargs].format(action.metavar) for action in words]
+        usage += [f"{action.option_strings[0]} {action.metavar or action.dest.upper()}" for action in required]
+        shown.usage = " ".join(["%(prog)s", *usage, "[options]"])
+        return super(FunctionParser, shown).format_help()
+
+    def explain(self, message: str, options: Iterable[str]) -> str:
+        """Returns the cause of an error, with the nearest option as the help spells it."""
+        return cause(message, [option.replace("_", "-") for option in options])
+
+    def _shown(self, action: Action) -> Action:
+        """Returns an option as the help shows it."""
+        shown, is_list = copy(action), getattr(action, "_typehint", None) == list[str]
+        shown.required = action.dest in self.required_names
+        if action.dest in self.positional:
+            shown.option_strings, shown.metavar = [], self.positional[action.dest]
+            shown.nargs = (ONE_OR_MORE if shown.required else ZERO_OR_MORE) if is_list else None
+            if not shown.required and not is_list:
+                shown.nargs = OPTIONAL
+        else:
+            shown.option_strings = [name.replace("_", "-") for name in action.option_strings if not name.endswith("+")]
+            if is_list:
+                shown.metavar = f"{action.dest.upper()} [...]"
+        return shown
+
+
 def cause(message: str, options: Iterable[str] = ()) -> str:
     """Cuts jsonargparse's account of an error down to its cause, and names the option that was probably meant.
 
@@ -47,7 +98,12 @@ def cause(message: str, options: Iterable[str] = ()) -> str:
     return "\n  ".join(causes + shown[:1])
 
 
-def call(function: Callable[..., Any], program: str, args: Sequence[str], positional: str | Sequence[str] = ()) -> Any:
+def call(
+    function: Callable[..., Any],
+    program: str,
+    args: Sequence[str],
+    positional: str | Sequence[str] | Mapping[str, str] = (),
+) -> Any:
     """Calls a function with the options of a command line, and returns its result.
 
     Args:
@@ -55,13 +111,19 @@ def call(function: Callable[..., Any], program: str, args: Sequence[str], positi
             does not wait for that.
         program: Name of the command in its help, such as ``lte bench``.
         args: The command line without the command. ``--batch-size`` is ``--batch_size``, an option of type ``bool``
-            may stand alone, and one of type ``list`` takes all the words behind it, or a single one as long as the
+            may stand alone, and one of type ``list`` takes all the words after it, or a single one as long as the
             positional word is to come.
         positional: The parameter that words without an option are for, or several, one word each in their order. The
-            last may be of type ``list``, and takes the rest.
+            last may be of type ``list``, and takes the rest. The help names them as arguments, in capitals or as a
+            mapping says; the option's name may be given, too.
     """
-    words = list(_plain(function, args, [positional] if isinstance(positional, str) else positional))
-    return auto_cli(function, words, as_positional=False, prog=program, parser_class=ShortErrors, allow_abbrev=False)
+    names = [positional] if isinstance(positional, str) else positional
+    shown = names if isinstance(names, Mapping) else {name: name.upper() for name in names}
+    parameters = inspect.signature(function).parameters.values()
+    required = [each.name for each in parameters if each.default is each.empty]
+    parser_class = type("Parser", (FunctionParser,), {"positional": shown, "required_names": required})
+    words = list(_plain(function, args, list(shown)))
+    return auto_cli(function, words, as_positional=False, prog=program, parser_class=parser_class, allow_abbrev=False)
 
 
 def _plain(function: Callable[..., Any], args: Sequence[str], positional: Sequence[str]) -> Iterator[str]:

@@ -143,7 +143,7 @@ def test_options_are_these(command, capsys):
         (["bench", "--threads", "two"], "Given value: two"),
         (["bench", "llama2-7b", "extra"], "unknown option extra"),
         (["cost"], "the following arguments are required: model"),
-        (["cost", "--model", "x", "--batchsize", "2"], "unknown option --batchsize; did you mean --batch_size?"),
+        (["cost", "--model", "x", "--batchsize", "2"], "unknown option --batchsize; did you mean --batch-size?"),
         (["cost", "--model", "x", "--json", "maybe"], "error: "),
         (["cost", "x", "y"], "unknown option y"),
         (["generate", "x", "--folder", "y"], "unknown option x"),
@@ -229,6 +229,45 @@ def test_help_of_a_command_with_such_a_word(word, capsys):
         call(places, "lte places", [word], positional="folder")
     assert stop.value.code == 0
     assert "Places options." in capsys.readouterr().out
+
+
+def gathers(out: str, runs: list[str] = [], quick_look: bool = False) -> tuple:  # noqa: B006
+    """Gathers options.
+
+    Args:
+        out: The folder.
+        runs: The runs.
+        quick_look: The first ones.
+    """
+    return out, runs, quick_look
+
+
+@pytest.mark.parametrize(
+    ("function", "positional", "usage"),
+    [
+        (gathers, {"runs": "RUN"}, "usage: lte it [RUN ...] --out OUT [options]"),
+        (places, "folder", "usage: lte it FOLDER [options]"),
+        (places, ("folder", "text"), "usage: lte it FOLDER [TEXT] [options]"),
+        (sends, ("folder", "place", "files"), "usage: lte it FOLDER PLACE FILES [FILES ...] [options]"),
+        (takes, (), "usage: lte it [options]"),
+    ],
+)
+def test_the_help_names_positional_arguments(function, positional, usage, capsys):
+    with pytest.raises(SystemExit):
+        call(function, "lte it", ["--help"], positional=positional)
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[0] == usage
+    assert [name for name in ("--folder", "--place", "--files", "--runs") if name in printed] == []
+    assert ("positional arguments" in printed) == bool(positional)
+
+
+def test_the_help_spells_options_with_dashes(capsys):
+    with pytest.raises(SystemExit):
+        call(gathers, "lte it", ["--help"], positional={"runs": "RUN"})
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "--out OUT The folder. (required, type: str)" in printed
+    assert "--quick-look {true,false} The first ones." in printed
+    assert "RUN The runs. (type: list[str], default: [])" in printed
 
 
 @pytest.mark.parametrize(

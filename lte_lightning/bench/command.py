@@ -59,7 +59,7 @@ def bench(
 
     Args:
         shape: llama2-7b, smollm2-135m or roberta-base with random weights, or a converted model's folder or hub id.
-            It may be given without the option's name. Whole models may also be plain (not converted).
+            Whole models may also be plain (not converted).
         scope: ffn (one FFN block); model (all measured layers, both stacks of an encoder-decoder, without the head, so
             that a folder compares with a named shape); ffn,model for both; or generate (tokens per second of a whole
             decoder).

@@ -142,7 +142,7 @@ def find_whole(shape: str, layers: int | None, backend: Backend) -> Whole:
         )
     if (mode := description["mode"]) != "hard":
         raise UserError(
-            f"{shape} was saved in mode {mode!r}, where every expert runs; name a model of the expert stage"
+            f"{shape} was saved in mode {mode!r}, in which every expert runs; name a model of the expert stage"
         )
     dense = restore(from_pretrained(source, dtype=torch.float32, backend="dense-mask")).eval().requires_grad_(False)
     _require_measurable(shape, dense.config)

@@ -1,4 +1,4 @@
-"""``lte calibrate``: gives a saved model a knob, a table of thresholds by sparsity."""
+"""``lte calibrate``: stores thresholds for several sparsities in a saved model."""
 
 import math
 
@@ -31,17 +31,17 @@ def calibrate(
     --model.sparsity 0.6 use the table; they interpolate between its entries, and refuse what lies outside of it.
 
     Args:
-        folder: A saved LTE model, or a run's folder, named without the option's name.
-        sparsity: Shares of the FFN neurons that shall not run, by commas. They replace those of an earlier table.
-        layers: free has one threshold for all layers, equal gives each layer the same sparsity, least-loss shares the
-            sparsity out by what each layer's costs in loss (rows with labels; 8 passes over them for each layer).
+        folder: A saved LTE model, or a run's folder.
+        sparsity: Shares of the FFN neurons that shall not run, with commas between. They replace an earlier table.
+        layers: free uses one threshold for all layers, equal the same sparsity in every layer. least-loss gives more
+            sparsity to layers where it raises the loss less; it needs labels, and 8 passes over the rows per layer.
         data: A configuration (.yaml) with model and data, whose training rows are taken, or a text file or folder for a
             language model. By default the run's own config.yaml.
-        tokens: How many tokens of the rows to calibrate on, or fewer if there are no more.
+        tokens: Tokens to calibrate on; fewer if the rows have no more.
         device: cpu, cuda or cuda:1; auto takes a CUDA device where there is one.
 
     Raises:
-        UserError: If an option's value is not one, or no thresholds can be found.
+        UserError: If an option has an invalid value, or no thresholds can be found.
     """
     wanted = read_sparsities(sparsity)
     if tokens < 1:
@@ -77,7 +77,7 @@ def calibrate(
     print(f"wrote {rows.folder / THRESHOLDS_FILE}")
     missed = [setting for setting in calibrated.settings if abs(setting.reached - setting.sparsity) > 0.01]
     for setting in missed:
-        print(f"{setting.sparsity:g} was missed by more than a point: scores lie too close together there")
+        print(f"{setting.sparsity:g} was missed by more than a point: the scores lie too close together there")
 
 
 def read_sparsities(text: str) -> list[float]:
@@ -91,5 +91,5 @@ def read_sparsities(text: str) -> list[float]:
     except ValueError:
         values = [math.nan]
     if not all(0.0 < value < 1.0 for value in values):
-        raise UserError(f"--sparsity is {text}; it is a share above 0 and below 1, or several by commas: 0.5,0.7,0.9")
+        raise UserError(f"--sparsity is {text}; give shares above 0 and below 1, with commas between: 0.5,0.7,0.9")
     return values

@@ -35,17 +35,16 @@ def context(
 
     lte context RUN --tokens 128,512,1024 --sparsity 0.5,0.8
 
-    Routers see one token at a time, and the loss on ordinary text says little about distant tokens. Rows are random
-    words. copy asks for the words of a second copy, retrieve for the values of some keys, count for the commonest of
-    four words (one in four by chance). A score is the share of answers that the model ranks first, with its standard
-    error over rows. Every setting gets the same rows.
+    A router decides per token, so perplexity on ordinary text does not show whether a sparse model still uses distant
+    tokens. Rows are random words. copy asks for the words of a second copy, retrieve for the values of some keys, count
+    for the commonest of four words (one in four by chance). A score is the share of answers that the model ranks first,
+    with its standard error over rows. Every setting gets the same rows.
 
     Args:
-        folder: A saved language model or a run's folder, plain or sparse, named without the option's name.
-        tokens: Lengths of the rows, by commas.
-        sparsity: Where to set the knob of a model that lte calibrate has given one, by commas. By default it stays
-            where it is.
-        tasks: copy, retrieve, count, or some of them by commas.
+        folder: A saved language model or a run's folder, plain or sparse.
+        tokens: Lengths of the rows, with commas between.
+        sparsity: FFN sparsities of a model calibrated by lte calibrate, with commas between. By default the saved one.
+        tasks: copy, retrieve, count, or some of them with commas between.
         rows: Rows of each task and length.
         batch_size: Rows at a time.
         seed: Seed of the rows.
@@ -54,7 +53,7 @@ def context(
         picture: Where to draw them, .png, .svg or .pdf.
 
     Raises:
-        UserError: If an option's value is not one, or the folder holds no decoder.
+        UserError: If an option has an invalid value, or the folder holds no decoder.
     """
     from lte_lightning.bench.context import SHORTEST, TASKS, Words, compare
     from lte_lightning.bench.machine import find_device
@@ -64,7 +63,7 @@ def context(
     from lte_lightning.cli.writing import find_source
     from lte_lightning.data.text import load_tokenizer
 
-    for option, value in (("--rows", rows), ("--batch_size", batch_size)):
+    for option, value in (("--rows", rows), ("--batch-size", batch_size)):
         if value < 1:
             raise UserError(f"{option} is {value}; it must be at least 1")
     lengths = _lengths(tokens, SHORTEST)
@@ -100,7 +99,7 @@ def _lengths(text: str, shortest: int) -> list[int]:
     except ValueError:
         lengths = [0]
     if lengths[0] < shortest:
-        raise UserError(f"--tokens is {text}; it is a length of at least {shortest}, or several by commas: 128,512")
+        raise UserError(f"--tokens is {text}; give lengths of at least {shortest}, with commas between: 128,512")
     return lengths
 
 

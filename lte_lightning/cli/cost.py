@@ -34,26 +34,29 @@ def cost(
     lte cost RUN/model
     lte cost my-model --devices 8 --batch-size 4 --context 2048
 
-    FLOPs, weights and bytes per token, and the speed-up bound of memory-bound decoding that follows. No weights are
-    loaded. With --devices, memory and time of each stage of a fit, under DDP and FSDP2; no sparsity need be known then.
+    It prints FLOPs, weights and bytes per token, and the resulting bound on the speed-up of memory-bound decoding. No
+    weights are loaded. With --devices it predicts memory and time of each stage of a fit under DDP and FSDP2;
+    --sparsity is optional then.
 
     Args:
-        model: Folder (plain or LTE), hub id, or config.json; the option's name may be left out.
-        sparsity: Share of the FFN neurons that do not run, in every layer. By default as a saved LTE model measured.
-        dtype: Of weights and KV cache: bf16, fp16, fp32.
-        context: Tokens attended to. By default 1024, or all that the model allows.
+        model: Folder (plain or LTE), hub id, or config.json.
+        sparsity: Share of the FFN neurons that do not run, in every layer. By default the one that a saved LTE model
+            was measured at.
+        dtype: Type of weights and KV cache: bf16, fp16 or fp32.
+        context: Tokens attended to. By default 1024, or the model's maximum if that is less.
         expert_size: Neurons per expert of a plain model. By default 32.
-        batch_size: Texts of that length per device, for the memory.
-        precision: For the memory: 64-true, 32-true, bf16-true, 16-true, bf16-mixed or 16-mixed.
+        batch_size: Texts of that length per device, for the memory estimate.
+        precision: Training precision, for the memory estimate: 64-true, 32-true, bf16-true, 16-true, bf16-mixed or
+            16-mixed.
         devices: Devices of a fit, on all machines.
         gpu: Their kind, as "H100 SXM" (the default).
-        link: GB a second that a device sends to others, by default 50; of several machines their network's.
+        link: Bandwidth from a device to the others, in GB/s (default 50). With several machines, that of their network.
         utilisation: Share of the GPU's peak that training reaches, by default 0.4.
-        texts: Texts that each stage is trained on, all passes together, for the hours.
+        texts: Texts that each stage trains on, summed over its epochs; needed to predict hours.
         json: Print JSON instead of tables.
 
     Raises:
-        UserError: If an option's value is not one.
+        UserError: If an option has an invalid value.
     """
     from rich.console import Console
 

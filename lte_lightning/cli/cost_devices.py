@@ -20,7 +20,7 @@ def check_devices(
     """Returns the devices that the command's options name, None where they name none.
 
     Raises:
-        UserError: If an option is wrong, or counts with ``--devices`` alone, which is not there.
+        UserError: If an option is wrong, or needs ``--devices``, which is missing.
     """
     given = {"gpu": gpu, "link": link, "utilisation": utilisation, "texts": texts}
     if devices is None:
@@ -29,19 +29,19 @@ def check_devices(
                 raise UserError(f"--{name} {value} is about a fit on several devices; add --devices N")
         return None
     if devices < 1:
-        raise UserError(f"devices is {devices}; it must be at least 1")
+        raise UserError(f"--devices is {devices}; it must be at least 1")
     gpu, link = gpu or GPU, LINK if link is None else link
     utilisation = UTILISATION if utilisation is None else utilisation
     if gpu not in GPUS:
         raise UserError(f"unknown GPU {gpu!r}; there are {', '.join(GPUS)}{meant(gpu, GPUS)}")
     if not 0.0 < link < float("inf"):
-        raise UserError(f"link is {link}; it is what a device sends, in GB a second, and more than 0")
+        raise UserError(f"--link is {link}; it must be a bandwidth in GB/s, greater than 0")
     if not 0.0 < utilisation <= 1.0:
         raise UserError(
-            f"utilisation is {utilisation}; it is the share of the GPU's peak that is reached, above 0 to 1"
+            f"--utilisation is {utilisation}; it is the share of the GPU's peak, greater than 0 and at most 1"
         )
     if texts is not None and texts < 1:
-        raise UserError(f"texts is {texts}; it must be at least 1")
+        raise UserError(f"--texts is {texts}; it must be at least 1")
     return Machines(devices, GPUS[gpu], 1e9 * link, utilisation)
 
 
@@ -56,13 +56,13 @@ def fit_costs(
         context: Tokens of a text.
         precision: Lightning's name of it.
         machines: The devices.
-        texts: That a stage is trained on, all passes together; None if unknown.
+        texts: Texts that a stage trains on, summed over its epochs; None if unknown.
 
     Raises:
         UserError: If the context is 0, the precision is unknown or the selector has no stages.
     """
     if context < 1:
-        raise UserError("a fit has texts of at least one token: leave context out, or give their length")
+        raise UserError("a fit has texts of at least one token: leave --context out, or give their length")
     each = batch_size * machines.devices
 
     def figures(cost: StageCost) -> dict[str, Any]:

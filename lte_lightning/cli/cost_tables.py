@@ -42,7 +42,7 @@ def work_out(
 ) -> dict[str, Any]:
     """Returns the costs of a model as ``lte cost --json`` prints them; the arguments are the command's options.
 
-    Of devices, those of a fit on them; what a token costs is left out then if no sparsity is known.
+    With ``machines``, the result has the cost of a fit on them. Without a known sparsity it then omits that of a token.
 
     Raises:
         UserError: If one of them is wrong.
@@ -51,7 +51,7 @@ def work_out(
     if dtype not in DTYPES:
         raise UserError(f"unknown dtype {dtype!r}; there are {', '.join(DTYPES)}")
     if batch_size < 1:
-        raise UserError(f"batch-size is {batch_size}; it must be at least 1")
+        raise UserError(f"--batch-size is {batch_size}; it must be at least 1")
     place = resolve(source)
     model = skeleton(place, expert_size)
     context = check_context(model, context)
@@ -118,8 +118,8 @@ def measured_sparsity(source: str, model: PreTrainedModel) -> list[float]:
     """Returns the sparsity per layer that a saved LTE model remembers of its last measurement."""
     hardest = _hardest(source)
     if "sparsity_per_layer" not in hardest:
-        where = f"{CONFIG_FILE} of {source} has none" if is_lte(source) else f"{source} is a plain model"
-        raise UserError(f"which sparsity? {where}: give --sparsity, a share from 0 to 1")
+        why = f"{CONFIG_FILE} of {source} has no measured sparsity" if is_lte(source) else f"{source} is a plain model"
+        raise UserError(f"{why}; give --sparsity, a share from 0 to 1")
     return list(hardest["sparsity_per_layer"])
 
 

@@ -29,21 +29,21 @@ def curve(
 
     lte curve RUN --out curve.png
 
-    A table beside the picture (curve.csv) has the same values, with those of the dense model and of the trained
+    A table beside the picture (curve.csv) holds the same values, and those of the dense model and of the trained
     threshold. Quality is measured on all validation rows. Speed is that of forward passes; for a language model, of
     decoding steps. All settings take turns.
 
     Args:
-        folder: A saved LTE model that lte calibrate has given a table, or its run, named without the option's name.
-        sparsity: Shares of the FFN neurons that shall not run, by commas. By default those of the table.
+        folder: A saved LTE model that lte calibrate has given a table, or its run.
+        sparsity: Shares of the FFN neurons that shall not run, with commas between. By default those of the table.
         data: A configuration (.yaml) with model and data, whose validation rows are taken, or a text file or folder for
             a language model. By default the run's own config.yaml.
         out: The picture, .png or .svg.
-        rows: Rows of a timed call.
+        rows: Batch size of each timed call.
         device: cpu, cuda or cuda:1; auto takes a CUDA device where there is one.
 
     Raises:
-        UserError: If an option's value is not one, or the model was not calibrated.
+        UserError: If an option has an invalid value, or the model was not calibrated.
     """
     from lte_lightning.bench.machine import find_device
     from lte_lightning.cli.calibrate import read_sparsities

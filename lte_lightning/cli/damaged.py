@@ -26,8 +26,8 @@ def reading(path: object) -> Iterator[None]:
     except Exception as error:
         line = (str(error).strip().splitlines() or [""])[0][:200]
         raise UserError(
-            f"the checkpoint {path} is damaged, or not one of this program ({type(error).__name__}: {line}); resume "
-            "from another one, or begin anew"
+            f"the checkpoint {path} is damaged, or lte-lightning did not write it ({type(error).__name__}: {line}); "
+            "resume from another one, or begin anew"
         ) from error
 
 

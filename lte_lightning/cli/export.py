@@ -11,7 +11,7 @@ def main(args: list[str]) -> None:
     """Runs the command, and prints the path of the export.
 
     Raises:
-        UserError: If an argument is wrong, a package is missing, or the format has no place for the model.
+        UserError: If an argument is wrong, a package is missing, or the format cannot represent the model.
     """
     call(export, "lte export", args, positional="folder")
 
@@ -27,18 +27,18 @@ def export(
     lte export RUN --to gguf
 
     dense is an ordinary Hugging Face folder of the dense function: every neuron runs. gguf is the dense function of a
-    decoder for llama.cpp. onnx and openvino are folders with the sparse function: masks give the values of the selected
-    experts, and no speed-up. openvino-sparse computes the selected experts alone, on a CPU of this kind: for encoders
-    and other passes over many tokens.
+    decoder for llama.cpp. onnx and openvino are folders: they compute all experts and mask the unselected ones, so the
+    outputs are those of the sparse model, and nothing is faster. openvino-sparse computes the selected experts alone,
+    on a CPU of this kind: for encoders and other passes over many tokens.
 
     Args:
-        folder: A saved LTE model, a run's folder, or a hub id, named without the option's name.
+        folder: A saved LTE model, a run's folder, or a hub id.
         to: The format.
-        out: Path of the export, where nothing may be yet. By default beside the model, as model.gguf, model-onnx, ...
+        out: Path to write; it must not exist. By default beside the model, as model.gguf, model-onnx, ...
         dtype: Of a GGUF file's matrices: fp32, fp16, bf16, q8_0 or q4_0; auto is the type that they were saved in.
 
     Raises:
-        UserError: If an option's value is not one, a package is missing, or the format has no place for the model.
+        UserError: If an option has an invalid value, a package is missing, or the format cannot represent the model.
     """
     from transformers.utils import logging as hf_logging
 

@@ -41,7 +41,7 @@ def generate(
     lte generate RUN --prompt "Once upon a time"
 
     Args:
-        folder: A saved LTE model, a run's folder, or a plain model's folder or hub id, named without the option's name.
+        folder: A saved LTE model, a run's folder, or a plain model's folder or hub id.
         prompt: The text to continue; - is standard input.
         max_new_tokens: Most tokens to write; the model may end earlier.
         temperature: Temperature of sampling. 0 always takes the most probable token.
@@ -51,11 +51,11 @@ def generate(
         device: cpu, cuda or cuda:1; auto takes a CUDA device where there is one, and no quantised weights.
         chat: Send the prompt as a user's message, in the tokenizer's chat template.
         dense: Write a second time with every neuron, to compare.
-        sparsity: Where to set the knob of a model that lte calibrate has given one. By default it stays where it is.
+        sparsity: FFN sparsity of a model calibrated by lte calibrate. By default the saved one.
         threads: torch's threads. By default torch's own choice.
 
     Raises:
-        UserError: If an option's value is not one, or the folder holds no model that writes text.
+        UserError: If an option has an invalid value, or the folder holds no model that writes text.
     """
     if max_new_tokens < 1:
         raise UserError(f"--max-new-tokens is {max_new_tokens}; it must be at least 1")
@@ -87,7 +87,8 @@ def generate(
     kind = quantize or source.quantized
     where = find_device("cpu" if kind and device == "auto" else device)
     if kind and where.type != "cpu":
-        raise UserError(f"--device is {device}, and {kind} weights are computed on a CPU only; leave one of them out")
+        remedy = "leave one of them out" if quantize else "leave --device out"
+        raise UserError(f"--device is {device}, and {kind} weights run on a CPU only; {remedy}")
     skips = source.mode not in (None, "dense")
     chosen = {"--backend": backend != "auto", "--dense": dense, "--sparsity": sparsity is not None}
     for option, is_given in chosen.items():
@@ -126,7 +127,7 @@ def _read(prompt: str) -> str:
     try:
         if prompt == "-":
             if sys.stdin.isatty():
-                print("the prompt, ended by Ctrl-D:", file=sys.stderr)
+                print("type the prompt, then Ctrl-D:", file=sys.stderr)
             prompt = sys.stdin.read().removesuffix("\n")  # echo adds it, and it would change the continuation
         prompt.encode()
     except UnicodeError as error:

@@ -35,7 +35,7 @@ class CheckedLoader:
         """Returns the values of a text.
 
         Raises:
-            DocumentError: If it is no YAML, or holds what nothing can be made of.
+            DocumentError: If it is no YAML, or holds a value that cannot be parsed.
         """
         check_yaml(text)
         try:
@@ -82,11 +82,11 @@ def check_files(words: Sequence[str]) -> None:
 def _environment(name: str, *default: Any) -> Any:
     if os.environ.get("LTE_CONFIG_ENV") != "1":
         raise UserError(
-            f"a configuration asks for {name} of the environment (${{oc.env:{name}}}); if the file is yours, set "
+            f"a configuration reads the environment variable {name} (${{oc.env:{name}}}); if the file is yours, set "
             "LTE_CONFIG_ENV=1, or give the value on the command line"
         )
     if name not in os.environ and not default:
-        raise UserError(f"a configuration asks for {name} of the environment, which is not set")
+        raise UserError(f"a configuration reads the environment variable {name}, which is not set")
     return os.environ.get(name, *default)
 
 
@@ -111,7 +111,7 @@ def check_references(options: dict[str, Any]) -> None:
                 sizes[path] = len(text) + sum(size(target, _find(options, target)) for target in targets)
             if sizes[path] > MOST_CHARACTERS:
                 raise UserError(
-                    f"with its references followed {'.'.join(path)} has more than {MOST_CHARACTERS} characters"
+                    f"{'.'.join(path)} has more than {MOST_CHARACTERS:,} characters once its references are resolved"
                 )
         return sizes[path]
 

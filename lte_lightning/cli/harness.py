@@ -36,7 +36,7 @@ def harness(
     lte harness RUN --tasks arc_easy hellaswag
 
     Args:
-        model: Folder of a saved LTE model, a run's folder, or a hub id; the option's name may be left out.
+        model: Folder of a saved LTE model, a run's folder, or a hub id.
         tasks: Names of the harness's tasks.
         num_fewshot: Examples before each question. By default as the task says.
         limit: Only so many rows of each task.

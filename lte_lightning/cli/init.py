@@ -47,7 +47,7 @@ def init(
 
     file = Path(folder) / "config.yaml"
     if file.exists():
-        raise UserError(f"{file} is there already; choose another folder, or remove it")
+        raise UserError(f"{file} exists already; choose another folder, or remove it")
     configuration = look(data, model, task, text, label)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(configuration)

@@ -82,9 +82,9 @@ def _limit(model: str, task: str) -> int:
         raise UserError(f"cannot read the configuration of the model {model!r}: {error}") from error
     family = FAMILIES.get(config.model_type)
     if family and task != "classification" and family.kind == "encoder":
-        raise UserError(f"{model} is an encoder ({config.model_type}), which writes no text: give a decoder by --model")
+        raise UserError(f"{model} is an encoder ({config.model_type}), which writes no text: set --model to a decoder")
     if family and task == "text" and family.kind == "encoder-decoder":
-        raise UserError(f"{model} is an encoder-decoder ({config.model_type}): give a decoder by --model")
+        raise UserError(f"{model} is an encoder-decoder ({config.model_type}): set --model to a decoder")
     return getattr(config, "max_position_embeddings", None) or 512
 
 
@@ -181,7 +181,7 @@ def _label(rows: Dataset, text: str | None) -> str:
         if kinds <= {str, int, bool} and 2 <= len(set(values)) <= min(100, len(values) // 2):
             few[name] = len(set(values))
     if not few:
-        raise DataError(f"no column looks like a class: name it by --label; there are {', '.join(rows.column_names)}")
+        raise DataError(f"no column looks like class labels: set --label; there are {', '.join(rows.column_names)}")
     return min(few, key=few.__getitem__)
 
 
@@ -192,7 +192,7 @@ def _longest(rows: Dataset, label: str | None) -> str:
         if name != label and values:
             lengths[name] = sum(map(len, values)) / len(values)
     if not lengths:
-        raise DataError(f"no column holds text: name it by --text; there are {', '.join(rows.column_names)}")
+        raise DataError(f"no column holds text: set --text; there are {', '.join(rows.column_names)}")
     return max(lengths, key=lengths.__getitem__)
 
 

@@ -30,8 +30,8 @@ def push(
     lte push RUN OWNER/NAME --cache FOLDER
 
     Args:
-        folder: A saved LTE model or a run's folder, named without the option's name.
-        repository: OWNER/NAME on the hub, named second without the option's name; it is made if there is none.
+        folder: A saved LTE model or a run's folder.
+        repository: OWNER/NAME on the hub; it is made if there is none.
         private: Make a new repository private.
         revision: Branch to upload to; main by default.
         message: The commit's message.
@@ -75,7 +75,7 @@ def push(
     except (HTTPError, OSError, ValueError) as error:
         first = str(error).strip().partition("\n")[0] or type(error).__name__
         raise UserError(
-            f"cannot upload to {repository}: {first} (log in by `hf auth login` or HF_TOKEN, and leave HF_HUB_OFFLINE "
-            "unset)"
+            f"cannot upload to {repository}: {first} (log in with `hf auth login` or HF_TOKEN, and leave "
+            "HF_HUB_OFFLINE unset)"
         ) from error
     print(address)

@@ -12,7 +12,7 @@ def main(args: list[str]) -> None:
     Raises:
         UserError: If a source cannot be reported, or the page cannot be written.
     """
-    call(report, "lte report", args, positional="sources")
+    call(report, "lte report", args, positional={"sources": "RUN"})
 
 
 def report(
@@ -32,21 +32,22 @@ def report(
 
     Args:
         out: Folder of the page.
-        sources: A sweep's folder, run folders, or folders of either, named first or last and without the option's name;
-            with --tracking-uri ids of MLflow runs, a sweep's for all of its fits.
-        tracking_uri: Report runs of this MLflow store, a server or sqlite:///mlflow.db, not folders. By default, with
-            --experiment, MLFLOW_TRACKING_URI or sqlite:///mlflow.db.
-        experiment: Of MLflow: all of its finished fits are reported.
+        sources: Sweep folders, run folders, or folders that contain them. With --tracking-uri, ids of MLflow runs; the
+            id of a sweep stands for all of its fits.
+        tracking_uri: Read the runs from this MLflow store (a server's address or sqlite:///mlflow.db), not from
+            folders. By default, with --experiment, MLFLOW_TRACKING_URI or sqlite:///mlflow.db.
+        experiment: MLflow experiment, whose finished fits are all reported.
         bench: Tables (.csv) of lte bench --csv or lte curve.
         title: Title of the page.
-        tolerance: Loss of the metric that counts as none. By default 0.5 for perplexity, 0.05 for ROUGE-L, else 0.01.
+        tolerance: Largest drop of the metric that still counts as no loss. By default 0.5 for perplexity, 0.05 for
+            ROUGE-L, else 0.01.
         publish: Write each picture as SVG and PDF and each table as CSV and LaTeX into this folder, too.
 
     Raises:
         UserError: If a source cannot be reported, or the page cannot be written.
     """
     if tolerance is not None and not tolerance >= 0:
-        raise UserError(f"tolerance is {tolerance}; it must not be negative")
+        raise UserError(f"--tolerance is {tolerance}; it must not be negative")
     if tracking_uri is None and experiment is None:
         if not sources:
             raise UserError("nothing to report: name a sweep's folder or runs, or --experiment NAME (see --help)")

@@ -81,7 +81,7 @@ def load_rows(folder: str, data: str | None, device: torch.device) -> Rows:
     Args:
         folder: A saved LTE model, or a run.
         data: A configuration with ``data`` and ``model``, or a text for a language model, a file or a folder; None for
-            the configuration of the run that the model is of.
+            the configuration of the run that saved the model.
         device: Device of the model.
 
     Raises:
@@ -90,8 +90,8 @@ def load_rows(folder: str, data: str | None, device: torch.device) -> Rows:
     path = find_saved(folder)
     if (mode := read_description(path)["mode"]) != "hard":
         raise UserError(
-            f"{folder} was saved in mode {mode!r}, where every expert runs: its expert stage is missing, and "
-            "no threshold decides until then"
+            f"{folder} was saved in mode {mode!r}, in which every expert runs; train its expert stage first, where "
+            "thresholds take effect"
         )
     words, source = _words(path, data)
     words += ["--model.init_from", str(path), "--trainer.logger", "false"]
@@ -121,7 +121,7 @@ def _words(folder: Path, data: str | None) -> tuple[list[str], str]:
         config = next((path for path in (folder / "config.yaml", folder.parent / "config.yaml") if path.exists()), None)
         if config is None:
             raise UserError(
-                f"{folder} is in no run's folder, whose config.yaml would name rows; name them by --data: a "
+                f"{folder} has no config.yaml in it or beside it, so its data are unknown; name them with --data: a "
                 "configuration (.yaml) with model and data, or a text file"
             )
         return ["--config", str(config)], str(config)

@@ -34,12 +34,12 @@ class Asked:
     """Runs the fits of a sweep file that are not done yet, each as one `lightning fit` of its own.
 
     Args:
-        sweep: The sweep file, named without the option's name. Any option with a dot in it is one of every fit: lte
-            sweep sweeps/minilm-sst2.yaml --data.source FOLDER
+        sweep: The sweep file. An option with a dot in its name goes to every fit: lte sweep sweeps/minilm-sst2.yaml
+            --data.source FOLDER
         folder: Where runs and state are kept; runs/sweep-NAME if not given.
         workers: Fits at a time; 1 if not given, or all that a Ray cluster has room for.
         seeds: Seeds instead of the file's, such as 0,1,2.
-        only: Variants to run alone, or points whose names begin so; may be repeated.
+        only: Run only these variants, or points whose names begin so; may be repeated.
         dry_run: Print the commands, run nothing.
         ray_address: Run on a Ray cluster: host:port, auto, or local for one of this machine.
         cpus: Cores per fit on Ray.
@@ -110,7 +110,7 @@ def _write(sweep: Sweep, folder: SweepFolder, trials: Trials | None, draw: bool)
     """Writes the tables, the front of a search and the report into the sweep's folder."""
     points, others = _all_points(sweep, folder)
     if others:
-        print(f"{others} finished fits in {folder.path} belong to other options; the tables leave them out")
+        print(f"{folder.path} also holds {others} finished fits with other options; the tables leave them out")
     files = write_tables(folder, points)
     if trials:
         try:
@@ -154,7 +154,7 @@ def check(sweep: Sweep, folder: SweepFolder, points: list[Point]) -> dict[str, A
         more = f"\n({len(wrong) - 3} more)" if len(wrong) > 3 else ""
         noun = "fit" if len(wrong) == 1 else "fits"
         lines = "\n".join(wrong[:3])
-        raise UserError(f"{sweep.path}: {len(wrong)} {noun} cannot be run; nothing was\n{lines}{more}")
+        raise UserError(f"{sweep.path}: {len(wrong)} {noun} cannot be run, so none was started\n{lines}{more}")
     return {"mlflow": any(each["mlflow"] for each in answers), "tracking_uri": answers[0]["tracking_uri"]}
 
 
@@ -236,10 +236,10 @@ def _report(summary: Summary, table: Path, engine: Engine) -> None:
     print(table, flush=True)
     if summary.failed or summary.blocked:
         lines = [f"  {name}: exit code {code}, {engine.folder.log(name)}" for name, code in summary.failed.items()]
-        lines += [f"  {name}: not run, for a fit that it needs failed" for name in summary.blocked]
+        lines += [f"  {name}: not run: a fit that it depends on failed" for name in summary.blocked]
         again = "start the sweep again to try them once more"
         if engine.trials is not None:
-            again = "failed trials count, so raise trials for others; start the sweep again for what was not run"
+            again = "failed trials count: raise trials for more; start the sweep again for what was not run"
         counts = f"{len(summary.failed)} of {len(engine.points)} points failed, {len(summary.blocked)} were not run"
         raise UserError("\n".join([f"{counts}; {again}", *lines]))
 

@@ -1,4 +1,4 @@
-"""``lte sync``: sends MLflow the data that it did not take while fits ran."""
+"""``lte sync``: sends records to MLflow that failed to upload during a fit."""
 
 import argparse
 from pathlib import Path
@@ -17,7 +17,7 @@ def main(args: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lte sync",
-        description="Sends to MLflow what its store did not take while a run went on: metrics, parameters, files.",
+        description="Sends metrics, parameters and files to MLflow that failed to upload during a fit.",
         allow_abbrev=False,
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")

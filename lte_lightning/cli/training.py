@@ -140,7 +140,7 @@ class LteCLI(LightningCLI):
         named = config.trainer.logger
         loggers = [] if named in (None, True, False) else named if isinstance(named, list) else [named]
         if config.run.mlflow and named is False:
-            raise UserError("trainer.logger false records nothing, and run.mlflow true wants MLflow; drop one of them")
+            raise UserError("trainer.logger false and run.mlflow true contradict each other; remove one of them")
         if config.run.mlflow if config.run.mlflow is not None else named in (None, True):
             kwargs["logger"] = [config.run.make_logger(run_name(config.model, config.data)), *loggers]
         elif named in (None, True):

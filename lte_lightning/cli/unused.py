@@ -91,7 +91,7 @@ def check_given(given: Given, config: Namespace, command: str | None) -> None:
     for key, value in replaced.items():
         if fits or key not in TRAINING:
             _refuse(key, value, config)
-    unread = dict.fromkeys(replaced, "the checkpoint's own is used")
+    unread = dict.fromkeys(replaced, "the checkpoint's value is used")
     changed = [key for key, value in options.items() if _changes(key, value)]
     if fits:
         for patterns, why in _unread_by_a_fit(config):
@@ -145,7 +145,7 @@ def _unread_by_a_fit(config: Namespace) -> Iterator[tuple[list[str], str]]:
     kind = selector_class(selector)
     equation_6 = [f"{MODEL}efficiency_weight", f"{MODEL}separability_*"]
     if kind.learns != "efficiency":
-        yield equation_6, f"selector {selector} does not learn by equations 4 to 6"
+        yield equation_6, f"selector {selector} is not trained with the efficiency and separability losses"
     elif not learns - skipped:
         yield equation_6, "no stage of this fit trains the routers"
     if kind.learns != "balance":
@@ -175,7 +175,7 @@ def _refuse(key: str, value: Any, config: Namespace) -> None:
         raise UserError(f"{name} is {value!r}, but {used!r} would be used; leave it out ({LINKED[key]})")
     raise UserError(
         f"{name} is {value!r}, but {config.get('ckpt_path')} was written with {used!r}, which would be used; leave "
-        f"{name} out, or begin from the weights alone, by --model.init_from RUN/model instead of --ckpt_path"
+        f"{name} out, or begin from the weights alone, with --model.init_from RUN/model instead of --ckpt_path"
     )
 
 

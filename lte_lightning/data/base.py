@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from lte_lightning.data.checks import rename_lone, require_at_least, require_columns
+from lte_lightning.data.checks import rename_lone, require_at_least, require_columns, rows_of
 from lte_lightning.data.files import TABLES, find_split, other_files, read_split, suffix_of
 from lte_lightning.data.labels import listed
 from lte_lightning.data.packaged import DataError
@@ -184,8 +184,8 @@ class TextData(LightningDataModule):
             return [self.split("test")]
         if own or (self.holdout and role == "validation"):
             if role == "test":
-                share = f"{len(self.held_out())} of {len(splits['train'])} rows"
-                rank_zero_info(f"tested on the {share} of {self.source} that are held out; data.holdout 0 means all")
+                share = f"{len(self.held_out())} of {len(splits['train'])}"
+                rank_zero_info(f"testing on held-out rows, {share} of {self.source}; data.holdout 0 tests on all")
             return [self.held_out()]
         if self.is_file:
             raise DataError(
@@ -245,7 +245,7 @@ class TextData(LightningDataModule):
     def _skip(self, role: str, rows: int, skipped: int, why: str) -> None:
         if skipped:
             self.skipped[role] = skipped
-            rank_zero_warn(f"{skipped} of {rows} rows for {role} are left out: {why}")
+            rank_zero_warn(f"{skipped} of {rows} {rows_of(role)} are left out: {why}")
 
     def _name(self, split: str) -> str:
         return f"{self.task}/{split} from {self.source}"

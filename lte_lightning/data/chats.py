@@ -27,7 +27,7 @@ class Form:
     Args:
         columns: One of conversations, two of a prompt and its answer, or three of an instruction, its input and the
             answer.
-        plain: A prompt and its answer stand as they are where there is no chat template.
+        plain: Without a chat template, a prompt and its answer are used unchanged.
         system: Whether rows have a column of system prompts, too.
     """
 
@@ -137,9 +137,10 @@ def conversation(turns: Any) -> Messages:
 
 
 def carries_loss(messages: Messages, turn: int) -> bool:
-    """Says whether a turn is an answer to learn: not an opening, an empty one on the way, or one of weight 0.
+    """Says whether a turn is an answer that carries loss.
 
-    The last turn counts although it is empty, because it is the answer to predict.
+    An answer does not if it opens the conversation, is empty before the last turn, or has weight 0. An empty last turn
+    does, because it is the answer to predict.
     """
     message = messages[turn]
     if message["role"] != "assistant" or not turn or message.get("weight") == "0":

@@ -24,8 +24,14 @@ def require_columns(rows: Dataset, columns: Sequence[str], where: str, hint: str
             raise DataError(f"{where} has no column {column!r}{near}; it has {', '.join(rows.column_names)}{hint}")
 
 
+def rows_of(role: str) -> str:
+    """Returns what messages call the rows of a role: ``training rows`` for ``train``."""
+    names = {"train": "training rows", "predict": "rows to predict", "predict prompts": "prompts to predict"}
+    return names.get(role, role if role.endswith("prompts") else f"{role} rows")
+
+
 def rename_lone(rows: Dataset, columns: Sequence[str], where: str) -> Dataset:
-    """Returns the rows of one column by the one name that is asked for: there is nothing to mistake."""
+    """Renames the only column to the only requested name; returns all other rows as they are."""
     if len(rows.column_names) != 1 or len(columns) != 1 or rows.column_names == list(columns):
         return rows
     rank_zero_info(f"{where}: its only column, {rows.column_names[0]}, is read as {columns[0]}")
@@ -43,13 +49,13 @@ def require_text(rows: Dataset, columns: Sequence[str], where: str, optional: Se
         ]
         if wrong:
             raise DataError(
-                f"{where}, row {wrong[0]} (from 0): {column} is {values[wrong[0]]!r:.200}, not text; {len(wrong)} of "
-                f"{len(values)} rows are not: write texts there, or remove the rows"
+                f"{where}, row {wrong[0]} (from 0): {column} is {values[wrong[0]]!r:.200}, not text ({len(wrong)} of "
+                f"{len(values)} rows have none): convert the column to text, or remove the rows"
             )
 
 
 def report_blank(blank: int, rows: int, part: str, where: str) -> None:
-    """Warns of rows in which a part is white space at most.
+    """Warns of rows in which a part is blank.
 
     Args:
         blank: How many there are.
@@ -67,5 +73,5 @@ def report_blank(blank: int, rows: int, part: str, where: str) -> None:
 
 
 def count_blank(texts: Iterable[str]) -> int:
-    """Returns how many texts are white space at most."""
+    """Returns how many texts are blank."""
     return sum(not text.strip() for text in texts)

@@ -11,7 +11,7 @@ from datasets import Dataset
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lte_lightning.data.base import TextData
-from lte_lightning.data.checks import count_blank, report_blank, require_text
+from lte_lightning.data.checks import count_blank, report_blank, require_text, rows_of
 from lte_lightning.data.files import COMPRESSIONS, LABEL, read_split, suffix_of
 from lte_lightning.data.labels import (
     Labels,
@@ -50,7 +50,7 @@ class ClassificationData(TextData):
         metric: The reported metric if the model names none.
     """
 
-    hint = "; name yours by data.text and data.label (the first line of a table names its columns)"
+    hint = "; set data.text and data.label to your columns' names (the first line of a table)"
     predict_role = "predict"
     stratifies = True
 
@@ -94,8 +94,8 @@ class ClassificationData(TextData):
         if self.classes is None:
             if not names:
                 raise DataError(
-                    f"{self.source} has no column {self.label!r}, so its classes are unknown: give the fine-tuned "
-                    "model by --model.init_from RUN/model, or name them by data.classes"
+                    f"{self.source} has no column {self.label!r}, so its classes are unknown: name the fine-tuned "
+                    "model with --model.init_from RUN/model, or set data.classes"
                 )
             return Labels(tuple(names))
         return self.classes if self._given_classes else self.classes.in_order_of(names)
@@ -178,7 +178,7 @@ class ClassificationData(TextData):
         tokens = tokenize(rows, self.tokenizer, self.text_columns, self.max_length)
         if full := sum(length == self.max_length for length in tokens["length"][:]):
             rank_zero_info(
-                f"{full} of {len(rows)} rows for {role} fill max_length, {self.max_length} tokens: more is cut"
+                f"{full} of {len(rows)} {rows_of(role)} fill max_length, {self.max_length} tokens: more is cut"
             )
         return tokens
 

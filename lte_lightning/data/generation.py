@@ -57,7 +57,7 @@ class GenerationData(PromptData):
         batch_size: Rows per training batch and device.
         eval_batch_size: Rows per validation, test and prediction batch and device.
         holdout: Share of the training rows, up to 0.5, that becomes the validation set; the official validation rows
-            are then the test set. With 0 they are both, unless the source has a test split with answers.
+            are then the test set. With 0 they serve as both, unless the source has a test split with answers.
         **kwargs: See `PromptData`.
     """
 

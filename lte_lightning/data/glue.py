@@ -76,8 +76,8 @@ class GlueData(ClassificationData):
         batch_size: Rows per training batch and device.
         eval_batch_size: Rows per validation, test and prediction batch and device.
         holdout: Share of the training rows, up to 0.5, that becomes the validation set. The official validation rows
-            are then the test set, and no checkpoint is chosen by looking at them. With 0 they are both, unless the
-            source has a labelled test split.
+            are then the test set, and no checkpoint is chosen by looking at them. With 0, the official validation rows
+            serve as validation and test set, unless the source has a labelled test split.
         **kwargs: See `TextData`.
 
     Attributes:

@@ -173,8 +173,8 @@ def stratified(labels: Sequence[Any], order: np.ndarray, count: int, where: str)
     single = [label for label, size in sizes.items() if size == 1]
     if count and single:
         raise DataError(
-            f"{where}: {len(single)} of {len(sizes)} classes have one row only ({listed(map(repr, single))}), so none "
-            "of it could be held out for validation: add rows, remove the class, or give a validation file"
+            f"{where}: {len(single)} of {len(sizes)} classes have one row only ({listed(map(repr, single))}), so "
+            "they cannot be in both training and validation: add rows, remove the class, or give a validation file"
         )
     seen: Counter[Any] = Counter()
     place = np.zeros(len(order))

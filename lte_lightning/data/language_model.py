@@ -44,19 +44,19 @@ class LanguageModelData(StreamingData):
         text: Name of the column of text.
         documents: What a document is: `heading`, everything from one WikiText heading of an article to the next (lines
             keep their line breaks); `row`, a line of text or a row of a table, unless it is blank; `whole`, a file;
-            `auto`, a file of text, but a row of a table.
+            `auto`, each file of text and each row of a table.
         block_size: Tokens per block.
         batch_size: Blocks per training batch and device.
         eval_batch_size: Blocks per evaluation batch and device.
         shuffle_buffer: Blocks of a stream to shuffle at a time; they are in memory, tokenised.
-        holdout: Share of the training rows, up to 0.5, that becomes the validation set: the last ones, or any if each
-            is a document. By default a tenth of a source that has no validation rows, and else none.
+        holdout: Share of the training rows, up to 0.5, that becomes the validation set: the last rows, or random
+            ones if each is a document. By default a tenth of a source that has no validation rows, and else none.
         **kwargs: See `StreamingData`.
     """
 
     generates = True
     formats = (*FORMATS, ".md")
-    hint = "; name yours by data.text"
+    hint = "; set data.text to your column's name"
     first = (0, 0)
 
     def __init__(

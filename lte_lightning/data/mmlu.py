@@ -136,8 +136,8 @@ class MmluData(TextData):
         for subject in self.subjects:
             if len(by_subject.get(subject, [])) < self.shots:
                 raise DataError(
-                    f"{self._name('dev')} has {len(by_subject.get(subject, []))} rows of {subject}, less than shots "
-                    f"{self.shots}"
+                    f"{self._name('dev')} has {len(by_subject.get(subject, []))} rows of {subject}, fewer than the "
+                    f"{self.shots} of shots"
                 )
         return {subject: examples[: self.shots] for subject, examples in by_subject.items()}
 

@@ -10,7 +10,7 @@ from datasets import Dataset
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lte_lightning.core.model.head import IGNORED
-from lte_lightning.data.checks import require_at_least
+from lte_lightning.data.checks import require_at_least, rows_of
 from lte_lightning.data.example import Example
 from lte_lightning.data.packaged import DataError
 from lte_lightning.data.padding import CollateAnswers, CollatePrompts
@@ -169,14 +169,14 @@ class PromptData(StreamingData):
     def _count(self, first: int, usable: list[bool], shortened: int) -> None:
         if first == self._counted == 0 and shortened:
             rank_zero_info(
-                f"{shortened} of the first {len(usable)} inputs for train were cut to {self.max_length} tokens"
+                f"{shortened} of the first {len(usable)} training inputs were cut to {self.max_length} tokens"
             )
         fresh = max(self._counted - first, 0)
         if skipped := len(usable[fresh:]) - sum(usable[fresh:]):
             if "train" not in self.skipped:
                 rank_zero_warn(
-                    f"rows for train are left out, the first one is row {first + usable.index(False)} (from 0): no "
-                    f"answer is left of them within {self.max_length} tokens; the results count them as skipped_rows"
+                    f"training rows are left out, first row {first + usable.index(False)} (from 0): their answer is "
+                    f"empty or does not fit into {self.max_length} tokens; the results count them as skipped_rows"
                 )
             self.skipped["train"] = self.skipped.get("train", 0) + skipped
         self._counted = max(self._counted, first + len(usable))
@@ -193,28 +193,28 @@ class PromptData(StreamingData):
 
     def _report(self, role: str, rows: int, skipped: int, empty: int, shortened: int) -> None:
         if shortened:
-            rank_zero_info(f"{shortened} of {rows} inputs for {role} were cut to {self.max_length} tokens")
+            rank_zero_info(f"the inputs of {shortened} of {rows} {rows_of(role)} were cut to {self.max_length} tokens")
         if skipped == rows:
             raise DataError(
-                f"none of the {rows} rows for {role} has an answer within its first {self.max_length} tokens: {empty} "
+                f"none of the {rows} {rows_of(role)} has an answer within its first {self.max_length} tokens: {empty} "
                 f"are missing or empty, max_length is too low for {skipped - empty}"
             )
-        left = f"no answer is left of them within {self.max_length} tokens; the answers of {empty} are empty"
-        self._skip(role, rows, skipped, left)
+        reason = f"their answer does not fit into {self.max_length} tokens ({skipped - empty}), or is empty ({empty})"
+        self._skip(role, rows, skipped, reason)
 
     def _report_cut(self, role: str, rows: int, cut: int) -> None:
         if cut:
             self.cut_answers[role] = cut
             rank_zero_warn(
-                f"{cut} of {rows} answers for {role} do not end within {self.max_length} tokens; the loss leaves out "
-                "what lies beyond: raise max_length"
+                f"the answers of {cut} of {rows} {rows_of(role)} do not end within {self.max_length} tokens; the loss "
+                "leaves out the rest: raise max_length"
             )
 
     def _prompts(self, rows: Dataset, role: str) -> Dataset:
         prompts, too_long = self._fitting(rows, answered=role != "predict")
         if not prompts:
             raise DataError(
-                f"every prompt for {role} is longer than {self.prompt_limit} tokens, which is what max_length "
+                f"every prompt of the {rows_of(role)} is longer than {self.prompt_limit} tokens, which max_length "
                 f"{self.max_length} leaves before {self.max_new_tokens} new tokens"
             )
         why = f"their prompts are longer than {self.prompt_limit} tokens; raise max_length or lower max_new_tokens"

@@ -112,11 +112,11 @@ class StreamingData(TextData):
         require_at_least(shuffle_buffer=(shuffle_buffer, 1))
         if streaming and self.holdout:
             raise DataError(
-                f"holdout is {self.holdout}, but nobody knows how many rows a stream has; leave it at 0, and give the "
-                "source a validation split"
+                f"holdout is {self.holdout}, but a stream has no known number of rows; set holdout to 0, and "
+                "give the source a validation split"
             )
         if streaming and self.train_rows:
-            raise DataError(f"train_rows is {self.train_rows}, but a stream is trained on from its first row; leave it")
+            raise DataError(f"train_rows is {self.train_rows}, but a stream trains from its first row on; leave it out")
         if streaming:
             self.holdout = 0.0
         self.streaming = streaming

@@ -37,8 +37,8 @@ class CachedGraph(nn.Module):
             seen = model(torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=True).past_key_values
         if not isinstance(seen, DynamicCache) or any(type(layer) is not DynamicLayer for layer in seen.layers):
             raise UserError(
-                f"a {type(model).__name__} of this configuration keeps another cache than keys and values of all "
-                "tokens, and no graph is made of that"
+                f"{type(model).__name__} with this configuration uses a cache other than the keys and values of all "
+                "tokens (for example a sliding window), which cannot be exported"
             )
         # The number and width of heads, for keys and values in turn.
         kept: list[Any] = [t for layer in list[Any](seen.layers) for t in (layer.keys, layer.values)]

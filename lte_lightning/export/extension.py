@@ -46,14 +46,14 @@ def write_openvino_sparse(model: PreTrainedModel, source: str, folder: Path) -> 
     """
     if (modes := {ffn.mode for ffn in expert_ffns(model).values()}) != {"hard"}:
         raise UserError(
-            f"the model is in mode {', '.join(sorted(modes))}, where every expert runs; export it to openvino"
+            f"the model is in mode {', '.join(sorted(modes))}, in which every expert runs; export it with --to openvino"
         )
     graph, program = Graph(model), to_program(model, "cpu")
     operators = [node for node in program.graph.nodes if str(node.target) == "lte_lightning.cpu_ffn.default"]
     if len(operators) != len(expert_ffns(model)):
         raise UserError(
             "the kernels do not take these experts (another activation, or a selector that needs more than the input); "
-            "export the model to openvino, which computes all of them"
+            "export the model with --to openvino, which computes all of them"
         )
     with staged(folder) as staging, without_remarks(*EXPORTERS):
         staging.mkdir()
@@ -81,7 +81,7 @@ def extension_library(out: Path) -> Path:
     if platform.system() != "Linux" or None in libraries or not (root / "include" / "tbb").is_dir():
         raise UserError(
             "sparse models run in OpenVINO on Linux, with the headers and libraries of OpenVINO's own wheel (pip "
-            f"install openvino); those in {root} lack them"
+            f"install openvino); {root} lacks these"
         )
     instructions = instruction_set()
     options = [f"-I{root / 'include'}", f"-I{SOURCES}", *map(str, libraries)]

@@ -181,11 +181,11 @@ def _find(model: PreTrainedModel) -> _Target:
         raise UserError("llama.cpp computes the dense function alone: restore() the model first")
     kind, config = model.config.model_type, model.config
     if (target := TARGETS.get(kind)) is None:
-        raise UserError(f"no GGUF file can be written of a {kind} model; of these: {', '.join(TARGETS)}")
+        raise UserError(f"cannot write a {kind} model as GGUF; supported: {', '.join(TARGETS)}")
     if model.get_output_embeddings() is None or model.config.is_encoder_decoder:
         raise UserError(f"llama.cpp runs language models, and this is a {type(model).__name__}")
     if model.dtype not in _OWN:
-        raise UserError(f"the weights are {model.dtype}; GGUF files are made of {', '.join(map(str, _OWN))}")
+        raise UserError(f"the weights are {model.dtype}; GGUF files are written from {', '.join(map(str, _OWN))}")
     names = ("hidden_activation", "hidden_act", "activation_function")
     activation = next(value for name in names if (value := getattr(config, name, None)))
     if activation not in (target.activation, {"silu": "swish"}.get(target.activation)):
@@ -199,7 +199,8 @@ def _require(config: Any, **expected: Any) -> None:
     for name, value in expected.items():
         actual = getattr(config, name, None)
         if actual != value and not (isinstance(value, tuple) and actual in value):
-            raise UserError(f"{name} is {actual!r}, and llama.cpp computes a {config.model_type} model with {value!r}")
+            allowed = " or ".join(map(repr, value if isinstance(value, tuple) else (value,)))
+            raise UserError(f"{name} is {actual!r}; llama.cpp supports only {allowed} in a {config.model_type} model")
 
 
 def _layers(config: Any) -> int:
@@ -255,7 +256,7 @@ def _rope(config: Any, head: int) -> dict[str, Any]:
 def _refuse_scaling(config: Any, rope: Mapping[str, Any], known: tuple[str, ...]) -> None:
     kind = rope["rope_type"]
     if kind not in known and not (kind == "llama3" and config.model_type == "llama"):
-        raise UserError(f"RoPE of the type {kind!r} is not written to GGUF files, only: {', '.join(known)}")
+        raise UserError(f"RoPE of type {kind!r} is not supported in GGUF files; supported: {', '.join(known)}")
 
 
 def _tensors(model: PreTrainedModel, names: Any) -> dict[str, tuple[str, torch.Tensor]]:

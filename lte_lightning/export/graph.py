@@ -94,9 +94,7 @@ def to_program(model: PreTrainedModel, backend: Backend = "dense-mask") -> Expor
         UserError: If the model's output depends on more than texts.
     """
     if model.main_input_name != "input_ids":
-        raise UserError(
-            f"a {type(model).__name__} reads {model.main_input_name}, and graphs are made of models of text"
-        )
+        raise UserError(f"{type(model).__name__} reads {model.main_input_name}; only models of text can be exported")
     set_backend(model, backend)
     return graph_program(Graph(model.eval()))
 

@@ -37,5 +37,5 @@ def staged(path: Path) -> Iterator[Path]:
 def require_free(path: Path) -> None:
     """Refuses a place that is taken, or whose folder does not exist."""
     if path.exists():
-        raise UserError(f"{path} is there already; choose another place, or remove it")
+        raise UserError(f"{path} exists already; choose another place, or remove it")
     require_place(path)

@@ -45,7 +45,7 @@ def write_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerBase, vocab_size:
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     name, model = tokenizer.name_or_path, content["model"]
     if model["type"] != "BPE":
-        raise UserError(f"the tokenizer {name} is a {model['type']} model, and GGUF files are written with BPE alone")
+        raise UserError(f"the tokenizer {name} is a {model['type']} model; only BPE is supported in GGUF files")
     tokens = {identity: (token, "NORMAL") for token, identity in model["vocab"].items()}
     for added in content["added_tokens"]:
         tokens[added["id"]] = (added["content"], "CONTROL" if added["special"] else "USER_DEFINED")
@@ -76,8 +76,8 @@ def _cut(name: str, content: dict[str, Any]) -> str:
     steps = tuple(_steps(content["pre_tokenizer"] or {}))
     if (cut := _CUTS.get((steps, bool(content["model"].get("ignore_merges"))))) is None:
         raise UserError(
-            f"the tokenizer {name} cuts texts in a way that no GGUF file is written with: {' then '.join(steps)}. "
-            f"Known are those of {', '.join(_CUTS.values())}"
+            f"the tokenizer {name} splits texts by {' then '.join(steps)}, for which llama.cpp has no equivalent; "
+            f"supported are the splits of {', '.join(_CUTS.values())}"
         )
     return cut
 

@@ -29,7 +29,7 @@ _said: set[str] = set()
 
 @dataclass(frozen=True)
 class Choice:
-    """The chosen backend. ``fallback`` says why it is not the requested or a faster backend; "" if it is."""
+    """The chosen backend, and why it is not the requested or a faster one (``fallback``; empty if it is)."""
 
     backend: Backend
     fallback: str = ""
@@ -50,12 +50,12 @@ def choose(backend: Backend, x: torch.Tensor, weight: torch.Tensor, gradient: bo
     if backend == "dense-mask":
         return Choice("dense-mask")
     if gradient:
-        return Choice("dense-mask", "a gradient may be wanted here (torch.no_grad() says that it is not)")
+        return Choice("dense-mask", "a gradient may be needed here; torch.no_grad() allows the sparse kernels")
     kind, mixed = x.device.type, autocast_dtype(x)
     if mixed is not None and weight.dtype not in (torch.float32, mixed):
         return Choice("dense-mask", f"autocast computes in {mixed}, the weights are {weight.dtype}")
     if mixed is None and x.dtype != weight.dtype:
-        return Choice("dense-mask", f"the input is {x.dtype}, the weights are {weight.dtype}")
+        return Choice("dense-mask", f"input and weights differ in type ({x.dtype}, {weight.dtype})")
     if backend == "reference":
         return Choice("reference")
     if x.dtype not in DTYPES:
@@ -159,11 +159,11 @@ def run_experts(
 
 def _check(x_ND: torch.Tensor, mask_NE: torch.Tensor, E: int, D: int) -> None:
     if x_ND.ndim != 2 or x_ND.shape[1] != D:
-        raise ValueError(f"the input has shape {tuple(x_ND.shape)}, and the weights want [N, {D}]")
+        raise ValueError(f"the input has shape {tuple(x_ND.shape)}, expected [N, {D}]")
     if mask_NE.dtype != torch.bool or mask_NE.shape != (x_ND.shape[0], E):
         raise ValueError(
-            f"the mask is {mask_NE.dtype} of shape {tuple(mask_NE.shape)}; {x_ND.shape[0]} tokens and {E} experts want "
-            f"torch.bool [{x_ND.shape[0]}, {E}]"
+            f"the mask is {mask_NE.dtype} of shape {tuple(mask_NE.shape)}, expected torch.bool [{x_ND.shape[0]}, {E}] "
+            f"for {x_ND.shape[0]} tokens and {E} experts"
         )
 
 

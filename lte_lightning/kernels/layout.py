@@ -74,7 +74,7 @@ class ExpertWeights:
         for name, shape in wanted.items():
             tensor = getattr(self, name)
             if tensor is not None and tuple(tensor.shape) != shape:
-                raise ValueError(f"{name} has shape {tuple(tensor.shape)}, and up_ESD wants {shape}")
+                raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {shape} as in up_ESD")
             if tensor is not None and tensor.dtype != self.up_ESD.dtype:
                 raise ValueError(f"{name} is {tensor.dtype}, and up_ESD is {self.up_ESD.dtype}")
 

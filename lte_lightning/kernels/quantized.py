@@ -132,7 +132,7 @@ def quantize_matrix(weight_RK: torch.Tensor, bits: Bits, shape: Shape) -> Quanti
         ValueError: If the weight has another shape, or is not finite.
     """
     if tuple(weight_RK.shape) != (shape.outputs, shape.inputs):
-        raise ValueError(f"the weight is {list(weight_RK.shape)}, and {shape} is another matrix")
+        raise ValueError(f"the weight has shape {list(weight_RK.shape)}, expected [{shape.outputs}, {shape.inputs}]")
     weight_RK = weight_RK.detach().float()
     if not weight_RK.isfinite().all():
         raise ValueError("the weight holds NaN or infinite values")

@@ -97,10 +97,10 @@ def predict(
         union_sparsity = sparsity**tokens
     if not 0 <= union_sparsity <= sparsity <= 1:
         raise ValueError(
-            f"sparsity {sparsity} and union sparsity {union_sparsity}: 0 <= union <= sparsity <= 1 is wanted"
+            f"sparsity {sparsity} and union sparsity {union_sparsity}: expected 0 <= union <= sparsity <= 1"
         )
     if bytes_per_weight not in (2, 4):
-        raise ValueError(f"bytes_per_weight is {bytes_per_weight}, and 2 or 4 is wanted")
+        raise ValueError(f"bytes_per_weight is {bytes_per_weight}, expected 2 or 4")
 
     def ms(weights_read: float, products: float, outputs: int) -> float:
         moved = bytes_per_weight * (weights_read + tokens * (width + outputs))

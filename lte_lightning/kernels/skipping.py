@@ -137,7 +137,7 @@ class _Selected(torch.autograd.Function):
     def backward(ctx: Any, grad_ND: torch.Tensor) -> Any:
         if torch.is_grad_enabled():  # the second derivative would silently lack a part
             raise UserError(
-                "skipped experts have no second derivative (create_graph=True); set model.skip_experts false"
+                "skipped experts have no second derivative (create_graph=True); set model.skip_experts to false"
             )
         x_ND, up_ESD, gate_ESD, down_ESD = ctx.saved_tensors
         wants_x, _, _, *wants = ctx.needs_input_grad

@@ -91,15 +91,15 @@ class Ranking(Selector):
         """
         if self.reachable:
             return
-        experts, kept, so = self.shape.experts, "none", "would be 'none', the floor"
+        experts, kept, so = self.shape.experts, "none", "would equal the floor, selector 'none'"
         if self.learns_with_task():
             so = "would have nothing to learn"
         elif self.rule == "common":
             kept, so = "less than one", "runs at least the best of each token"
         nearest = 1000 * (experts - 1) // experts / 1000  # rounded down, so that it is accepted
         raise UserError(
-            f"target_sparsity {options.target_sparsity} keeps {kept} of {experts} experts, and selector "
-            f"{options.selector!r} {so}; lower it to {nearest:g}, or make experts smaller (expert_size is "
+            f"target_sparsity {options.target_sparsity} leaves {kept} of {experts} experts running, and selector "
+            f"{options.selector!r} {so}; set it to at most {nearest:g}, or lower expert_size (now "
             f"{options.expert_size})"
         )
 

@@ -44,7 +44,7 @@ def register_selector(name: str) -> Callable[[S], S]:
         known = _selectors.get(name)
         if known is not None and (known.__module__, known.__qualname__) != (kind.__module__, kind.__qualname__):
             raise UserError(
-                f"selector {name!r} is {known.__module__}.{known.__qualname__} already; choose another name"
+                f"the selector name {name!r} is taken by {known.__module__}.{known.__qualname__}; choose another"
             )
         _selectors[name] = kind
         return kind
@@ -62,7 +62,7 @@ def selector_class(name: str) -> type[Selector]:
         for entry in entry_points(group=ENTRY_POINTS, name=name):
             register_selector(name)(entry.load())
     if name not in _selectors:
-        advice = "; import its module first, or give it as --model.lte.selector" if "." in str(name) else ""
+        advice = "; import your class first, or pass its path as --model.lte.selector" if "." in str(name) else ""
         names = selector_names()
         raise UserError(f"unknown selector {name!r}{meant(name, names)}; there are {', '.join(names)}{advice}")
     return _selectors[name]

@@ -71,8 +71,8 @@ class Router(Selector):
         super().check(options)
         if options.target_sparsity is not None and not options.router_bias:
             raise UserError(
-                f"target_sparsity {options.target_sparsity} is held by the routers' biases, and router_bias is false; "
-                "set it to true, or leave target_sparsity out"
+                f"target_sparsity {options.target_sparsity} needs the routers' biases, but router_bias is false; set "
+                "it to true, or leave target_sparsity out"
             )
 
     @classmethod
@@ -85,7 +85,7 @@ class Router(Selector):
         """Returns scores [B, T, E] in (0, 1), float32 whatever the input's type.
 
         The sigmoid is computed in float32: in half precision it would land exactly on the threshold, where the
-        separability loss has its pole.
+        gradient of the separability loss vanishes.
         """
         return torch.sigmoid(self.logits(x_BTD))
 

@@ -32,7 +32,7 @@ class Wanda(Ranking):
     """
 
     label = "Wanda"
-    caveat = "skips weights, not neurons, and as if zeros were skipped"
+    caveat = "prunes weights, not neurons; cost assumes that zeros are skipped"
     sparsity_of = "weights"
     keeps_order = True  # patterns count neighbours in the order of the model
     calibration = "pruning"
@@ -66,7 +66,7 @@ class Wanda(Ranking):
         if options.wanda_pattern != "unstructured" and options.target_sparsity != 0.5:
             raise UserError(
                 f"wanda_pattern {options.wanda_pattern} prunes half of the weights, and target_sparsity is "
-                f"{options.target_sparsity}; set it to 0.5"
+                f"{options.target_sparsity}; set target_sparsity to 0.5"
             )
 
     @classmethod

@@ -36,16 +36,16 @@ class LteModule(RouterLosses):
         init_from: Take the weights from here instead: a fine-tuned model with the same tokenizer (folder or hub id), or
             the ``model`` folder of an earlier run, which goes on in the stage it had reached.
         lte: Experts and routers. Default: the paper's choices, or those of an LTE model given by ``init_from``.
-        efficiency_weight: eta, the weight of the efficiency loss: the sparsity dial (the paper uses 0 to 2). By default
+        efficiency_weight: eta, the weight of the efficiency loss, which sets sparsity (paper: 0 to 2). By default
             0.5, or 0 where ``lte.target_sparsity`` is held instead.
         separability_weight: lambda, the weight that the separability loss ends with.
         separability_start: Share of the router stage after which lambda begins to grow from 0. With 0 here and in
-            ``separability_end``, lambda is constant, as the paper's text reads.
+            ``separability_end``, lambda is constant, as in the LTE paper (arXiv 2402.06126).
         separability_end: Share of the router stage at which lambda is reached; it grows linearly in between.
-        separability_epsilon: Keeps the separability loss finite (see ``core/losses.py``).
-        balance_weight: Factor of the balance loss of selectors ``softmax`` and ``sigmamoe``, in their authors' weights.
-        distillation: Share, 0 to 1, of the task's loss that is the divergence from a dense teacher's logits, in the
-            router and in the expert stage; see ``teacher``. The labels have the rest.
+        separability_epsilon: Keeps the separability loss finite (see ``core/routing/losses.py``).
+        balance_weight: Factor of the balance loss of ``softmax`` and ``sigmamoe``; 1 is their authors' weight.
+        distillation: Weight w, 0 to 1, of the divergence from a dense ``teacher`` in the router and the expert stage:
+            the loss is (1 - w) * task loss + w * divergence.
         teacher: The dense model to learn from, a folder or a hub id with the same outputs; by default the model as it
             is when the router stage begins.
         freeze_routers: Leave the routers as they are in the expert stage (the paper). ``false`` trains them on, with
@@ -55,9 +55,9 @@ class LteModule(RouterLosses):
             ``straight-through``, the selected experts alone, with the gradient of that paper.
         router_start: Routers begin ``random`` (the paper), or in ``closed-form``, as a regression of what each expert
             does on training rows (``core/routing/start.py``); needs ``lte.target_sparsity``.
-        detach_router: Routers send no gradient to what they read: the body learns from the task alone.
-        sparsity_range: Wherever experts are skipped in training, each step draws its sparsity between these two, so
-            that one model serves the range (``lte calibrate``); needs ``lte.target_sparsity``, where it is measured.
+        detach_router: Stop the routers' gradient at the FFN's input; the body then learns from the task loss alone.
+        sparsity_range: [low, high]: each training step in hard mode draws a sparsity from it, so that one model serves
+            the range after ``lte calibrate``. Needs ``lte.target_sparsity``, at which validation measures.
         activation: Swap a plain model's activation for this one before fine-tuning (``relu`` for MoEfication).
         layers: Keep only this many layers, the first ones, of a plain model (of encoder and decoder alike).
         gradient_checkpointing: Keep fewer activations, and compute them again in the backward pass: slower.
@@ -65,9 +65,9 @@ class LteModule(RouterLosses):
         backend: What computes the selected experts in ``test`` and ``predict``: ``auto``, ``dense-mask``,
             ``reference``, ``cpu`` or ``triton`` (see `set_backend`).
         skip_experts: In the expert stage on a CPU, compute selected experts alone wherever that is expected to be
-            faster, for the same gradients. Else training and validation compute every expert, and mask.
-        sparsity: Where ``validate``, ``test`` and ``predict`` set the knob of a model that ``lte calibrate`` has given
-            one; by default it stays where it is. Not for a fit, which has ``lte.target_sparsity``.
+            faster, for the same gradients. If false, training and validation compute all experts, and mask.
+        sparsity: FFN sparsity in ``validate``, ``test`` and ``predict`` of a model calibrated by ``lte calibrate``; by
+            default the saved one. Not for a fit, which has ``lte.target_sparsity``.
         quantize: Round the weights for ``test`` and ``predict`` on a CPU, ``int8`` or ``int4``.
     """
 
@@ -108,8 +108,8 @@ class LteModule(RouterLosses):
         if lte is not None and lte.selector == "router" and lte.has_target and efficiency_weight:
             name, target = lte.budget or ("sparsity", lte.target_sparsity)
             raise UserError(
-                f"lte.target_{name} {target} and efficiency_weight {efficiency_weight} are two dials of one thing; "
-                "leave one out (--model.efficiency_weight null)"
+                f"lte.target_{name} {target} and efficiency_weight {efficiency_weight} both set the sparsity; set one "
+                "of them (--model.efficiency_weight null unsets the second)"
             )
         for name, value, known in (
             ("router_training", router_training, ("soft", "straight-through")),

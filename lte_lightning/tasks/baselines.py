@@ -62,8 +62,8 @@ def check_baseline(module: MeasuredModule, stages: Sequence[Stage]) -> None:
     _check_training(module)
     if calibrates and module.stage != "expert" and stages[-1] == "router":
         raise UserError(
-            f"selector {selector!r} is calibrated when the expert stage begins; give stages.expert epochs (with a "
-            "learning_rate of 0 nothing is adapted)"
+            f"selector {selector!r} is calibrated when the expert stage begins; set stages.expert.epochs above 0 "
+            "(with a learning_rate of 0 it only calibrates)"
         )
 
 
@@ -75,13 +75,13 @@ def _check_training(module: MeasuredModule) -> None:
     changed = [f"{name} {options[name]}" for name, default in plain.items() if options[name] != default]
     if changed and kind.learns != "efficiency":
         selector = lte_config(module.net).selector
-        raise UserError(f"{', '.join(changed)} is for LTE's routers, not for selector {selector!r}; leave it out")
+        raise UserError(f"selector {selector!r} has none of LTE's routers; leave out: {', '.join(changed)}")
     if not controlled(module.net) and (drawn is not None or options["router_start"] != "random"):
         name = "sparsity_range" if drawn is not None else "router_start closed-form"
         raise UserError(f"{name} needs a sparsity to begin from: set lte.target_sparsity")
     if drawn is not None and not drawn[0] <= target <= drawn[1]:
         raise UserError(
-            f"sparsity_range {drawn} does not hold target_sparsity {target}, at which the model is measured"
+            f"sparsity_range {drawn} does not contain target_sparsity {target}, at which the model is measured"
         )
 
 

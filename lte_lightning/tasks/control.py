@@ -36,8 +36,8 @@ class SparsityControl:
     def __init__(self, sparsities: tuple[float, float] | None = None) -> None:
         if sparsities is not None and not GRID[0] <= sparsities[0] < sparsities[1] <= GRID[-1]:
             raise UserError(
-                f"sparsity_range is {list(sparsities)}; it is the least and the most that a step may draw, between "
-                f"{GRID[0]} and {GRID[-1]}: [0.3, 0.9]"
+                f"sparsity_range is {list(sparsities)}; it must be [low, high] with {GRID[0]} <= low < high <= "
+                f"{GRID[-1]}, for example [0.3, 0.9]"
             )
         self.range = sparsities
         self._seen: torch.Tensor | None = None

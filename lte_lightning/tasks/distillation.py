@@ -44,14 +44,14 @@ class Distillation:
         source: Folder or hub id of the teacher; None for a copy of the model as the router stage finds it.
 
     Raises:
-        UserError: If the share is not one, or a teacher is named while the share is 0.
+        UserError: If the share is outside 0 to 1, or a teacher is named while the share is 0.
     """
 
     def __init__(self, share: float, source: str | None) -> None:
         if not 0.0 <= share <= 1.0:
             raise UserError(f"distillation is {share}; it is a share of the loss, 0 to 1")
         if source is not None and not share:
-            raise UserError(f"teacher is {source}, and distillation is 0: nobody would ask it; set distillation")
+            raise UserError(f"teacher is {source}, but distillation is 0, so it is unused; set distillation above 0")
         self.share = share
         self._source = source
         self._teacher: Any = None

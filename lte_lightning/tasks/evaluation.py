@@ -166,8 +166,8 @@ class MeasuredModule(LightningModule):
     def _require_finite(self, loss: torch.Tensor, what: str) -> None:
         if not torch.isfinite(loss):
             raise NonFiniteLossError(
-                f"the {what} loss is {loss.item()} in stage {self.stage!r} at step {self.global_step}; the weights "
-                "of the epoch before are kept in the last checkpoint. Lower the learning rate, or use "
+                f"the {what} loss is {loss.item()} in stage {self.stage!r} at step {self.global_step}; last.ckpt "
+                "holds the weights of the epoch before. Lower the learning rate, or use "
                 "trainer.precision 32-true"
             )
 
@@ -243,8 +243,8 @@ class MeasuredModule(LightningModule):
         """Refuses a model without trained selection, unless it can be tested so; skips experts from here on."""
         if self.stage == "dense" and not self.tests_dense:
             raise UserError(
-                "this model was never routed, so there is no sparsity to test: train the router and expert stages "
-                "first, or give a routed model by --ckpt_path or --model.init_from"
+                "this model was never trained with routers, so there is no sparsity to test: train the router and "
+                "expert stages first, or name a model that was with --ckpt_path or --model.init_from"
             )
         self._measure_from_here()
 

@@ -109,7 +109,7 @@ class LanguageModel(LteModule):
         # Hugging Face gives an encoder a head for the next token without hiding that token from it.
         if kind == "encoder" and not getattr(config, "is_decoder", False):
             raise UserError(
-                f"{self.source} is an encoder ({config.model_type}), which sees the tokens it is to predict"
+                f"{self.source} is an encoder ({config.model_type}), whose attention already sees the tokens to predict"
             )
         if kind == "encoder-decoder" and not self.takes_encoder_decoders:
             raise UserError(

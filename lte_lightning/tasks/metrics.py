@@ -51,8 +51,8 @@ def require_metric(name: str, regression: bool | None = None) -> str:
     """
     known = {None: (*CLASS_METRICS, *NUMBER_METRICS), True: NUMBER_METRICS, False: CLASS_METRICS}[regression]
     if name not in known:
-        kind = {None: "", True: " of predicted numbers (data.regression)", False: " of classes"}[regression]
-        raise UserError(f"unknown metric{kind} {name!r}{meant(name, known)}; there are {', '.join(known)}")
+        kind = {None: "", True: "regression ", False: "classification "}[regression]
+        raise UserError(f"unknown {kind}metric {name!r}{meant(name, known)}; there are {', '.join(known)}")
     return name
 
 

@@ -29,12 +29,12 @@ class StepLosses(MeasuredModule):
         """
         if self.quantize or is_quantized(self.net):
             raise UserError(
-                "a quantised model cannot be trained: take the folder that it was made from, leave model.quantize out, "
-                "and give it to lightning test"
+                "a quantised model cannot be trained: train the folder that it was made from, and use model.quantize "
+                "only with lightning test and predict"
             )
         if self.set_to is not None:
             raise UserError(
-                f"model.sparsity {self.set_to} is where a calibrated model is tested; a fit aims at a sparsity by "
+                f"model.sparsity {self.set_to} applies to validate, test and predict; for a fit, set "
                 "model.lte.target_sparsity"
             )
         set_sparsity(self.net, None)

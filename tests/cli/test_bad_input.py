@@ -57,7 +57,7 @@ def refused(lightning, tmp_path):
         (
             "model.init_args.lte",
             {"expert_size": 8, "selector": "softmax", "target_sparsity": 0.95},
-            "target_sparsity 0.95 keeps none of 8 experts, and selector 'softmax' would have nothing to learn",
+            "target_sparsity 0.95 leaves none of 8 experts running, and selector 'softmax' would have nothing to learn",
             1,
         ),
         ("model.init_args.separability_start", 2.0, "0 <= start <= end <= 1", 1),
@@ -144,7 +144,7 @@ def test_another_layout_version(fitted, tiny, refused, tmp_path):
 
 
 def test_test_of_a_model_that_was_never_routed(tiny, refused):
-    refused(tiny.config(), "never routed", command="test")
+    refused(tiny.config(), "never trained with routers", command="test")
 
 
 @pytest.mark.parametrize("logger", [True, False])

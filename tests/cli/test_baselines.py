@@ -74,7 +74,7 @@ def test_a_swapped_activation_is_saved(tiny, lightning, tmp_path):
     [
         ({"selector": "kla"}, "needs the share of the experts that shall not run"),
         ({"selector": "kla", "target_sparsity": 1.0}, "below 1"),
-        ({"selector": "router", "target_sparsity": 0.5}, "two dials of one thing"),
+        ({"selector": "router", "target_sparsity": 0.5}, "both set the sparsity"),
     ],
 )
 def test_the_sparsity_asked_for(lte, message, tiny, lightning, tmp_path):

@@ -68,7 +68,7 @@ def test_a_language_model_by_a_text(tiny_lm, lightning, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--sparsity", "0.5,1"), "--sparsity is 0.5,1; it is a share above 0 and below 1"),
+        (("--sparsity", "0.5,1"), "--sparsity is 0.5,1; give shares above 0 and below 1"),
         (("--sparsity", "half"), "--sparsity is half"),
         (("--layers", "some"), "--layers is 'some'; there are free, equal, least-loss"),
         (("--tokens", "0"), "--tokens is 0"),
@@ -90,10 +90,10 @@ def test_wrong_folders(run, tiny, lightning, tmp_path):
         assert (outcome.code, message in outcome.err) == (1, True)
     shutil.move(run / "model", tmp_path / "alone")
     outcome = lightning(tmp_path, None, "calibrate", "alone")
-    assert (outcome.code, "name them by --data" in outcome.err) == (1, True)
+    assert (outcome.code, "name them with --data" in outcome.err) == (1, True)
     soft = lightning(tmp_path, tiny.config(epochs=(1, 1, 0)), "fit")
     outcome = lightning(tmp_path, None, "calibrate", soft.run)
-    assert (outcome.code, "its expert stage is missing" in outcome.err) == (1, True)
+    assert (outcome.code, "train its expert stage first" in outcome.err) == (1, True)
 
 
 def test_a_selector_without_a_threshold(tiny, lightning, tmp_path):
@@ -112,7 +112,7 @@ def test_without_a_table_there_is_no_knob(run, lightning, tmp_path):
 def test_a_fit_has_another_option(tiny, lightning, tmp_path):
     outcome = lightning(tmp_path, tiny.config(**{"model.init_args.sparsity": 0.5}), "fit")
     assert outcome.code == 1
-    assert "a fit aims at a sparsity by model.lte.target_sparsity" in " ".join(outcome.err.split())
+    assert "for a fit, set model.lte.target_sparsity" in " ".join(outcome.err.split())
 
 
 def test_a_fit_begins_at_the_trained_threshold(run, lightning, tmp_path):

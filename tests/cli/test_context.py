@@ -145,7 +145,7 @@ def test_a_plain_model_and_one_without_a_sparsity(folders, lightning, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--tokens", "16"), "--tokens is 16; it is a length of at least 32"),
+        (("--tokens", "16"), "--tokens is 16; give lengths of at least 32"),
         (("--tokens", "64,x"), "--tokens is 64,x"),
         (("--tokens", "512"), "--tokens has 512, and .* takes 256"),
         (("--tasks", "copy,sing"), "--tasks has 'sing'; there are copy, retrieve, count"),

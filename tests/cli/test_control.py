@@ -28,14 +28,14 @@ def test_without_it_the_same_fit_runs_every_expert(tiny, lightning, tmp_path):
 def test_two_dials_are_refused(tiny, lightning, tmp_path):
     fit = lightning(tmp_path, controlled(tiny, 0.5, **{"model.init_args.efficiency_weight": 0.3}), "fit")
     assert fit.code != 0
-    assert "target_sparsity 0.5 and efficiency_weight 0.3 are two dials of one thing" in " ".join(fit.err.split())
+    assert "target_sparsity 0.5 and efficiency_weight 0.3 both set the sparsity" in " ".join(fit.err.split())
 
 
 def test_it_needs_the_bias(tiny, lightning, tmp_path):
     config = controlled(tiny, 0.5, **{"model.init_args.lte.router_bias": False})
     fit = lightning(tmp_path, config, "fit")
     assert fit.code != 0
-    assert "is held by the routers' biases, and router_bias is false" in " ".join(fit.err.split())
+    assert "needs the routers' biases, but router_bias is false" in " ".join(fit.err.split())
 
 
 def test_a_budget_in_flops_is_met(tiny, lightning, tmp_path, caplog):
@@ -51,4 +51,4 @@ def test_a_budget_and_eta_are_refused(tiny, lightning, tmp_path):
     config = controlled(tiny, None, **{"model.init_args.lte.target_bytes": 0.8, "model.init_args.efficiency_weight": 1})
     fit = lightning(tmp_path, config, "fit")
     assert fit.code != 0
-    assert "lte.target_bytes 0.8 and efficiency_weight 1.0 are two dials of one thing" in " ".join(fit.err.split())
+    assert "lte.target_bytes 0.8 and efficiency_weight 1.0 both set the sparsity" in " ".join(fit.err.split())

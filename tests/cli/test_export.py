@@ -90,7 +90,7 @@ def test_what_cannot_be_written_is_refused(run, tiny_lm, export, tmp_path, monke
         assert err.startswith("error: ")
         assert len(err.splitlines()) == 1
 
-    refused("is there already", "--to", "gguf", "--out", "there")
+    refused("exists already", "--to", "gguf", "--out", "there")
     refused("there is no folder", "--to", "gguf", "--out", "nowhere/model.gguf")
     refused("--dtype is for GGUF files, and not for dense", "--to", "dense", "--dtype", "fp16")
     refused("has no lte_config.json, so it is not a saved LTE model", "--to", "dense", folder=tiny_lm.model)

@@ -187,7 +187,7 @@ def test_an_encoder_sees_what_it_would_have_to_predict(tiny_lm, lightning, tmp_p
     BertForMaskedLM(BertConfig(vocab_size=400, **sizes)).save_pretrained(folder)
     outcome = lightning(tmp_path, tiny_lm.config(**{"model.init_args.pretrained": str(folder)}), "fit")
     assert outcome.code == 1
-    assert "is an encoder (bert), which sees the tokens it is to predict" in outcome.err
+    assert "is an encoder (bert), whose attention already sees the tokens to predict" in outcome.err
 
 
 @pytest.mark.parametrize(

@@ -30,13 +30,16 @@ REFERENCES = "run:\n  parent: x\n" + "".join(
         ("run: &a\n  name: *a\n", "*a stands within what it stands for (line 2)"),
         ("run: " + "[" * 100_000 + "]" * 100_000, "it lies 60 levels deep (line 1)"),
         (BOMB, "with its aliases followed it has more than 100000 parts"),
-        (REFERENCES, "with its references followed run.root has more than 1000000 characters"),
+        (REFERENCES, "run.root has more than 1,000,000 characters once its references are resolved"),
         ("run: [\n", "expected the node content"),
         ("run: {name: '${run.experiment}', experiment: '${run.name}'}\n", "Recursive interpolation"),
         ("run: {name: '${run.nowhere}'}\n", "nowhere"),
-        ("run: {name: '${oc.env:SECRET_OF_MINE}'}\n", "asks for SECRET_OF_MINE of the environment"),
-        ("run: {name: '${${run.experiment}:SECRET_OF_MINE}', experiment: oc.env}\n", "asks for SECRET_OF_MINE of the"),
-        ("run: {name: '${oc.env:NOT_SET_HERE,x}'}\n", "asks for NOT_SET_HERE of the environment"),
+        ("run: {name: '${oc.env:SECRET_OF_MINE}'}\n", "reads the environment variable SECRET_OF_MINE"),
+        (
+            "run: {name: '${${run.experiment}:SECRET_OF_MINE}', experiment: oc.env}\n",
+            "reads the environment variable SECRET_OF_MINE",
+        ),
+        ("run: {name: '${oc.env:NOT_SET_HERE,x}'}\n", "reads the environment variable NOT_SET_HERE"),
     ],
 )
 def test_one_clear_line(text, said, tiny, lightning, tmp_path, monkeypatch):

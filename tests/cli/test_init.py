@@ -113,7 +113,7 @@ def test_nothing_is_overwritten(init, tmp_path):
     before = (tmp_path / "new" / "config.yaml").read_text()
     outcome, _ = init(file, "--label", "number")
     assert outcome.code == 1
-    assert "new/config.yaml is there already" in outcome.err
+    assert "new/config.yaml exists already" in outcome.err
     assert (tmp_path / "new" / "config.yaml").read_text() == before
 
 
@@ -128,7 +128,7 @@ def test_nothing_is_overwritten(init, tmp_path):
         (
             [{"a": f"text {i}", "b": f"more {i}"} for i in range(9)],
             (),
-            "no column looks like a class: name it by --la",
+            "no column looks like class labels: set --la",
         ),
         (reviews(), ("--label", "star"), r"no column 'star' \(do you mean 'stars'"),
         (reviews(), ("--task", "chat"), "is an encoder .bert., which writes no text"),

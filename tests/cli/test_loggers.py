@@ -40,7 +40,7 @@ def test_mlflow_may_be_left_out(tiny, lightning, tmp_path):
     assert not (tmp_path / "lightning_logs").exists()  # nor does Lightning make a logger of its own
     wrong = lightning(tmp_path, tiny.config(**{"run.mlflow": True}), "fit")
     assert wrong.code == 1
-    assert wrong.err.splitlines()[-1].startswith("error: trainer.logger false records nothing, and run.mlflow true")
+    assert wrong.err.splitlines()[-1].startswith("error: trainer.logger false and run.mlflow true contradict")
 
 
 def test_tensorboard(tiny, lightning, tmp_path):

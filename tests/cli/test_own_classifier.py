@@ -138,7 +138,7 @@ def test_unlabelled_rows_cannot_say_their_classes_to_a_checkpoint(again, own, tm
     checkpoint = ("--ckpt_path", own.run / "checkpoints" / "best.ckpt")
     outcome = again("predict", file, *checkpoint, weights=False)
     assert outcome.code == 1
-    assert "has no column 'stars', so its classes are unknown: give the fine-tuned model" in outcome.err
+    assert "has no column 'stars', so its classes are unknown: name the fine-tuned model" in outcome.err
 
 
 def test_regression_by_another_metric_and_a_pair_of_columns(tiny, lightning, tmp_path):
@@ -152,7 +152,7 @@ def test_regression_by_another_metric_and_a_pair_of_columns(tiny, lightning, tmp
     assert AutoConfig.from_pretrained(outcome.run / "model").num_labels == 1
     wrong = lightning(tmp_path, None, "fit", *words, "--model.metric", "f1")
     assert wrong.code == 1
-    assert "unknown metric of predicted numbers (data.regression) 'f1'" in wrong.err
+    assert "unknown regression metric 'f1'" in wrong.err
 
 
 def test_a_metric_that_is_better_when_smaller_keeps_the_smallest(tiny, lightning, tmp_path):

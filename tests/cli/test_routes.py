@@ -126,11 +126,11 @@ def test_routers_in_closed_form_keep_their_start_unless_told_otherwise(tiny, lig
             {"model.init_args.lte.target_sparsity": None, "model.init_args.router_start": "closed-form"},
             "router_start closed-form needs a sparsity to begin from",
         ),
-        ({"model.init_args.sparsity_range": [0.2, 0.5]}, "does not hold target_sparsity 0.7"),
-        ({"model.init_args.sparsity_range": [0.9, 0.5]}, "the least and the most that a step may draw"),
+        ({"model.init_args.sparsity_range": [0.2, 0.5]}, "does not contain target_sparsity 0.7"),
+        ({"model.init_args.sparsity_range": [0.9, 0.5]}, "it must be [low, high] with 0.05 <= low < high <= 0.95"),
         (
             {"model.init_args.lte.selector": "dejavu", "model.init_args.detach_router": True},
-            "detach_router True is for LTE's routers, not for selector 'dejavu'",
+            "selector 'dejavu' has none of LTE's routers; leave out: detach_router True",
         ),
     ],
 )

@@ -146,7 +146,7 @@ def test_points_that_cannot_be_are_found_before_any_is_run(sweep_file, sweep, tm
     outcome = sweep(sweep_file(variants=variants))
     assert outcome.code == 1
     head, *lines = outcome.err.splitlines()
-    assert head.endswith("trial.yaml: 3 fits cannot be run; nothing was")
+    assert head.endswith("trial.yaml: 3 fits cannot be run, so none was started")
     assert re.match("typo-s0-.*unknown name 'efficiency_wieght'; did you mean efficiency_weight", lines[1])
     assert re.match("stage-s0-.*unknown option --stages.rooter.epochs; did you mean --stages.router.epochs", lines[0])
     assert re.match("value-efficiency_weight=-1-s0-.*efficiency_weight is -1.0; it must be a finite number", lines[2])
@@ -158,7 +158,7 @@ def test_every_choice_of_a_search_is_looked_at(checked_here, sweep_file, sweep, 
     search = {"trials": 9, "parameters": {"model.lte.grouping": {"choices": ["kmeans", "kmaens"]}}}
     outcome = sweep(sweep_file(search=search | {"objectives": {"hard": "maximize"}}))
     assert outcome.code == 1
-    assert "1 fit cannot be run; nothing was" in outcome.err
+    assert "1 fit cannot be run, so none was started" in outcome.err
     assert re.search("(?s)\nfit-grouping=kmaens-s0-.*Got value: kmaens", outcome.err)
     assert not (tmp_path / "runs").exists()
 

@@ -255,7 +255,7 @@ def test_turns_without_loss(chats, first, chat):
 
 
 def test_rows_without_an_answer_to_learn_are_left_out(chats):
-    with pytest.raises(DataError, match="none of the 18 rows for train has an answer"):
+    with pytest.raises(DataError, match="none of the 18 training rows has an answer"):
         chats({"messages": [MESSAGES[0], MESSAGES[1] | {"weight": 0}]}).setup("fit")
 
 

@@ -301,7 +301,7 @@ def changed(row, **cells):
         ({"one": {"review": [1, 2] * 9, "stars": [1, 2] * 9}, "name": "r.jsonl"}, r"row 0 .*: review is 1, not text"),
         (
             {"one": {"review": [None, "a", "b", None] * 5, "stars": ["x", "y"] * 10}, "name": "r.parquet"},
-            r"row 0 .*: review is None, not text; 10 of 20 rows are not: write texts there",
+            r"row 0 .*: review is None, not text \(10 of 20 rows have none\): convert",
         ),
         ({"one": {"review": [" ", "\t"] * 9, "stars": [1, 2] * 9}}, r"review is empty in all rows \(18\): fill it"),
         (

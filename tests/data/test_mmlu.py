@@ -57,7 +57,7 @@ def test_answers_as_numbers_or_letters(mmlu, answer):
 )
 def test_a_wrong_answer_key_is_left_out_counted_and_reported(mmlu, wrong):
     data = mmlu([question(), question(**wrong), question("dogs")])
-    with pytest.warns(UserWarning, match="1 of 3 rows for test are left out: their answer is none of A, B, C, D"):
+    with pytest.warns(UserWarning, match="1 of 3 test rows are left out: their answer is none of A, B, C, D"):
         assert len(prompts(data)) == 2
     assert data.skipped == {"test": 1}
     assert data.subjects == ["big_cats", "dogs"]
@@ -66,7 +66,7 @@ def test_a_wrong_answer_key_is_left_out_counted_and_reported(mmlu, wrong):
 
 def test_examples_are_dropped_where_they_do_not_fit_and_a_question_where_it_does_not(mmlu):
     data = mmlu([question(), question(text="eats " * 500)], max_length=170)
-    too_long = "1 of 2 rows for test prompts are left out: they are longer than 170 tokens"
+    too_long = "1 of 2 test prompts are left out: they are longer than 170 tokens"
     fewer = "1 of 1 prompts have fewer than 5 examples, to fit max_length, 170 tokens"
     with pytest.warns(UserWarning, match=too_long), pytest.warns(UserWarning, match=fewer):
         ((text, _),) = prompts(data)
@@ -90,7 +90,7 @@ def test_some_subjects_only(mmlu):
     [
         ([question(answer=9)], DEV, "no test row has an answer from 0 to 3"),
         ([question()], [question(answer=5)], r"mmlu/dev .*row 0 .*answer is 5, not 0 to 3"),
-        ([question()], DEV[:4], "has 4 rows of big_cats, less than shots 5"),
+        ([question()], DEV[:4], "has 4 rows of big_cats, fewer than the 5 of shots"),
         ([{"query": "a", "subject": "b", "choices": [], "answer": 0}], DEV, "no column 'question'"),
         ([question(text=None)], DEV, "question is None, not text"),
         ([question(text="eats " * 999)], DEV, "every question is longer than max_length, 1024 tokens"),

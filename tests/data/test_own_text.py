@@ -122,7 +122,7 @@ def test_what_a_folder_needs_is_said_in_the_formats_of_this_task(lm, tmp_path):
             "a.jsonl",
             LINES,
             {"text": "txt"},
-            r"no column 'txt' \(do you mean 'text'\?\); it has text; name yours by data\.text",
+            r"no column 'txt' \(do you mean 'text'\?\); it has text; set data\.text",
         ),
         ("a.txt", ["one line"], {}, "has 1 row: too few to hold one out"),
         (

@@ -190,21 +190,21 @@ def alpaca(instruction="say a", context="", output="a"):
 
 def test_an_answer_beyond_the_limit_is_left_out_counted_and_reported(instruct):
     data = instruct([alpaca(), alpaca("cat " * 300), alpaca(output=" ")])
-    with pytest.warns(UserWarning, match=r"2 of 3 rows for (train|validation) are left out: no answer is left") as told:
+    with pytest.warns(UserWarning, match=r"2 of 3 (training|validation) rows are left out: their answer") as told:
         data.setup("fit")
     assert len(told) == 2
-    assert all("; the answers of 1 are empty" in str(warning.message) for warning in told)
+    assert all("does not fit into 256 tokens (1), or is empty (1)" in str(warning.message) for warning in told)
     assert data.skipped == {"train": 2, "validation": 2}
     assert [answer for _, answer in texts(data, only_batch(data.train_dataloader()))] == ["a</s>"]
 
 
 def test_an_answer_that_loses_its_end_is_counted_and_reported(instruct):
     data = instruct([alpaca(), alpaca(output="cat " * 300), alpaca("cat " * 300)])
-    with pytest.warns(UserWarning, match="(answers|rows) for") as told:
+    with pytest.warns(UserWarning, match="training rows|validation rows") as told:
         data.setup("fit")
     said = [str(warning.message) for warning in told]
     assert [text.partition(";")[0] for text in said if "end" in text] == [
-        f"1 of 2 answers for {role} do not end within 256 tokens" for role in ("train", "validation")
+        f"the answers of 1 of 2 {role} rows do not end within 256 tokens" for role in ("training", "validation")
     ]
     assert data.cut_answers == {"train": 1, "validation": 1}
     assert data.skipped == {"train": 1, "validation": 1}
@@ -213,25 +213,26 @@ def test_an_answer_that_loses_its_end_is_counted_and_reported(instruct):
 def test_what_an_encoder_decoder_cuts_is_counted_too(instruct, caplog):
     data = instruct([alpaca(), alpaca("cat " * 300), alpaca(output="cat " * 300)])
     T5Config(vocab_size=400).save_pretrained(data._tokenizer_name)
-    with pytest.warns(UserWarning, match="1 of 3 answers for test do not end"), pytest.warns(match="test prompts"):
+    with (
+        pytest.warns(UserWarning, match="the answers of 1 of 3 test rows do not end"),
+        pytest.warns(match="test prompts"),
+    ):
         data.setup("test")
     assert data.cut_answers == {"test": 1}
-    assert "1 of 3 inputs for test were cut to 256 tokens" in caplog.text
+    assert "the inputs of 1 of 3 test rows were cut to 256 tokens" in caplog.text
 
 
 def test_a_prompt_that_leaves_no_room_to_generate_is_left_out_of_generation(instruct, make_lm_tokenizer):
     tokenizer = make_lm_tokenizer()
     count = next(n for n in range(999) if len(tokenizer(alpaca_prompt("cat " * n))["input_ids"]) > 236)
     data = instruct([alpaca(), alpaca("cat " * count)])
-    with pytest.warns(
-        UserWarning, match="1 of 2 rows for test prompts are left out: their prompts are longer than 236"
-    ):
+    with pytest.warns(UserWarning, match="1 of 2 test prompts are left out: their prompts are longer than 236"):
         data.setup("test")
     assert data.skipped == {"test prompts": 1}
 
 
 def test_nothing_is_left(instruct):
-    with pytest.raises(DataError, match="none of the 1 rows for train has an answer within its first 256 tokens"):
+    with pytest.raises(DataError, match="none of the 1 training rows has an answer within its first 256 tokens"):
         instruct([alpaca("cat " * 300)]).setup("fit")
 
 

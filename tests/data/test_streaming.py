@@ -143,7 +143,7 @@ def test_what_is_not_in_use_is_not_read(e2e):
 def test_rows_left_out_are_counted_once(e2e):
     rows = [dict(row, human_reference=" ") if i % 100 == 7 else row for i, row in enumerate(E2E)]
     data = e2e(train=rows)
-    with pytest.warns(UserWarning, match=r"rows for train are left out, the first one is row 7 .*count them"):
+    with pytest.warns(UserWarning, match=r"training rows are left out, first row 7 .*count them"):
         data.setup("fit")
     found = rows_of(islice(data.train_dataloader(), 2 * 693 // 4))
     assert len(set(found)) == 693
@@ -209,8 +209,8 @@ def test_from_the_hub_s_format(lm_folder, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"holdout": 0.1}, "holdout is 0.1, but nobody knows how many rows a stream has"),
-        ({"train_rows": 5}, "train_rows is 5, but a stream is trained on from its first row"),
+        ({"holdout": 0.1}, "holdout is 0.1, but a stream has no known number of rows"),
+        ({"train_rows": 5}, "train_rows is 5, but a stream trains from its first row"),
         ({"shuffle_buffer": 0}, "shuffle_buffer is 0, but must be at least 1"),
         ({"train": [{"mr": "a", "human_reference": "b"}]}, "no column 'meaning_representation'; it has mr"),
         ({"train": [dict(E2E[0], human_reference=" ")]}, "no row of e2e/train .* can be trained on"),
@@ -218,7 +218,7 @@ def test_from_the_hub_s_format(lm_folder, tmp_path, monkeypatch):
         ({"source": "/none"}, "no folder or file /none"),
     ],
 )
-@pytest.mark.filterwarnings("ignore:rows for train are left out")
+@pytest.mark.filterwarnings("ignore:training rows are left out")
 def test_refused(options, message, e2e):
     with pytest.raises(DataError, match=message):
         e2e(**options).setup("fit")

@@ -247,12 +247,12 @@ def test_sentencepiece_s_texts_are_cut_as_by_the_tokenizer(prefix, llama_cpp):
 @pytest.mark.parametrize(
     ("family", "options", "message"),
     [
-        ("opt", {}, "no GGUF file can be written of a opt model; of these: gemma, gemma2, .*qwen3"),
+        ("opt", {}, "cannot write a opt model as GGUF; supported: gemma, gemma2, .*qwen3"),
         ("llama", {"hidden_act": "relu"}, "activation relu, and llama.cpp computes silu in a llama model"),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "type 'dynamic'"),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 8}, "use_sliding_window is True"),
-        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True, .*False"),
-        ("gemma2", {"query_pre_attn_scalar": 9}, "query_pre_attn_scalar is 9, .* with 8"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True; .* only False"),
+        ("gemma2", {"query_pre_attn_scalar": 9}, "query_pre_attn_scalar is 9; .* only 8"),
         ("gemma", {"tie_word_embeddings": False}, "tie_word_embeddings is False"),
         ("llama", {"vocab_size": 100}, r"has a token \d+, and the model's vocabulary ends at 99"),
     ],
@@ -285,7 +285,7 @@ def test_other_refusals(tmp_path, make_lm_tokenizer, monkeypatch):
     refused("torch.float64", build().double())
     cutter = make_lm_tokenizer()
     cutter.backend_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    refused("cuts texts in a way .*Whitespace.* Known are those of gpt-2, smollm", build(), cutter)
+    refused("splits texts by .*Whitespace.*; supported are the splits of gpt-2, smollm", build(), cutter)
     lower = make_lm_tokenizer()
     lower.backend_tokenizer.normalizer = normalizers.Lowercase()
     refused("normalises texts by Lowercase", build(), lower)

@@ -192,11 +192,13 @@ def test_openvino_runs_the_selected_experts_alone(family, sparse_in_openvino, tm
 
 def test_experts_that_openvino_cannot_skip_are_refused(tmp_path):
     pytest.importorskip("openvino", reason="the extra export is not installed")
-    with pytest.raises(UserError, match=r"the kernels do not take these experts .*; export the model to openvino"):
+    with pytest.raises(
+        UserError, match=r"the kernels do not take these experts .*; export the model with --to openvino"
+    ):
         write_openvino_sparse(build("bert", selector="softmax", target_sparsity=0.5), str(tmp_path), tmp_path / "out")
     model = build("bert")
     lte_lightning.set_mode(model, "soft")
-    with pytest.raises(UserError, match="the model is in mode soft, where every expert runs"):
+    with pytest.raises(UserError, match="the model is in mode soft, in which every expert runs"):
         write_openvino_sparse(model, str(tmp_path), tmp_path / "out")
 
 

@@ -21,8 +21,8 @@ def test_on_a_cpu(backend, expected):
 @pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "dense-mask"])
 def test_every_fallback_says_why(backend):
     for x, weight, gradient, why in (
-        (X, X, True, "a gradient may be wanted"),
-        (X, X.half(), False, "the input is torch.float32, the weights are torch.float16"),
+        (X, X, True, "a gradient may be needed"),
+        (X, X.half(), False, "input and weights differ in type (torch.float32, torch.float16)"),
         (X.double(), X.double(), False, "torch.float64"),
     ):
         choice = choose(backend, x, weight, gradient)
@@ -113,7 +113,7 @@ def test_runs_what_was_chosen(backend, make_weights, assert_agrees):
         (torch.zeros(2, 12), torch.ones(2, 4, dtype=torch.bool), r"torch.bool of shape \(2, 4\); 2 tokens and 3 exp"),
         (torch.zeros(2, 12), torch.ones(3, 3, dtype=torch.bool), r"of shape \(3, 3\)"),
         (torch.zeros(2, 12), torch.ones(2, 3), "the mask is torch.float32"),
-        (torch.zeros(2, 11), torch.ones(2, 3, dtype=torch.bool), r"\(2, 11\), and the weights want \[N, 12\]"),
+        (torch.zeros(2, 11), torch.ones(2, 3, dtype=torch.bool), r"\(2, 11\), expected \[N, 12\]"),
         (torch.zeros(1, 2, 12), torch.ones(2, 3, dtype=torch.bool), r"\(1, 2, 12\)"),
     ],
 )

@@ -49,7 +49,7 @@ def test_reads_no_expert_that_no_token_selected():
 
 
 def test_refuses_weights_that_do_not_fit_together():
-    with pytest.raises(ValueError, match=r"down_ESD has shape \(3, 10, 4\), and up_ESD wants \(3, 4, 10\)"):
+    with pytest.raises(ValueError, match=r"down_ESD has shape \(3, 10, 4\), expected \(3, 4, 10\) as in up_ESD"):
         ExpertWeights(torch.randn(E, S, D), torch.randn(E, D, S), "relu")
     with pytest.raises(ValueError, match="unknown activation 'tanh'; there are relu, gelu, gelu_tanh, silu"):
         ExpertWeights(torch.randn(E, S, D), torch.randn(E, S, D), "tanh")

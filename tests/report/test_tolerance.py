@@ -200,7 +200,7 @@ def test_marks_follow_from_the_selector(material_of, figures):
         "one (oracle)",
         "two (oracle)",
         "three (skips weights, not neurons)",
-        "four (skips weights, not neurons, and as if zeros were skipped)",
+        "four (prunes weights, not neurons; cost assumes that zeros are skipped)",
         "five (pays for the whole gate)",
         "six",
         "seven (without its sparsity fine-tuning)",

@@ -54,7 +54,7 @@ def test_a_name_of_ones_own():
 def test_an_unknown_name_is_told_the_known_ones():
     with pytest.raises(UserError, match=re.escape(f"unknown selector 'psychic'; there are {', '.join(BUILT_IN)}")):
         LteConfig(selector="psychic", target_sparsity=0.5)
-    with pytest.raises(UserError, match=r"import its module first, or give it as --model\.lte\.selector"):
+    with pytest.raises(UserError, match=r"import your class first, or pass its path as --model\.lte\.selector"):
         selector_class("my_module.First")
 
 
@@ -77,7 +77,7 @@ class Nothing(Selector):
 @pytest.mark.parametrize(
     ("name", "kind", "message"),
     [
-        ("kla", First, "'kla' is lte_lightning.selection.kla.KeepLargest already; choose another name"),
+        ("kla", First, "'kla' is taken by lte_lightning.selection.kla.KeepLargest; choose another"),
         ("a b", First, "'a b' is no name for a selector"),
         ("", First, "'' is no name for a selector"),
         ("mine", dict, "must be a subclass of lte_lightning.selection.Selector"),

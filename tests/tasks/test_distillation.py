@@ -33,5 +33,5 @@ def test_a_share_is_none_of_these(share):
 
 
 def test_a_teacher_that_nobody_asks():
-    with pytest.raises(UserError, match="teacher is folder, and distillation is 0"):
+    with pytest.raises(UserError, match="teacher is folder, but distillation is 0"):
         Distillation(0.0, "folder")

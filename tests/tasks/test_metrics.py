@@ -62,7 +62,7 @@ def test_metrics_of_numbers(name):
     [
         ("f1_makro", None, r"unknown metric 'f1_makro' \(do you mean 'f1_macro'\?\)"),
         ("pearson", False, "unknown metric of classes 'pearson'"),
-        ("f1", True, r"unknown metric of predicted numbers \(data.regression\) 'f1'.*pearson, spearman"),
+        ("f1", True, r"unknown regression metric 'f1'.*pearson, spearman"),
     ],
 )
 def test_other_names_are_refused(name, regression, complaint):

@@ -92,7 +92,7 @@ class LteConfig:
     def _check_budget(self) -> None:
         targets = [f"target_{name} {share}" for name, share in self._targets() if share is not None]
         if len(targets) > 1:
-            raise UserError(f"{' and '.join(targets)} are dials of one thing; leave one in")
+            raise UserError(f"{' and '.join(targets)} each set the sparsity; set one of them")
         if self.budget is None:
             return
         name, share = self.budget

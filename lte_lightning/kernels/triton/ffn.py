@@ -45,11 +45,11 @@ def run_triton(x_ND: torch.Tensor, mask_NE: torch.Tensor, weights: ExpertWeights
 def _check(x_ND: torch.Tensor, mask_NE: torch.Tensor, weights: ExpertWeights) -> None:
     E, _, D = weights.up_ESD.shape
     if x_ND.ndim != 2 or x_ND.shape[1] != D:
-        raise ValueError(f"x_ND has shape {tuple(x_ND.shape)}, and the weights want (N, {D})")
+        raise ValueError(f"x_ND has shape {tuple(x_ND.shape)}, expected (N, {D})")
     if tuple(mask_NE.shape) != (len(x_ND), E):
-        raise ValueError(f"mask_NE has shape {tuple(mask_NE.shape)}, and {(len(x_ND), E)} is wanted")
+        raise ValueError(f"mask_NE has shape {tuple(mask_NE.shape)}, expected {(len(x_ND), E)}")
     if mask_NE.dtype != torch.bool:
-        raise ValueError(f"mask_NE is {mask_NE.dtype}, and torch.bool is wanted: compare the scores with the threshold")
+        raise ValueError(f"mask_NE is {mask_NE.dtype}, expected torch.bool: compare the scores with the threshold")
     w = weights  # by name, because older versions of torch.compile do not look into a dataclass
     parts = {
         "up_ESD": w.up_ESD, "down_ESD": w.down_ESD, "gate_ESD": w.gate_ESD, "up_bias_ES": w.up_bias_ES,

@@ -308,11 +308,11 @@ def test_bad_settings_change_nothing(build, row_family, kwargs, message):
 
 
 OUT_OF_REACH = [
-    ("dejavu", 0.92, "none", "would be 'none', the floor"),
-    ("kla", 0.92, "none", "would be 'none', the floor"),
-    ("moefication", 0.92, "none", "would be 'none', the floor"),
-    ("narrow", 0.92, "none", "would be 'none', the floor"),
-    ("random", 0.92, "none", "would be 'none', the floor"),
+    ("dejavu", 0.92, "none", "would equal the floor, selector 'none'"),
+    ("kla", 0.92, "none", "would equal the floor, selector 'none'"),
+    ("moefication", 0.92, "none", "would equal the floor, selector 'none'"),
+    ("narrow", 0.92, "none", "would equal the floor, selector 'none'"),
+    ("random", 0.92, "none", "would equal the floor, selector 'none'"),
     ("sigmamoe", 0.92, "none", "would have nothing to learn"),
     ("softmax", 0.92, "none", "would have nothing to learn"),
     ("d2dmoe", 0.84, "less than one", "runs at least the best of each token"),
@@ -323,8 +323,8 @@ OUT_OF_REACH = [
 def test_a_sparsity_that_leaves_no_expert_changes_nothing(selector, target, kept, so, build):
     model = build("bert")
     before = snapshot(model)
-    message = f"target_sparsity {target} keeps {kept} of 6 experts, and selector '{selector}' {so}; lower it to 0.833, "
-    with pytest.raises(UserError, match=re.escape(message) + r"or make experts smaller \(expert_size is 16\)"):
+    message = f"target_sparsity {target} leaves {kept} of 6 experts running, and selector '{selector}' {so}; "
+    with pytest.raises(UserError, match=re.escape(message + "set it to at most 0.833, or lower expert_size (now 16)")):
         converted(model, selector=selector, target_sparsity=target)
     assert_same(before, snapshot(model))
 

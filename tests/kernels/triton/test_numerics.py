@@ -229,9 +229,9 @@ def test_refuses_what_it_cannot_compute():
     x_ND, mask_NE = torch.randn(3, 20).to(DEVICE), make_mask("some", 3, 5)
     turned_ESD = weights.down_ESD.mT.contiguous().mT
     wrong = {
-        r"x_ND has shape \(3, 19\), and the weights want \(N, 20\)": (x_ND[:, 1:], mask_NE, weights),
-        r"mask_NE has shape \(2, 5\), and \(3, 5\) is wanted": (x_ND, mask_NE[1:], weights),
-        "mask_NE is torch.float32, and torch.bool is wanted": (x_ND, mask_NE.float(), weights),
+        r"x_ND has shape \(3, 19\), expected \(N, 20\)": (x_ND[:, 1:], mask_NE, weights),
+        r"mask_NE has shape \(2, 5\), expected \(3, 5\)": (x_ND, mask_NE[1:], weights),
+        "mask_NE is torch.float32, expected torch.bool": (x_ND, mask_NE.float(), weights),
         "takes torch.float32, torch.bfloat16, torch.float16, and x_ND is torch.float64": (
             x_ND.double(),
             mask_NE,
