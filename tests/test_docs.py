@@ -89,7 +89,7 @@ def test_the_page_of_a_command_has_its_options(command, hooks, capsys, tmp_path,
     page = hooks.page(command)
     assert page.startswith(f"# lte {command}\n")
     assert "usage: lte" in page
-    option = {"fit": "--trainer.devices", "sweep": "--workers", "bench": "--sparsity", "harness": "--num_fewshot"}
+    option = {"fit": "--trainer.devices", "sweep": "--workers", "bench": "--sparsity", "harness": "--num-fewshot"}
     option |= {"generate": "--temperature"}
     assert option.get(command, "--help") in page
     if command == "fit":
