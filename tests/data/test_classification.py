@@ -286,7 +286,10 @@ def changed(row, **cells):
             {"one": table(20, lambda i: "good")},
             r"the 18 training rows of reviews/train .*one label only: \['good'\]",
         ),
-        ({"one": changed(7, stars="superb")}, r"1 of 6 classes have one row only \('superb'\), so they cannot be in both training"),
+        (
+            {"one": changed(7, stars="superb")},
+            r"1 of 6 classes have one row only \('superb'\), so they cannot be in both training",
+        ),
         (
             {"one": table(9, lambda i: f"row {i}")},
             r"9 of 9 classes have one row only \('row 0', .*7' and 1 more\)",

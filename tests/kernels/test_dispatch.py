@@ -110,7 +110,11 @@ def test_runs_what_was_chosen(backend, make_weights, assert_agrees):
 @pytest.mark.parametrize(
     ("x", "mask", "message"),
     [
-        (torch.zeros(2, 12), torch.ones(2, 4, dtype=torch.bool), r"torch.bool of shape \(2, 4\), expected .* for 2 tok"),
+        (
+            torch.zeros(2, 12),
+            torch.ones(2, 4, dtype=torch.bool),
+            r"torch.bool of shape \(2, 4\), expected .* for 2 tok",
+        ),
         (torch.zeros(2, 12), torch.ones(3, 3, dtype=torch.bool), r"of shape \(3, 3\)"),
         (torch.zeros(2, 12), torch.ones(2, 3), "the mask is torch.float32"),
         (torch.zeros(2, 11), torch.ones(2, 3, dtype=torch.bool), r"\(2, 11\), expected \[N, 12\]"),
