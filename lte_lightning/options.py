@@ -42,7 +42,7 @@ class FunctionParser(ShortErrors):
     positional: Mapping[str, str] = {}
     required_names: Sequence[str] = ()
 
-    def format_help(self) -> str:
+    def format_help(self, *args: Any, **kwargs: Any) -> str:
         """Returns the help, with positional arguments as such, and options spelled with dashes, as errors name them."""
         shown = copy(self)
         shown._action_groups = [copy(group) for group in self._action_groups]
@@ -54,11 +54,16 @@ class FunctionParser(ShortErrors):
             rest = [action for action in group._group_actions if action not in words]
             group._group_actions = words if group is shown._action_groups[0] else rest
         required = [action for action in actions if action.required and action not in words]
-        several = {ONE_OR_MORE: "{0} [{0} ...]", ZERO_OR_MORE: "[{0} ...]", OPTIONAL: "[{0}]", None: "{0}"}
+        several: dict[Any, str] = {
+            ONE_OR_MORE: "{0} [{0} ...]",
+            ZERO_OR_MORE: "[{0} ...]",
+            OPTIONAL: "[{0}]",
+            None: "{0}",
+        }
         usage = [several[action.nargs].format(action.metavar) for action in words]
         usage += [f"{action.option_strings[0]} {action.metavar or action.dest.upper()}" for action in required]
         shown.usage = " ".join(["%(prog)s", *usage, "[options]"])
-        return super(FunctionParser, shown).format_help()
+        return super(FunctionParser, shown).format_help(*args, **kwargs)
 
     def explain(self, message: str, options: Iterable[str]) -> str:
         """Returns the cause of an error, with the nearest option as the help spells it."""
