@@ -91,9 +91,13 @@ def test_rows_of_an_encoder(tiny, calm, gradients):
 
 
 def test_a_stage_that_ends_within_a_pass(tiny, calm, gradients):
-    """Its last step is whole; the next stage begins with what is left of the pass, which is a short step."""
+    """Its last step is whole; the next stage begins with what is left of the pass, which is a short step.
+
+    With a teacher, and gradients that are clipped.
+    """
     steps = {f"stages.{stage}.steps": 2 for stage in ("dense", "router", "expert")}
-    config = tiny.config(**STAGES, **steps, **{"model.init_args.pretrained": calm(tiny.model)})
+    more = {"trainer.gradient_clip_val": 0.05, "model.init_args.distillation": 0.5}
+    config = tiny.config(**STAGES, **steps, **more, **{"model.init_args.pretrained": calm(tiny.model)})
     mine, theirs = gradients(config, 8, 3, Sorted), gradients(config, 24, 1, Sorted)
     assert_equal(mine, theirs, ["dense"] * 2 + ["router"] * 2 + ["expert"] * 2)
 
@@ -116,7 +120,9 @@ def test_resumed_between_stages(tiny, lightning, tmp_path):
 
 def test_tokens_of_a_decoder_whose_routers_are_trained_on(tiny_lm, calm, gradients):
     config = tiny_lm.config(epochs=(0, 1, 1), **STAGES)
-    config["model"]["init_args"] |= {"pretrained": calm(tiny_lm.model), "freeze_routers": False}
+    # a teacher of every token, as well
+    more = {"pretrained": calm(tiny_lm.model), "freeze_routers": False, "distillation": 0.5}
+    config["model"]["init_args"] |= more
     mine, theirs = gradients(config, 7, 4), gradients(config, 28, 1)
     assert_equal(mine, theirs, ["router"] * 3 + ["expert"] * 3)
 

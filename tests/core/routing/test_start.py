@@ -62,6 +62,21 @@ def test_logits_follow_the_norms_of_what_experts_give(model):
         assert float(logit_NE.std()) == pytest.approx(SPREAD, rel=0.05)
 
 
+def test_batches_of_unequal_size_and_length_weigh_tokens_alike(model):
+    ids_BT = torch.randint(3, 64, (12, 16))
+    mask_BT = (torch.arange(16) < torch.randint(2, 17, (12, 1))).long()
+    routers = []
+    for cuts in ([12], [1, 4, 7]):
+        batches = []
+        for ids, mask in zip(ids_BT.split(cuts), mask_BT.split(cuts), strict=True):
+            batch = {"input_ids": ids[:, : mask.sum(1).max()], "attention_mask": mask[:, : mask.sum(1).max()]}
+            batches.append((lambda batch=batch: model(**batch), (batch["attention_mask"],)))
+        start_routers(model, batches)
+        routers.append([tensor.clone() for ffn in expert_ffns(model).values() for tensor in ffn.selector.linear()])
+    for one, several in zip(*routers, strict=True):
+        torch.testing.assert_close(one, several, rtol=1e-3, atol=1e-4)
+
+
 def test_it_keeps_the_experts_that_give_most(model):
     """At the target, what the chosen experts give is more than what random routers' chosen experts give."""
     batches = batches_of(model)
