@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from lte_lightning.bars import lines_above_bars
 from lte_lightning.errors import UserError
 from lte_lightning.options import call
 from lte_lightning.report.collect import collect
@@ -86,7 +87,7 @@ def main(args: list[str]) -> None:
         try:
             if tracker:
                 tracker.begin()
-            with watch:
+            with lines_above_bars(), watch:
                 summary = engine.run(points)
         except KeyboardInterrupt:
             sys.exit(128 + signal.SIGINT)
