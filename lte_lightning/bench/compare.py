@@ -87,7 +87,7 @@ class Plan:
 
     @property
     def decodes(self) -> bool:
-        """Whether tokens are decoded behind a prompt."""
+        """Whether tokens are decoded after a prompt."""
         return self.length == 1
 
 

@@ -31,18 +31,18 @@ from lte_lightning.trainer import declared
 class StageSchedule(KnowsReplaced):
     """Runs the stages one after the other in one fit: dense fine-tuning, routers with the model, adaptation.
 
-    Each stage starts with a fresh optimizer and schedule. One in epochs begins with a new pass over the data; one in
-    steps goes on with what the model has not seen of the last pass; of a stream, every stage reads on. Randomness
-    restarts with every epoch from the seed, the stage and the epoch in the stage: a resumed run repeats an
-    uninterrupted one exactly, and so does one fit per stage, if stages are whole passes, and not of a stream.
+    Each stage starts with a fresh optimizer and schedule. A stage given in epochs begins a new pass over the data; a
+    stage given in steps continues the last pass where it stopped; streams always continue. Randomness restarts with
+    every epoch from the seed, the stage and the epoch in the stage, so a resumed run repeats an uninterrupted one
+    exactly. So does one fit per stage, if its stages are whole passes and it reads no stream.
 
     Args:
         dense: Fine-tuning of the plain model; skip it when starting from a fine-tuned one.
-        router: Routers and model train together, all experts run, weighted by their scores (stage 1 of the paper).
-        expert: Only selected experts run; routers are frozen unless the model says otherwise (stage 2 of the paper).
+        router: Routers and model train together, all experts run, weighted by their scores (the LTE paper's stage 1).
+        expert: Only selected experts run; routers are frozen unless the model says otherwise (the paper's stage 2).
         seed: Seed of data order and dropout; the command line sets it to ``seed_everything``.
-        keep_optimizer: Let a stage begin with what the optimizer of the one before it knows of the same weights (Adam's
-            moments, in the order of regrouped neurons), instead of a fresh one.
+        keep_optimizer: Start a stage with the last stage's optimizer state of the same weights (Adam's moments, in the
+            order of regrouped neurons), instead of a fresh one.
     """
 
     def __init__(

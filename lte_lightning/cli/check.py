@@ -17,7 +17,7 @@ class _Checked(Exception):
 
 
 class _Check(LteCLI):
-    """Reads many command lines with one parser, and makes what each describes, except for a trainer."""
+    """Parses and instantiates many command lines, without a trainer."""
 
     def parse_arguments(self, parser: Any, args: Any) -> None:
         """Raises before anything runs."""

@@ -25,7 +25,7 @@ def complete(
     Args:
         parser: Of the commands.
         commands: The module of each.
-        run: Runs a command line, whose parser completes it: jsonargparse's do.
+        run: Runs a command line; its jsonargparse parser answers argcomplete.
         help_of: Returns the help text of a command that trains.
     """
     import argcomplete

@@ -1,4 +1,4 @@
-"""A checkpoint that cannot be read is refused in one line, whatever torch and Lightning make of it."""
+"""One-line errors for damaged checkpoints, whatever torch and Lightning raise."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -14,10 +14,10 @@ from lte_lightning.errors import UserError
 
 @contextmanager
 def reading(path: object) -> Iterator[None]:
-    """Turns what goes wrong while a checkpoint is read into one line.
+    """Turns errors while a checkpoint is read into one line.
 
     Raises:
-        UserError: If something does, other than a lack of memory.
+        UserError: For every error but a lack of memory.
     """
     try:
         yield

@@ -162,7 +162,7 @@ class LteCLI(LightningCLI):
             raise
 
     def before_test(self) -> None:
-        """Prints our table alone: Lightning's has a column for each loader, and the sparsity of every layer."""
+        """Turns off Lightning's table, which has a column for each loader and a row for the sparsity of every layer."""
         self.config_init["test"]["verbose"] = False
 
     def after_run(self) -> None:
@@ -207,7 +207,7 @@ def main(args: list[str] | None = None) -> None:
 
 
 def user_error(error: BaseException) -> BaseException | None:
-    """Returns the message for the user among an error and its causes; None if there is none."""
+    """Returns the user's error among an exception and its causes; None if there is none."""
     # jsonargparse wraps what a class says when it is made; Lightning has its own error for what users can put right
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, UserError | MisconfigurationException):
@@ -220,7 +220,7 @@ def user_error(error: BaseException) -> BaseException | None:
 
 
 def make_cli(args: list[Any] | None = None, run: bool = True, cli_class: type[LteCLI] = LteCLI) -> LteCLI:
-    """Parses a command line and, if asked, runs its subcommand (without ``run`` there is none, and no trainer.fit)."""
+    """Parses a command line and, if asked, runs its subcommand; with ``run=False`` it only parses."""
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     guard_configurations()
     # Lightning warns of these at every fit, and no user can mend them: it asks torch 2.13 for the type of a LeafSpec,
@@ -244,7 +244,7 @@ def make_cli(args: list[Any] | None = None, run: bool = True, cli_class: type[Lt
         trainer_defaults={
             "max_epochs": -1,
             "use_distributed_sampler": False,
-            "enable_model_summary": False,  # a line of ours says it
+            "enable_model_summary": False,  # the recorder prints a line instead
             "callbacks": [LastCheckpoint(), BestCheckpoint()],
         },
         parser_class=LteParser,

@@ -48,7 +48,7 @@ class TextData(LightningDataModule):
     validation_splits: tuple[str, ...] = ("validation",)
     test_splits: tuple[str, ...] = ("test",)
     columns: tuple[str, ...] = ()
-    targets: tuple[str, ...] = ()  # columns that rows to predict may lack
+    targets: tuple[str, ...] = ()  # columns that are optional in rows to predict
     title: str | None = None  # in tables, where the name of the task differs from that of the data
     hint = ""  # advice for a missing column
     formats: tuple[str, ...] = TABLES

@@ -17,7 +17,7 @@ class PackedBlocks(TorchDataset[dict[str, Any]]):
     Args:
         rows: With columns `ids` and `words`, lists of each row's tokens and of the words that begin in them.
         size: Tokens per block.
-        end: The token behind the last row.
+        end: The token after the last row.
     """
 
     def __init__(self, rows: Dataset, size: int, end: int) -> None:

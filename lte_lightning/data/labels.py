@@ -49,7 +49,7 @@ class Labels:
         return [name for name in self.names if counts[name.casefold()] > 1]
 
     def in_order_of(self, names: Sequence[str] | None) -> "Labels":
-        """Returns the model's classes in the model's order if they contain all of these; else these.
+        """Returns the model's classes, in its order, if they include all of these classes; otherwise these.
 
         Args:
             names: The model's classes; None if it names none.

@@ -30,7 +30,7 @@ class LanguageModelData(StreamingData):
 
     An EOS token stands before, between and after documents. Attention crosses it: a block may hold the end of
     one document and the beginning of the next, as is usual in fine-tuning GPT-2 and LLaMA. Each block begins with
-    the token that the block before ends with, so that every token of the text, and the EOS behind each document, is
+    the token that the block before ends with, so that every token of the text, and the EOS after each document, is
     predicted exactly once, from at most `block_size` - 1 tokens before it. Perplexity per word divides the same loss by
     the number of words of the raw text, as split at white space. Tokens stay on disk, mapped into memory.
 

@@ -17,7 +17,7 @@ LETTERS = ("A", "B", "C", "D")
 
 
 class MmluData(TextData):
-    """MMLU questions behind their subject's examples, for evaluation alone.
+    """MMLU questions after their subject's examples, for evaluation alone.
 
     A prompt is a headline with the subject, `shots` answered questions of the subject's `dev` rows, and the question,
     as MMLU's authors write it; where that exceeds `max_length`, the last examples are left out, counted

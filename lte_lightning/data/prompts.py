@@ -75,7 +75,7 @@ class PromptData(StreamingData):
 
     @functools.cached_property
     def _opening(self) -> list[int]:
-        # What the tokenizer puts before a text (LLaMA's BOS), without what it puts behind it.
+        # The tokens that the tokenizer puts before a text (LLaMA's BOS), without those after it.
         encoded = self.tokenizer("a", return_special_tokens_mask=True)
         first_text = encoded["special_tokens_mask"].index(0)
         return encoded["input_ids"][:first_text]

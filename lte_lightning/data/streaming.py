@@ -26,8 +26,7 @@ class StreamedBatches(TorchStream[list[dict[str, Any]]]):
     batch. Every process reads the whole stream and takes its own batches.
 
     Args:
-        rows: `rows(mark)` tokenises from a mark on: it yields each row, a dictionary with its `length`, behind its own
-            mark.
+        rows: `rows(mark)` tokenises from a mark on. It yields pairs of mark and row, a dictionary with its `length`.
         first: The mark of the first row.
         buffer: Rows to shuffle at a time at least; it is rounded up to whole batches of all processes.
         batch_size: Rows per batch and process.
@@ -90,7 +89,7 @@ class StreamedBatches(TorchStream[list[dict[str, Any]]]):
         return {"size": self._size, "marks": {number: list(mark) for number, mark in self._marks.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores where buffers begin, unless their size differs."""
+        """Restores where buffers begin; ignores the state if the buffer size changed."""
         if state["size"] == self._size:
             self._marks |= {number: tuple(mark) for number, mark in state["marks"].items()}
 
@@ -124,11 +123,11 @@ class StreamingData(TextData):
         self._stream: StreamedBatches | None = None
 
     def encode_pass(self, mark: Mark) -> Iterator[tuple[Mark, dict[str, Any]]]:
-        """Yields the tokenised rows of one pass, from a mark (without the pass) on, each behind its mark."""
+        """Yields the tokenised rows of one pass, from a mark (without the pass) on, as (mark, row) pairs."""
         raise TypeError(f"{type(self).__name__} must define encode_pass")
 
     def encode(self, mark: Mark) -> Iterator[tuple[Mark, dict[str, Any]]]:
-        """Yields tokenised rows, pass after pass, from a mark on, each behind its mark."""
+        """Yields tokenised rows, pass after pass, from a mark on, as (mark, row) pairs."""
         number, rest = mark[0], mark[1:]
         while True:
             yielded = 0
@@ -164,7 +163,7 @@ class StreamingData(TextData):
         return rows["train"]
 
     def chunks(self, row: int) -> Iterator[tuple[int, Dataset]]:
-        """Yields the training rows from one on, checked, some at a time, behind the number of the first."""
+        """Yields (number of the first row, chunk of checked training rows), starting at ``row``."""
         name = self._name("train")
         stream = iter(self.open_stream().skip(row).iter(batch_size=_CHUNK))
         while True:

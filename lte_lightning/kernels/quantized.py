@@ -18,7 +18,7 @@ TRIES = 16  # scales to try for a group of 4 bits
 
 @dataclass(frozen=True)
 class Shape:
-    """A matrix in parts: each expert has a part of its outputs or of its inputs. Padding fills parts to whole blocks.
+    """How a matrix is split by expert: over its outputs or over its inputs. Padding fills each part to whole blocks.
 
     Args:
         row_parts: Parts of the outputs.

@@ -16,8 +16,8 @@ from lte_lightning.kernels.layout import ACTIVATIONS, ExpertWeights, hidden_acti
 
 # The most tokens at a time, so that the rows which their experts gather stay in the cache.
 _CHUNK = 1024
-# By type: the cost of a pair relative to a pair of a dense product, and the fixed cost of an expert, in tokens and for
-# each thread. benchmarks/training.py measured them on two cores of Zen 4; a margin is included.
+# By type: (cost of a pair relative to one in a dense product, overhead of an expert on each thread in tokens).
+# benchmarks/training.py measured them on two cores of Zen 4; a margin is included.
 _COSTS = {torch.float32: (1.9, 150), torch.bfloat16: (2.0, 900)}
 
 T = TypeVar("T")

@@ -31,7 +31,7 @@ _PROMISED = {
 
 
 class Selector(nn.Module):
-    """Maps what it reads to ``scores_BTE`` in [0, 1], float32; in hard mode an expert runs whose score exceeds tau.
+    """Maps what it reads to ``scores_BTE`` in [0, 1], float32; in hard mode an expert runs if its score exceeds tau.
 
     Attributes:
         label: Name for people, in tables and legends; the class's name if empty.
@@ -39,7 +39,7 @@ class Selector(nn.Module):
         oracle: Whether it reads the activations that it saves, and is charged nothing for them.
         reads: What `forward` is given: the FFN's ``input`` x_BTD; its ``gate`` activations, activation(gate(x)), or of
             a plain FFN activation(up(x)), [B, T, F]; or its ``hidden`` activations, the down projection's input.
-        scales: Whether an expert's output is multiplied by its score in hard mode, too; those that do not run score 0.
+        scales: Whether hard mode, too, multiplies an expert's output by its score; experts that do not run score 0.
         graded: Whether scores are more than a yes or no.
         needs_expert_size: The only expert size that it works with; None for any.
         no_target: The reason why it takes no ``target_sparsity``; empty if it does.
@@ -50,10 +50,10 @@ class Selector(nn.Module):
             `imitation_loss`); or with the task, by equations 4 and 5 of the paper on its scores (``efficiency``), or by
             a `balance_loss` of its own (``balance``).
         balance_weight: Weight of the balance loss.
-        calibration: How it is calibrated on training rows when the expert stage begins: not at all (``none``); on what
-            the ``dense`` model does; layer after layer, each behind calibrated ones (``sequential``); by one level for
-            all layers (``common``, see `set_level`); by ``pruning`` weights (see `least_important`); or by the
-            ``control`` that holds its target in training (see `raise_logits`).
+        calibration: How it is calibrated on training rows when the expert stage begins: not at all (``none``); on the
+            ``dense`` model's activations; layer after layer, on inputs of calibrated layers (``sequential``); by one
+            level for all layers (``common``, see `set_level`); by ``pruning`` weights (see `least_important`); or as in
+            training, by shifting the logits to the target (``control``, see `raise_logits`).
     """
 
     label: ClassVar[str] = ""
@@ -75,7 +75,7 @@ class Selector(nn.Module):
 
     @classmethod
     def called(cls, expert_size: int | None, target_sparsity: float | None) -> str:
-        """Returns the label, which may depend on how the method is used; None where that is not known."""
+        """Returns the label, which may depend on how the method is used; unknown arguments are None."""
         return cls.label or cls.__name__
 
     @classmethod

@@ -12,9 +12,9 @@ class Cats(Magnitude):
     Thresholding for Sparsity in Large Language Models", COLM 2024, arXiv 2404.08763. Its activation: z where |z| >= t,
     else 0, for z = SiLU(x W_gate); t is the quantile of |z| at the sparsity asked for.
 
-    Charged the whole gate projection (the up projection of a plain FFN), which is computed for every neuron. No oracle:
-    it pays for what it reads. Each layer's level is calibrated behind layers that are sparse already, because the
-    sparsity would otherwise miss its target; the authors calibrate on the dense model.
+    Cost: the whole gate projection (of an FFN without a gate, the up projection), computed for every neuron. It is not
+    an oracle, because it pays for what it reads. Each layer's level is calibrated on inputs from layers that are sparse
+    already, because the sparsity would otherwise miss its target; the authors calibrate on the dense model.
     """
 
     label = "CATS"

@@ -15,7 +15,7 @@ class RandomRouter(Ranking):
 
     Source: the paper (see `Router`), figure 12.
 
-    Charged D * E multiply-adds, like LTE's. No oracle.
+    Cost: D * E multiply-adds per token, like LTE's router.
     """
 
     label = "random routers"

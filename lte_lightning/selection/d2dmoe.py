@@ -1,4 +1,4 @@
-"""D2DMoE: experts whose predicted output is large enough beside their token's largest."""
+"""D2DMoE: experts whose predicted output is large relative to the token's largest."""
 
 import torch
 from torch.nn import functional
@@ -19,8 +19,9 @@ class D2dmoe(Predictor):
     As in the authors' code the network is two layers, 128 wide, without biases, with ReLU inside and the absolute value
     at its end, trained by squared error; 1 - tau is one share for all layers, and a token's best expert always runs.
     They choose tau by hand; here it is calibrated. Before that they fine-tune the dense model towards sparse
-    activations, which is left out: all methods start from the same model. Charged 128 * (D + E) multiply-adds. No
-    oracle.
+    activations, which is left out: all methods start from the same model.
+
+    Cost: 128 * (D + E) multiply-adds per token. It reads only the FFN's input, so it is not an oracle.
     """
 
     label = "D2DMoE"

@@ -23,10 +23,12 @@ class DejaVu(Predictor):
     rarer answer. With any other activation no neuron is 0, and the loss is as the paper (see `Router`) describes its
     Deja Vu, "low-rank predictors estimate neuron values": squared error on |activation| in units of the layer's mean.
 
-    Meant for experts of one neuron; of larger ones it predicts whether one of them is active, or the sum. They keep
-    what exceeds 0.5; here it is the number that the sparsity asks for. The rank is D / 12, as theirs is in OPT-175B
-    (1,000 of 12,288). Charged rank * (D + E) multiply-adds. No oracle. With an expert stage it is the paper's
+    It is meant for experts of one neuron. For larger experts it predicts whether any of their neurons is active (ReLU),
+    or their summed magnitude. The authors keep neurons whose score exceeds 0.5; here the target sparsity sets their
+    number. The rank is D / 12, as theirs is in OPT-175B (1,000 of 12,288). With an expert stage it is the paper's
     fine-tuned variant.
+
+    Cost: rank * (D + E) multiply-adds per token. It reads only the FFN's input, so it is not an oracle.
     """
 
     label = "Deja Vu"

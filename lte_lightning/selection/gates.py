@@ -11,8 +11,8 @@ class Gates(Ranking):
     """Keeps, per token, the experts whose logits x W_g are largest, and scales the output of each by its gate.
 
     The gates scale in hard mode too, as in both originals. They learn with the task and
-    a balance loss in the router stage. After it they are frozen, without noise or dropout. Charged D * E
-    multiply-adds per token, like LTE's router. No oracle.
+    a balance loss in the router stage. After it they are frozen, without noise or dropout. It costs D * E
+    multiply-adds per token, like LTE's router.
     """
 
     scales = True

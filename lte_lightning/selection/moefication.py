@@ -17,13 +17,18 @@ class Moefication(Predictor):
     Feed-forward Layers are Mixtures of Experts", Findings of ACL 2022, arXiv 2110.01786; the learned router is the "MLP
     selection" of its section on expert selection: logits W_2 tanh(W_1 x / |x|), one per expert.
 
-    As in the authors' code it sees the input's direction, has no biases and ends in a matrix that starts as the
-    identity, and it is trained by binary cross-entropy towards each expert's activation as a share of the largest in
-    the batch. They swap the activation for ReLU and fine-tune first: ``model.activation relu`` in the dense stage. With
-    ReLU the label is theirs, the sum of relu(W x / |x|), without biases: what the direction alone activates. Any other
-    activation is far from what it is elsewhere at inputs so small, and the label is the sum of |activation| at the
-    input itself. Theirs starts at the experts' mean weights, this at random, and both learn at a rate of 0.01. Charged
-    D * E + E * E multiply-adds. No oracle.
+    As in the authors' code it sees the input's direction, has no biases, and ends in a matrix that starts as the
+    identity. Binary cross-entropy trains it towards each expert's activation as a share of the largest in the batch.
+    With ReLU the label is theirs, the sum of relu(W x / |x|), without biases: what the direction alone activates.
+
+    Cost: D * E + E * E multiply-adds per token. It reads only the FFN's input, so it is not an oracle.
+
+    Differences from the authors:
+
+    - They swap the activation for ReLU and fine-tune first; ``model.activation relu`` in the dense stage does that.
+    - At inputs of norm 1, activations other than ReLU are nearly linear. For them the label is the sum of |activation|
+      at the input itself.
+    - Their first matrix starts at the experts' mean weights, this one at random. Both learn at a rate of 0.01.
     """
 
     label = "MoEfication"

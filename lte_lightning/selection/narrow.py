@@ -8,8 +8,8 @@ from lte_lightning.selection.registry import register_selector
 class Narrow(Magnitude):
     """A narrower dense FFN: for every token the experts whose activations are largest on average on training rows.
 
-    The baseline for any selection per token: it is charged nothing. No oracle. It is no published method, but
-    structured pruning by the mean |activation|.
+    The baseline for selection per token: its selection costs nothing. It is not a published method, but structured
+    pruning by the mean |activation|.
     """
 
     label = "narrower dense"

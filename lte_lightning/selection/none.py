@@ -8,9 +8,9 @@ from lte_lightning.selection.registry import register_selector
 
 @register_selector("none")
 class NoExperts(Ranking):
-    """Scores every expert 0, so that in hard mode the FFN is its output bias; it is charged nothing. No oracle.
+    """Scores every expert 0, so that in hard mode the FFN is its output bias; its selection costs nothing.
 
-    A task on which a model adapted like this loses little says little about any way to select experts.
+    If a model adapted without experts loses little on a task, that task cannot tell selectors apart.
     """
 
     label = "floor"

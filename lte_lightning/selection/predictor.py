@@ -13,7 +13,7 @@ from lte_lightning.selection.ranking import Ranking
 class Predictor(Ranking):
     """A ranking by a network of two matrices, trained in the router stage on the dense model's activations.
 
-    Charged both its matrices for every token. No oracle: it reads the FFN's input. A subclass defines `inner_width` and
+    Cost: both matrices per token. It reads the FFN's input, so it is no oracle. A subclass defines `inner_width` and
     `imitation_loss`. There are no biases, except in saved models of an earlier version, which had a bias at the output
     of two methods.
 

@@ -79,7 +79,7 @@ class Ranking(Selector):
     @property
     def reachable(self) -> bool:
         """Whether the target sparsity leaves an expert to run; every rule but ``level`` runs at least one."""
-        if self.rule == "common":  # the largest share of a token is 1, and exceeds every level
+        if self.rule == "common":  # a token's best expert has importance 1, above every level
             return (1.0 - self.sparsity) * self.shape.experts > 1.0 - 1e-6
         return self.rule == "level" or self.keep > 0
 

@@ -19,7 +19,7 @@ class Router(Selector):
     Efficient: Build Structured Sparsity in Large Language Models", NeurIPS 2024, arXiv 2402.06126. Equation 1 is the
     score, equation 2 hard mode, equation 3 soft mode, equations 4 to 6 the losses. Here called "the paper".
 
-    Charged D * E multiply-adds per token, about 1 % of the FFN. No oracle.
+    Cost: D * E multiply-adds per token, about 1 % of the FFN. It reads only the FFN's input, so it is not an oracle.
 
     The paper states no initialisation. Here the weights are drawn from N(0, scale^2 / D), so that inputs of unit root
     mean square give logits of standard deviation ``scale``; the bias starts at ``logit(threshold) + margin``, so that

@@ -24,8 +24,8 @@ class SigmaMoe(Gates):
     nothing is scaled up for it). The balance loss is the negative entropy of the mean over tokens of
     ``softmax(x W_g)``, at a weight of 0.001. Both values are the authors' recommendations. As in theirs the rows
     of W_g start with equal norms, here 1, so that inputs of unit root mean square give logits of standard deviation 1.
-    The original trains its experts from scratch; here they are those of the dense model. Charged D * E
-    multiply-adds. No oracle.
+    The original trains its experts from scratch; here they are those of the dense model. It costs D * E
+    multiply-adds per token, like LTE's router.
     """
 
     label = "sigma-MoE"

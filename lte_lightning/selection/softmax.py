@@ -22,7 +22,7 @@ class NoisySoftmax(Gates):
     the squared coefficient of variation of the experts' summed gates, at its weight of 0.1. With gates around 1/k a
     dense model's experts are scaled down to nearly nothing from the first step: the failure that the paper describes.
     The load loss, which estimates how many tokens each expert gets, is left out: the authors found either loss
-    sufficient. Charged D * E multiply-adds. No oracle.
+    sufficient. Cost: D * E multiply-adds per token.
     """
 
     label = "noisy top-k softmax"

@@ -23,14 +23,19 @@ class Teal(Magnitude):
     Gate and up projection leave out channels of the input x, the down projection leaves out neurons by their
     activation, |hidden|; a weight is used where its input is given. ``target_sparsity``, and the sparsity that is
     reported, are the share of the FFN's weights that a token does not use, the mean over its matrices: the same share
-    of weights as that of an expert which does not run. Charged the weights that are used, and nothing else; no oracle,
-    since a matrix's inputs are known before it is needed. Thresholds come from training rows.
+    of weights as that of an expert which does not run. Thresholds come from training rows.
 
-    The authors threshold attention's matrices, too, and allocate a block's sparsity between all seven of them by the
-    error at the end of the block; here attention stays dense, as for every method, and it is between the FFN's two or
-    three by the error of the FFN's output. Theirs is the norm over the last quarter of each text, here over all
-    calibration tokens. They step by 0.05 in units of a D x D matrix and may overshoot, here by 0.025 of the FFN down
-    to the sparsity asked for; all blocks have the same, there and here. They train nothing: that is ``hard_before``.
+    Cost: the weights that are used. It is not an oracle, because a matrix's inputs are known before it is needed.
+
+    Differences from the authors:
+
+    - They threshold attention's matrices, too, and allocate a block's sparsity between all seven matrices by the error
+      at the end of the block. Here attention stays dense, as for every method; the sparsity is allocated between the
+      FFN's two or three matrices by the error of the FFN's output.
+    - Their error is the norm over the last quarter of each text; here it is over all calibration tokens.
+    - They step by 0.05 in units of a D x D matrix and may overshoot. Here a step is 0.025 of the FFN, and the last one
+      ends at the target. All blocks have the same sparsity, there and here.
+    - They train nothing. Their result corresponds to ``hard_before``.
     """
 
     label = "TEAL"

@@ -21,7 +21,7 @@ class Wanda(Ranking):
     128 texts of 2,048 tokens of C4; here it is real tokens of training rows, see ``core/routing/prune.py``.
 
     Every expert runs, with the remaining weights. Sparsity is the pruned share of the FFN's weights. FLOPs count the
-    remaining weights, as if hardware skipped every zero (docs/baselines.md says which hardware does). No oracle.
+    remaining weights, as if hardware skipped every zero (docs/baselines.md says which hardware does).
 
     Args:
         shape: The FFN's sizes.

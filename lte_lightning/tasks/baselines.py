@@ -1,4 +1,4 @@
-"""What selectors need of a training run besides their losses: imitation, a start, and calibration on training rows."""
+"""How a fit trains, starts and calibrates selectors, LTE's routers and baselines alike, beside their losses."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -168,7 +168,7 @@ def _summed(module: MeasuredModule, value: torch.Tensor) -> torch.Tensor:
 def prepare_choice(module: MeasuredModule) -> None:
     """Calibrates a selector on training rows, and measures it in hard mode before any adaptation.
 
-    One that has learned with the task, and is not calibrated, was measured so by the router stage.
+    Does nothing if the selector learned with the task, needs no calibration, and was measured in the router stage.
     """
     measured = learns_with_task(module.net) and not needs_calibration(module.net)
     if measured and "hard_before" in module.measured:
@@ -183,7 +183,7 @@ def prepare_choice(module: MeasuredModule) -> None:
             (missing,) = lacking(module, [count])  # asked first: while one process runs a batch, all do
             for batch in islice(loader, count):
                 module.measure("hard_before", _moved(module, batch), i)
-            for _ in range(missing):
+            for _ in range(missing):  # the last batch again
                 module.run_model(_moved(module, batch))
     module.apply_stage()
     if loaders:
@@ -201,7 +201,9 @@ def _runs(module: MeasuredModule) -> Iterator[Batch]:
 def sampled(
     module: MeasuredModule, batches: Iterable[dict[str, Any]], move: Callable[[dict[str, Any]], dict[str, Any]]
 ) -> Iterator[Batch]:
-    """Yields a part of each batch: batches are of rows alike in length, and a few of them are no sample.
+    """Yields every fourth row of each batch.
+
+    Batches hold rows of similar length, so a few whole batches would be a biased sample.
 
     Args:
         module: What runs them.

@@ -1,4 +1,4 @@
-"""A target sparsity in training: when the routers' biases are moved, and by how much; and a range of sparsities."""
+"""A target sparsity in training, or a range: when the routers' biases are shifted, and by how much."""
 
 from typing import Any
 
@@ -13,24 +13,24 @@ from lte_lightning.tasks.baselines import settle
 from lte_lightning.tasks.evaluation import MeasuredModule, Stage
 
 RATES: dict[Stage, float] = {"router": 0.7, "expert": 0.05}
-"""Share of the distance that a step makes up for: routers that learn are followed quickly, frozen ones slowly."""
+"""Share of the distance to the target that a step corrects: large while routers learn, small once they are frozen."""
 GRID = tuple(k / 20 for k in range(1, 20))
 """Sparsities whose thresholds are kept while a range is trained."""
 MEMORY = 0.3
-"""Share of a step's quantiles in the thresholds that are kept."""
+"""Weight of the newest step in the moving average of the thresholds."""
 
 
 class SparsityControl:
-    """Gathers what a step's batches tell, and moves the biases once the optimizer has.
+    """Counts the routers' scores of an optimizer step's batches, and shifts the routers' biases after the step.
 
-    What it moves are the model's own weights, and the rest follows from the stage's progress. With a range, every step
-    draws a sparsity from it, and selects by the threshold that lately had that sparsity; checkpoints keep these.
+    The biases are the model's own weights, so checkpoints need no more for the target. With a range, each step draws a
+    sparsity, and uses the threshold that gave this sparsity in recent steps. Checkpoints keep those thresholds.
 
     Args:
         sparsities: The range, or None for the target alone.
 
     Raises:
-        UserError: If the range is none.
+        UserError: If the range is invalid.
     """
 
     def __init__(self, sparsities: tuple[float, float] | None = None) -> None:

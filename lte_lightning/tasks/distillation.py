@@ -57,7 +57,7 @@ class Distillation:
         self._teacher: Any = None
 
     def enter(self, module: Any, stage: str) -> None:
-        """Makes the teacher when the module leaves its dense stage, or begins behind it.
+        """Makes the teacher when the module leaves its dense stage, or begins after it.
 
         Raises:
             UserError: If none is named and the model is sparse already, or the one named has other outputs.

@@ -1,4 +1,4 @@
-"""What the rows of an evaluation are worth: its metric on rows that are drawn anew, for paired comparisons.
+"""Bootstrap draws of an evaluation's metric, for paired comparisons.
 
 The bootstrap of Efron, "Bootstrap Methods: Another Look at the Jackknife", 1979. Draw k takes the same rows in every
 evaluation of the same number of rows, so that the differences of two evaluations' draws say how well the rows tell

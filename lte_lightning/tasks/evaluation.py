@@ -98,7 +98,7 @@ class MeasuredModule(LightningModule):
         raise TypeError(f"{type(self).__name__} must define outputs_for_metric")
 
     def by_rows(self, found: Any, outputs: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """Returns what `outputs_for_metric` found with a value per row in each tensor, [B]."""
+        """Returns the values of `outputs_for_metric` per row, each tensor [B]."""
         return cast(tuple[torch.Tensor, ...], found)
 
     def run_model(self, batch: dict[str, torch.Tensor], net: Any = None) -> Any:

@@ -41,7 +41,7 @@ class Generation(LanguageModel):
         return AutoModelForSeq2SeqLM if is_encoder_decoder(self.source) else AutoModelForCausalLM
 
     def token_masks(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """Returns the real tokens: prompt and answer, with an encoder each in its own stack."""
+        """Returns the real tokens: prompt and answer; with an encoder, each in its own stack."""
         if not self.net.config.is_encoder_decoder:
             return super().token_masks(batch)
         return batch["attention_mask"], batch["labels"] != IGNORED

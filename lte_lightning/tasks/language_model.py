@@ -46,7 +46,7 @@ class Perplexity(Metric):
 
         Returns:
             ``loss``, the mean per token, ``perplexity``, its exponential, and where words are known
-            ``word_perplexity``, the exponential of the whole loss by the number of words.
+            ``word_perplexity``, exp(total loss / number of words).
         """
         loss_sum = self.loss_sum.item()
         values = {"loss": loss_sum / int(self.tokens)}

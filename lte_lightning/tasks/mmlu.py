@@ -47,7 +47,7 @@ class SubjectAccuracy(Metric):
 
 
 class Mmlu(LanguageModel):
-    """Evaluates a causal language model on MMLU: the most likely of " A" to " D" behind the prompt, by ``test``.
+    """Evaluates a causal language model on MMLU: the most likely of " A" to " D" after the prompt, by ``test``.
 
     Args:
         **kwargs: See `LanguageModel`.

@@ -1,4 +1,4 @@
-"""Processes that share out a model's weights gather them together: each runs as many batches as the others do."""
+"""With sharded weights (FSDP), all processes run the same number of batches, because they gather weights together."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +13,7 @@ from lte_lightning.tasks.evaluation import VIEW_MODES, MeasuredModule
 
 
 def lacking(module: MeasuredModule, counts: Sequence[int | float]) -> list[int]:
-    """Returns how many batches fewer than another process this one has, of each loader; 0 where weights are whole.
+    """Returns how many batches this process has fewer than the largest, of each loader; 0 without sharded weights.
 
     Args:
         module: What runs them.

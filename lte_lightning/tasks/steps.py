@@ -22,7 +22,7 @@ class StepLosses(MeasuredModule):
     step_losses: dict[str, torch.Tensor]
 
     def on_fit_start(self) -> None:
-        """Trains at the threshold that the routers are trained at, wherever the knob of a saved model stood.
+        """Resets a calibrated model to the threshold that its routers were trained at.
 
         Raises:
             UserError: If a sparsity to measure at is given, or the model is quantised or is to be.
@@ -40,7 +40,7 @@ class StepLosses(MeasuredModule):
         set_sparsity(self.net, None)
 
     def on_validation_start(self) -> None:
-        """Turns the knob of a calibrated model, where it is validated by itself."""
+        """Sets the sparsity of a calibrated model in ``validate``; a fit validates at its own."""
         if self.trainer.state.fn == "validate":
             self.turn_knob()
 

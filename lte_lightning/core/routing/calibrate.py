@@ -28,7 +28,7 @@ def calibrate(
 ) -> None:
     """Calibrates the selectors on training rows, as their ``calibration`` says; ``none`` changes nothing.
 
-    Levels are set on the activations of the sparse model: each layer's level behind layers that are already sparse, and
+    Levels are set on the activations of the sparse model: each layer's level after layers that are already sparse, and
     a common level by the sparsity of the whole model. Levels from the dense model would miss the target sparsity,
     because sparse layers change the activations of later layers. TEAL's levels and fixed choices come from the dense
     model all the same, as their authors define them.

@@ -1,4 +1,4 @@
-"""The two losses that LTE adds to the task's loss in its first stage, in float32.
+"""The two losses that LTE adds to the task's loss in the router stage (stage 1 of the paper), in float32.
 
 Source: equations 4 and 5 of the paper, arXiv 2402.06126 (cited in full in ``lte_lightning/selection/router.py``).
 """
@@ -15,7 +15,7 @@ def efficiency_loss(scores: Sequence[torch.Tensor], weights_L: torch.Tensor | No
 
     Args:
         scores: One tensor [N, E] per layer: the scores of the N real tokens.
-        weights_L: Factor of each layer's mean, for a batch that is only a part of the optimizer step's tokens.
+        weights_L: Weights per layer, with which the batches of an optimizer step add up to the mean over its tokens.
 
     Returns:
         A scalar in [0, 1]: the mean over layers of the mean over tokens and experts.

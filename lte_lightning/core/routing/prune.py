@@ -22,7 +22,7 @@ Batch = tuple[Callable[[], object], tuple[torch.Tensor, ...]]
 def prune(model: PreTrainedModel, batches: Sequence[Batch]) -> None:
     """Sets the least important weights to 0, in place, as the model's selectors choose (`Selector.least_important`).
 
-    Layers are pruned one after the other, each by its inputs behind pruned layers, as Wanda's authors do.
+    Layers are pruned one after the other, each by its inputs after pruned layers, as Wanda's authors do.
 
     Args:
         model: A converted model; its mode is ``dense`` afterwards.
