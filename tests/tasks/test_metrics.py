@@ -61,7 +61,7 @@ def test_metrics_of_numbers(name):
     ("name", "regression", "complaint"),
     [
         ("f1_makro", None, r"unknown metric 'f1_makro' \(do you mean 'f1_macro'\?\)"),
-        ("pearson", False, "unknown metric of classes 'pearson'"),
+        ("pearson", False, "unknown classification metric 'pearson'"),
         ("f1", True, r"unknown regression metric 'f1'.*pearson, spearman"),
     ],
 )
