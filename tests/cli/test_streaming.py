@@ -125,7 +125,7 @@ def test_epochs_of_a_given_length(tiny_lm, lightning, tmp_path):
         ({}, "the router stage is to last epochs, but a stream of rows never ends; give stages.router.steps"),
         ({"trainer.limit_train_batches": 0.5}, "limit_train_batches is 0.5, a share of an endless stream"),
         ({"trainer.limit_train_batches": 0}, "limit_train_batches 0 leaves none"),
-        ({"data.init_args.holdout": 0.1}, "holdout is 0.1, but nobody knows how many rows a stream has"),
+        ({"data.init_args.holdout": 0.1}, "holdout is 0.1, but a stream has no known number of rows"),
     ],
 )
 def test_refused(options, message, tiny_lm, lightning, tmp_path):
