@@ -295,6 +295,6 @@ def test_other_refusals(tmp_path, make_lm_tokenizer, monkeypatch):
         patch.setitem(sys.modules, "gguf", None)
         refused(r'need the package gguf: pip install "lte-lightning\[export\]"', build())
     file.write_text("mine")
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="exists already"):
         write_gguf(build(), tokenizer, file)
     assert file.read_text() == "mine"

@@ -89,7 +89,10 @@ def test_without_a_budget_nothing_is_resolved():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"target_flops": 0.5, "target_sparsity": 0.8}, "target_sparsity 0.8 and target_flops 0.5 each set the sparsity"),
+        (
+            {"target_flops": 0.5, "target_sparsity": 0.8},
+            "target_sparsity 0.8 and target_flops 0.5 each set the sparsity",
+        ),
         ({"target_flops": 0.5, "target_bytes": 0.5}, "target_flops 0.5 and target_bytes 0.5 each set the sparsity"),
         ({"target_flops": 1.5}, "target_flops is 1.5; it is a share of the dense model's flops"),
         ({"target_bytes": 0.0}, "target_bytes is 0.0; it is a share"),
