@@ -46,7 +46,7 @@ def without_bars() -> Iterator[None]:
             warnings.simplefilter("ignore")
             if shown:
                 hf_logging.enable_progress_bar()
-            if hub_hides:
-                hub.disable_progress_bars()
+            # transformers switches the hub's bars with its own, which may have differed
+            (hub.disable_progress_bars if hub_hides else hub.enable_progress_bars)()
             if not datasets_hides:
                 datasets.enable_progress_bars()

@@ -25,7 +25,7 @@ COMMANDS = {
     "sweep": ("lte_lightning.cli.sweep", "run many fits: a grid, a list or a search, over several seeds"),
     "report": ("lte_lightning.cli.report", "draw a page of what sweeps and runs found"),
     "generate": ("lte_lightning.cli.generate", "let a language model write, and see its speed and sparsity"),
-    "calibrate": ("lte_lightning.cli.calibrate", "store thresholds, to choose a saved model's sparsity at inference"),
+    "calibrate": ("lte_lightning.cli.calibrate", "store thresholds, to choose the sparsity at inference"),
     "context": ("lte_lightning.cli.context", "measure copying and retrieval in long contexts"),
     "curve": ("lte_lightning.cli.curve", "draw a calibrated model's quality and speed"),
     "bench": ("lte_lightning.cli.bench", "time FFNs and models with experts skipped, against dense"),

@@ -166,7 +166,10 @@ def test_what_is_charged(build):
     [
         ({"target_sparsity": 0.5, "wanda_pattern": "2:4"}, "are for 'wanda', not for selector 'kla'"),
         ({"target_sparsity": 0.5, "wanda_scope": "layers"}, "are for 'wanda', not for selector 'kla'"),
-        ({"selector": "wanda", "target_sparsity": 0.8, "wanda_pattern": "2:4"}, "target_sparsity is 0.8; set it to"),
+        (
+            {"selector": "wanda", "target_sparsity": 0.8, "wanda_pattern": "2:4"},
+            "target_sparsity is 0.8; set target_sparsity to 0.5",
+        ),
         ({"selector": "wanda"}, "needs the share of the weights that shall not run"),
         ({"selector": "teal", "target_sparsity": 0.5}, r"single neurons; set expert_size to 1 \(it is 32\)"),
     ],
