@@ -27,7 +27,6 @@ if "HF_DATASETS_CACHE" not in os.environ:
     os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="lte-datasets-")
     atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
-import huggingface_hub.utils as hub
 import hypothesis
 import lightning.pytorch  # noqa: F401 - see below
 import numpy as np
@@ -112,7 +111,6 @@ class Terminal(io.StringIO):
 def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
     monkeypatch.delenv("TQDM_DISABLE", raising=False)
     monkeypatch.setenv("COLUMNS", "100")
-    hub.enable_progress_bars()  # `lte export` and `lte generate` switch them off for their whole process
     return Terminal()
 
 

@@ -40,8 +40,6 @@ def export(
     Raises:
         UserError: If an option has an invalid value, a package is missing, or the format cannot represent the model.
     """
-    from transformers.utils import logging as hf_logging
-
     from lte_lightning.core.model.checkpoint import from_pretrained
     from lte_lightning.core.model.convert import restore
     from lte_lightning.core.model.folder import find_model, read_description
@@ -50,8 +48,8 @@ def export(
     from lte_lightning.export.dense import write_dense
     from lte_lightning.export.gguf import write_gguf
     from lte_lightning.export.staging import require_free
+    from lte_lightning.quiet import without_bars
 
-    hf_logging.disable_progress_bar()
     source = find_model(folder)
     description = read_description(source)
     if to != "gguf" and dtype != "auto":
@@ -59,24 +57,25 @@ def export(
     base = Path(source) if Path(source).is_dir() else Path(Path(source).name)
     file = out or base.with_name(f"{base.resolve().name}{'.gguf' if to == 'gguf' else f'-{to}'}")
     require_free(file)
-    if to == "openvino-sparse":
-        from lte_lightning.export.extension import LIBRARY, write_openvino_sparse
+    with without_bars():
+        if to == "openvino-sparse":
+            from lte_lightning.export.extension import LIBRARY, write_openvino_sparse
 
-        write_openvino_sparse(from_pretrained(source, backend="cpu", dtype="float32"), source, file)
-        print(f"{to}: the selected experts in bfloat16; load {LIBRARY} with Core().add_extension", file=sys.stderr)
-    elif to in ("onnx", "openvino"):
-        from lte_lightning.export.graph import write_onnx, write_openvino
+            write_openvino_sparse(from_pretrained(source, backend="cpu", dtype="float32"), source, file)
+            print(f"{to}: the selected experts in bfloat16; load {LIBRARY} with Core().add_extension", file=sys.stderr)
+        elif to in ("onnx", "openvino"):
+            from lte_lightning.export.graph import write_onnx, write_openvino
 
-        model = from_pretrained(source, backend="dense-mask", dtype="float32")
-        (write_onnx if to == "onnx" else write_openvino)(model, source, file)
-        print(f"{to}: the function of mode {description['mode']}, by masks; float32", file=sys.stderr)
-    else:
-        model = restore(from_pretrained(source, backend="dense-mask").eval())
-        note = "dense: every neuron of the FFNs runs"
-        if to == "gguf":
-            context = write_gguf(model, load_tokenizer(source, generates=True), file, dtype)
-            note = f"gguf: every neuron of the FFNs runs, on texts of up to {context} tokens"
+            model = from_pretrained(source, backend="dense-mask", dtype="float32")
+            (write_onnx if to == "onnx" else write_openvino)(model, source, file)
+            print(f"{to}: the function of mode {description['mode']}, by masks; float32", file=sys.stderr)
         else:
-            write_dense(model, description, source, file)
-        print(note, file=sys.stderr)
+            model = restore(from_pretrained(source, backend="dense-mask").eval())
+            note = "dense: every neuron of the FFNs runs"
+            if to == "gguf":
+                context = write_gguf(model, load_tokenizer(source, generates=True), file, dtype)
+                note = f"gguf: every neuron of the FFNs runs, on texts of up to {context} tokens"
+            else:
+                write_dense(model, description, source, file)
+            print(note, file=sys.stderr)
     print(file)

@@ -31,6 +31,7 @@ from lte_lightning.core.routing.sparsity import Counts
 from lte_lightning.core.routing.trace import RouterTrace
 from lte_lightning.errors import UserError, meant_path
 from lte_lightning.kernels.dispatch import Backend
+from lte_lightning.quiet import without_bars
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Source:
     mode: str | None
     quantized: str | None = None
 
+    @without_bars()
     def load(
         self, backend: Backend, dtype: torch.dtype | str, device: torch.device, quantize: Quantization | None = None
     ) -> PreTrainedModel:
@@ -86,7 +88,6 @@ def find_source(folder: str) -> Source:
         UserError: If there is no such model, or it does not continue text.
     """
     hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
     name = find_model(folder)
     try:
         config = AutoConfig.from_pretrained(name)

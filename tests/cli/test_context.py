@@ -4,12 +4,14 @@ import csv
 import re
 import shutil
 
+import huggingface_hub.utils as hub
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lte_lightning
 from lte_lightning.bench.context import TASKS, Words, make_rows, measure
+from lte_lightning.cli import main
 from lte_lightning.core.model.experts import expert_ffns
 from lte_lightning.core.model.folder import read_description
 from lte_lightning.core.model.thresholds import Setting, ThresholdTable, write_table
@@ -140,6 +142,15 @@ def test_a_plain_model_and_one_without_a_sparsity(folders, lightning, tmp_path):
     assert "(nan)" in plain.out  # of one row there is no error
     own = lightning(tmp_path, None, "context", folders / "sparse", *options)
     assert "sparse: FFN sparsity" in own.out
+
+
+def test_a_bar_on_a_terminal(folders, terminal):
+    """Loading a model hides the libraries' bars, and no longer than that."""
+    with terminal.attached():
+        main(["context", str(folders / "plain"), "--tokens", "40", "--rows", "1", "--tasks", "copy"])
+    assert re.search(r"\rmeasuring: +0%\|", terminal.getvalue())
+    assert "Loading" not in terminal.getvalue()
+    assert not hub.are_progress_bars_disabled()
 
 
 @pytest.mark.parametrize(

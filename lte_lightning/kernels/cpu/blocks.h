@@ -157,16 +157,6 @@ NOT_INLINED void add_blocks(const uint8_t* w, const bf16* scale, int64_t groups,
         for (int i = 0; i < RN * PARTS; i++) store(to[t] + i * W, sums[t][i / PARTS][i % PARTS]);
 }
 
-template <int N> using constant = std::integral_constant<int, N>;
-
-// Calls body with MOST, 4, 2 or 1 of the numbers at a time.
-template <int MOST, class Body> void at_a_time(int64_t begin, int64_t end, const Body& body) {
-    for (; begin + MOST <= end; begin += MOST) body(begin, constant<MOST>());
-    if (begin + 4 <= end) body(begin, constant<4>()), begin += 4;
-    if (begin + 2 <= end) body(begin, constant<2>()), begin += 2;
-    if (begin < end) body(begin, constant<1>());
-}
-
 // Calls body(token, block, tokens at once, blocks at once) for all tokens and blocks. Few tokens: each block comes from
 // memory once, and meets all tokens. Many: a stripe of blocks stays in the second-level cache, and a tile's tokens meet
 // all of it, so that their outputs are written in order.

@@ -54,14 +54,6 @@ void axpy(const T* rows, const T* next, int64_t D, int64_t columns, const float*
             for (int r = 0; r < R; r++) acc[t][c] += h[t][r] * widen(rows[r * D + c]);
 }
 
-// Calls body with 4, 2 or 1 of the pairs at a time. A token's arithmetic is the same in each case.
-template <class Body> void few_at_a_time(int64_t begin, int64_t end, const Body& body) {
-    int64_t p = begin;
-    for (; p + 4 <= end; p += 4) body(p, std::integral_constant<int, 4>());
-    for (; p + 2 <= end; p += 2) body(p, std::integral_constant<int, 2>());
-    for (; p < end; p++) body(p, std::integral_constant<int, 1>());
-}
-
 template <class T> void few(const Ffn<T>& f) {
     const int64_t D = f.D, S = f.S, pairs = f.first[f.E];
     float* const x = scratch<0, float>(f.N * D);
@@ -80,7 +72,7 @@ template <class T> void few(const Ffn<T>& f) {
             const int64_t rows = std::min<int64_t>(FEW_ROWS, S - s), after = slab + 1 < end ? row_of(slab + 1) : row;
             for (int64_t r = 0; r < rows; r++) {
                 int64_t next = r + 1 < rows ? row + r + 1 : after;
-                few_at_a_time(f.first[e], f.first[e + 1], [&](int64_t p, auto tokens) {
+                at_a_time<4>(f.first[e], f.first[e + 1], [&](int64_t p, auto tokens) {
                     constexpr int TN = decltype(tokens)::value;
                     const float* xs[TN];
                     float *up[TN], *gate[TN];
@@ -114,7 +106,7 @@ template <class T> void few(const Ffn<T>& f) {
             const int64_t e = f.active[i], row = e * S, after = i + 1 < f.active.size() ? f.active[i + 1] * S : row;
             auto add = [&](auto row_count, int64_t s, int64_t next) {
                 constexpr int R = decltype(row_count)::value;
-                few_at_a_time(f.first[e], f.first[e + 1], [&](int64_t p, auto tokens) {
+                at_a_time<4>(f.first[e], f.first[e + 1], [&](int64_t p, auto tokens) {
                     constexpr int TN = decltype(tokens)::value;
                     const float* hs[TN];
                     float* accs[TN];

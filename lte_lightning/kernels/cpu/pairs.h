@@ -6,6 +6,16 @@ namespace {
 
 inline int64_t up_to(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 
+template <int N> using constant = std::integral_constant<int, N>;
+
+// Calls body with MOST, 4, 2 or 1 of the numbers at a time. The arithmetic of each is the same in every case.
+template <int MOST, class Body> void at_a_time(int64_t begin, int64_t end, const Body& body) {
+    for (; begin + MOST <= end; begin += MOST) body(begin, constant<MOST>());
+    if (begin + 4 <= end) body(begin, constant<4>()), begin += 4;
+    if (begin + 2 <= end) body(begin, constant<2>()), begin += 2;
+    if (begin < end) body(begin, constant<1>());
+}
+
 template <class T> struct Ffn {
     int64_t N, D, E, S;
     int activation, threads;
