@@ -13,21 +13,21 @@ from lte_lightning.lazy import on_first_use
 
 if TYPE_CHECKING:
     from lte_lightning.core.model.backend import set_backend
-    from lte_lightning.core.model.checkpoint import from_pretrained, register
     from lte_lightning.core.model.config import LteConfig
     from lte_lightning.core.model.convert import convert, restore
     from lte_lightning.core.model.decoding import fused_decoding
     from lte_lightning.core.model.experts import set_mode
+    from lte_lightning.core.model.loading import from_pretrained, register
     from lte_lightning.core.model.quantize import quantize
     from lte_lightning.core.model.saving import save_pretrained
     from lte_lightning.core.model.thresholds import set_sparsity
     from lte_lightning.core.routing.trace import RouterTrace
-    from lte_lightning.kernels.rows import equal_rows
+    from lte_lightning.kernels.equal_rows import equal_rows
 else:
     __getattr__, __dir__ = on_first_use(
         __name__,
         {
-            "core.model.checkpoint": ["from_pretrained", "register"],
+            "core.model.loading": ["from_pretrained", "register"],
             "core.model.config": ["LteConfig"],
             "core.model.convert": ["convert", "restore"],
             "core.model.backend": ["set_backend"],
@@ -37,7 +37,7 @@ else:
             "core.model.saving": ["save_pretrained"],
             "core.model.thresholds": ["set_sparsity"],
             "core.routing.trace": ["RouterTrace"],
-            "kernels.rows": ["equal_rows"],
+            "kernels.equal_rows": ["equal_rows"],
         },
     )
 

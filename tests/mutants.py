@@ -21,8 +21,8 @@ TARGETS = {
     "core/routing/trace.py": ["core/routing/test_trace.py", "core/routing/test_union.py"],
     "core/model/grouping.py": ["core/model/test_grouping.py"],
     "core/model/storage.py": ["core/model/test_storage.py", "core/model/test_skipping.py"],
-    "core/model/checkpoint.py": [
-        *(f"core/model/test_{name}.py" for name in ("checkpoint", "damage", "register", "quantize")),
+    "core/model/loading.py": [
+        *(f"core/model/test_{name}.py" for name in ("loading", "damage", "register", "quantize")),
         "core/routing/test_knob.py",
     ],
     "core/model/digest.py": ["core/model/test_damage.py"],

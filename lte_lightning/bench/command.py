@@ -5,12 +5,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lte_lightning.bench.words import SPARSITIES, check_files, numbers, one_of, read_tokens
+from lte_lightning.bench.option_values import SPARSITIES, check_files, numbers, one_of, read_tokens
 from lte_lightning.errors import UserError
 
 if TYPE_CHECKING:
     from lte_lightning.bench.compare import Judges
-    from lte_lightning.bench.timing import Timing
+    from lte_lightning.bench.timing_row import Timing
 
 
 def main(args: Sequence[str] | None = None, judges: "Judges | None" = None) -> int:

@@ -15,7 +15,7 @@ from transformers import DynamicCache
 from lte_lightning.bench.machine import Clock, clock_on
 from lte_lightning.bench.rivals import GATHERING, Rival, with_dense_down
 from lte_lightning.bench.subject import Subject, dense_blocks
-from lte_lightning.bench.timing import Timing
+from lte_lightning.bench.timing_row import Timing
 from lte_lightning.core.model.backend import set_backend
 from lte_lightning.core.model.experts import ExpertFfn
 from lte_lightning.core.model.parts import Projection, find_layers

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from lte_lightning.bench.context import Score
-from lte_lightning.bench.timing import Timing
+from lte_lightning.bench.timing_row import Timing
 from lte_lightning.files import whole_file
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from lte_lightning.bench.context import CHANCE, Score
 from lte_lightning.bench.output import counted
-from lte_lightning.bench.timing import Timing
+from lte_lightning.bench.timing_row import Timing
 from lte_lightning.files import whole_file
 
 COLUMNS = 4  # panels side by side; more are not legible

@@ -9,10 +9,10 @@ from lte_lightning.bench.decoding import WAYS
 from lte_lightning.bench.engines import find_engines
 from lte_lightning.bench.keeping import begin_mlflow, write
 from lte_lightning.bench.machine import find_backend, find_device, pinned
+from lte_lightning.bench.option_values import check_files, numbers, one_of, read_tokens
 from lte_lightning.bench.output import named, say_where
 from lte_lightning.bench.rates import RATES_FILE, Rate, draw_rates
 from lte_lightning.bench.whole import TYPES
-from lte_lightning.bench.words import check_files, numbers, one_of, read_tokens
 from lte_lightning.core.model.quantize import QUANTIZATIONS
 from lte_lightning.errors import UserError
 

@@ -14,11 +14,11 @@ from transformers import AutoModel, LlamaConfig, PreTrainedConfig, PreTrainedMod
 
 from lte_lightning.bench.machine import cache_bytes, moved
 from lte_lightning.core.model.backend import set_backend
-from lte_lightning.core.model.checkpoint import from_pretrained, is_lte, read_lte_config
 from lte_lightning.core.model.config import LteConfig
 from lte_lightning.core.model.convert import convert, restore
 from lte_lightning.core.model.experts import ExpertFfn, expert_ffns, set_mode
 from lte_lightning.core.model.families import FAMILIES, find_row
+from lte_lightning.core.model.loading import from_pretrained, is_lte, read_lte_config
 from lte_lightning.core.model.parts import find_layers, find_parts
 from lte_lightning.core.model.prepared import prepare, route
 from lte_lightning.errors import UserError

@@ -22,10 +22,10 @@ from lte_lightning.bench.decoding import sparse_twin
 from lte_lightning.bench.machine import moved
 from lte_lightning.bench.subject import SHAPES
 from lte_lightning.core.model.backend import set_backend
-from lte_lightning.core.model.checkpoint import from_pretrained
 from lte_lightning.core.model.convert import restore
 from lte_lightning.core.model.families import FAMILIES
 from lte_lightning.core.model.folder import find, find_model, is_lte, read_description, said_of
+from lte_lightning.core.model.loading import from_pretrained
 from lte_lightning.core.model.quantize import QUANTIZATIONS
 from lte_lightning.errors import UserError, meant
 from lte_lightning.export.graph import Graph

@@ -13,18 +13,18 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from lte_lightning.callbacks.handover import hand_over, rewrap
 from lte_lightning.callbacks.module import lte_module
 from lte_lightning.callbacks.plan import Epoch, StagePlan, batches_per_pass, lay_out, require_same
 from lte_lightning.callbacks.resumed import KnowsReplaced, check_settings, settings
 from lte_lightning.callbacks.strategy import NAME, ShardedStrategy
-from lte_lightning.callbacks.switching import hand_over, rewrap
 from lte_lightning.core.model.convert import lte_config, selector_parameters
 from lte_lightning.core.routing.observe import imitates, learns
 from lte_lightning.errors import UserError
 from lte_lightning.tasks.accumulation import StepLoader
 from lte_lightning.tasks.base import LteModule
-from lte_lightning.tasks.baselines import check_baseline
 from lte_lightning.tasks.evaluation import STAGES, Stage
+from lte_lightning.tasks.selector_training import check_baseline
 from lte_lightning.trainer import declared
 
 

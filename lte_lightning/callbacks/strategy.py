@@ -13,7 +13,7 @@ from lte_lightning.callbacks.sharded_checkpoint import read_folder, write_folder
 from lte_lightning.core.model.exact import is_part, is_sharded
 from lte_lightning.core.model.sharding import part_like, reshard, shard
 from lte_lightning.errors import UserError
-from lte_lightning.tasks.pace import KeepPace
+from lte_lightning.tasks.equal_batches import KeepPace
 from lte_lightning.trainer import declared
 
 NAME = "fsdp2"

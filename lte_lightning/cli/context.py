@@ -57,10 +57,10 @@ def context(
     """
     from lte_lightning.bench.context import SHORTEST, TASKS, Words, compare
     from lte_lightning.bench.machine import find_device
+    from lte_lightning.bench.option_values import check_files
     from lte_lightning.bench.output import write_table
-    from lte_lightning.bench.words import check_files
     from lte_lightning.cli.calibrate import read_sparsities
-    from lte_lightning.cli.writing import find_source
+    from lte_lightning.cli.write_text import find_source
     from lte_lightning.data.text import load_tokenizer
 
     for option, value in (("--rows", rows), ("--batch-size", batch_size)):

@@ -14,9 +14,9 @@ from lte_lightning.bench.machine import clock_on
 from lte_lightning.bench.measure import Timer, interleave, timed
 from lte_lightning.cli.rows import Rows
 from lte_lightning.core.accounting.cost import GFLOP
-from lte_lightning.core.model.checkpoint import from_pretrained
 from lte_lightning.core.model.convert import restore
 from lte_lightning.core.model.experts import set_mode
+from lte_lightning.core.model.loading import from_pretrained
 from lte_lightning.core.model.thresholds import set_sparsity
 from lte_lightning.files import whole_file
 from lte_lightning.recording.latency import ROUNDS, decode, forward, row_batches, run_dtype, tokens_of

@@ -40,9 +40,9 @@ def export(
     Raises:
         UserError: If an option has an invalid value, a package is missing, or the format cannot represent the model.
     """
-    from lte_lightning.core.model.checkpoint import from_pretrained
     from lte_lightning.core.model.convert import restore
     from lte_lightning.core.model.folder import find_model, read_description
+    from lte_lightning.core.model.loading import from_pretrained
     from lte_lightning.data.text import load_tokenizer
     from lte_lightning.errors import UserError
     from lte_lightning.export.dense import write_dense

@@ -67,7 +67,7 @@ def generate(
 
     from lte_lightning.bench.machine import find_backend, find_device
     from lte_lightning.cli.cost_tables import DTYPES
-    from lte_lightning.cli.writing import choose_tokens, encode, find_source, used_sparsity, write
+    from lte_lightning.cli.write_text import choose_tokens, encode, find_source, used_sparsity, write
     from lte_lightning.core.model.convert import restore
     from lte_lightning.core.model.decoding import fused_decoding
     from lte_lightning.core.model.experts import set_mode

@@ -42,7 +42,7 @@ def init(
         text: Column of the text to classify, or of running text. By default the one with the longest texts.
         label: Column of the classes. By default one with a name such as label or stars, or with few values.
     """
-    from lte_lightning.cli.look import look
+    from lte_lightning.cli.inspect_data import look
     from lte_lightning.errors import UserError
 
     file = Path(folder) / "config.yaml"

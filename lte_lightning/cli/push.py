@@ -46,9 +46,9 @@ def push(
     from huggingface_hub.errors import HFValidationError, HTTPError
     from huggingface_hub.utils import validate_repo_id
 
-    from lte_lightning.core.model.checkpoint import from_pretrained
     from lte_lightning.core.model.folder import find_saved
     from lte_lightning.core.model.hub import push_folder, store_folder
+    from lte_lightning.core.model.loading import from_pretrained
 
     try:
         validate_repo_id(repository)

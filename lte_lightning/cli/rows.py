@@ -16,8 +16,8 @@ from lte_lightning.core.model.folder import find_saved, read_description
 from lte_lightning.core.routing.prune import Batch
 from lte_lightning.errors import UserError, meant_path
 from lte_lightning.tasks.base import LteModule
-from lte_lightning.tasks.baselines import sampled
 from lte_lightning.tasks.classification import Classification
+from lte_lightning.tasks.selector_training import sampled
 
 
 @dataclass(frozen=True)

@@ -26,10 +26,10 @@ from lte_lightning.callbacks import (
 )
 from lte_lightning.choices import options_by_name
 from lte_lightning.cli import refuse
-from lte_lightning.cli.damaged import guard_checkpoints, reading
+from lte_lightning.cli.checkpoint_errors import guard_checkpoints, reading
 from lte_lightning.cli.guard import MODE, guard_configurations
-from lte_lightning.cli.parser import LteParser
-from lte_lightning.cli.unused import Given, check_given
+from lte_lightning.cli.ineffective_options import Given, check_given
+from lte_lightning.cli.option_errors import LteParser
 from lte_lightning.errors import UserError, meant_path
 from lte_lightning.files import SHARDED, is_checkpoint, write_text
 from lte_lightning.quiet import without_bars

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from lte_lightning.core.model.checkpoint import from_pretrained
 from lte_lightning.core.model.folder import CONFIG_FILE
 from lte_lightning.core.model.head import classifies
+from lte_lightning.core.model.loading import from_pretrained
 from lte_lightning.errors import UserError
 from lte_lightning.quiet import without_remarks
 

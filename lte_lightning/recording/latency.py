@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 
 from lte_lightning.bench.machine import clock_on, moved
 from lte_lightning.bench.measure import Timer, interleave, timed
-from lte_lightning.core.model.checkpoint import from_pretrained
 from lte_lightning.core.model.convert import restore
 from lte_lightning.core.model.experts import set_mode
+from lte_lightning.core.model.loading import from_pretrained
 from lte_lightning.kernels.dispatch import Backend
 from lte_lightning.trainer import declared
 

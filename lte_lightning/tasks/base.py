@@ -19,12 +19,18 @@ from lte_lightning.core.routing.prune import hold_zeros
 from lte_lightning.data.packaged import resolve
 from lte_lightning.errors import UserError
 from lte_lightning.kernels.dispatch import Backend
-from lte_lightning.tasks.baselines import activations_to_group_by, imitate, in_one, prepare_choice, start_in_closed_form
 from lte_lightning.tasks.control import SparsityControl
 from lte_lightning.tasks.distillation import Distillation
 from lte_lightning.tasks.evaluation import Stage
-from lte_lightning.tasks.loading import check_checkpoint, give_experts, load
 from lte_lightning.tasks.router_loss import RouterLosses
+from lte_lightning.tasks.selector_training import (
+    activations_to_group_by,
+    imitate,
+    in_one,
+    prepare_choice,
+    start_in_closed_form,
+)
+from lte_lightning.tasks.starting_model import check_checkpoint, give_experts, load
 
 
 class LteModule(RouterLosses):

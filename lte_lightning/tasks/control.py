@@ -9,8 +9,8 @@ from lte_lightning.core.model.experts import expert_ffns
 from lte_lightning.core.routing.control import controlled, distances, follow, histogram, quantiles, wanted_sparsity
 from lte_lightning.core.routing.trace import RouterTrace
 from lte_lightning.errors import UserError
-from lte_lightning.tasks.baselines import settle
 from lte_lightning.tasks.evaluation import MeasuredModule, Stage
+from lte_lightning.tasks.selector_training import settle
 
 RATES: dict[Stage, float] = {"router": 0.7, "expert": 0.05}
 """Share of the distance to the target that a step corrects: large while routers learn, small once they are frozen."""

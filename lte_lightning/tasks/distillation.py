@@ -14,7 +14,7 @@ from lte_lightning.core.model.sharding import reshard, shard, whole_state
 from lte_lightning.core.model.swap import plain
 from lte_lightning.data.packaged import resolve
 from lte_lightning.errors import UserError
-from lte_lightning.tasks.loading import load
+from lte_lightning.tasks.starting_model import load
 
 
 def divergence(student_NC: torch.Tensor, teacher_NC: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,7 @@ from lte_lightning.core.routing.trace import RouterTrace
 from lte_lightning.errors import UserError
 from lte_lightning.kernels.dispatch import Backend
 from lte_lightning.results import json_value
-from lte_lightning.tasks.draws import RowDraws
+from lte_lightning.tasks.bootstrap import RowDraws
 from lte_lightning.tasks.sparsity_meter import SparsityMeter
 
 Stage = Literal["dense", "router", "expert"]

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from lte_lightning.core.model.checkpoint import from_pretrained
+from lte_lightning.core.model.loading import from_pretrained
 from lte_lightning.errors import UserError, meant
 
 

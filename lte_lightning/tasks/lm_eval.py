@@ -15,8 +15,8 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils_hf import get_dtype
 
-from lte_lightning.core.model.checkpoint import from_pretrained
 from lte_lightning.core.model.folder import find_model
+from lte_lightning.core.model.loading import from_pretrained
 from lte_lightning.errors import UserError
 
 # Of lm_eval's model `hf`: what would load another model than the saved one, or share it out

@@ -25,7 +25,7 @@ from lte_lightning.bench import machine, main, output
 from lte_lightning.bench.measure import bound, interleave, measure, timed
 from lte_lightning.bench.rivals import executed_width, index_select, make_rivals, masked, with_dense_down
 from lte_lightning.bench.subject import SHAPES, ForcedSelector, Subject, dense_blocks, make_subject
-from lte_lightning.bench.timing import COLUMNS
+from lte_lightning.bench.timing_row import COLUMNS
 from lte_lightning.core.model.experts import expert_ffns
 from lte_lightning.errors import UserError
 from lte_lightning.kernels.cpu import ffn as cpu_ffn

@@ -8,8 +8,8 @@ from torch.nn import functional
 from transformers import BertTokenizerFast
 
 from lte_lightning.core.accounting.cost import flops_per_token
-from lte_lightning.core.model.checkpoint import from_pretrained
 from lte_lightning.core.model.experts import expert_ffns, set_mode
+from lte_lightning.core.model.loading import from_pretrained
 
 LEARNED = ("d2dmoe", "dejavu", "moefication")
 

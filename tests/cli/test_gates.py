@@ -4,7 +4,7 @@ import pytest
 from safetensors.torch import load_file
 
 from lte_lightning.core.accounting.cost import flops_per_token
-from lte_lightning.core.model.checkpoint import from_pretrained
+from lte_lightning.core.model.loading import from_pretrained
 from lte_lightning.tasks import Classification
 
 GATES = {name: {"expert_size": 8, "selector": name, "target_sparsity": 0.5} for name in ("softmax", "sigmamoe")}

@@ -31,7 +31,7 @@ from transformers import BertConfig, BertForSequenceClassification, BertTokenize
 import lte_lightning
 from lte_lightning.callbacks import StagePlan, StageSchedule
 from lte_lightning.cli.check import check_commands
-from lte_lightning.cli.damaged import guard_checkpoints
+from lte_lightning.cli.checkpoint_errors import guard_checkpoints
 from lte_lightning.core.model.folder import read_lte_config
 from lte_lightning.data import ClassificationData, GenerationData, GlueData, InstructData, LanguageModelData, MmluData
 from lte_lightning.errors import UserError

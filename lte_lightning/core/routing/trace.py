@@ -1,4 +1,4 @@
-"""Router statistics of one forward pass."""
+"""Records the router scores of forward passes, and counts the experts that run."""
 
 from types import TracebackType
 from typing import Self

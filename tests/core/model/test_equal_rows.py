@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lte_lightning import LteConfig, convert, equal_rows, quantize, set_backend, set_mode
-from lte_lightning.kernels.rows import _SPLIT
+from lte_lightning.kernels.equal_rows import _SPLIT
 
 FAMILIES = (
     *(("bert", "classification"), ("deberta-v2", "classification"), ("modernbert", "classification")),

@@ -20,11 +20,11 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from lte_lightning.bench.machine import moved
-from lte_lightning.core.model.checkpoint import from_pretrained
 from lte_lightning.core.model.checks import listed, require_finite
 from lte_lightning.core.model.experts import expert_ffns
 from lte_lightning.core.model.families import FAMILIES
 from lte_lightning.core.model.folder import find_model, is_lte, read_description, read_lte_config
+from lte_lightning.core.model.loading import from_pretrained
 from lte_lightning.core.model.quantize import Quantization
 from lte_lightning.core.model.quantize_plain import quantize_plain
 from lte_lightning.core.routing.sparsity import Counts

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForCondition
 
 from lte_lightning.core.model.head import IGNORED
 from lte_lightning.tasks import Generation
-from lte_lightning.tasks.draws import DRAWS, RowDraws
+from lte_lightning.tasks.bootstrap import DRAWS, RowDraws
 from lte_lightning.tasks.language_model import Perplexity
 from lte_lightning.tasks.metrics import ClassMetric
 

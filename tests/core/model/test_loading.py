@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelF
 
 from lte_lightning import LteConfig, convert, from_pretrained, save_pretrained, set_mode
 from lte_lightning.core.model import saving
-from lte_lightning.core.model.checkpoint import LayoutError, is_lte, read_description
 from lte_lightning.core.model.experts import MODES, expert_ffns
+from lte_lightning.core.model.loading import LayoutError, is_lte, read_description
 from lte_lightning.errors import UserError
 
 CONFIG = LteConfig(16, "kmeans", threshold=0.55, seed=3)

@@ -26,8 +26,8 @@ from lte_lightning.core.routing.start import start_routers
 from lte_lightning.errors import UserError
 from lte_lightning.results import json_value
 from lte_lightning.selection import SELECTORS
+from lte_lightning.tasks.equal_batches import lacking
 from lte_lightning.tasks.evaluation import MeasuredModule, Stage
-from lte_lightning.tasks.pace import lacking
 from lte_lightning.trainer import declared
 
 T = TypeVar("T")

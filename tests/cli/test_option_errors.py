@@ -1,6 +1,6 @@
 import pytest
 
-from lte_lightning.cli.parser import explain
+from lte_lightning.cli.option_errors import explain
 
 UNION = """Parser key "model":
   Does not validate against any of the Union subtypes

@@ -12,7 +12,7 @@ from transformers import (
 import lte_lightning
 from lte_lightning.core.model.experts import expert_ffns
 from lte_lightning.errors import UserError
-from lte_lightning.tasks.loading import load
+from lte_lightning.tasks.starting_model import load
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Getting a model with experts, from a plain one or from one that an earlier run has saved."""
+"""The model that a fit starts from: a plain one that is converted, or one that an earlier run has saved."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,13 +13,13 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
 from lte_lightning.core.accounting.budget import meet_budget
-from lte_lightning.core.model.checkpoint import from_pretrained
 from lte_lightning.core.model.checks import listed, require_complete, require_finite, require_sound_routers
 from lte_lightning.core.model.config import LteConfig
 from lte_lightning.core.model.convert import convert, lte_config, restore
 from lte_lightning.core.model.exact import is_sharded
 from lte_lightning.core.model.experts import expert_ffns
 from lte_lightning.core.model.folder import find_model, is_lte, read_description
+from lte_lightning.core.model.loading import from_pretrained
 from lte_lightning.core.model.names import plain_names
 from lte_lightning.errors import UserError
 from lte_lightning.quiet import without_bars

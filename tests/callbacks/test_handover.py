@@ -5,7 +5,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lte_lightning import LteConfig, convert
-from lte_lightning.callbacks.switching import hand_over
+from lte_lightning.callbacks.handover import hand_over
 from lte_lightning.core.model.convert import group_experts, selector_parameters
 from lte_lightning.core.model.experts import expert_ffns
 
