@@ -19,17 +19,11 @@ from lte_lightning.core.routing.prune import hold_zeros
 from lte_lightning.data.packaged import resolve
 from lte_lightning.errors import UserError
 from lte_lightning.kernels.dispatch import Backend
+from lte_lightning.tasks import selector_training
 from lte_lightning.tasks.control import SparsityControl
 from lte_lightning.tasks.distillation import Distillation
 from lte_lightning.tasks.evaluation import Stage
 from lte_lightning.tasks.router_loss import RouterLosses
-from lte_lightning.tasks.selector_training import (
-    activations_to_group_by,
-    imitate,
-    in_one,
-    prepare_choice,
-    start_in_closed_form,
-)
 from lte_lightning.tasks.starting_model import check_checkpoint, give_experts, load
 
 
@@ -201,17 +195,19 @@ class LteModule(RouterLosses):
         self._distillation.enter(self, stage)
         groupings: list[Grouping] = []
         if self.stage == "dense" and stage != "dense":
-            activations = activations_to_group_by(self)
-            groupings = group_experts(self.net, self.trainer.is_global_zero, activations, partial(in_one, self))
+            activations = selector_training.activations_to_group_by(self)
+            groupings = group_experts(
+                self.net, self.trainer.is_global_zero, activations, partial(selector_training.in_one, self)
+            )
             if groupings:
                 inertia, chance = sum(g.inertia for g in groupings), sum(g.random_inertia for g in groupings)
                 self.measured["grouping"] = {"inertia": inertia, "random_inertia": chance}
                 rank_zero_info(f"experts grouped: inertia {inertia:.1f}, {100 * inertia / chance:.1f} % of chance's")
             if self.hparams["router_start"] == "closed-form":
-                start_in_closed_form(self, stage)
+                selector_training.start_in_closed_form(self, stage)
         previous, self.stage = self.stage, stage
         if stage == "expert" and previous != "expert":
-            prepare_choice(self)
+            selector_training.prepare_choice(self)
         self.apply_stage()
         return [grouping.permutation_F for grouping in groupings]
 
@@ -281,7 +277,7 @@ class LteModule(RouterLosses):
         self.control.begin(self)
         task_weight, token_weights = self.batch_weights(batch, batch_idx)
         if self.stage == "router" and imitates(self.net):
-            loss = imitate(self, batch, token_weights)
+            loss = selector_training.imitate(self, batch, token_weights)
         elif not (self.routers_learn or self.control.applies(self)):
             loss = self._task_loss(batch, task_weight)
         else:
