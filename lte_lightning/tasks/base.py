@@ -170,11 +170,8 @@ class LteModule(RouterLosses):
         """Loads the model and gives it experts; its weights are grouped only when the router stage begins."""
         if self.is_loaded:
             return
-        changes = {
-            key: self.hparams[key]
-            for key in ("activation", "layers", "from_scratch")
-            if self.hparams.get(key) is not None
-        }
+        names = ("activation", "layers", "from_scratch")
+        changes = {name: self.hparams[name] for name in names if self.hparams.get(name) is not None}
         self.net, about = load(
             self.auto_class, self.source, self.model_arguments(), self.lte, self.hparams["seed"], **changes
         )
