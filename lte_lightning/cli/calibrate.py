@@ -57,7 +57,7 @@ def calibrate(
     from lte_lightning.core.model.folder import read_description
     from lte_lightning.core.model.thresholds import THRESHOLDS_FILE, write_table
     from lte_lightning.core.routing.knob import LAYERS, find_thresholds, require_knob
-    from lte_lightning.core.routing.observe import enough
+    from lte_lightning.core.routing.observe import take_tokens
 
     if layers not in LAYERS:
         raise UserError(f"--layers is {layers!r}; there are {', '.join(LAYERS)}")
@@ -65,7 +65,7 @@ def calibrate(
     net = rows.module.net
     require_knob(net)
     with torch.no_grad(), rows.computing():
-        calibrated = find_thresholds(net, list(enough(rows.calibration(), tokens)), wanted, layers, progress=True)
+        calibrated = find_thresholds(net, list(take_tokens(rows.calibration(), tokens)), wanted, layers, progress=True)
     write_table(replace(calibrated, rows=rows.source), rows.folder, read_description(rows.folder))
     table = Table(title=f"{calibrated.tokens} tokens, layers {layers}")
     for name in ("sparsity", "reached", "least layer", "most layer"):

@@ -63,10 +63,10 @@ def fit_costs(
     """
     if context < 1:
         raise UserError("a fit has texts of at least one token: leave --context out, or give their length")
-    each = batch_size * machines.devices
+    texts_per_step = batch_size * machines.devices
 
     def figures(cost: StageCost) -> dict[str, Any]:
-        steps = None if texts is None else -(-texts // each)
+        steps = None if texts is None else -(-texts // texts_per_step)
         memory = cost.memory
         return {
             **asdict(memory),
@@ -78,17 +78,17 @@ def fit_costs(
             "hours": None if steps is None or cost.step is None else steps * cost.step / 3600,
         }
 
-    found = {name: stage_costs(model, batch_size, context, precision, name, machines) for name in STRATEGIES}
+    costs = {name: stage_costs(model, batch_size, context, precision, name, machines) for name in STRATEGIES}
     return {
         "devices": machines.devices,
         "gpu": machines.gpu.name,
         "link_gb_per_second": machines.link / 1e9,
         "utilisation": machines.utilisation,
         "precision": precision,
-        "texts_per_step": each,
+        "texts_per_step": texts_per_step,
         "tokens_per_device": batch_size * context,
         "texts": texts,
-        **{name: {stage: figures(cost) for stage, cost in stages.items()} for name, stages in found.items()},
+        **{name: {stage: figures(cost) for stage, cost in stages.items()} for name, stages in costs.items()},
     }
 
 
@@ -104,9 +104,9 @@ def fit_table(costs: dict[str, Any]) -> Table:
     for column in ("strategy", "stage", *names.values(), "s a step", "hours"):
         table.add_column(column, justify="left" if column in ("strategy", "stage") else "right")
     for strategy in STRATEGIES:
-        for stage, found in costs[strategy].items():
-            sizes = [f"{found[name] / GIB:.2f}" for name in names]
-            step, hours = found["seconds_per_step"], found["hours"]
+        for stage, figures in costs[strategy].items():
+            sizes = [f"{figures[name] / GIB:.2f}" for name in names]
+            step, hours = figures["seconds_per_step"], figures["hours"]
             times = ["-" if step is None else f"{step:.3g}", "-" if hours is None else f"{hours:.3g}"]
             table.add_row(strategy, stage, *sizes, *times)
         table.add_section()

@@ -82,24 +82,24 @@ def generate(
     ):
         if value not in known:
             raise UserError(f"unknown {name} {value!r}; there are {', '.join(known)}")
-    runs_on, rounded = find_backend(backend), next((each for each in QUANTIZATIONS if each == quantize), None)
+    kernels, quantization = find_backend(backend), next((each for each in QUANTIZATIONS if each == quantize), None)
     source = find_source(folder)
     kind = quantize or source.quantized
-    where = find_device("cpu" if kind and device == "auto" else device)
-    if kind and where.type != "cpu":
+    target = find_device("cpu" if kind and device == "auto" else device)
+    if kind and target.type != "cpu":
         remedy = "leave one of them out" if quantize else "leave --device out"
         raise UserError(f"--device is {device}, and {kind} weights run on a CPU only; {remedy}")
     skips = source.mode not in (None, "dense")
-    chosen = {"--backend": backend != "auto", "--dense": dense, "--sparsity": sparsity is not None}
-    for option, is_given in chosen.items():
+    for_experts = {"--backend": backend != "auto", "--dense": dense, "--sparsity": sparsity is not None}
+    for option, is_given in for_experts.items():
         if is_given and not skips:
             state = "a plain model" if source.mode is None else "saved in mode dense"
             raise UserError(f"{option} is for models that select experts, and {folder} is {state}; leave it out")
     tokenizer = load_tokenizer(source.name, generates=True)
-    inputs = encode(source, tokenizer, _read(prompt), chat, max_new_tokens).to(where)
+    inputs = encode(source, tokenizer, _read(prompt), chat, max_new_tokens).to(target)
     if threads:
         torch.set_num_threads(threads)
-    model = source.load(runs_on, DTYPES.get(dtype, "auto"), where, rounded)
+    model = source.load(kernels, DTYPES.get(dtype, "auto"), target, quantization)
     if sparsity is not None:
         set_sparsity(model, sparsity)
     choose_tokens(model, tokenizer, temperature)
@@ -108,11 +108,11 @@ def generate(
         print(f"{source.name} {state}: every neuron of its FFNs runs", file=sys.stderr)
     with nullcontext() if why_not_fused(model) else fused_decoding(model):
         ids_BT, text = write(model, tokenizer, inputs, max_new_tokens)
-    share = source.mode or "dense"
-    if share == "hard":
-        share = f"FFN sparsity {100 * used_sparsity(model, inputs, ids_BT):.1f} %"
-    share += f", {kind}" if kind else ""
-    print(f"{text}, {share}", file=sys.stderr)
+    summary = source.mode or "dense"
+    if summary == "hard":
+        summary = f"FFN sparsity {100 * used_sparsity(model, inputs, ids_BT):.1f} %"
+    summary += f", {kind}" if kind else ""
+    print(f"{text}, {summary}", file=sys.stderr)
     if dense:
         if kind:  # its dense weights are gone
             set_mode(model, "dense")

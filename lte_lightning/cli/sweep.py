@@ -31,7 +31,7 @@ from lte_lightning.sweep.tracking import Tracker
 
 
 @dataclass
-class Asked:
+class SweepOptions:
     """Runs the fits of a sweep file that are not done yet, each as one `lightning fit` of its own.
 
     Args:
@@ -64,16 +64,16 @@ def main(args: list[str]) -> None:
     Raises:
         UserError: If something is wrong with the sweep, or a point failed.
     """
-    mine, extra = _split(args)
-    asked: Asked = call(Asked, "lte sweep", mine, positional="sweep")
-    sweep = read_sweep(resolve(asked.sweep, SWEEPS), extra, _seeds(asked.seeds))
-    folder = SweepFolder(asked.folder or Path("runs") / f"sweep-{sweep.path.stem}")
+    own_words, extra = _split(args)
+    given: SweepOptions = call(SweepOptions, "lte sweep", own_words, positional="sweep")
+    sweep = read_sweep(resolve(given.sweep, SWEEPS), extra, _seeds(given.seeds))
+    folder = SweepFolder(given.folder or Path("runs") / f"sweep-{sweep.path.stem}")
     sweep = recognise(sweep, folder)
-    points = _chosen(sweep.points(), asked.only)
-    if asked.dry_run:
+    points = _chosen(sweep.points(), given.only)
+    if given.dry_run:
         return _show(sweep, folder, points)
     signal.signal(signal.SIGTERM, _terminated)
-    runner = _runner(asked)
+    runner = _runner(given)
     recording = check(sweep, folder, points)
     with folder.hold(sweep, words=["lte", "sweep", *args]):
         folder.plan(_all_points(sweep, folder)[0])
@@ -102,9 +102,9 @@ def main(args: list[str]) -> None:
 
 def _all_points(sweep: Sweep, folder: SweepFolder) -> tuple[list[Point], int]:
     """Returns all points of a sweep, chosen now or not, with trials; and how many other fits there are."""
-    mine = sweep.points()
-    remembered, others = Known(folder, sweep).others(mine)
-    return mine + remembered, others
+    own_points = sweep.points()
+    remembered, others = Known(folder, sweep).others(own_points)
+    return own_points + remembered, others
 
 
 def _write(sweep: Sweep, folder: SweepFolder, trials: Trials | None, draw: bool) -> list[Path]:
@@ -168,21 +168,21 @@ def _seeds(text: str | None) -> list[int] | None:
 
 def _split(args: list[str]) -> tuple[list[str], dict[str, Any]]:
     """Splits this command's words from options of every fit, ``--key value`` or ``--key=value`` with a dot."""
-    mine: list[str] = []
+    own_words: list[str] = []
     extra: dict[str, Any] = {}
     rest = list(args)
     while rest:
         word = rest.pop(0)
         key, equals, value = word.partition("=")
         if not key.startswith("--") or "." not in key:
-            mine.append(word)
+            own_words.append(word)
             continue
         if not equals:
             if not rest:
                 raise UserError(f"{key} has no value")
             value = rest.pop(0)
         extra[key.removeprefix("--")] = yaml.safe_load(value) if value in ("true", "false", "null") else value
-    return mine, extra
+    return own_words, extra
 
 
 def _chosen(points: list[Point], only: list[str]) -> list[Point]:
@@ -197,17 +197,17 @@ def _chosen(points: list[Point], only: list[str]) -> list[Point]:
     if lost := [name for name in only if not any(is_called(point, name) for point in candidates)]:
         known = sorted({point.variant or point.name for point in candidates})
         raise UserError(f"no point is called {' or '.join(lost)}; there are {', '.join(known)}")
-    mine = [point for point in candidates if any(is_called(point, name) for name in only)]
-    needed = {name for point in mine for name in point.needs}
-    return [point for point in points if point in mine or point.name in needed]
+    selected = [point for point in candidates if any(is_called(point, name) for name in only)]
+    needed = {name for point in selected for name in point.needs}
+    return [point for point in points if point in selected or point.name in needed]
 
 
-def _runner(asked: Asked) -> Runner:
-    if asked.ray_address is None:
-        return LocalRunner(1 if asked.workers is None else asked.workers)
+def _runner(given: SweepOptions) -> Runner:
+    if given.ray_address is None:
+        return LocalRunner(1 if given.workers is None else given.workers)
     from lte_lightning.sweep.ray import RayRunner
 
-    return RayRunner(asked.ray_address, asked.workers, asked.cpus, asked.gpus)
+    return RayRunner(given.ray_address, given.workers, given.cpus, given.gpus)
 
 
 def _show(sweep: Sweep, folder: SweepFolder, points: list[Point]) -> None:

@@ -169,20 +169,22 @@ class TextData(LightningDataModule):
     def rows(self, role: str) -> list[Dataset]:
         """Returns the checked rows of a role.
 
-        With a single file, every row is predicted. The test takes the held-out rows, or all rows without any.
+        Validation takes held-out rows, or else the validation splits. A test takes these splits if rows are held out
+        beside them; or else a labelled test split; or else what validation takes. A file may be tested whole.
         """
         splits = self._splits
         if role == "train":
             return [self._training_rows()[0]]
-        asked = [column for column in self.columns if column not in self.targets]
+        input_columns = [column for column in self.columns if column not in self.targets]
         if self.is_file and (role == "predict" or (role == "test" and not self.holdout)):
-            return [self.split("train", asked if role == "predict" else None)]
+            return [self.split("train", input_columns if role == "predict" else None)]
         if role == "predict" and (names := [name for name in self.test_splits if name in splits]):
-            return [self.split(name, asked) for name in names]
-        own = self.holdout and not any(name in splits for name in self.validation_splits)
-        if role != "validation" and (own or not self.holdout) and "test" in splits and self.has_targets(splits["test"]):
+            return [self.split(name, input_columns) for name in names]
+        only_held_out = self.holdout and not any(name in splits for name in self.validation_splits)
+        labelled = role != "validation" and "test" in splits and self.has_targets(splits["test"])
+        if labelled and (only_held_out or not self.holdout):
             return [self.split("test")]
-        if own or (self.holdout and role == "validation"):
+        if only_held_out or (self.holdout and role == "validation"):
             if role == "test":
                 share = f"{len(self.held_out())} of {len(splits['train'])}"
                 rank_zero_info(f"testing on held-out rows, {share} of {self.source}; data.holdout 0 tests on all")

@@ -54,17 +54,17 @@ class Labels:
         Args:
             names: The model's classes; None if it names none.
         """
-        known = tuple(names or ())
-        mine = {name.casefold(): i for i, name in enumerate(self.names)}
-        theirs = [name.casefold() for name in known]
-        if not set(mine) <= set(theirs) or len(set(theirs)) < len(theirs):
+        model_names = tuple(names or ())
+        own_index = {name.casefold(): i for i, name in enumerate(self.names)}
+        model_keys = [name.casefold() for name in model_names]
+        if not set(own_index) <= set(model_keys) or len(set(model_keys)) < len(model_keys):
             return self
-        numbers = [mine.get(name) for name in theirs]
+        numbers = [own_index.get(key) for key in model_keys]
         values = tuple(
             _value_like(self.values[0], name) if i is None else self.values[i]
-            for i, name in zip(numbers, known, strict=True)
+            for i, name in zip(numbers, model_names, strict=True)
         )
-        pairs = zip(numbers, known, strict=True)
+        pairs = zip(numbers, model_names, strict=True)
         return Labels(values, tuple(name if i is None else self.names[i] for i, name in pairs))
 
 
@@ -176,6 +176,7 @@ def stratified(labels: Sequence[Any], order: np.ndarray, count: int, where: str)
             f"{where}: {len(single)} of {len(sizes)} classes have one row only ({listed(map(repr, single))}), so "
             "they cannot be in both training and validation: add rows, remove the class, or give a validation file"
         )
+    # The i-th row of a class of n rows is placed at (i + 0.5) / n, so each class is spread evenly from 0 to 1
     seen: Counter[Any] = Counter()
     place = np.zeros(len(order))
     for position, row in enumerate(order):

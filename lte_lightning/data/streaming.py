@@ -72,16 +72,17 @@ class StreamedBatches(TorchStream[list[dict[str, Any]]]):
     def _buffer(self, number: int) -> list[dict[str, Any]]:
         if self._held[0] == number:
             return self._held[1]
-        at = self._held[0] + 1
+        # The rows go on from the held buffer. They are begun anew, at the nearest known mark, if nothing is held yet
+        # (its number is -1), if the held buffer is a later one, or if a known mark is nearer.
+        following = self._held[0] + 1
         nearest = max(known for known in self._marks if known <= number)
-        if at == 0 or not nearest <= at <= number:
-            at = nearest
-            self._next = self._rows(self._marks[at])
-        while at <= number:
+        if following == 0 or not nearest <= following <= number:
+            following = nearest
+            self._next = self._rows(self._marks[following])
+        for current in range(following, number + 1):
             marked = list(islice(self._next, self._size))
-            self._held = (at, [row for _, row in marked])
-            self._marks[at] = marked[0][0]
-            at += 1
+            self._held = (current, [row for _, row in marked])
+            self._marks[current] = marked[0][0]
         return self._held[1]
 
     def state_dict(self) -> dict[str, Any]:

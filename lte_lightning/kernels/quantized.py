@@ -160,7 +160,7 @@ def _round_to_4(w_NG: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     def round_by(scale: torch.Tensor) -> None:
         torch.div(w, scale.masked_fill(scale == 0, 1.0), out=q).round_().clamp_(-8, 7)
 
-    for i in range(TRIES):
+    for i in range(TRIES):  # the largest value becomes -8.5 to -6.5 steps before it is rounded
         round_by((largest / (-8.5 + 2.0 * i / (TRIES - 1))).bfloat16().float())  # the sign lets the largest become -8
         # Find the best scale for these integers, then the best integers for that scale.
         along = torch.mul(w, q, out=product).sum(0, keepdim=True)

@@ -78,18 +78,18 @@ class _Chunk:
 
     def gather(self, x_ND: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
         """Returns a function that fetches rows of the chunk, always into the same memory."""
-        mine, memory = x_ND[self.tokens], x_ND.new_empty(max(self.counts), x_ND.shape[1])
-        return lambda rows: torch.index_select(mine, 0, rows, out=memory[: len(rows)])
+        own_rows, memory = x_ND[self.tokens], x_ND.new_empty(max(self.counts), x_ND.shape[1])
+        return lambda rows: torch.index_select(own_rows, 0, rows, out=memory[: len(rows)])
 
     def add(self, sums_ND: torch.Tensor) -> Callable[[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]], None]:
         """Returns a function that adds products of matrices to rows of the chunk, each row once."""
-        mine, fetch = sums_ND[self.tokens], self.gather(sums_ND)
+        own_rows, fetch = sums_ND[self.tokens], self.gather(sums_ND)
 
         def add(rows: torch.Tensor, products: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
             sums = fetch(rows)
             for left, right in products:
                 _add_product(sums, left, right)
-            mine.index_copy_(0, rows, sums)
+            own_rows.index_copy_(0, rows, sums)
 
         return add
 
@@ -119,12 +119,12 @@ class _Selected(torch.autograd.Function):
             gather, add = chunk.gather(x_ND), chunk.add(out_ND)
             chunk.projected_PS = [x_ND.new_empty(len(chunk.rows_P), up_ESD.shape[1]) for _ in halves]
             for e, pairs, rows in chunk.experts():
-                mine = gather(rows)
+                inputs = gather(rows)
                 for (weight, bias), projected in zip(halves, chunk.projected_PS, strict=True):
                     if bias is None:
-                        torch.mm(mine, weight[e].T, out=projected[pairs])
+                        torch.mm(inputs, weight[e].T, out=projected[pairs])
                     else:
-                        torch.addmm(bias[e], mine, weight[e].T, out=projected[pairs])
+                        torch.addmm(bias[e], inputs, weight[e].T, out=projected[pairs])
             _, hidden_PS = hidden_activations(activation, *chunk.projected_PS)
             for e, pairs, rows in chunk.experts():
                 add(rows, [(hidden_PS[pairs], down_ESD[e])])
@@ -154,39 +154,42 @@ class _Selected(torch.autograd.Function):
         ]
 
         def compute(share: int) -> None:
-            *by_halves, by_down = totals[share]
+            *grad_halves, grad_down = totals[share]  # of up: weight, bias; of gate: weight, bias
             for chunk in ctx.chunks[share::threads]:
                 gather, gather_grad = chunk.gather(x_ND), chunk.gather(grad_ND)
                 with torch.enable_grad():
                     leaves = [projected.detach().requires_grad_() for projected in chunk.projected_PS]
                     _, hidden_PS = hidden_activations(ctx.activation, *leaves)
-                by_hidden_PS = torch.empty_like(hidden_PS)
+                grad_hidden_PS = torch.empty_like(hidden_PS)
                 for e, pairs, rows in chunk.experts():
-                    theirs = gather_grad(rows)
-                    torch.mm(theirs, down_ESD[e].T, out=by_hidden_PS[pairs])
-                    if by_down is not None:
-                        _add_product(by_down[e], hidden_PS.detach()[pairs].T, theirs)
-                by_projected = torch.autograd.grad(hidden_PS, leaves, by_hidden_PS)
-                del hidden_PS, leaves, by_hidden_PS
+                    grads = gather_grad(rows)
+                    torch.mm(grads, down_ESD[e].T, out=grad_hidden_PS[pairs])
+                    if grad_down is not None:
+                        _add_product(grad_down[e], hidden_PS.detach()[pairs].T, grads)
+                grads_projected = torch.autograd.grad(hidden_PS, leaves, grad_hidden_PS)
+                del hidden_PS, leaves, grad_hidden_PS
                 add = None if in_ND is None else chunk.add(in_ND)
                 for e, pairs, rows in chunk.experts():
-                    mine = gather(rows)
-                    for i, by in enumerate(by_projected):
-                        by_weight, by_bias = by_halves[2 * i : 2 * i + 2]
-                        if by_weight is not None:
-                            _add_product(by_weight[e], by[pairs].T, mine)
-                        if by_bias is not None:
-                            by_bias[e] += by[pairs].sum(dim=0)
+                    inputs = gather(rows)
+                    for i, grad in enumerate(grads_projected):
+                        grad_weight, grad_bias = grad_halves[2 * i : 2 * i + 2]
+                        if grad_weight is not None:
+                            _add_product(grad_weight[e], grad[pairs].T, inputs)
+                        if grad_bias is not None:
+                            grad_bias[e] += grad[pairs].sum(dim=0)
                     if add is not None:
-                        add(rows, [(by[pairs], weight[e]) for by, weight in zip(by_projected, halves, strict=True)])
+                        add(
+                            rows,
+                            [(grad[pairs], weight[e]) for grad, weight in zip(grads_projected, halves, strict=True)],
+                        )
 
         _on_all_threads(compute, range(threads))
         for others in totals[1:]:
             for total, other in zip(totals[0], others, strict=True):
                 if total is not None:
                     total += other
-        grads = [None if tensor is None else tensor.to(x_ND.dtype) for tensor in (in_ND, *totals[0])]
-        return (grads[0], None, None, *grads[1:])
+        results = [None if tensor is None else tensor.to(x_ND.dtype) for tensor in (in_ND, *totals[0])]
+        return (results[0], None, None, *results[1:])
 
 
 def _sums(dtype: torch.dtype) -> torch.dtype:

@@ -9,7 +9,7 @@ Lte = dict[str, Any]  # what lte_config.json says under "lte", and under "select
 # What the paper and its successors compare: a report says which of them it lacks. Experts of one neuron and of several
 # may be two methods
 _OURS = [kind for kind in SELECTORS.values() if kind.__module__.startswith("lte_lightning.")]
-RIVALS = tuple(dict.fromkeys(name for kind in _OURS for size in (1, 2) if (name := kind.rival(size))))
+RIVALS = tuple(dict.fromkeys(name for kind in _OURS for size in (1, 2) if (name := kind.name_if_missing(size))))
 
 
 def describe(lte: Lte) -> Description:

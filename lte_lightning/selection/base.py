@@ -25,7 +25,7 @@ _PROMISED = {
     ("learns", "balance"): ("balance_loss",),
     ("calibration", "dense"): ("sample", "calibrate"),
     ("calibration", "sequential"): ("sample", "calibrate"),
-    ("calibration", "common"): ("set_level",),
+    ("calibration", "common"): ("set_common_level",),
     ("calibration", "pruning"): ("prune_scope", "least_important", "weights_left", "set_density"),
 }
 
@@ -52,8 +52,9 @@ class Selector(nn.Module):
         balance_weight: Weight of the balance loss.
         calibration: How it is calibrated on training rows when the expert stage begins: not at all (``none``); on the
             ``dense`` model's activations; layer after layer, on inputs of calibrated layers (``sequential``); by one
-            level for all layers (``common``, see `set_level`); by ``pruning`` weights (see `least_important`); or as in
-            training, by shifting the logits to the target (``control``, see `raise_logits`).
+            threshold for all layers (``common``, see `set_common_level`); by ``pruning`` weights (see
+            `least_important`); or as in training, by shifting the logits to the target (``control``, see
+            `raise_logits`).
     """
 
     label: ClassVar[str] = ""
@@ -74,12 +75,12 @@ class Selector(nn.Module):
     # What it is
 
     @classmethod
-    def called(cls, expert_size: int | None, target_sparsity: float | None) -> str:
+    def display_name(cls, expert_size: int | None, target_sparsity: float | None) -> str:
         """Returns the label, which may depend on how the method is used; unknown arguments are None."""
         return cls.label or cls.__name__
 
     @classmethod
-    def rival(cls, expert_size: int | None) -> str:
+    def name_if_missing(cls, expert_size: int | None) -> str:
         """Returns the name under which a report lists the method as missing; "" if it is never listed."""
         return cls.label
 
@@ -87,9 +88,9 @@ class Selector(nn.Module):
     def describe(cls, expert_size: int | None, target_sparsity: float | None) -> Description:
         """Returns the description that a report reads."""
         return Description(
-            label=cls.called(expert_size, target_sparsity),
+            label=cls.display_name(expert_size, target_sparsity),
             caveat=cls.caveat,
-            rival=cls.rival(expert_size),
+            rival=cls.name_if_missing(expert_size),
             learns_with_task=cls.learns_with_task(),
             scales=cls.scales,
             graded=cls.graded,
@@ -103,8 +104,8 @@ class Selector(nn.Module):
         return cls.learns in ("efficiency", "balance")
 
     @classmethod
-    def lacking(cls) -> list[str]:
-        """Returns the methods that the class must define and does not."""
+    def missing_methods(cls) -> list[str]:
+        """Returns the methods that the class must define and does not: they are still those of `Selector`."""
         needed = ["forward", "flops_per_token", "make"]
         for (attribute, value), methods in _PROMISED.items():
             needed += methods if getattr(cls, attribute) == value else ()
@@ -178,13 +179,13 @@ class Selector(nn.Module):
         """
         return None
 
-    def thin(self, x_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def sparsify_input(self, x_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the input of gate and up projection in hard mode; TEAL sets a part of it to 0."""
         return x_BTD, x_BTD
 
     # What it costs
 
-    def used(self, x_BTD: torch.Tensor, scores_BTE: torch.Tensor) -> torch.Tensor | None:
+    def weight_share(self, x_BTD: torch.Tensor, scores_BTE: torch.Tensor) -> torch.Tensor | None:
         """Returns the share of the FFN's weights that each token uses, [B, T, 1], float32.
 
         None if that is the share of the experts that run, as for every selection of experts.
@@ -252,9 +253,9 @@ class Selector(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} must define calibrate")
 
-    def set_level(self, level: float) -> None:
+    def set_common_level(self, level: float) -> None:
         """Sets the level, between 0 and 1, that all layers share; for ``common``. A higher one runs fewer experts."""
-        raise NotImplementedError(f"{type(self).__name__} must define set_level")
+        raise NotImplementedError(f"{type(self).__name__} must define set_common_level")
 
     # How it prunes
 

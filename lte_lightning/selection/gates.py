@@ -30,9 +30,9 @@ class Gates(Ranking):
         return functional.linear(x, self.weight.to(x.dtype)).float()
 
     @classmethod
-    def lacking(cls) -> list[str]:
+    def missing_methods(cls) -> list[str]:
         """Returns the methods that the class must define and does not."""
-        return super().lacking() + [
+        return super().missing_methods() + [
             name for name in ("importance", "gate") if getattr(cls, name) is getattr(Gates, name)
         ]
 

@@ -21,11 +21,11 @@ class KeepLargest(Magnitude):
     reads = "hidden"
 
     @classmethod
-    def called(cls, expert_size: int | None, target_sparsity: float | None) -> str:
+    def display_name(cls, expert_size: int | None, target_sparsity: float | None) -> str:
         """Returns the label; with experts of several neurons, that of MoEfication's ground truth."""
         return cls.label if expert_size in (1, None) else "MoEfication, ground truth (oracle)"
 
     @classmethod
-    def rival(cls, expert_size: int | None) -> str:
+    def name_if_missing(cls, expert_size: int | None) -> str:
         """Returns the name of the method for this expert size."""
         return "KLA of single neurons" if expert_size in (1, None) else "MoEfication's ground truth"

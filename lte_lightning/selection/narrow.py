@@ -17,7 +17,7 @@ class Narrow(Magnitude):
     reads = "hidden"
 
     @classmethod
-    def called(cls, expert_size: int | None, target_sparsity: float | None) -> str:
+    def display_name(cls, expert_size: int | None, target_sparsity: float | None) -> str:
         """Returns the label; at sparsity 0 it is the dense model, trained as long as the others."""
         if target_sparsity == 0:
             return "dense, trained on"

@@ -17,7 +17,7 @@ class NoExperts(Ranking):
     no_target = "without experts it is 1"
 
     @classmethod
-    def rival(cls, expert_size: int | None) -> str:
+    def name_if_missing(cls, expert_size: int | None) -> str:
         """Returns "": the floor is no method, and a report asks for it by itself."""
         return ""
 

@@ -50,10 +50,10 @@ class Ranking(Selector):
             self.register_buffer("chosen_E", torch.ones(shape.experts))
 
     @classmethod
-    def lacking(cls) -> list[str]:
+    def missing_methods(cls) -> list[str]:
         """Returns the methods that the class must define and does not."""
         ranks = cls.forward is Ranking.forward and cls.importance is Ranking.importance
-        return super().lacking() + ["importance"] * ranks
+        return super().missing_methods() + ["importance"] * ranks
 
     @classmethod
     def make(cls, shape: FfnShape, options: Options, generator: torch.Generator | None) -> Selector:
@@ -117,7 +117,7 @@ class Ranking(Selector):
         elif self.rule == "level":
             self.level.fill_(level_of(sample.flatten().sort().values, self.sparsity))
 
-    def set_level(self, level: float) -> None:
+    def set_common_level(self, level: float) -> None:
         """Sets the level that all layers share."""
         self.level.fill_(level)
 

@@ -105,5 +105,5 @@ def _check(name: str, kind: type[Selector]) -> None:
                 f"selector {name!r}: {attribute} is {getattr(kind, attribute)!r}; there are "
                 f"{', '.join(get_args(values))}"
             )
-    if lacking := kind.lacking():
-        raise UserError(f"selector {name!r}: {kind.__name__} must define {', '.join(lacking)}")
+    if missing := kind.missing_methods():
+        raise UserError(f"selector {name!r}: {kind.__name__} must define {', '.join(missing)}")

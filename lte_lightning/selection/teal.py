@@ -52,13 +52,13 @@ class Teal(Magnitude):
         self.matrices = 3 if shape.gated else 2  # gate if there is one, up, down
         self.register_buffer("input_levels", torch.full((self.matrices - 1,), -torch.inf))
 
-    def thin(self, x_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def sparsify_input(self, x_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the input of gate and up projection, with 0 for the channels that are left out."""
         size_BTD = x_BTD.abs().float()
         kept = [x_BTD.masked_fill(size_BTD <= level, 0.0) for level in self.input_levels]
         return kept[0], kept[-1]
 
-    def used(self, x_BTD: torch.Tensor, scores_BTE: torch.Tensor) -> torch.Tensor:
+    def weight_share(self, x_BTD: torch.Tensor, scores_BTE: torch.Tensor) -> torch.Tensor:
         """Returns the share of inputs that a matrix reads, a mean over the matrices, [B, T, 1]."""
         size_BTD = x_BTD.abs().float()
         shares = [(size_BTD > level).float().mean(-1, keepdim=True) for level in self.input_levels]

@@ -95,7 +95,7 @@ class Wanda(Ranking):
         """Returns ones of shape [B, T, E], float32."""
         return torch.ones((*inputs.shape[:-1], self.shape.experts), dtype=torch.float32, device=inputs.device)
 
-    def used(self, x_BTD: torch.Tensor, scores_BTE: torch.Tensor) -> torch.Tensor:
+    def weight_share(self, x_BTD: torch.Tensor, scores_BTE: torch.Tensor) -> torch.Tensor:
         """Returns the share of weights that is left, [B, T, 1]."""
         return self.density.float().expand(*scores_BTE.shape[:-1], 1)
 

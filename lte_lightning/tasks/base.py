@@ -194,7 +194,7 @@ class LteModule(RouterLosses):
         if self.stage == "dense" and stage != "dense":
             activations = selector_training.activations_to_group_by(self)
             groupings = group_experts(
-                self.net, self.trainer.is_global_zero, activations, partial(selector_training.in_one, self)
+                self.net, self.trainer.is_global_zero, activations, partial(selector_training.on_first_process, self)
             )
             if groupings:
                 inertia, chance = sum(g.inertia for g in groupings), sum(g.random_inertia for g in groupings)
@@ -204,7 +204,7 @@ class LteModule(RouterLosses):
                 selector_training.start_in_closed_form(self, stage)
         previous, self.stage = self.stage, stage
         if stage == "expert" and previous != "expert":
-            selector_training.prepare_choice(self)
+            selector_training.calibrate_and_measure(self)
         self.apply_stage()
         return [grouping.permutation_F for grouping in groupings]
 
@@ -257,13 +257,13 @@ class LteModule(RouterLosses):
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Holds the target sparsity, once the optimizer has stepped."""
         if self.ends_step(batch_idx):
-            self.control.step(self)
+            self.control.shift_biases(self)
 
     def on_validation_start(self) -> None:
         """Brings the sparsity to the target before an epoch of the expert stage is measured."""
         super().on_validation_start()
         if self.trainer.state.fn == "fit":
-            self.control.settle(self)
+            self.control.reach_target(self)
 
     def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
         """Returns the stage's loss: the task's, with equation 6's two terms or a balance loss where routers learn.
@@ -271,7 +271,7 @@ class LteModule(RouterLosses):
         A baseline's predictors learn by themselves in the router stage. All are means over the rows or tokens of the
         whole optimizer step, in all of its batches and on all devices.
         """
-        self.control.begin(self)
+        self.control.draw_sparsity(self)
         task_weight, token_weights = self.batch_weights(batch, batch_idx)
         if self.stage == "router" and imitates(self.net):
             loss = selector_training.imitate(self, batch, token_weights)
@@ -283,7 +283,7 @@ class LteModule(RouterLosses):
             if self.routers_learn:
                 loss = loss + self._router_loss(trace, token_weights)
             if self.control.applies(self):
-                self.control.see(self, trace)
+                self.control.add_batch(self, trace)
         self.note("loss", loss)
         self.log_step(batch_idx)
         self._require_finite(loss, "training")

@@ -6,11 +6,18 @@ import torch
 
 from lte_lightning.core.model.convert import lte_config
 from lte_lightning.core.model.experts import expert_ffns
-from lte_lightning.core.routing.control import controlled, distances, follow, histogram, quantiles, wanted_sparsity
+from lte_lightning.core.routing.control import (
+    clamped_gaps,
+    controlled,
+    histogram,
+    quantiles,
+    shift_logits,
+    wanted_sparsity,
+)
 from lte_lightning.core.routing.trace import RouterTrace
 from lte_lightning.errors import UserError
 from lte_lightning.tasks.evaluation import MeasuredModule, Stage
-from lte_lightning.tasks.selector_training import settle
+from lte_lightning.tasks.selector_training import shift_to_target
 
 RATES: dict[Stage, float] = {"router": 0.7, "expert": 0.05}
 """Share of the distance to the target that a step corrects: large while routers learn, small once they are frozen."""
@@ -47,26 +54,27 @@ class SparsityControl:
         """Says whether the current stage has routers to be held."""
         return module.stage in RATES and controlled(module.net)
 
-    def begin(self, module: MeasuredModule) -> None:
+    def draw_sparsity(self, module: MeasuredModule) -> None:
         """Sets the thresholds of the sparsity that an optimizer step draws, the same on every device."""
         if self.range is None or self._logits_LK is None or module.stage_mode != "hard" or not self.applies(module):
             return
         generator = torch.Generator().manual_seed(module.hparams["seed"] * 1_000_003 + module.global_step)
         low, high = self.range
         sparsity = low + (high - low) * float(torch.rand((), generator=generator))
+        # The threshold lies between those of the two grid points around the sparsity
         place = (sparsity - GRID[0]) / (GRID[1] - GRID[0])
         below = min(int(place), len(GRID) - 2)
         logits_L = self._logits_LK[:, below].lerp(self._logits_LK[:, below + 1], place - below)
         for ffn, threshold in zip(expert_ffns(module.net).values(), logits_L.sigmoid().tolist(), strict=True):
             ffn.threshold = threshold
 
-    def see(self, module: MeasuredModule, trace: RouterTrace) -> None:
+    def add_batch(self, module: MeasuredModule, trace: RouterTrace) -> None:
         """Takes in what the routers decided on a batch."""
         counts_LH = histogram(module.net, trace)
         self._seen = counts_LH if self._seen is None else self._seen + counts_LH
         module.log("train/sparsity", trace.sparsity())
 
-    def step(self, module: MeasuredModule) -> None:
+    def shift_biases(self, module: MeasuredModule) -> None:
         """Moves the biases by what a step's batches say on all devices."""
         if self._seen is None:
             return
@@ -74,20 +82,21 @@ class SparsityControl:
         self._seen = None
         progress = module.stage_progress if module.stage == "router" else 1.0
         wanted = wanted_sparsity(lte_config(module.net).target_sparsity or 0.0, progress)
-        moved_L = RATES[module.stage] * distances(module.net, counts_LH, wanted)
-        follow(module.net, moved_L, 1.0)
+        moved_L = RATES[module.stage] * clamped_gaps(module.net, counts_LH, wanted)
+        shift_logits(module.net, moved_L, 1.0)
         if self.range is not None:
             for ffn in expert_ffns(module.net).values():
                 ffn.threshold = ffn.trained_threshold
             now_LK = torch.stack([quantiles(module.net, counts_LH, share) for share in GRID], 1).float()
+            # The logits have moved since they were counted, and so have their quantiles
             before_LK = now_LK.cpu() if self._logits_LK is None else self._logits_LK
             self._logits_LK = before_LK.lerp(now_LK.cpu(), MEMORY) + moved_L.float().cpu().unsqueeze(1)
 
-    def settle(self, module: MeasuredModule) -> None:
+    def reach_target(self, module: MeasuredModule) -> None:
         """Moves the biases until training rows have the target, after an epoch of frozen routers."""
         epoch_ends = module.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
         if module.stage == "expert" and self.applies(module) and epoch_ends and not module.trainer.sanity_checking:
-            moved_L = settle(module)
+            moved_L = shift_to_target(module)
             if self._logits_LK is not None:
                 self._logits_LK = self._logits_LK + moved_L.unsqueeze(1)
 

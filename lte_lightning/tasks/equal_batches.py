@@ -12,7 +12,7 @@ from lte_lightning.errors import UserError
 from lte_lightning.tasks.evaluation import VIEW_MODES, MeasuredModule
 
 
-def lacking(module: MeasuredModule, counts: Sequence[int | float]) -> list[int]:
+def missing_batches(module: MeasuredModule, counts: Sequence[int | float]) -> list[int]:
     """Returns how many batches this process has fewer than the largest, of each loader; 0 without sharded weights.
 
     Args:
@@ -30,17 +30,17 @@ class KeepPace(Callback):
     """Runs the last batch of a loader again, and measures nothing, where another process has more of them."""
 
     def __init__(self) -> None:
-        self._lacking: list[int] = []
+        self._missing: list[int] = []
         self._last: dict[int, Any] = {}
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Asks how many batches the others have."""
         counts = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
-        self._lacking, self._last = lacking(pl_module, counts), {}
+        self._missing, self._last = missing_batches(pl_module, counts), {}
 
     def on_test_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Asks how many batches the others have."""
-        self._lacking, self._last = lacking(pl_module, trainer.num_test_batches), {}
+        self._missing, self._last = missing_batches(pl_module, trainer.num_test_batches), {}
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -53,15 +53,15 @@ class KeepPace(Callback):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Catches up, before the module reads its meters."""
-        self._catch_up(pl_module, len(self._lacking))
+        self._catch_up(pl_module, len(self._missing))
         self._last = {}
 
     on_test_epoch_end = on_validation_epoch_end
 
     def _catch_up(self, module: MeasuredModule, loaders: int) -> None:
         for loader in range(loaders):
-            while self._lacking[loader]:
-                self._lacking[loader] -= 1
+            while self._missing[loader]:
+                self._missing[loader] -= 1
                 if loader not in self._last:
                     raise UserError("there are fewer rows than devices; use fewer devices, or trainer.strategy ddp")
                 for view in (module.test_view,) if module.trainer.testing else module.views:

@@ -12,21 +12,21 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lte_lightning.core.model.convert import groups_by_activation, lte_config
 from lte_lightning.core.model.experts import set_mode
 from lte_lightning.core.routing.calibrate import calibrate, needs_calibration
-from lte_lightning.core.routing.control import controlled, rest, wanted_sparsity
+from lte_lightning.core.routing.control import controlled, shift_to_sparsity, wanted_sparsity
 from lte_lightning.core.routing.observe import (
-    enough,
     imitates,
     imitation_loss,
     learns_with_task,
     neuron_activations,
     selectors,
+    take_tokens,
 )
 from lte_lightning.core.routing.prune import Batch
 from lte_lightning.core.routing.start import start_routers
 from lte_lightning.errors import UserError
 from lte_lightning.results import json_value
 from lte_lightning.selection import SELECTORS
-from lte_lightning.tasks.equal_batches import lacking
+from lte_lightning.tasks.equal_batches import missing_batches
 from lte_lightning.tasks.evaluation import MeasuredModule, Stage
 from lte_lightning.trainer import declared
 
@@ -47,8 +47,8 @@ def check_baseline(module: MeasuredModule, stages: Sequence[Stage]) -> None:
         UserError: If not.
     """
     selector, calibrates = lte_config(module.net).selector, needs_calibration(module.net)
-    alone = calibrates and selectors(module.net)[0].calibrates() != "control"
-    if module.trainer.world_size > 1 and (alone or imitates(module.net)):
+    in_one_process = calibrates and selectors(module.net)[0].calibrates() != "control"
+    if module.trainer.world_size > 1 and (in_one_process or imitates(module.net)):
         raise UserError(f"selector {selector!r} learns and is calibrated in one process; set trainer.devices to 1")
     if module.trainer.world_size > 1 and module.stage == "dense" and groups_by_activation(lte_config(module.net)):
         grouping = lte_config(module.net).grouping
@@ -70,18 +70,18 @@ def check_baseline(module: MeasuredModule, stages: Sequence[Stage]) -> None:
 def _check_training(module: MeasuredModule) -> None:
     """Checks that options of how LTE's routers are trained have routers to train."""
     kind, options = selectors(module.net)[0], module.hparams
-    target, drawn = lte_config(module.net).target_sparsity, options["sparsity_range"]
+    target, sparsity_range = lte_config(module.net).target_sparsity, options["sparsity_range"]
     plain = {"router_training": "soft", "router_start": "random", "detach_router": False}
     changed = [f"{name} {options[name]}" for name, default in plain.items() if options[name] != default]
     if changed and kind.learns != "efficiency":
         selector = lte_config(module.net).selector
         raise UserError(f"selector {selector!r} has none of LTE's routers; leave out: {', '.join(changed)}")
-    if not controlled(module.net) and (drawn is not None or options["router_start"] != "random"):
-        name = "sparsity_range" if drawn is not None else "router_start closed-form"
+    if not controlled(module.net) and (sparsity_range is not None or options["router_start"] != "random"):
+        name = "sparsity_range" if sparsity_range is not None else "router_start closed-form"
         raise UserError(f"{name} needs a sparsity to begin from: set lte.target_sparsity")
-    if drawn is not None and not drawn[0] <= target <= drawn[1]:
+    if sparsity_range is not None and not sparsity_range[0] <= target <= sparsity_range[1]:
         raise UserError(
-            f"sparsity_range {drawn} does not contain target_sparsity {target}, at which the model is measured"
+            f"sparsity_range {sparsity_range} does not contain target_sparsity {target}, at which the model is measured"
         )
 
 
@@ -102,57 +102,58 @@ def activations_to_group_by(module: MeasuredModule) -> list[torch.Tensor] | None
     """Returns what the dense model's neurons do on training rows, if the experts are to be grouped by that."""
     if not groups_by_activation(lte_config(module.net)):
         return None
-    with _looking(module):
-        return neuron_activations(module.net, _runs(module), CALIBRATION_TOKENS)
+    with _evaluating(module):
+        return neuron_activations(module.net, _sampled_runs(module), CALIBRATION_TOKENS)
 
 
-def in_one(module: MeasuredModule, work: Callable[[], T]) -> T:
-    """Does a piece of work in the first process, and returns what it gave in all.
+def on_first_process(module: MeasuredModule, work: Callable[[], T]) -> T:
+    """Does a piece of work in the first process, and returns its result in every process.
 
     Raises:
-        UserError: If it does; in all of them.
+        UserError: In every process, if the work raises one.
     """
-    found: T | None = None
+    result: T | None = None
     why = ""
     if module.trainer.is_global_zero:
         try:
-            found = work()
+            result = work()
         except UserError as error:
             if module.trainer.world_size == 1:
                 raise
             why = str(error)
-    found, why = module.trainer.strategy.broadcast((found, why))
+    result, why = module.trainer.strategy.broadcast((result, why))
     if why:
         raise UserError(why)
-    return found  # type: ignore[return-value]
+    return result  # type: ignore[return-value]
 
 
 def start_in_closed_form(module: MeasuredModule, stage: Stage) -> None:
     """Starts the routers from what the dense model does, at the sparsity that a stage begins with."""
     wanted = lte_config(module.net).target_sparsity or 0.0
     wanted = wanted_sparsity(wanted, 0.0) if stage == "router" else wanted
-    with torch.no_grad(), _looking(module):
+    with torch.no_grad(), _evaluating(module):
         summed = partial(_summed, module)
-        batches = list(enough(_runs(module), START_TOKENS // module.trainer.world_size, summed))
+        batches = list(take_tokens(_sampled_runs(module), START_TOKENS // module.trainer.world_size, summed))
         start_routers(module.net, batches, summed)
         set_mode(module.net, "soft" if stage == "router" and module.router_training == "soft" else "hard")
-        rest(module.net, batches, wanted, summed)
+        shift_to_sparsity(module.net, batches, wanted, summed)
 
 
-def settle(module: MeasuredModule) -> torch.Tensor:
+def shift_to_target(module: MeasuredModule) -> torch.Tensor:
     """Holds a trained model at its target on training rows, as it will be used.
 
     Returns:
         By how much each layer's logits were moved, [L].
     """
     tokens, target = CALIBRATION_TOKENS // module.trainer.world_size, lte_config(module.net).target_sparsity or 0.0
-    with torch.no_grad(), _looking(module):
+    with torch.no_grad(), _evaluating(module):
         summed = partial(_summed, module)
-        return rest(module.net, list(enough(_runs(module), tokens, summed)), target, summed, SETTLING)
+        batches = list(take_tokens(_sampled_runs(module), tokens, summed))
+        return shift_to_sparsity(module.net, batches, target, summed, SETTLING)
 
 
 @contextmanager
-def _looking(module: MeasuredModule) -> Iterator[None]:
+def _evaluating(module: MeasuredModule) -> Iterator[None]:
     """Runs the module in eval mode and in the precision of a validation."""
     was_training = module.training
     module.eval()
@@ -165,7 +166,7 @@ def _summed(module: MeasuredModule, value: torch.Tensor) -> torch.Tensor:
     return module.trainer.strategy.reduce(value, reduce_op="sum")
 
 
-def prepare_choice(module: MeasuredModule) -> None:
+def calibrate_and_measure(module: MeasuredModule) -> None:
     """Calibrates a selector on training rows, and measures it in hard mode before any adaptation.
 
     Does nothing if the selector learned with the task, needs no calibration, and was measured in the router stage.
@@ -174,27 +175,26 @@ def prepare_choice(module: MeasuredModule) -> None:
     if measured and "hard_before" in module.measured:
         return
     loaders = declared(module.trainer).datamodule.val_dataloader() if module.trainer.limit_val_batches else []
-    with torch.no_grad(), _looking(module):
+    with torch.no_grad(), _evaluating(module):
         tokens = CALIBRATION_TOKENS // module.trainer.world_size
-        calibrate(module.net, _runs(module), tokens, partial(_summed, module))
+        calibrate(module.net, _sampled_runs(module), tokens, partial(_summed, module))
         for i, loader in enumerate(loaders if isinstance(loaders, list) else [loaders]):
             limit = module.trainer.limit_val_batches
             count = min(len(loader), limit) if isinstance(limit, int) else int(len(loader) * limit)
-            (missing,) = lacking(module, [count])  # asked first: while one process runs a batch, all do
+            (missing,) = missing_batches(module, [count])  # asked first: while one process runs a batch, all do
             for batch in islice(loader, count):
                 module.measure("hard_before", _moved(module, batch), i)
             for _ in range(missing):  # the last batch again
                 module.run_model(_moved(module, batch))
     module.apply_stage()
     if loaders:
-        found = module.read_meters("hard_before")
-        module.measured["hard_before"] = {key: json_value(value) for key, value in found.items()}
-        rank_zero_info(
-            f"before adaptation: {module.metric_name} {found[module.metric_name]:.4f}, sparsity {found['sparsity']:.4f}"
-        )
+        values = module.read_meters("hard_before")
+        module.measured["hard_before"] = {key: json_value(value) for key, value in values.items()}
+        name, sparsity = module.metric_name, values["sparsity"]
+        rank_zero_info(f"before adaptation: {name} {values[name]:.4f}, sparsity {sparsity:.4f}")
 
 
-def _runs(module: MeasuredModule) -> Iterator[Batch]:
+def _sampled_runs(module: MeasuredModule) -> Iterator[Batch]:
     return sampled(module, declared(module.trainer).datamodule.train_dataloader(), partial(_moved, module))
 
 

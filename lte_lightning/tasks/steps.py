@@ -65,15 +65,16 @@ class StepLosses(MeasuredModule):
         accumulate, devices = self.trainer.accumulate_grad_batches, self.trainer.world_size
         if accumulate == 1 and devices == 1:
             return 1.0, None
-        here = self.amounts(batch)
+        batch_amounts = self.amounts(batch)
         if batch_idx % accumulate == 0:
-            mine = here.clone()  # it is reduced in place
+            step_amounts = batch_amounts.clone()  # it is reduced in place
             if accumulate > 1:
                 loader: Any = self.trainer.train_dataloader  # a StepLoader
-                mine = loader.take(batch_idx // accumulate).to(here.device)
-            self.step_amounts = self.trainer.strategy.reduce(mine, reduce_op="sum")
-        # Lightning divides by the number of batches, DDP by that of devices
-        weights = here * (accumulate * devices) / self.step_amounts
+                step_amounts = loader.take(batch_idx // accumulate).to(batch_amounts.device)
+            self.step_amounts = self.trainer.strategy.reduce(step_amounts, reduce_op="sum")
+        # The step's loss is the sum of loss * batch_amount / step_amount over its batches on all devices. Lightning
+        # divides each by the number of batches, and DDP by that of devices: the factor takes both back.
+        weights = batch_amounts * (accumulate * devices) / self.step_amounts
         return weights[0], weights[1:]
 
     def note(self, name: str, loss: torch.Tensor) -> torch.Tensor:

@@ -83,15 +83,15 @@ def test_d2dmoe_keeps_what_comes_near_the_token_s_largest():
     norms_NE = (torch.relu(x_ND @ d2dmoe.first.T) @ d2dmoe.second.T).abs().detach()
     shares_NE = norms_NE / norms_NE.max(1, keepdim=True).values
     assert bool((d2dmoe(x_ND) == 1).all())  # not calibrated
-    d2dmoe.set_level(0.3)
+    d2dmoe.set_common_level(0.3)
     assert d2dmoe(x_ND).equal((shares_NE >= 0.3).float())
-    d2dmoe.set_level(1.0)  # the authors' tau 0
+    d2dmoe.set_common_level(1.0)  # the authors' tau 0
     assert d2dmoe(x_ND).equal(top(shares_NE, 1))
 
 
 def test_d2dmoe_runs_all_experts_of_a_token_that_it_predicts_nothing_of():
     d2dmoe, x_ND = made("d2dmoe"), given("d2dmoe")
-    d2dmoe.set_level(0.9)
+    d2dmoe.set_common_level(0.9)
     d2dmoe.first.data.zero_()
     assert bool((d2dmoe(x_ND) == 1).all())
 

@@ -15,7 +15,7 @@ def test_a_folder_with_biases_selects_as_it_did(name, tiny_bert, tmp_path):
     model = convert(tiny_bert, LteConfig(8, selector=name, target_sparsity=0.5), progress=False)
     for ffn in expert_ffns(model).values():
         if name == "d2dmoe":
-            ffn.selector.set_level(0.4)
+            ffn.selector.set_common_level(0.4)
     set_mode(model, "hard")
     folder = save_pretrained(model, tmp_path / "saved")
     stored = load_file(folder / "lte_routers.safetensors")

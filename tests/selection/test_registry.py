@@ -83,7 +83,7 @@ class Nothing(Selector):
         ("mine", dict, "must be a subclass of lte_lightning.selection.Selector"),
         ("mine", NoImportance, "NoImportance must define importance"),
         ("mine", NoLoss, "NoLoss must define imitation_loss"),
-        ("mine", Nothing, "Nothing must define forward, flops_per_token, make, balance_loss, set_level"),
+        ("mine", Nothing, "Nothing must define forward, flops_per_token, make, balance_loss, set_common_level"),
         ("mine", Guess, "reads is 'mind'; there are input, gate, hidden"),
     ],
 )

@@ -102,7 +102,7 @@ class ExpertFfn(nn.Module):
             return self._dense(x_BTD)
         prepared = self.prepare(x_BTD)
         thins = self.mode == "hard" and self.selector.reads != "input"
-        given_BTD = self.selector.thin(x_BTD) if thins else (x_BTD, x_BTD)
+        given_BTD = self.selector.sparsify_input(x_BTD) if thins else (x_BTD, x_BTD)
         factor_BTE, hidden_BTF = self._select(x_BTD, given_BTD, prepared.routes)
         if prepared.takes(factor_BTE):
             return prepared.run(x_BTD, factor_BTE)

@@ -8,8 +8,8 @@ from transformers import PreTrainedModel
 
 from lte_lightning.core.model.convert import lte_config
 from lte_lightning.core.model.experts import ExpertFfn, Mode, require_expert_ffns, set_mode
-from lte_lightning.core.routing.control import Reduce, rest
-from lte_lightning.core.routing.observe import enough, selectors, watch
+from lte_lightning.core.routing.control import Reduce, shift_to_sparsity
+from lte_lightning.core.routing.observe import selectors, take_tokens, watch
 from lte_lightning.core.routing.prune import Batch, prune
 from lte_lightning.core.routing.trace import RouterTrace
 from lte_lightning.selection import Activity
@@ -48,7 +48,7 @@ def calibrate(
     }
     way = ways.get(selectors(model)[0].calibrates())
     if way is not None:
-        way(model, list(enough(batches, tokens, reduce)), tokens)
+        way(model, list(take_tokens(batches, tokens, reduce)), tokens)
         set_mode(model, "dense")
 
 
@@ -69,7 +69,7 @@ def _in_turn(model: PreTrainedModel, batches: Sequence[Batch], tokens: int) -> N
 
 def _control(model: PreTrainedModel, batches: Sequence[Batch], reduce: Reduce) -> None:
     set_mode(model, "hard")
-    rest(model, batches, lte_config(model).target_sparsity or 0.0, reduce)
+    shift_to_sparsity(model, batches, lte_config(model).target_sparsity or 0.0, reduce)
 
 
 def _common_level(model: PreTrainedModel, batches: Sequence[Batch], tokens: int) -> None:
@@ -80,7 +80,7 @@ def _common_level(model: PreTrainedModel, batches: Sequence[Batch], tokens: int)
     for _ in range(BISECTIONS):
         level = (low + high) / 2
         for selector in selectors(model):
-            selector.set_level(level)
+            selector.set_common_level(level)
         counts = None
         for run, token_masks_BT in batches:
             with RouterTrace(model, *token_masks_BT) as trace:

@@ -32,7 +32,7 @@ SPAN = 16.0
 BINS = 1 << 15
 """Bins of a histogram: they are 1/1024 wide."""
 ROUNDS = 8
-"""Default limit on the passes of `rest` over its batches."""
+"""Default limit on the passes of `shift_to_sparsity` over its batches."""
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]
 
@@ -100,19 +100,19 @@ def gaps(model: nn.Module, counts_LH: torch.Tensor, sparsity: float) -> torch.Te
     return torch.logit(torch.tensor(tau, dtype=torch.float64)).item() - quantiles(model, counts_LH, sparsity)
 
 
-def distances(model: nn.Module, counts_LH: torch.Tensor, sparsity: float) -> torch.Tensor:
+def clamped_gaps(model: nn.Module, counts_LH: torch.Tensor, sparsity: float) -> torch.Tensor:
     """Returns the gaps for one step, [L], clamped to `LIMIT` either way; the arguments are those of `quantiles`."""
     return gaps(model, counts_LH, sparsity).clamp(-LIMIT, LIMIT)
 
 
-def follow(model: nn.Module, distances_L: torch.Tensor, rate: float) -> None:
+def shift_logits(model: nn.Module, gaps_L: torch.Tensor, rate: float) -> None:
     """Moves every layer's logits by a share, ``rate``, of its distance."""
-    for selector, distance in zip(selectors(model), distances_L, strict=True):
-        selector.raise_logits(rate * distance)
+    for selector, gap in zip(selectors(model), gaps_L, strict=True):
+        selector.raise_logits(rate * gap)
 
 
 @torch.no_grad()
-def rest(
+def shift_to_sparsity(
     model: nn.Module,
     batches: Sequence[Batch],
     sparsity: float,
@@ -143,7 +143,7 @@ def rest(
             counts_LH = here if counts_LH is None else counts_LH + here
         assert counts_LH is not None  # a data module has at least one row
         gaps_L = gaps(model, reduce(counts_LH), sparsity)
-        follow(model, gaps_L, 1.0)
+        shift_logits(model, gaps_L, 1.0)
         moved_L += gaps_L.float().cpu()
         if bool((gaps_L.abs() < 4 * SPAN / BINS).all()):
             break

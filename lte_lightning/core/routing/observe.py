@@ -130,7 +130,7 @@ def neuron_activations(model: nn.Module, batches: Iterator[Batch], tokens: int) 
         seen[id(ffn)].append(activity.hidden_NF.abs().to("cpu", torch.bfloat16))
 
     with torch.no_grad():
-        for run, token_masks_BT in enough(batches, tokens):
+        for run, token_masks_BT in take_tokens(batches, tokens):
             with observe(model, see, *token_masks_BT):
                 run()
     if not all(any(map(len, kept)) for kept in seen.values()):
@@ -138,7 +138,7 @@ def neuron_activations(model: nn.Module, batches: Iterator[Batch], tokens: int) 
     return [torch.cat(kept)[:tokens].T for kept in seen.values()]
 
 
-def enough(
+def take_tokens(
     batches: Iterator[Batch], tokens: int, reduce: Callable[[torch.Tensor], torch.Tensor] = lambda counts: counts
 ) -> Iterator[Batch]:
     """Yields batches until every stack has seen this many tokens; ``reduce`` sums the count over devices."""

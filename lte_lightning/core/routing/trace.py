@@ -92,7 +92,7 @@ class RouterTrace:
             raise UserError(f"the {which} mask has shape {tuple(mask_BT.shape)}, the tokens {tuple(tokens)}")
         # The mask is applied later: gradient checkpointing must repeat the same operations here.
         self._recorded[self._names[id(ffn)]].append(scores_BTE)
-        used_BT1 = ffn.selector.used(x_BTD, scores_BTE)
+        used_BT1 = ffn.selector.weight_share(x_BTD, scores_BTE)
         if used_BT1 is not None:
             self._used[self._names[id(ffn)]].append(used_BT1)
         if self._grad_enabled and ffn.selector.learns == "balance":

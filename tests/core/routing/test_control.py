@@ -7,12 +7,12 @@ from lte_lightning.core.model.experts import expert_ffns
 from lte_lightning.core.routing.control import (
     BINS,
     LIMIT,
+    clamped_gaps,
     controlled,
-    distances,
-    follow,
     gaps,
     histogram,
-    rest,
+    shift_logits,
+    shift_to_sparsity,
     wanted_sparsity,
 )
 from lte_lightning.errors import UserError
@@ -42,7 +42,7 @@ def test_a_few_steps_reach_the_target_in_every_layer(model, target, mode):
     ids_BT, mask_BT = torch.randint(64, (16, 20)), torch.ones(16, 20, dtype=torch.long)
     mask_BT[:, 12:] = 0
     for _ in range(20):
-        follow(model, distances(model, histogram(model, trace_of(model, ids_BT, mask_BT)), target), 0.7)
+        shift_logits(model, clamped_gaps(model, histogram(model, trace_of(model, ids_BT, mask_BT)), target), 0.7)
     counts = trace_of(model, ids_BT, mask_BT).counts()
     ran_L = counts.active_L / (counts.tokens_L * torch.tensor([ffn.experts for ffn in expert_ffns(model).values()]))
     assert (1 - ran_L).tolist() == pytest.approx([target, target], abs=0.01)
@@ -51,9 +51,9 @@ def test_a_few_steps_reach_the_target_in_every_layer(model, target, mode):
 def test_padding_is_not_looked_at(model):
     ids_BT, mask_BT = torch.randint(64, (4, 10)), torch.ones(4, 10, dtype=torch.long)
     mask_BT[:, 6:] = 0
-    first = distances(model, histogram(model, trace_of(model, ids_BT, mask_BT)), 0.5)
+    first = clamped_gaps(model, histogram(model, trace_of(model, ids_BT, mask_BT)), 0.5)
     other_BT = torch.where(mask_BT.bool(), ids_BT, torch.randint(64, (4, 10)))
-    assert distances(model, histogram(model, trace_of(model, other_BT, mask_BT)), 0.5).tolist() == pytest.approx(
+    assert clamped_gaps(model, histogram(model, trace_of(model, other_BT, mask_BT)), 0.5).tolist() == pytest.approx(
         first.tolist(), abs=1e-5
     )
 
@@ -62,7 +62,7 @@ def test_a_step_is_limited(model):
     for ffn in expert_ffns(model).values():
         ffn.selector.raise_logits(torch.tensor(9.0))
     ids_BT, mask_BT = torch.randint(64, (4, 10)), torch.ones(4, 10, dtype=torch.long)
-    assert distances(model, histogram(model, trace_of(model, ids_BT, mask_BT)), 0.5).tolist() == [-LIMIT, -LIMIT]
+    assert clamped_gaps(model, histogram(model, trace_of(model, ids_BT, mask_BT)), 0.5).tolist() == [-LIMIT, -LIMIT]
 
 
 def test_the_goal_rises_in_the_first_quarter():
@@ -123,7 +123,7 @@ def test_rest_says_how_far_it_moved_the_logits(model):
     ids_BT, mask_BT = torch.randint(64, (16, 20)), torch.ones(16, 20, dtype=torch.long)
     batches = [(lambda: model(input_ids=ids_BT, attention_mask=mask_BT), (mask_BT,))]
     before = [ffn.selector.bias.detach().clone() for ffn in expert_ffns(model).values()]
-    moved_L = rest(model, batches, 0.85, rounds=3)
+    moved_L = shift_to_sparsity(model, batches, 0.85, rounds=3)
     after = [ffn.selector.bias for ffn in expert_ffns(model).values()]
     assert moved_L.abs().min() > 0
     for old_E, new_E, moved in zip(before, after, moved_L, strict=True):

@@ -5,7 +5,7 @@ import torch
 
 from lte_lightning import LteConfig, RouterTrace, convert, set_mode
 from lte_lightning.core.model.experts import expert_ffns
-from lte_lightning.core.routing.control import rest
+from lte_lightning.core.routing.control import shift_to_sparsity
 from lte_lightning.core.routing.observe import observe
 from lte_lightning.core.routing.start import SPREAD, start_routers
 from lte_lightning.errors import UserError
@@ -84,7 +84,7 @@ def test_it_keeps_the_experts_that_give_most(model):
     for begins in (lambda: None, lambda: start_routers(model, batches)):
         begins()
         set_mode(model, "hard")
-        rest(model, batches, 0.5)
+        shift_to_sparsity(model, batches, 0.5)
         kept.append(
             [
                 float(norm_NE[logit_NE > 0].sum() / norm_NE.sum())
@@ -135,7 +135,7 @@ def test_a_model_rests_at_its_target(layers, build):
     with torch.no_grad():
         next(iter(expert_ffns(model).values())).selector.bias.add_(3.0)  # layers lie apart
     set_mode(model, "hard")
-    rest(model, batches, 0.5)
+    shift_to_sparsity(model, batches, 0.5)
     counts = None
     for run, masks in batches:
         with torch.no_grad(), RouterTrace(model, *masks) as trace:

@@ -143,7 +143,7 @@ def test_half_precision_compares_with_the_level_itself(build):
     teal = next(iter(expert_ffns(model).values())).selector
     teal.input_levels.fill_(1.001)  # in bfloat16 the next number below is 1
     x_BTD = torch.tensor([[[1.0, 1.0078125, -1.0, -1.0078125]]], dtype=torch.bfloat16)
-    for given_BTD in teal.thin(x_BTD):
+    for given_BTD in teal.sparsify_input(x_BTD):
         assert given_BTD.dtype == torch.bfloat16
         assert given_BTD.tolist() == [[[0.0, 1.0078125, 0.0, -1.0078125]]]
 
