@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch.nn import functional
 
 from lte_lightning.core.model.convert import groups_by_activation, lte_config
 from lte_lightning.core.model.experts import set_mode
@@ -50,9 +51,6 @@ def check_baseline(module: MeasuredModule, stages: Sequence[Stage]) -> None:
     in_one_process = calibrates and selectors(module.net)[0].calibrates() != "control"
     if module.trainer.world_size > 1 and (in_one_process or imitates(module.net)):
         raise UserError(f"selector {selector!r} learns and is calibrated in one process; set trainer.devices to 1")
-    if module.trainer.world_size > 1 and module.stage == "dense" and groups_by_activation(lte_config(module.net)):
-        grouping = lte_config(module.net).grouping
-        raise UserError(f"grouping {grouping!r} looks at activations in one process; set trainer.devices to 1")
     learners = sorted(name for name, kind in SELECTORS.items() if kind.learns_with_task())
     if not module.freeze_routers and not learns_with_task(module.net):
         raise UserError(
@@ -102,8 +100,20 @@ def activations_to_group_by(module: MeasuredModule) -> list[torch.Tensor] | None
     """Returns what the dense model's neurons do on training rows, if the experts are to be grouped by that."""
     if not groups_by_activation(lte_config(module.net)):
         return None
+    tokens, summed = CALIBRATION_TOKENS // module.trainer.world_size, partial(_summed, module)
     with _evaluating(module):
-        return neuron_activations(module.net, _sampled_runs(module), CALIBRATION_TOKENS)
+        activations = neuron_activations(module.net, _sampled_runs(module), tokens, summed)
+    return [_of_all_processes(module, own_FN) for own_FN in activations]
+
+
+def _of_all_processes(module: MeasuredModule, own_FN: torch.Tensor) -> torch.Tensor:
+    """Returns the columns of all processes side by side, on the CPU. Any backend sends bytes."""
+    gather: Callable[[torch.Tensor], Any] = module.all_gather
+    counts = gather(torch.tensor(own_FN.shape[1], device=module.device)).reshape(-1).tolist()
+    padded_FN = functional.pad(own_FN, (0, max(counts) - own_FN.shape[1])).contiguous()
+    sent = gather(padded_FN.view(torch.uint8).to(module.device)).cpu()
+    parts = sent.view(own_FN.dtype).view(len(counts), *padded_FN.shape)
+    return torch.cat([part[:, :count] for part, count in zip(parts, counts, strict=True)], dim=1)
 
 
 def on_first_process(module: MeasuredModule, work: Callable[[], T]) -> T:

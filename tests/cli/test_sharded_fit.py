@@ -75,10 +75,10 @@ def test_two_parts_equal_one_whole(accumulate, make, lightning, processes, tmp_p
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("layers", ["equal", "free"])
-def test_a_target_is_held_over_parts(layers, make, lightning, processes, tmp_path):
+@pytest.mark.parametrize(("layers", "grouping"), [("equal", "use"), ("free", "coactivation")])
+def test_a_target_is_held_over_parts(layers, grouping, make, lightning, processes, tmp_path):
     """Routers start in closed form, and their biases are moved by what all have seen."""
-    lte = {"expert_size": 4, "target_sparsity": 0.7, "sparsity_per_layer": layers}
+    lte = {"expert_size": 4, "target_sparsity": 0.7, "sparsity_per_layer": layers, "grouping": grouping}
     model = {"lte": lte, "efficiency_weight": None, "router_start": "closed-form", "detach_router": True}
     more = {f"model.init_args.{key}": value for key, value in model.items()}
     config = make(**more | sgd(router_learning_rate=0.5))

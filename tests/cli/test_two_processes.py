@@ -59,12 +59,12 @@ def test_two_processes_equal_one(accumulate, steps, tiny, calm, lightning, two_p
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("layers", ["equal", "free"])
-def test_a_target_is_held_over_two_processes_as_by_one(layers, tiny, calm, lightning, processes, tmp_path):
-    """Quantiles of two processes are those of one, as are the closed form and the calibration between the stages."""
+@pytest.mark.parametrize(("layers", "grouping"), [("equal", "kmeans"), ("free", "use")])
+def test_a_target_is_held_over_two_processes_as_by_one(layers, grouping, tiny, calm, lightning, processes, tmp_path):
+    """Quantiles of two processes are those of one, as are activations, the closed form and the calibration."""
     options = {"optimizer": "torch.optim.SGD", "learning_rate": 0.05, "router_learning_rate": 0.5}
     stages = {f"stages.{stage}.{key}": v for stage in ("dense", "router", "expert") for key, v in options.items()}
-    lte = {"expert_size": 4, "target_sparsity": 0.7, "sparsity_per_layer": layers}
+    lte = {"expert_size": 4, "target_sparsity": 0.7, "sparsity_per_layer": layers, "grouping": grouping}
     model = {"lte": lte, "efficiency_weight": None, "router_start": "closed-form", "detach_router": True}
     more = {f"model.init_args.{key}": value for key, value in model.items()}
     config = tiny.config(epochs=(1, 2, 1), **stages, **more)

@@ -148,7 +148,7 @@ def group_experts(
     if groups_by_activation(config):
         rows = _require_activations(activations)
         uses = [
-            magnitudes_FN.float().mean(1) * weight_rows(ffn.down).detach().float().norm(dim=0).cpu()
+            magnitudes_FN.float().mean(1) * whole(weight_rows(ffn.down)).detach().float().norm(dim=0).cpu()
             for ffn, magnitudes_FN in zip(ffns.values(), rows, strict=True)
         ]
     else:

@@ -113,13 +113,19 @@ def imitation_loss(
     return torch.stack(losses).mean()
 
 
-def neuron_activations(model: nn.Module, batches: Iterator[Batch], tokens: int) -> list[torch.Tensor]:
+def neuron_activations(
+    model: nn.Module,
+    batches: Iterator[Batch],
+    tokens: int,
+    reduce: Callable[[torch.Tensor], torch.Tensor] = lambda counts: counts,
+) -> list[torch.Tensor]:
     """Returns the absolute activations of each FFN's neurons on training rows, [F, tokens], in bfloat16 on the CPU.
 
     Args:
         model: A converted model.
         batches: For each batch, a function that runs the model on it, and its token masks.
-        tokens: The largest number of tokens to read.
+        tokens: The largest number of tokens to read, on each device.
+        reduce: Sums counts over devices, which read equally many batches.
 
     Raises:
         UserError: If the rows hold no token.
@@ -130,7 +136,7 @@ def neuron_activations(model: nn.Module, batches: Iterator[Batch], tokens: int) 
         seen[id(ffn)].append(activity.hidden_NF.abs().to("cpu", torch.bfloat16))
 
     with torch.no_grad():
-        for run, token_masks_BT in take_tokens(batches, tokens):
+        for run, token_masks_BT in take_tokens(batches, tokens, reduce):
             with observe(model, see, *token_masks_BT):
                 run()
     if not all(any(map(len, kept)) for kept in seen.values()):
