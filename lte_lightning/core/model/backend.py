@@ -5,6 +5,7 @@ from torch import nn
 from lte_lightning.core.model.attention import use_attention
 from lte_lightning.core.model.exact import is_sharded
 from lte_lightning.core.model.experts import require_expert_ffns
+from lte_lightning.core.model.residual import use_sum_norms
 from lte_lightning.core.model.storage import lay_out
 from lte_lightning.errors import UserError
 from lte_lightning.kernels.dispatch import BACKENDS, Backend
@@ -24,8 +25,8 @@ def set_backend(model: nn.Module, backend: Backend = "auto") -> None:
     Weights that FSDP manages stay as they are. Each forward pass looks for such changes, so no change needs another
     call of this.
 
-    With ``auto`` and ``cpu``, our kernel also computes the attention of an encoder on a CPU in bfloat16 and float16,
-    where torch's would (``sdpa``) and no gradient is needed.
+    With ``auto`` and ``cpu``, our kernels also compute attention (where torch's would, ``sdpa``) and the LayerNorms of
+    residual sums of an encoder, on a CPU in bfloat16 and float16, where no gradient is needed.
 
     Args:
         model: A converted model.
@@ -40,6 +41,7 @@ def set_backend(model: nn.Module, backend: Backend = "auto") -> None:
         raise UserError(f"unknown backend {backend!r}; there are {', '.join(BACKENDS)}")
     ffns = require_expert_ffns(model).values()
     use_attention(model, backend in ("auto", "cpu"))
+    use_sum_norms(model, backend in ("auto", "cpu"))
     # FSDP gathers weights into its own memory, in their original order.
     sharded = {inner for module in model.modules() if is_sharded(module) for inner in module.modules()}
     for ffn in ffns:

@@ -25,6 +25,7 @@ from lte_lightning.core.model.parts import (
     weight_rows,
 )
 from lte_lightning.core.model.quantized import is_quantized
+from lte_lightning.core.model.residual import use_sum_norms
 from lte_lightning.core.model.sharding import whole
 from lte_lightning.core.model.storage import activation_name, lay_out
 from lte_lightning.core.model.swap import insert, lte_config, remove, set_lte_config
@@ -184,6 +185,7 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
     for ffn in ffns:
         lay_out(ffn.parts, by_neuron=False)
     use_attention(model, kernel=False)
+    use_sum_norms(model, kernel=False)
     for layer in find_layers(model):
         remove(layer)
     del model.lte_config

@@ -23,6 +23,7 @@ from lte_lightning.core.model.quantized import (
     pack_weights,
     stored_linear,
 )
+from lte_lightning.core.model.residual import use_sum_norms
 from lte_lightning.errors import UserError
 from lte_lightning.kernels.quantized import Bits, Shape, quantize_matrix
 
@@ -73,6 +74,7 @@ def quantize(model: PreTrainedModel, kind: Quantization = "int8") -> PreTrainedM
         _replace_embedding(model, tied)
     pack_weights(model)
     use_attention(model)
+    use_sum_norms(model)
     model.requires_grad_(False)
     return model
 
@@ -243,6 +245,7 @@ def load_quantized(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], 
         raise ValueError(f"weights are missing: {listed(missing)}")
     pack_weights(model)
     use_attention(model)
+    use_sum_norms(model)
     model.requires_grad_(False)
 
 

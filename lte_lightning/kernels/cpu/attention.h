@@ -20,7 +20,8 @@ template <class T> struct Attention {
 
     static constexpr int64_t QUERIES = 2 * MR;  // at a time: their scores stay in the first-level cache
 
-    // Turns a query's products into factors of the values, not yet divided by their sum, which it returns.
+    // Turns a query's products into factors of the values, not yet divided by their sum, which it returns. Where the
+    // machine multiplies pairs, the factors are pairs in the first half of their row.
     float soften(float* scores, int64_t wide, const uint8_t* seen) const {
         constexpr float hidden = -INFINITY;
         for (int64_t i = 0; seen && i < K; i++)
@@ -29,17 +30,24 @@ template <class T> struct Attention {
         vec largest = all(-3e38f), total = {};
         for (int64_t i = 0; i < wide; i += W) {
             const vec x = load(scores + i) * scale;
-            store(scores + i, x);
             largest = x > largest ? x : largest;
         }
         const float most = max(largest);
         for (int64_t i = 0; i < wide; i += W) {
-            const vec x = load(scores + i) - most;
-            const vec factor = x < -80.f ? vec{} : exponential(x);  // exactly 0 where hidden
-            store(scores + i, factor);
+            const vec x = load(scores + i) * scale - most;
+            // exactly 0 where hidden; bfloat16 rounds away what the shorter sum lacks
+            const vec factor = x < -80.f ? vec{} : exponential_within<std::is_same<T, bf16>::value ? 5 : 7>(x);
+            if (PAIRED<T>) store_narrow(reinterpret_cast<bf16*>(scores) + i, factor);
+            else store(scores + i, factor);
             total += factor;
         }
         return sum(total);
+    }
+
+    // Loads rows of D values into the cache, all at once: they lie far apart, which the processor does not foresee.
+    void fetch(const T* rows, int64_t count, int64_t step) const {
+        for (int64_t i = 0; i < count; i++)
+            for (int64_t d = 0; d < D; d += 64 / sizeof(T)) __builtin_prefetch(rows + i * step + d);
     }
 
     void operator()(int64_t task) const {
@@ -48,6 +56,9 @@ template <class T> struct Attention {
         const T* const queries = q + b * to_q.batch + h * to_q.head;
         const T* const keys = k + b * to_k.batch + h * to_k.head;
         const T* const values = v + b * to_v.batch + h * to_v.head;
+        fetch(keys, K, to_k.row);
+        fetch(values, K, to_v.row);
+        fetch(queries, Q, to_q.row);
         const bool in_place = std::is_same<T, float>::value || (PAIRED<T> && D % 2 == 0);
         float* const key_panels = scratch<0, float>(wide * steps);
         float* const value_panels = scratch<1, float>(out_wide * key_steps);
@@ -75,8 +86,6 @@ template <class T> struct Attention {
                 float* const row = scores + r * wide;
                 const uint8_t* const seen = mask ? mask + b * to_mask.batch + (q0 + r) * to_mask.row : nullptr;
                 totals[r] = soften(row, wide, seen);
-                for (int64_t i = 0; PAIRED<T> && i < wide; i += W)  // pairs take the first half of their row
-                    store_narrow(reinterpret_cast<bf16*>(row) + i, load(row + i));
             }
             for (int64_t c = 0; c < D; c += NR)
                 for (int64_t s = 0; s < key_steps; s += KC)

@@ -13,6 +13,7 @@
 #include "decoder.h"
 #include "few.h"
 #include "many.h"
+#include "norm.h"
 #include "quantized.h"
 
 #include <cstddef>
@@ -75,6 +76,12 @@ void run_attention(const int64_t* shape, float scale, int threads, void* const* 
     parallel(threads, attend.B * attend.H, attend, 0, attend);
 }
 
+template <class T> void run_sum_norm(const int64_t* shape, float epsilon, int threads, void* const* p) {
+    auto at = [&](int i) { return static_cast<const T*>(p[i]); };
+    const SumNorm<T> norm{shape[0], shape[1], epsilon, at(0), at(1), at(2), at(3), static_cast<T*>(p[4])};
+    parallel(threads, norm.tasks(), norm, 0, norm);
+}
+
 template <class T>
 bool run_decoder(const Shape& shape, const float* numbers, const int64_t* table, int threads, int activation,
                  void* const* p) {
@@ -129,6 +136,15 @@ extern "C" int lte_quantized_ffn(int dtype, int bits, const int64_t* shape, int 
 extern "C" int lte_attention(int dtype, const int64_t* shape, float scale, int threads, void* const* pointers) try {
     const auto run_it = dtype == 0 ? run_attention<float> : dtype == 1 ? run_attention<bf16> : run_attention<f16>;
     run_it(shape, scale, threads, pointers);
+    return 0;
+} catch (const std::bad_alloc&) {
+    return 1;
+}
+
+// LayerNorm of x + residual. shape: N, D. pointers: x, residual, weight, bias or null, y.
+extern "C" int lte_sum_norm(int dtype, const int64_t* shape, float epsilon, int threads, void* const* pointers) try {
+    const auto run_it = dtype == 0 ? run_sum_norm<float> : dtype == 1 ? run_sum_norm<bf16> : run_sum_norm<f16>;
+    run_it(shape, epsilon, threads, pointers);
     return 0;
 } catch (const std::bad_alloc&) {
     return 1;

@@ -29,17 +29,33 @@ template <class T> struct Ffn {
     void list(const uint8_t* mask) {
         first.assign(E + 1, 0);
         active.clear();
-        for (int64_t n = 0; n < N; n++)
-            for (int64_t e = 0; e < E; e++) first[e + 1] += mask[n * E + e] != 0;
+        each(mask, [&](int64_t, int64_t e) { first[e + 1]++; });
         for (int64_t e = 0; e < E; e++) {
             if (first[e + 1]) active.push_back(int32_t(e));
             first[e + 1] += first[e];
         }
         token.resize(first[E]);
         std::vector<int64_t> next(first.begin(), first.end() - 1);
-        for (int64_t n = 0; n < N; n++)
-            for (int64_t e = 0; e < E; e++)
-                if (mask[n * E + e]) token[next[e]++] = int32_t(n);
+        each(mask, [&](int64_t n, int64_t e) { token[next[e]++] = int32_t(n); });
+    }
+
+    // Calls body(token, expert) for each pair that runs. It reads the mask, whose bytes are 0 or 1, by eights: whether a
+    // single expert runs is nothing that a processor could predict.
+    template <class Body> void each(const uint8_t* mask, const Body& body) const {
+        for (int64_t n = 0; n < N; n++) {
+            const uint8_t* const row = mask + n * E;
+            int64_t e = 0;
+            for (; e + 8 <= E; e += 8) {
+                uint64_t eight;
+                std::memcpy(&eight, row + e, 8);
+                for (; eight; eight &= eight - 1) body(n, e + first_byte(eight));
+            }
+            for (; e < E; e++)
+                if (row[e]) body(n, e);
+        }
+    }
+    static int first_byte(uint64_t eight) {  // the byte with the first bit, in the order of memory
+        return __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__ ? __builtin_ctzll(eight) / 8 : 7 - __builtin_ctzll(eight) / 8;
     }
     float bias(const T* b, int64_t i) const { return b ? widen(b[i]) : 0.f; }
 
