@@ -202,10 +202,11 @@ template <int BITS, class T> void round_input(const T* x, const Matrix& m, Group
         }
 }
 
-// The same for N tokens.
-template <int BITS, class T> Group* round_inputs(const T* x, int64_t N, const Matrix& m, int threads) {
+// The same for N tokens. Without x, the groups are those of the last call of this Slot in this thread.
+template <int BITS, int Slot, class T> Group* round_inputs(const T* x, int64_t N, const Matrix& m, int threads) {
     const int64_t all_groups = m.column_parts * m.groups();
-    Group* const out = scratch<0, Group>(N * all_groups);
+    Group* const out = scratch<Slot, Group>(N * all_groups);
+    if (!x) return out;
     auto round = [&](int64_t n) { round_input<BITS>(x + n * m.column_parts * m.columns, m, out + n * all_groups); };
     parallel(N > 4 ? threads : 1, N, round, 0, round);
     return out;

@@ -107,7 +107,8 @@ extern "C" int lte_ffn(int dtype, const int64_t* shape, int activation, int thre
 }
 
 // y = x times a matrix of 8 or 4 bits. shape: N, parts of rows, rows, parts of columns, columns (see blocks.h).
-// pointers: x, blocks, scale, bias, y; bias may be null.
+// pointers: x, blocks, scale, bias, y; bias may be null. If x is null, the input is that of this thread's last call, which
+// is rounded already; N, bits and columns must be the same.
 extern "C" int lte_quantized_linear(int dtype, int bits, const int64_t* shape, int threads,
                                     void* const* pointers) try {
     const auto run_it =

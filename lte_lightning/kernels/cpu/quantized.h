@@ -54,7 +54,7 @@ template <int BITS, class T> struct Linear {
 
 template <int BITS, class T>
 void linear(const Matrix& m, int64_t N, const T* x, const T* bias, T* y, int threads) {
-    const Group* const in = round_inputs<BITS>(x, N, m, threads);
+    const Group* const in = round_inputs<BITS, 5>(x, N, m, threads);
     // Many tokens make tasks enough. A task that takes all outputs reads its tokens once.
     const int64_t ranges = std::max<int64_t>(1, ranges_of(m.row_blocks(), threads) / Linear<BITS, T>::pieces(N));
     const Linear<BITS, T> multiply{m, N, in, bias, y, ranges};
@@ -178,7 +178,7 @@ template <int BITS, class T> struct Experts {
 
 template <int BITS, class T>
 void experts(const Ffn<T>& f, const Matrix& up, const Matrix& gate, const Matrix& down) {
-    const Group* const in = round_inputs<BITS>(f.x, f.N, up, f.threads);
+    const Group* const in = round_inputs<BITS, 0>(f.x, f.N, up, f.threads);
     Group* const hidden = scratch<1, Group>(f.first[f.E] * down.groups());
     const int64_t ranges = ranges_of(int64_t(f.active.size()) * down.groups(), f.threads);
     const Experts<BITS, T> e{f, up, gate, down, in, hidden, ranges};

@@ -1,7 +1,10 @@
 """Quantised linear layers and experts on the CPU, as the torch operators ``quantized_linear`` and ``quantized_ffn``."""
 
 import ctypes
-from collections.abc import Sequence
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -83,6 +86,35 @@ def _bits(blocks: torch.Tensor) -> Bits:
     return 8 if blocks.shape[3] == 8 else 4
 
 
+class _LastInput(threading.local):
+    """The input that a thread rounded last. Query, key and value read the same one, and round it once.
+
+    A change of the input in place is seen by its version. Code that writes past torch, as through numpy, does not raise
+    it: so the first of several matrices, which comes again, rounds again.
+    """
+
+    def __init__(self) -> None:
+        self.input: Callable[[], torch.Tensor | None] = lambda: None
+        self.facts: tuple[Any, ...] = ()
+        self.matrices: set[int] = set()
+
+    def is_rounded(self, x: torch.Tensor, blocks: torch.Tensor, *facts: Any) -> bool:
+        """Says whether the thread's last input was this one, and takes it for the last input."""
+        if x.is_inference():  # such a tensor has no version
+            self.facts = ()
+            return False
+        facts = (*facts, x._version, x.data_ptr())
+        matrix = blocks.data_ptr()
+        again = self.facts == facts and self.input() is x and matrix not in self.matrices
+        if not again:
+            self.input, self.facts, self.matrices = weakref.ref(x), facts, set()
+        self.matrices.add(matrix)
+        return again
+
+
+_last = _LastInput()
+
+
 @torch.library.impl("lte_lightning::quantized_linear", "CPU")
 def _linear(
     x: torch.Tensor, blocks: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, shape: Sequence[int]
@@ -94,18 +126,22 @@ def _linear(
     if lib is None:
         weight_RK = dequantize(Quantized(blocks, scale, Shape(*shape))).to(x.dtype)
         return functional.linear(x, weight_RK, None if bias is None else bias.to(x.dtype))
-    x = x.contiguous()
     bias = None if bias is None else bias.to(x.dtype).contiguous()
     y = x.new_empty((*x.shape[:-1], row_parts * rows))
-    N = y.numel() // y.shape[-1]
-    _call(
-        lib.lte_quantized_linear,
-        dtype,
-        _bits(blocks),
-        (ctypes.c_int64 * 5)(N, row_parts, rows, column_parts, columns),
-        torch.get_num_threads(),
-        _addresses((x, blocks, scale, bias, y)),
-    )
+    N, bits = y.numel() // y.shape[-1], _bits(blocks)
+    given = None if _last.is_rounded(x, blocks, id(lib), bits, N, column_parts, columns) else x.contiguous()
+    try:
+        _call(
+            lib.lte_quantized_linear,
+            dtype,
+            bits,
+            (ctypes.c_int64 * 5)(N, row_parts, rows, column_parts, columns),
+            torch.get_num_threads(),
+            _addresses((given, blocks, scale, bias, y)),
+        )
+    except MemoryError:
+        _last.facts = ()
+        raise
     return y
 
 

@@ -183,6 +183,37 @@ def test_rows_and_threads_change_no_bit(bits):
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("bits", BITS)
+def test_matrices_that_read_one_input_round_it_once(bits, monkeypatch):
+    kept = [matrix(Shape(1, 48, 1, 70), bits) for _ in range(3)]
+    x, addresses, rounded_again = torch.randn(2, 9, 70), cpu_quantized._addresses, []
+    monkeypatch.setattr(
+        cpu_quantized, "_addresses", lambda given: rounded_again.append(given[0] is not None) or addresses(given)
+    )
+
+    def compute(*inputs):
+        rounded_again.clear()
+        outs = [run_quantized_linear(each, m) for each, m in zip(inputs, kept, strict=False)]
+        for each, m, out in zip(inputs, kept, outs, strict=False):
+            assert out.equal(run_quantized_linear(each.clone(), m))
+        return rounded_again[: len(outs)]
+
+    assert compute(x, x, x) == [True, False, False]
+    assert compute(x, x, x) == [True, False, False]  # someone may have written to it through numpy
+    assert compute(x.mT.contiguous().mT, x, x) == [True, True, False]
+    x[0, 0] = 7.0
+    assert compute(x, x) == [True, False]
+    run_quantized_linear(x, kept[2])
+    x[1] += 1.0
+    assert compute(x) == [True]
+    run_quantized_linear(x, kept[1])
+    x.data = torch.randn(2, 9, 70)
+    assert compute(x) == [True]
+    with torch.inference_mode():  # changes in place leave no trace
+        x = torch.randn(2, 9, 70)
+        assert compute(x, x) == [True, True]
+
+
 def test_more_tokens_than_are_taken_at_a_time():
     w = experts(5, 24, 70, 8)
     x_ND, mask_NE = torch.randn(2500, 70), torch.rand(2500, 5) > 0.5
