@@ -2,8 +2,8 @@
 
 python benchmarks/dial.py --out docs     # 20 minutes on two busy cores; a second start runs only the missing points
 
-You can run each point yourself: `lightning fit --config conf/quickstart.yaml --model.efficiency_weight ETA ...`. All
-points start from one dense model. The script writes dial.json and dial.png.
+You can run each point yourself: `lightning fit --config conf/quickstart.yaml --config conf/parts/paper.yaml
+--model.efficiency_weight ETA ...`. All points start from one dense model. The script writes dial.json and dial.png.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-CONFIG = Path(__file__).parent.parent / "conf" / "quickstart.yaml"
+CONF = Path(__file__).parent.parent / "conf"
 VARIANTS = {
     "lambda ramped in (default)": (),
     "lambda constant": ("--model.separability_start", "0", "--model.separability_end", "0"),
@@ -25,7 +25,8 @@ def fit(root: Path, name: str, *arguments: str) -> dict:
     """Returns the results of one fit, and runs it first if there are none."""
     done = sorted(root.glob(f"{name}/*/results.json"))
     if not done:
-        command = [sys.executable, "-m", "lte_lightning", "fit", "--config", str(CONFIG), *arguments]
+        command = [sys.executable, "-m", "lte_lightning", "fit", "--config", str(CONF / "quickstart.yaml")]
+        command += ["--config", str(CONF / "parts" / "paper.yaml"), *arguments]
         command += ["--run.root", str(root), "--run.experiment", name, "--trainer.logger", "false"]
         subprocess.run(command, check=True)
         done = sorted(root.glob(f"{name}/*/results.json"))

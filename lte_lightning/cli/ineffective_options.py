@@ -150,6 +150,8 @@ def _unread_by_a_fit(config: Namespace) -> Iterator[tuple[list[str], str]]:
         yield equation_6, "no stage of this fit trains the routers"
     if kind.learns != "balance":
         yield [f"{MODEL}balance_weight"], f"selector {selector} has no balance loss"
+    if kind.no_target:
+        yield [f"{LTE}target_*"], f"selector {selector}: {kind.no_target}"
     if kind.scales or not kind.graded:
         yield [f"{LTE}threshold"], f"selector {selector} chooses without a threshold"
     if selector != "router" and kind.__module__.startswith("lte_lightning."):

@@ -42,7 +42,7 @@ class Selector(nn.Module):
         scales: Whether hard mode, too, multiplies an expert's output by its score; experts that do not run score 0.
         graded: Whether scores are more than a yes or no.
         needs_expert_size: The only expert size that it works with; None for any.
-        no_target: The reason why it takes no ``target_sparsity``; empty if it does.
+        no_target: The reason why a ``target_sparsity`` means nothing to it; empty if it takes one.
         optional_target: Whether it also works without a ``target_sparsity``.
         sparsity_of: What its sparsity is a share of: ``experts``, or ``weights``.
         keeps_order: Whether neurons must keep the order that they have in the model, so that they are not grouped.
@@ -127,8 +127,6 @@ class Selector(nn.Module):
                 f"selector {name!r} has target_sparsity {target}; it needs the share of the {cls.sparsity_of} that "
                 "shall not run, at least 0 and below 1"
             )
-        if cls.no_target and target is not None:
-            raise UserError(f"selector {name!r} takes no target_sparsity (it is {target}): {cls.no_target}")
         if size is not None and options.expert_size != size:
             neurons = "single neurons" if size == 1 else f"experts of {size} neurons"
             raise UserError(

@@ -14,7 +14,7 @@ class NoExperts(Ranking):
     """
 
     label = "floor"
-    no_target = "without experts it is 1"
+    no_target = "without experts the sparsity is 1"
 
     @classmethod
     def name_if_missing(cls, expert_size: int | None) -> str:

@@ -66,14 +66,14 @@ def check_baseline(module: MeasuredModule, stages: Sequence[Stage]) -> None:
 
 
 def _check_training(module: MeasuredModule) -> None:
-    """Checks that options of how LTE's routers are trained have routers to train."""
-    kind, options = selectors(module.net)[0], module.hparams
-    target, sparsity_range = lte_config(module.net).target_sparsity, options["sparsity_range"]
-    plain = {"router_training": "soft", "router_start": "random", "detach_router": False}
+    """Checks that options of how LTE's routers are trained can be met, and names them if there are no such routers."""
+    config, options = lte_config(module.net), module.hparams
+    target, sparsity_range = config.target_sparsity, options["sparsity_range"]
+    plain = {"router_training": "soft", "router_start": "random", "detach_router": False, "sparsity_range": None}
     changed = [f"{name} {options[name]}" for name, default in plain.items() if options[name] != default]
-    if changed and kind.learns != "efficiency":
-        selector = lte_config(module.net).selector
-        raise UserError(f"selector {selector!r} has none of LTE's routers; leave out: {', '.join(changed)}")
+    if changed and selectors(module.net)[0].learns != "efficiency":
+        rank_zero_info(f"selector {config.selector!r} has none of LTE's routers; without effect: {', '.join(changed)}")
+        return
     if not controlled(module.net) and (sparsity_range is not None or options["router_start"] != "random"):
         name = "sparsity_range" if sparsity_range is not None else "router_start closed-form"
         raise UserError(f"{name} needs a sparsity to begin from: set lte.target_sparsity")

@@ -45,8 +45,11 @@ def test_a_baseline_reaches_the_sparsity_it_is_asked_for(name, dense, tiny, ligh
 def test_a_baseline_without_validation(dense, tiny, lightning, tmp_path):
     lte = {"expert_size": 8, "selector": "cats", "target_sparsity": 0.5}
     given = {"model.init_args.lte": lte, "model.init_args.init_from": str(dense.run / "model")}
+    given |= {"model.init_args.detach_router": True, "model.init_args.sparsity_range": [0.3, 0.9]}  # of LTE's routers
     fit = lightning(tmp_path, tiny.config(epochs=(0, 0, 1), **given, **{"trainer.limit_val_batches": 0}), "fit")
     assert fit.code == 0, fit.err
+    said = " ".join((fit.out + fit.err).split())
+    assert "'cats' has none of LTE's routers; without effect: detach_router True, sparsity_range [0.3, 0.9]" in said
     assert (fit.results["hard_before"], fit.results["hard"]) == (None, None)
 
 

@@ -1,7 +1,9 @@
 """Combinations of options that a user may well type."""
 
+import inspect
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,9 +12,12 @@ from torch.utils.data import BatchSampler, DataLoader
 
 from lte_lightning.callbacks import StageSchedule
 from lte_lightning.cli.training import make_cli
+from lte_lightning.core.model.config import LteConfig
 from lte_lightning.data import GlueData
+from lte_lightning.tasks.base import LteModule
 
 CONF = Path(__file__).parents[2] / "conf" / "glue"
+HERE = ("--trainer.accelerator", "cpu", "--trainer.precision", "32-true")
 
 
 def test_mnli_with_held_out_validation_rows_has_one_set_of_figures(tiny, lightning, tmp_path):
@@ -125,12 +130,37 @@ def test_straight_through_training_behind_a_config(parse, tiny):
     overlay = CONF.parent / "parts" / "straight-through.yaml"
     target = ("--model.lte.target_sparsity", 0.8)
     files = ("--config", CONF / "minilm-sst2.yaml", "--config", overlay, "--model.pretrained", tiny.model)
-    cli = parse(*files, *target, "--trainer.accelerator", "cpu", "--trainer.precision", "32-true")
+    cli = parse(*files, *target, *HERE)
     wanted = yaml.safe_load(overlay.read_text())["model"]["init_args"]
     assert wanted.pop("lte") == {"grouping": cli.model.lte.grouping}
     assert {key: cli.model.hparams[key] for key in wanted} == wanted
     assert cli.model.lte.target_sparsity == 0.8
     assert next(c for c in cli.trainer.callbacks if isinstance(c, StageSchedule)).keep_optimizer
+
+
+@pytest.mark.parametrize("name", ["quickstart", "own-classifier"])
+def test_the_papers_stages_behind_the_newer_recipe(name, parse, tiny):
+    """The overlay leaves nothing of the recipe: all is the default again but eta."""
+    files = ("--config", CONF.parent / f"{name}.yaml", "--config", CONF.parent / "parts" / "paper.yaml")
+    cli = parse(
+        *files, "--model.pretrained", tiny.model, "--trainer.accelerator", "cpu", "--trainer.precision", "32-true"
+    )
+    recipe = yaml.safe_load((CONF.parent / f"{name}.yaml").read_text())["model"]["init_args"]
+    defaults = {key: value.default for key, value in inspect.signature(LteModule).parameters.items()}
+    left = {key: cli.model.hparams[key] for key in recipe if key not in ("pretrained", "metric", "lte")}
+    assert left == {key: defaults[key] for key in left}
+    assert cli.model.hparams["efficiency_weight"] == 0.3
+    assert cli.model.lte == replace(LteConfig(), seed=cli.model.lte.seed)
+    assert not next(c for c in cli.trainer.callbacks if isinstance(c, StageSchedule)).keep_optimizer
+
+
+@pytest.mark.parametrize("name", ["sparsity", "flops", "bytes"])
+def test_the_floor_behind_a_target(name, parse, tiny, capsys):
+    files = ("--config", CONF.parent / "own-classifier.yaml", "--config", CONF / "parts" / "floor.yaml")
+    target = ("--config", CONF.parent / "parts" / "paper.yaml", f"--model.lte.target_{name}", 0.8)
+    cli = parse(*files, *target, *HERE, "--model.pretrained", tiny.model)
+    assert not cli.model.lte.has_target
+    assert f"model.lte.target_{name} (selector none: without experts the sparsity is 1)" in capsys.readouterr().err
 
 
 def test_the_beginning_of_an_option_is_not_the_option(tiny, lightning, tmp_path):

@@ -128,10 +128,6 @@ def test_routers_in_closed_form_keep_their_start_unless_told_otherwise(tiny, lig
         ),
         ({"model.init_args.sparsity_range": [0.2, 0.5]}, "does not contain target_sparsity 0.7"),
         ({"model.init_args.sparsity_range": [0.9, 0.5]}, "it must be [low, high] with 0.05 <= low < high <= 0.95"),
-        (
-            {"model.init_args.lte.selector": "dejavu", "model.init_args.detach_router": True},
-            "selector 'dejavu' has none of LTE's routers; leave out: detach_router True",
-        ),
     ],
 )
 def test_what_does_not_go_together(options, message, tiny, lightning, tmp_path):

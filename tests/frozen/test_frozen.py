@@ -23,15 +23,15 @@ SWEEP = ["sweep", "sweeps/smoke.yaml", "--seeds", "0,1"]
 def thaw(cwd: Path) -> Path:
     """Lays the sweep's folder, its file and its configuration out below a folder; returns the first.
 
-    That version knew the configuration by its bytes, so quickstart.yaml is here as it was then.
+    That version knew the configuration by its bytes, so quickstart.yaml and smoke.yaml are here as they were then.
     """
     folder = cwd / "runs" / "sweep-smoke"
     for name, content in json.loads((HERE / "smoke.json").read_text()).items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(content if isinstance(content, str) else json.dumps(content, indent=2) + "\n")
-    for file, place in ((ROOT / "sweeps" / "smoke.yaml", "sweeps"), (HERE / "quickstart.yaml", "conf")):
+    for name, place in (("smoke.yaml", "sweeps"), ("quickstart.yaml", "conf")):
         (cwd / place).mkdir()
-        shutil.copy(file, cwd / place)
+        shutil.copy(HERE / name, cwd / place)
     return folder
 
 

@@ -63,6 +63,8 @@ class LteConfig:
             raise UserError(f"expert_size is {self.expert_size}; it must be at least 1 (the paper uses 32)")
         if not 0.0 < self.threshold < 1.0:
             raise UserError(f"threshold is {self.threshold}; it must lie in (0, 1), as scores do (the paper uses 0.5)")
+        if selector_class(self.selector).no_target:  # the floor of a configuration that sets one
+            self.target_sparsity = self.target_flops = self.target_bytes = None
         self._check_budget()
         # A budget becomes a target once the model is loaded. Until then any target stands for it.
         selector_class(self.selector).check(self if self.budget is None else self.with_target(0.5))

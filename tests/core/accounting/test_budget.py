@@ -97,7 +97,6 @@ def test_without_a_budget_nothing_is_resolved():
         ({"target_flops": 1.5}, "target_flops is 1.5; it is a share of the dense model's flops"),
         ({"target_bytes": 0.0}, "target_bytes is 0.0; it is a share"),
         ({"target_bytes": 0.5, "sparsity_per_layer": [0.5, 0.6]}, "so target_bytes 0.5 has nothing to decide"),
-        ({"target_flops": 0.5, "selector": "none"}, "selector 'none' takes no target_sparsity"),
     ],
 )
 def test_budgets_that_make_no_sense_are_refused(options, message):
