@@ -16,9 +16,6 @@ TITLES = {
     "stsb": "STS-B, MiniLM (6 layers), Pearson x 100",
     "quickstart": "movie reviews, MiniLM (6 layers), accuracy (%)",
 }
-    "stsb": "STS-B, MiniLM (6 layers), Pearson x 100",
-    "quickstart": "movie reviews, MiniLM (6 layers), accuracy (%)",
-}
 MODELS = {
     "one model, trained for 30 to 90 %": {"color": "#31688e", "marker": "o"},
     "one model, trained at 80 %": {"color": "#c44e52", "marker": "s", "linestyle": "--"},

@@ -271,7 +271,7 @@ class StageSchedule(KnowsReplaced):
     # Optimisation
 
     def _settings(self, module: LteModule, stage: Stage, optimizer: Optimizer, routers: bool = True) -> dict[str, Any]:
-        used = settings(self.plans[stage], optimizer, module.hparams["router_start"], routers)
+        used = settings(self.plans[stage], optimizer, module.router_start, routers)
         return used | {"keep_optimizer": self.keep_optimizer}
 
     def _optimizer(self, module: LteModule, stage: Stage) -> Optimizer:
@@ -281,7 +281,7 @@ class StageSchedule(KnowsReplaced):
         body = [p for p in module.net.parameters() if id(p) not in inside and p.requires_grad]
         groups = [{"params": body, "lr": plan.learning_rate, "weight_decay": plan.weight_decay, "name": "model"}]
         if module.routers_learn and routers:
-            rates = {"lr": plan.router_rate(module.hparams["router_start"]), "weight_decay": plan.router_weight_decay}
+            rates = {"lr": plan.router_rate(module.router_start), "weight_decay": plan.router_weight_decay}
             groups.append({"params": routers, **rates, "name": "routers"})
         return plan.optimizer(groups)
 

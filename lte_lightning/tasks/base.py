@@ -132,8 +132,6 @@ class LteModule(RouterLosses):
         self.lte = replace(lte, seed=seed) if lte and lte.seed is None else lte
         self.backend, self.skip_experts, self.set_to, self.quantize = backend, skip_experts, sparsity, quantize
         self.freeze_routers = freeze_routers
-        self.router_training = router_training
-        self.detach_router = detach_router
         self.stage: Stage = "dense"
         self.stage_progress = 0.0
         self.measured: dict[str, dict[str, Any]] = {}
@@ -181,6 +179,7 @@ class LteModule(RouterLosses):
             enable({"use_reentrant": False})
         self.stage = about.get("stage", "dense")
         self.measured = about.get("measured", {})
+        selector_training.set_router_options(self)
         self._make_meters()
 
     def enter_stage(self, stage: Stage) -> list[torch.Tensor]:
@@ -200,7 +199,7 @@ class LteModule(RouterLosses):
                 inertia, chance = sum(g.inertia for g in groupings), sum(g.random_inertia for g in groupings)
                 self.measured["grouping"] = {"inertia": inertia, "random_inertia": chance}
                 rank_zero_info(f"experts grouped: inertia {inertia:.1f}, {100 * inertia / chance:.1f} % of chance's")
-            if self.hparams["router_start"] == "closed-form":
+            if self.router_start == "closed-form":
                 selector_training.start_in_closed_form(self, stage)
         previous, self.stage = self.stage, stage
         if stage == "expert" and previous != "expert":
@@ -233,6 +232,7 @@ class LteModule(RouterLosses):
             raise UserError(f"this checkpoint was written by another version of lte-lightning: {error}") from error
         if saved != lte_config(self.net):
             give_experts(self.net, saved)
+            selector_training.set_router_options(self)
             self._make_meters()
         check_checkpoint(self, checkpoint["state_dict"])
         self.stage = checkpoint["lte"]["stage"]

@@ -46,6 +46,7 @@ class MeasuredModule(LightningModule):
         measured: Values so far, by view.
         freeze_routers: Whether the expert stage leaves the routers as they are.
         router_training: Whether the router stage runs all experts, weighted (``soft``), or the selected ones alone.
+        router_start: How the routers start, ``random`` or in ``closed-form``.
         detach_router: Whether routers send no gradient to what they read.
         set_to: The sparsity that a calibrated model is measured at; None for its own.
     """
@@ -64,6 +65,7 @@ class MeasuredModule(LightningModule):
     freeze_routers: bool = True
     stage_progress: float
     router_training: str = "soft"
+    router_start: str = "random"
     detach_router: bool = False
     set_to: float | None = None
 

@@ -39,6 +39,7 @@ CALIBRATION_TOKENS = 4096
 START_TOKENS = 16_384  # a closed form is solved on so many
 SETTLING = 3  # passes over these after an epoch: control has kept the sparsity near
 ROWS_APART = 4  # one row of so many is looked at
+_PLAIN = {"router_training": "soft", "router_start": "random", "detach_router": False}  # the paper's
 
 
 def check_baseline(module: MeasuredModule, stages: Sequence[Stage]) -> None:
@@ -69,9 +70,9 @@ def _check_training(module: MeasuredModule) -> None:
     """Checks that options of how LTE's routers are trained can be met, and names them if there are no such routers."""
     config, options = lte_config(module.net), module.hparams
     target, sparsity_range = config.target_sparsity, options["sparsity_range"]
-    plain = {"router_training": "soft", "router_start": "random", "detach_router": False, "sparsity_range": None}
+    plain = _PLAIN | {"sparsity_range": None}
     changed = [f"{name} {options[name]}" for name, default in plain.items() if options[name] != default]
-    if changed and selectors(module.net)[0].learns != "efficiency":
+    if changed and not _has_routers(module):
         rank_zero_info(f"selector {config.selector!r} has none of LTE's routers; without effect: {', '.join(changed)}")
         return
     if not controlled(module.net) and (sparsity_range is not None or options["router_start"] != "random"):
@@ -81,6 +82,16 @@ def _check_training(module: MeasuredModule) -> None:
         raise UserError(
             f"sparsity_range {sparsity_range} does not contain target_sparsity {target}, at which the model is measured"
         )
+
+
+def set_router_options(module: MeasuredModule) -> None:
+    """Gives the module its options of LTE's routers; with another selector they have their plain values."""
+    for name, plain in _PLAIN.items():
+        setattr(module, name, module.hparams[name] if _has_routers(module) else plain)
+
+
+def _has_routers(module: MeasuredModule) -> bool:
+    return selectors(module.net)[0].learns == "efficiency"
 
 
 def imitate(module: MeasuredModule, batch: dict[str, torch.Tensor], weights: torch.Tensor | None) -> torch.Tensor:
