@@ -6,28 +6,43 @@ namespace {
 
 constexpr int64_t FEW_ROWS = 16, FEW_COLUMNS = 2048;  // rows and columns of a task
 
-// out[t] = row . x[t]. Prefetches the row at next, because the processor does not foresee the jump to it.
-template <int TN, class T>
-void dots(const T* row, const T* next, int64_t D, const float* const* x, float* const* out) {
-    constexpr int UNROLL = W == 16 ? 4 : 2;
-    vec acc[TN][UNROLL] = {};
+// What a row is multiplied by: bfloat16 as it is where the machine multiplies pairs, else float32.
+template <class T> using Input = std::conditional_t<PAIRED<T>, T, float>;
+
+// Rows that a token's input meets at a time. Bytes of the input would come too slowly for the machine's pairs.
+template <class T> constexpr int FEW_DOTS = PAIRED<T> ? 4 : 1;
+
+// out[t][r] = row r . x[t]. Prefetches the rows at next, because the processor does not foresee the jump to them.
+template <int R, int TN, class T>
+void dots(const T* rows, const T* next, int64_t D, const Input<T>* const* x, float* const* out) {
+    constexpr int UNROLL = FEW_DOTS<T> > 1 ? 1 : W == 16 ? 4 : 2, STEP = PAIRED<T> ? 2 * W : W;
+    vec acc[TN][R][UNROLL] = {};
     int64_t d = 0;
-    for (; d + UNROLL * W <= D; d += UNROLL * W) {
-        for (int b = 0; b < UNROLL * W * int(sizeof(T)); b += 64)
-            __builtin_prefetch(reinterpret_cast<const char*>(next + d) + b);
-        for (int u = 0; u < UNROLL; u++) {
-            const vec w = load_wide(row + d + u * W);
-            for (int t = 0; t < TN; t++) acc[t][u] += w * load(x[t] + d + u * W);
+    auto add = [&](int u) {
+        const int64_t at = d + u * STEP;
+        auto pairs = [](const void* from) { return load(static_cast<const float*>(from)); };
+        vec w[R];
+        for (int r = 0; r < R; r++) w[r] = PAIRED<T> ? pairs(rows + r * D + at) : load_wide(rows + r * D + at);
+        for (int t = 0; t < TN; t++) {
+            const vec v = PAIRED<T> ? pairs(x[t] + at) : load_wide(x[t] + at);
+            for (int r = 0; r < R; r++)
+                acc[t][r][u] = PAIRED<T> ? multiply_add_pairs(acc[t][r][u], w[r], v) : acc[t][r][u] + w[r] * v;
         }
+    };
+    for (; d + UNROLL * STEP <= D; d += UNROLL * STEP) {
+        for (int r = 0; r < R; r++)
+            for (int b = 0; b < UNROLL * STEP * int(sizeof(T)); b += 64)
+                __builtin_prefetch(reinterpret_cast<const char*>(next + r * D + d) + b);
+        for (int u = 0; u < UNROLL; u++) add(u);
     }
-    for (; d + W <= D; d += W)
-        for (int t = 0; t < TN; t++) acc[t][0] += load_wide(row + d) * load(x[t] + d);
-    for (int t = 0; t < TN; t++) {
-        for (int u = 1; u < UNROLL; u++) acc[t][0] += acc[t][u];
-        float s = sum(acc[t][0]);
-        for (int64_t k = d; k < D; k++) s += widen(row[k]) * x[t][k];
-        *out[t] = s;
-    }
+    for (; d + STEP <= D; d += STEP) add(0);
+    for (int t = 0; t < TN; t++)
+        for (int r = 0; r < R; r++) {
+            for (int u = 1; u < UNROLL; u++) acc[t][r][0] += acc[t][r][u];
+            float s = sum(acc[t][r][0]);
+            for (int64_t k = d; k < D; k++) s += widen(rows[r * D + k]) * widen(x[t][k]);
+            out[t][r] = s;
+        }
 }
 
 // acc[t][c] += sum over R rows of h[t][r] * rows[r][c]. Prefetches next, too.
@@ -54,12 +69,21 @@ void axpy(const T* rows, const T* next, int64_t D, int64_t columns, const float*
             for (int r = 0; r < R; r++) acc[t][c] += h[t][r] * widen(rows[r * D + c]);
 }
 
+template <class T> const Input<T>* inputs(const Ffn<T>& f) {
+    if constexpr (std::is_same<T, Input<T>>::value) {
+        return f.x;
+    } else {
+        float* const x = scratch<0, float>(f.N * f.D);
+        for (int64_t i = 0; i < f.N * f.D; i++) x[i] = widen(f.x[i]);
+        return x;
+    }
+}
+
 template <class T> void few(const Ffn<T>& f) {
     const int64_t D = f.D, S = f.S, pairs = f.first[f.E];
-    float* const x = scratch<0, float>(f.N * D);
+    const Input<T>* const x = inputs(f);
     float* const h = scratch<1, float>(pairs * S);
     float* const gates = scratch<2, float>(f.gate ? pairs * S : 0);
-    for (int64_t i = 0; i < f.N * D; i++) x[i] = widen(f.x[i]);
 
     // A range is several slabs of rows. Within a range the next row is known.
     const int64_t per_expert = (S + FEW_ROWS - 1) / FEW_ROWS, slabs = int64_t(f.active.size()) * per_expert;
@@ -70,22 +94,23 @@ template <class T> void few(const Ffn<T>& f) {
         for (int64_t slab = range * slabs / ranges; slab < end; slab++) {
             const int64_t e = f.active[slab / per_expert], row = row_of(slab), s = row - e * S;
             const int64_t rows = std::min<int64_t>(FEW_ROWS, S - s), after = slab + 1 < end ? row_of(slab + 1) : row;
-            for (int64_t r = 0; r < rows; r++) {
-                int64_t next = r + 1 < rows ? row + r + 1 : after;
+            at_a_time<FEW_DOTS<T>>(0, rows, [&](int64_t r, auto row_count) {
+                constexpr int R = decltype(row_count)::value;
+                int64_t next = r + R < rows ? row + r + R : after;
                 at_a_time<4>(f.first[e], f.first[e + 1], [&](int64_t p, auto tokens) {
                     constexpr int TN = decltype(tokens)::value;
-                    const float* xs[TN];
+                    const Input<T>* xs[TN];
                     float *up[TN], *gate[TN];
                     for (int t = 0; t < TN; t++) {
                         xs[t] = x + f.token[p + t] * D;
                         up[t] = h + (p + t) * S + s + r;
                         gate[t] = gates + (p + t) * S + s + r;
                     }
-                    if (f.gate) dots<TN>(f.gate + (row + r) * D, f.gate + next * D, D, xs, gate);
-                    dots<TN>(f.up + (row + r) * D, f.up + next * D, D, xs, up);
+                    if (f.gate) dots<R, TN>(f.gate + (row + r) * D, f.gate + next * D, D, xs, gate);
+                    dots<R, TN>(f.up + (row + r) * D, f.up + next * D, D, xs, up);
                     next = row + r;  // already prefetched
                 });
-            }
+            });
             for (int64_t p = f.first[e]; p < f.first[e + 1]; p++) {
                 alignas(64) float up[FEW_ROWS] = {}, gate[FEW_ROWS] = {};
                 std::copy_n(h + p * S + s, rows, up);

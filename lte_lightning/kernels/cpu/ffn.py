@@ -24,12 +24,12 @@ class Costs(NamedTuple):
     dense: tuple[float, float]
 
 
-# The types and instruction sets where torch's own product of all experts may be faster, measured on one core of Zen 5
+# The types and instruction sets where torch's own product of all experts may be faster, measured on one core of Zen 4
 # with oneDNN (LLaMA-2-7B's shape). All others run sparsely, because torch was slower at every sparsity. With tile
 # instructions (AMX) torch's product is estimated to be six times as fast.
 COSTS = {
-    (torch.bfloat16, "avx512_bf16"): Costs(few=(0.050, 0.030), many=(0.22, 0.0066), dense=(0.20, 0.0051)),
-    (torch.bfloat16, "amx"): Costs(few=(0.050, 0.030), many=(0.22, 0.0066), dense=(0.20, 0.0009)),
+    (torch.bfloat16, "avx512_bf16"): Costs(few=(0.12, 0.0145), many=(0.22, 0.0115), dense=(0.153, 0.0087)),
+    (torch.bfloat16, "amx"): Costs(few=(0.12, 0.0145), many=(0.22, 0.0115), dense=(0.153, 0.0015)),
 }
 
 
@@ -90,10 +90,10 @@ def dense_is_faster(mask_NE: torch.Tensor, dtype: torch.dtype) -> bool:
     costs = COSTS.get((dtype, "amx" if has_amx() else instruction_set()))
     if costs is None or tokens < 4:
         return False
-    count_E = mask_NE.sum(dim=0)
-    if not count_E.all():
+    counts = mask_NE.sum(dim=0).tolist()
+    if not all(counts):
         return False
-    per_expert = count_E.float().mean().item()
+    per_expert = sum(counts) / len(counts)
     few, many = (expert + token * per_expert for expert, token in (costs.few, costs.many))
     return costs.dense[0] + costs.dense[1] * tokens < min(few, many)
 

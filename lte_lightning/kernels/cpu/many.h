@@ -10,15 +10,6 @@ constexpr int64_t KC = 256, ROWS = 8 * MR;  // a panel fits the first-level cach
 constexpr int64_t TOKENS = 1024, BLOCK = 64 * TOKENS;  // tokens and size of an output block in the second cache
 
 // One step of a sum over k is four bytes: one float32, or two bfloat16 where the machine multiplies them.
-#if defined(__AVX512BF16__)
-template <class T> constexpr bool PAIRED = std::is_same<T, bf16>::value;
-inline vec multiply_add_pairs(vec acc, vec a, vec b) {
-    return (vec)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
-}
-#else
-template <class T> constexpr bool PAIRED = false;
-inline vec multiply_add_pairs(vec acc, vec, vec) { return acc; }
-#endif
 template <class T> int64_t steps_of(int64_t k) { return PAIRED<T> ? (k + 1) / 2 : k; }
 
 template <class T> inline float step_of(const T* from, int64_t k, int64_t stride, int64_t limit) {

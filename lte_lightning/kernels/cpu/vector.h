@@ -128,6 +128,17 @@ inline int32_t max(ivec v) { return fold(v, [](int32_t a, int32_t b) { return a 
 inline float max(vec v) { return fold(v, [](float a, float b) { return a > b ? a : b; }); }
 #endif
 
+// acc += the products of pairs of bfloat16, where the machine multiplies them.
+#if defined(__AVX512BF16__)
+template <class T> constexpr bool PAIRED = std::is_same<T, bf16>::value;
+inline vec multiply_add_pairs(vec acc, vec a, vec b) {
+    return (vec)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
+}
+#else
+template <class T> constexpr bool PAIRED = false;
+inline vec multiply_add_pairs(vec acc, vec, vec) { return acc; }
+#endif
+
 // e to the power of x, for x from -87 to 88. DEGREE 7 is within 1e-6 of the exact value, and 5 within 4e-6.
 template <int DEGREE> inline vec exponential_within(vec x) {
     const vec magic = all(12582912.f);  // adding 1.5 * 2^23 rounds to an integer, found in the low bits
