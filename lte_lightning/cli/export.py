@@ -46,7 +46,7 @@ def export(
     from lte_lightning.data.text import load_tokenizer
     from lte_lightning.errors import UserError
     from lte_lightning.export.dense import write_dense
-    from lte_lightning.export.gguf import write_gguf
+    from lte_lightning.export.gguf import find_target, write_gguf
     from lte_lightning.export.staging import require_free
     from lte_lightning.quiet import without_bars
 
@@ -73,6 +73,7 @@ def export(
             model = restore(from_pretrained(source, backend="dense-mask").eval())
             note = "dense: every neuron of the FFNs runs"
             if to == "gguf":
+                find_target(model)  # an encoder's tokenizer has no EOS token, but this is not why it is refused
                 context = write_gguf(model, load_tokenizer(source, generates=True), file, dtype)
                 note = f"gguf: every neuron of the FFNs runs, on texts of up to {context} tokens"
             else:

@@ -43,7 +43,7 @@ def push(
         UserError: If the repository is not OWNER/NAME, options do not go together, the folder holds no saved LTE model
             or a damaged one, or the hub refuses it or is out of reach.
     """
-    from huggingface_hub.errors import HFValidationError, HTTPError
+    from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
     from lte_lightning.core.model.folder import find_saved
@@ -63,8 +63,8 @@ def push(
     if cache is not None:
         print(store_folder(saved, repository, Path(cache), revision or "main"))
         return
-    try:
-        address = push_folder(
+    print(
+        push_folder(
             saved,
             repository,
             private=private or None,
@@ -72,10 +72,4 @@ def push(
             revision=revision,
             create_pr=pull_request,
         )
-    except (HTTPError, OSError, ValueError) as error:
-        first = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise UserError(
-            f"cannot upload to {repository}: {first} (log in with `hf auth login` or HF_TOKEN, and leave "
-            "HF_HUB_OFFLINE unset)"
-        ) from error
-    print(address)
+    )

@@ -123,7 +123,7 @@ def write_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, file:
         import gguf
     except ImportError as error:
         raise UserError(f'GGUF files need the package gguf: pip install "lte-lightning[export]" ({error})') from error
-    target = _find(model)
+    target = find_target(model)
     if dtype != "auto" and dtype not in TYPES:
         raise UserError(f"unknown dtype {dtype!r}; a GGUF file has {', '.join(TYPES)}")
     config, kinds = model.config, gguf.GGMLQuantizationType
@@ -176,7 +176,12 @@ def stored_type(matrix_type: str, shape: torch.Size, is_head: bool) -> str:
     return "Q8_0" if is_head and matrix_type == "Q4_0" and shape[-1] % _K_BLOCK else matrix_type
 
 
-def _find(model: PreTrainedModel) -> _Target:
+def find_target(model: PreTrainedModel) -> _Target:
+    """Returns what llama.cpp calls a model's architecture, and how it differs.
+
+    Raises:
+        UserError: If llama.cpp would not compute the same as the model.
+    """
     if expert_ffns(model):
         raise UserError("llama.cpp computes the dense function alone: restore() the model first")
     kind, config = model.config.model_type, model.config

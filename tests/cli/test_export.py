@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertForSequenceClassification
 
 import lte_lightning
 from lte_lightning.cli import main
@@ -80,7 +80,7 @@ def test_gguf_is_the_dense_function_for_llama_cpp(run, export, tmp_path):
     (run / "model.gguf").unlink()
 
 
-def test_what_cannot_be_written_is_refused(run, tiny_lm, export, tmp_path, monkeypatch):
+def test_what_cannot_be_written_is_refused(run, tiny, tiny_lm, export, tmp_path):
     (tmp_path / "there").mkdir()
 
     def refused(message: str, *args: object, **options: object) -> None:
@@ -96,6 +96,11 @@ def test_what_cannot_be_written_is_refused(run, tiny_lm, export, tmp_path, monke
     refused("has no lte_config.json, so it is not a saved LTE model", "--to", "dense", folder=tiny_lm.model)
     refused(f"(do you mean {run.name!r}?)", "--to", "dense", folder=f"{run}x")
     assert not list((tmp_path / "there").iterdir())
+    bert = BertForSequenceClassification.from_pretrained(tiny.model)
+    lte_lightning.convert(bert, lte_lightning.LteConfig(expert_size=8))
+    lte_lightning.save_pretrained(bert, tmp_path / "bert")
+    AutoTokenizer.from_pretrained(tiny.model).save_pretrained(tmp_path / "bert")  # it has no EOS token
+    refused("cannot write a bert model as GGUF; supported: gemma", "--to", "gguf", folder=tmp_path / "bert")
 
 
 def test_a_missing_package_is_one_line(export, monkeypatch):

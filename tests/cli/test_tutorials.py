@@ -9,13 +9,25 @@ import sys
 from pathlib import Path
 
 import mlflow
+import pandas
 import pytest
-from transformers import AutoModelForCausalLM, AutoTokenizer, BertForSequenceClassification
+import torch
+from huggingface_hub import ModelCard
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertForSequenceClassification,
+    pipeline,
+)
+
+import lte_lightning
 
 from .conftest import ANIMALS, BAD, FILLERS, GOOD
 
 DOCS = Path(__file__).parents[2] / "docs"
-STARS = {"bad": BAD[0], "fine": GOOD[2], "great": GOOD[1]}
+STARS = {"awful": BAD[0], "bad": BAD[1], "fine": GOOD[2], "good": GOOD[0], "great": GOOD[1]}
+TEXTS = ["the film was good", "a dull plot", "very bright is the end"]
 # What a tiny model needs, and what makes a fit short; behind the commands as they are printed
 SMALL = {
     "--model.lte.expert_size": 8,
@@ -96,7 +108,11 @@ def reviews(tmp_path):
 @pytest.mark.timeout(600)
 @pytest.mark.usefixtures("reviews")
 def test_a_classifier_from_a_csv_file(follow, tiny, tmp_path, capsys):
-    follow("own-classifier", SMALL | {"--model.pretrained": tiny.model})
+    half = {
+        "--model.efficiency_weight": "null",
+        "--model.lte.target_sparsity": 0.5,
+    }
+    follow("own-classifier", SMALL | half | {"--model.pretrained": tiny.model})
     assert len(next(tmp_path.glob("runs/*/*/predictions*.jsonl")).read_text().splitlines()) == 9
     said = capsys.readouterr().out
     assert any(star in said for star in STARS)
@@ -104,7 +120,41 @@ def test_a_classifier_from_a_csv_file(follow, tiny, tmp_path, capsys):
     (run,) = mlflow.search_runs(search_all_experiments=True, output_format="list")
     losses = mlflow.MlflowClient().get_metric_history(run.info.run_id, "train/loss")
     assert len(losses) == 3  # of every epoch, although all have fewer batches than Lightning's interval
-    assert (next(tmp_path.glob("runs/*/*/model/README.md"))).read_text().startswith("---")
+    with torch.no_grad():
+        every_tool_answers_alike(tmp_path)
+
+
+def every_tool_answers_alike(folder):
+    """What `lte push --cache hub` wrote, in each tool, beside the run's own model."""
+    hub = {"cache_dir": folder / "hub"}
+    (run,) = (results.parent for results in folder.glob("runs/*/*/results.json"))
+    tokenizer = AutoTokenizer.from_pretrained("me/reviews", **hub)
+    batch = tokenizer(TEXTS, padding=True, return_tensors="pt")
+    sparse = lte_lightning.from_pretrained("me/reviews", **hub).eval()
+    logits = sparse(**batch).logits
+    assert torch.equal(logits, lte_lightning.from_pretrained(run / "model").eval()(**batch).logits)
+    assert set(sparse.config.id2label.values()) == set(STARS)
+    shares, classes = logits.softmax(dim=1).max(dim=1)
+    labels = [sparse.config.id2label[number] for number in classes.tolist()]
+
+    said = pipeline("text-classification", model=sparse, tokenizer=tokenizer)(TEXTS)
+    assert [one["label"] for one in said] == labels
+    assert [one["score"] for one in said] == pytest.approx(shares.tolist(), abs=1e-5)
+    served = mlflow.pyfunc.load_model("models:/reviews/1").predict(pandas.DataFrame({"review": TEXTS}))
+    assert served["label"].tolist() == labels
+    assert served["probability"].tolist() == pytest.approx(shares.tolist(), abs=1e-5)
+
+    dense = AutoModelForSequenceClassification.from_pretrained("me/reviews", **hub).eval()
+    lte_lightning.set_mode(sparse, "dense")
+    torch.testing.assert_close(dense(**batch).logits, sparse(**batch).logits)
+    assert not torch.allclose(dense(**batch).logits, logits, atol=1e-6)
+
+    card = ModelCard.load(next((folder / "hub").glob("models--me--reviews/snapshots/*/README.md")))
+    assert 'lte_lightning.from_pretrained("me/reviews")' in card.text
+    (measured,) = card.data.eval_results
+    results = json.loads((run / "results.json").read_text())
+    assert (measured.dataset_name, measured.metric_type) == ("reviews", "accuracy")
+    assert measured.metric_value == pytest.approx(results["hard"], abs=1e-4)
 
 
 @pytest.mark.timeout(600)
@@ -125,15 +175,21 @@ def test_a_chat_model_of_each_form(form, follow, tiny_lm, make_lm_tokenizer, tmp
 @pytest.mark.timeout(600)
 @pytest.mark.usefixtures("reviews")
 def test_from_somebody_elses_model(follow, tiny, tmp_path):
-    names = dict(enumerate(["GREAT", "bad", "fine"]))
+    names = dict(enumerate(["GREAT", "bad", "fine", "good", "awful"]))
     model = BertForSequenceClassification.from_pretrained(
-        tiny.model, num_labels=3, id2label=names, label2id={name: i for i, name in names.items()}
+        tiny.model, num_labels=5, id2label=names, label2id={name: i for i, name in names.items()}
     )
     model.save_pretrained(tmp_path / "their-model")
     AutoTokenizer.from_pretrained(tiny.model).save_pretrained(tmp_path / "their-model")
     follow("checkpoint", SMALL)
     config = json.loads(next(tmp_path.glob("runs/*/*/model/config.json")).read_text())
-    assert list(config["id2label"].values()) == ["great", "bad", "fine"]  # the model's order, the data's spelling
+    assert list(config["id2label"].values()) == [
+        "great",
+        "bad",
+        "fine",
+        "good",
+        "awful",
+    ]  # the model's order, the data's spelling
 
 
 @pytest.mark.timeout(900)

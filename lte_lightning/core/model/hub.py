@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, ModelCard
+from huggingface_hub.errors import HTTPError
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import filter_repo_objects
 from transformers import AutoConfig
 
 from lte_lightning.core.model.card import README, write_card
 from lte_lightning.core.model.folder import read_description
+from lte_lightning.errors import UserError
 from lte_lightning.files import exchange, sync_all, write_text
 
 # Files that training leaves beside a model. They are large, and of no use to others.
@@ -38,8 +40,21 @@ def push_folder(
 
     Returns:
         The commit's address.
+
+    Raises:
+        UserError: If the hub refuses the upload or is out of reach.
     """
-    api = HfApi(token=token)
+    try:
+        return _upload(folder, repo_id, private, HfApi(token=token), tags or [], **kwargs)
+    except (HTTPError, OSError, ValueError) as error:
+        first = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
+        raise UserError(
+            f"cannot upload to {repo_id}: {first} (log in with `hf auth login` or HF_TOKEN, and leave "
+            "HF_HUB_OFFLINE unset)"
+        ) from None  # the hub's own traceback has a hundred lines
+
+
+def _upload(folder: Path, repo_id: str, private: bool | None, api: HfApi, tags: list[str], **kwargs: Any) -> str:
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     write_card(folder, read_description(folder), AutoConfig.from_pretrained(folder), repo_id)
     if tags:

@@ -200,6 +200,28 @@ def test_push_to_hub(model, hub, tmp_path):
     assert "mine" in card.data.tags
 
 
+def test_a_hub_that_is_out_of_reach_is_one_line(model, tmp_path, monkeypatch):
+    def push() -> None:
+        model.push_to_hub("me/sparse")
+
+    def save() -> None:
+        model.save_pretrained(tmp_path / "saved", push_to_hub=True, repo_id="me/sparse")
+
+    for call in (push, save):
+        with pytest.raises(
+            UserError, match=r"cannot upload to me/sparse: .*offline.*leave HF_HUB_OFFLINE unset"
+        ) as refused:
+            call()
+        assert refused.value.__suppress_context__  # none of the hub's traceback
+        assert len(str(refused.value).splitlines()) == 1
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    close_session()
+    with pytest.raises(UserError, match="cannot upload to me/sparse: "):
+        model.push_to_hub("me/sparse")
+    close_session()
+
+
 def test_saving_with_push_to_hub(model, hub, tmp_path):
     model.save_pretrained(tmp_path / "saved", push_to_hub=True, repo_id="me/sparse", token="hf_x")
     assert {"lte_config.json", "lte_routers.safetensors", "model.safetensors", "README.md"} <= set(hub)
