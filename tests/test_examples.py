@@ -36,7 +36,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 OURS = ("lightning", "lte")
 LAUNCHERS = ("torchrun", "srun")  # which run one of ours, or its module
-OTHERS = (*LAUNCHERS, "python", "python3", "pip", "nox", "mlflow", "tensorboard")
+OTHERS = (*LAUNCHERS, "python", "python3", "pip", "nox", "mlflow", "tensorboard", "register-python-argcomplete")
 STAND_IN = """#!{python}
 import json, os, sys
 with open(os.environ["CALLS"], "a") as file:
