@@ -8,6 +8,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from lte_lightning.core.model.exact import what_transforms
 from lte_lightning.core.model.families import FAMILIES
 from lte_lightning.kernels.cpu.attention import run_attention
 
@@ -55,6 +56,7 @@ def _attend(
         or not query.shape[-1] == key.shape[-1] == value.shape[-1]
         or (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad))
         or torch.compiler.is_exporting()  # other engines know torch's operator only
+        or what_transforms()
     ):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **more

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from lte_lightning.bars import Bar
 from lte_lightning.core.model.attention import use_attention
 from lte_lightning.core.model.config import LteConfig
-from lte_lightning.core.model.exact import computes_on, is_part
+from lte_lightning.core.model.exact import computes_on, is_part, why_not_linear
 from lte_lightning.core.model.experts import ExpertFfn, expert_ffns, require_expert_ffns
 from lte_lightning.core.model.families import find_row
 from lte_lightning.core.model.grouping import Grouping, expert_count, group_neurons
@@ -137,14 +137,18 @@ def group_experts(
         The grouping of each layer, with what clustering gained over chance.
 
     Raises:
-        UserError: If the method needs activations and there are none, or a neuron's weights or activations are not
-            finite.
+        UserError: If the method needs activations and there are none, a neuron's weights or activations are not
+            finite, or a projection is not its weight and bias alone (an adapter, a parametrization).
     """
     config = lte_config(model)
     ffns = expert_ffns(model)
     keeps_order = config.expert_size == 1 or selector_class(config.selector).keeps_order
     if config.grouping == "contiguous" or keeps_order:  # experts of one neuron need no order
         return []
+    for name, ffn in ffns.items():
+        for projection in filter(None, (ffn.up, ffn.gate, ffn.down)):
+            if (why := why_not_linear(projection)) and not is_part(projection.weight):
+                raise UserError(f"neurons of {name} cannot be reordered: a projection {why}; group them before that")
     uses: list[torch.Tensor | None] = [None] * len(ffns)
     if groups_by_activation(config):
         rows = _require_activations(activations)

@@ -9,16 +9,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import DynamicLayer, StaticLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from lte_lightning.core.model.exact import TENSORS, has_global_hooks
+from lte_lightning.core.model.exact import TENSORS, has_global_hooks, what_transforms
 from lte_lightning.core.model.experts import ExpertFfn
 from lte_lightning.core.model.fusable import decoder_of, why_not_fused
-from lte_lightning.core.model.prepared import transforms
 from lte_lightning.core.model.quantized import QuantizedEmbedding
 from lte_lightning.errors import UserError
 from lte_lightning.kernels.cpu.decoder import run_decoder
@@ -161,7 +159,7 @@ class _Steps:
         at each token, because data that a step does not touch are out of the processor's cache. A check of everything
         takes a tenth of the step.
         """
-        if self.model.training or has_global_hooks() or transforms() or is_in_torch_dispatch_mode():
+        if self.model.training or has_global_hooks() or what_transforms():
             return False
         if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
             return False

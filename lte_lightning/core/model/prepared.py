@@ -5,9 +5,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd import forward_ad
 
-from lte_lightning.core.model.exact import TENSORS, has_global_hooks, mark, what_surrounds, why_not_linear
+from lte_lightning.core.model.exact import (
+    TENSORS,
+    has_global_hooks,
+    mark,
+    runs_backward_hooks,
+    what_surrounds,
+    what_transforms,
+    why_not_linear,
+)
 from lte_lightning.core.model.parts import FfnParts
 from lte_lightning.core.model.quantized import QuantizedLinear
 from lte_lightning.core.model.storage import expert_weights
@@ -65,7 +72,7 @@ def marks_of(x: torch.Tensor, backend: Backend, expert_size: int, *modules: Any)
         x.device,
         autocast_dtype(x),
         has_global_hooks(),
-        transforms(),
+        what_transforms(),
         *map(mark, modules),
     )
 
@@ -116,6 +123,8 @@ def prepare_skipping(parts: FfnParts, selector: Selector, expert_size: int, x: t
     weight, mixed = up.weight, autocast_dtype(x)
     if x.device.type != "cpu" or _why_not(parts, selector, x) or (mixed is None and x.dtype != weight.dtype):
         return DENSE_MASK
+    if runs_backward_hooks(parts.up, parts.gate, parts.down, parts.activation, parts.dropout):
+        return DENSE_MASK
     try:
         return Prepared(DENSE_MASK.choice, expert_weights(parts, expert_size, in_place=False), skipping=True)
     except UserError:
@@ -128,8 +137,8 @@ def _why_not(parts: FfnParts, selector: Selector, x: torch.Tensor) -> str:
         return f"the input is a {type(x).__name__}"
     if has_global_hooks():
         return "hooks are registered for every module's forward"
-    if transforms():
-        return "torch.func or forward-mode differentiation transforms the call"
+    if why := what_transforms():
+        return why
     for name in ("up", "gate", "down"):
         projection = getattr(parts, name)
         if projection is None:
@@ -173,10 +182,3 @@ def report(prepared: Prepared, backend: Backend) -> None:
     """Says in the log, once, why every expert is computed although a sparse backend was asked for."""
     if prepared.choice.fallback and not torch.compiler.is_compiling():
         say_once(f"backend {backend!r} computes every expert and masks (dense-mask): {prepared.choice.fallback}")
-
-
-def transforms() -> bool:
-    """Says whether torch.func or forward-mode differentiation is active. torch.compile decides this for itself."""
-    if torch.compiler.is_compiling():
-        return False
-    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None

@@ -41,8 +41,14 @@ def activation_name(activation: Any) -> str | None:
     if type(activation) is nn.GELU:
         return "gelu_tanh" if activation.approximate == "tanh" else "gelu"
     if isinstance(activation, nn.Module):
-        return _MODULES.get(type(activation))
+        return _MODULES.get(type(activation)) if _calls_its_own(activation) else None
     return _FUNCTIONS.get(activation)
+
+
+def _calls_its_own(activation: nn.Module) -> bool:
+    """Says whether the function that an activation of transformers holds in ``act`` is the one of its class."""
+    act: Any = getattr(activation, "act", functional.gelu)
+    return functional.gelu in (act, getattr(act, "func", None)) or getattr(act, "__self__", None) is activation
 
 
 @torch.inference_mode(False)  # inference tensors could not be trained afterwards

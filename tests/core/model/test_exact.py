@@ -1,16 +1,22 @@
 """Whatever the kernels cannot see is computed by the modules: adapters, hooks, wrappers, other tensors and modules."""
 
 import copy
+import functools
 import logging
 
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import activations
 
 from lte_lightning import LteConfig, convert, from_pretrained, restore, save_pretrained, set_backend, set_mode
+from lte_lightning.core.model.convert import group_experts
 from lte_lightning.core.model.experts import expert_ffns
 from lte_lightning.core.model.parts import UnsupportedModelError
+from lte_lightning.core.model.quantize import quantize
 from lte_lightning.errors import UserError
 from lte_lightning.kernels import dispatch
 
@@ -338,6 +344,113 @@ def test_a_forward_that_replaces_a_class_s(sparse, batch, said, monkeypatch):
     assert "has a forward that replaced Linear's for all modules" in said()[0]
     monkeypatch.undo()
     assert logits(model, batch).equal(plain)
+
+
+@pytest.mark.parametrize(("place", "name"), [(nn.functional, "linear"), (nn.functional, "silu")])
+def test_a_function_of_torch_that_is_replaced(place, name, sparse, batch, said, monkeypatch):
+    model = sparse()
+    plain, original = logits(model, batch), getattr(place, name)
+    monkeypatch.setattr(place, name, lambda *args, **kwargs: 2 * original(*args, **kwargs))
+    assert (logits(model, batch) - plain).abs().max() > 1e-3
+    close(logits(model, batch), masked(model, batch))
+    assert "a function of torch that the modules call was replaced" in said()[0]
+    monkeypatch.undo()
+    assert logits(model, batch).equal(plain)
+
+
+@pytest.mark.parametrize("family", ["llama", "falcon"])
+def test_a_class_that_is_patched(family, sparse, batch, monkeypatch):
+    """A patch may wrap what it replaces, and so bear its name; an activation counts as much as a projection."""
+    model = sparse(family)
+    ffn = next(iter(expert_ffns(model).values()))
+    kind = type(ffn.activation if family == "llama" else ffn.up)
+    plain, original = logits(model, batch), kind.forward
+
+    @functools.wraps(original)
+    def forward(self, x):
+        return 2 * original(self, x)
+
+    monkeypatch.setattr(kind, "forward", forward)
+    assert (logits(model, batch) - plain).abs().max() > 1e-3
+    close(logits(model, batch), masked(model, batch))
+
+
+class Twice(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        return 2 * out if func is nn.functional.linear else out
+
+
+class TwiceBelow(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        return 2 * out if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default) else out
+
+
+@pytest.mark.parametrize("mode", [Twice, TwiceBelow])
+def test_modes_that_see_every_call(mode, sparse, batch, said):
+    model = sparse()
+    plain = logits(model, batch)
+    with mode():
+        changed, expected = logits(model, batch), masked(model, batch)
+    assert (changed - plain).abs().max() > 1e-3
+    close(changed, expected)
+    assert "a mode of torch" in said()[0]
+    with torch.device("cpu"):  # a mode, too, of new tensors alone
+        assert logits(model, batch).equal(plain)
+        assert all(runs_sparsely(model))
+
+
+@pytest.mark.parametrize(
+    ("activation", "name", "value"),
+    [(nn.GELU, "approximate", "tanh"), (activations.GELUActivation, "act", torch.relu)],
+)
+def test_an_activation_that_is_changed_in_place(activation, name, value, sparse, batch):
+    model = sparse("gpt2")
+    for ffn in expert_ffns(model).values():
+        ffn.activation = activation()
+    before = logits(model, batch)
+    for ffn in expert_ffns(model).values():
+        setattr(ffn.activation, name, value)
+    changed = logits(model, batch)
+    assert (changed - before).abs().max() > 1e-4
+    close(changed, masked(model, batch))
+
+
+@pytest.mark.parametrize("name", ["scale", "bias"])
+def test_quantised_weights_that_are_replaced_are_noticed(name, sparse, batch):
+    model = quantize(sparse("gpt2").eval())
+    before = logits(model, batch)
+    for ffn in expert_ffns(model).values():
+        setattr(ffn.up, name, 2 * getattr(ffn.up, name))
+    changed = logits(model, batch)
+    assert (changed - before).abs().max() > 1e-3
+    close(changed, masked(model, batch))
+
+
+def every_neuron(change):
+    def permute(model):
+        for ffn in expert_ffns(model).values():
+            change(ffn.up)
+
+    return permute
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda model: add_lora(model, ["up", "gate", "down"]), "is a Linear of peft.tuners.lora.layer"),
+        (every_neuron(parametrizations.weight_norm), "is a ParametrizedLinear"),
+    ],
+    ids=["adapters", "parametrised"],
+)
+def test_neurons_are_not_reordered_below_what_keeps_their_order(change, message, build, batch):
+    model = convert(build("llama", "lm", 0.0), LteConfig(expert_size=16), progress=False, group=False)
+    change(model)
+    before = logits(model, batch)
+    with pytest.raises(UserError, match=f"cannot be reordered: a projection {message}.*; group them before that"):
+        group_experts(model, progress=False)
+    assert logits(model, batch).equal(before)
 
 
 def test_another_layout_of_the_same_memory_is_noticed(sparse, batch):

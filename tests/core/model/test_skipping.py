@@ -118,3 +118,19 @@ def test_modules_compute_what_it_cannot(sparse, batch, skipped, change):
     expected = step(model, batch, skips=False)
     assert_same(step(model, batch, skips=True), expected, tolerance=0.0)
     assert not skipped
+
+
+@pytest.mark.parametrize("pre", [False, True], ids=["full", "pre"])
+def test_backward_hooks_of_projections_run(pre, sparse, batch, skipped):
+    model = sparse()
+    before = step(model, batch, skips=True)
+    assert skipped
+    for ffn in expert_ffns(model).values():
+        if pre:
+            ffn.down.register_full_backward_pre_hook(lambda module, gradients: (2 * gradients[0],))
+        else:
+            ffn.down.register_full_backward_hook(lambda module, gradients, outputs: (2 * gradients[0],))
+    changed = step(model, batch, skips=True)
+    assert_same(changed, step(model, batch, skips=False))
+    name = next(name for name in before if name.endswith("up.weight"))
+    assert (changed[name] - before[name]).norm() > 0.1 * before[name].norm()
