@@ -59,8 +59,8 @@ class LteConfig:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        if self.expert_size < 1:
-            raise UserError(f"expert_size is {self.expert_size}; it must be at least 1 (the paper uses 32)")
+        if type(self.expert_size) is not int or self.expert_size < 1:  # files may hold anything
+            raise UserError(f"expert_size is {self.expert_size!r}; it must be a whole number from 1 on (the paper: 32)")
         if not 0.0 < self.threshold < 1.0:
             raise UserError(f"threshold is {self.threshold}; it must lie in (0, 1), as scores do (the paper uses 0.5)")
         if selector_class(self.selector).no_target:  # the floor of a configuration that sets one

@@ -40,7 +40,8 @@ def _is_of(entry: str, tensor: torch.Tensor) -> bool:
     if len(digests) != len(values):
         return False
     pairs = zip(digests, map(float, values), strict=True)
-    return all(abs(each - other) <= coarser.eps * (abs(other) + coarser.smallest_normal) for each, other in pairs)
+    precision = max(coarser.eps, 1e-6)  # an entry's values have seven digits
+    return all(abs(each - other) <= precision * (abs(other) + coarser.smallest_normal) for each, other in pairs)
 
 
 def _entry(tensor: torch.Tensor) -> str:

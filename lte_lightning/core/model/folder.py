@@ -1,7 +1,7 @@
 """The folder of a saved model: the names and format of its files, and the functions that find them."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -9,14 +9,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import PreTrainedConfig
 from transformers.utils import cached_file
 
-from lte_lightning.core.model.checks import listed
 from lte_lightning.core.model.config import LteConfig
-from lte_lightning.core.model.digest import FORMAT, differing
 from lte_lightning.core.model.experts import MODES
-from lte_lightning.core.model.settings import changed
 from lte_lightning.errors import UserError, meant_path
 from lte_lightning.files import abridged, read_json
 from lte_lightning.selection import selector_class
@@ -203,60 +199,6 @@ def _read(file: Path) -> dict[str, torch.Tensor]:
         return load_file(file)
     content: dict[str, torch.Tensor] = torch.load(file, weights_only=True, mmap=True, map_location="cpu")
     return content
-
-
-def require_own(
-    description: dict[str, Any],
-    weights: Mapping[str, torch.Tensor],
-    routers: Mapping[str, torch.Tensor],
-    config: PreTrainedConfig,
-    source: object,
-    prefix: str = "",
-) -> None:
-    """Refuses weights, routers and a configuration that were not saved together.
-
-    Args:
-        description: The contents of ``lte_config.json``. An old description without a digest passes.
-        weights: The folder's weights, or some of them, as they are stored.
-        routers: The folder's routers.
-        config: The folder's ``config.json``.
-        source: Their origin, for the message.
-        prefix: The base model's prefix, which a name may have or lack.
-
-    Raises:
-        LayoutError: If they were not saved together, or this version does not know the digest's format.
-    """
-    digest = description.get("digest")
-    if digest is None:
-        return
-
-    def short(entries: Mapping[str, Any]) -> dict[str, Any]:
-        return {name.removeprefix(f"{prefix}."): value for name, value in entries.items()}
-
-    try:
-        if digest["format"] != FORMAT:
-            raise LayoutError(
-                f"{CONFIG_FILE} of {source} has a digest of format {digest['format']!r}, this lte-lightning reads "
-                f"{FORMAT}; install the version that wrote it"
-            )
-        others = changed(digest.get("config", {}), config)
-        wrong_routers = differing(digest["routers"], routers)
-        wrong_weights = differing(short(digest["weights"]), short(weights))
-    except (AttributeError, KeyError, TypeError, IndexError, ValueError) as error:
-        raise LayoutError(f"the digest in {CONFIG_FILE} of {source} is damaged: {error!r}") from error
-    way_out = f'Put it back; if you meant to change it, take "digest" out of {CONFIG_FILE} and measure the model again'
-    if others:
-        why = f"config.json is not what was saved ({listed(others)}), and describes another function"
-        raise LayoutError(f"{source}: {why}. {way_out}")
-    for wrong, what, other in (
-        (wrong_routers, ROUTERS_FILE, "weights"),
-        (wrong_weights, "the weights' file", "routers"),
-    ):
-        if wrong:
-            raise LayoutError(
-                f"{source}: {what} is not what was saved with its {other} ({listed(wrong)} differ), so routers and "
-                f"weights are of different models. {way_out}"
-            )
 
 
 def find(source: str | os.PathLike[str], name: str, **hub: Any) -> Path | None:

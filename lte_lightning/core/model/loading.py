@@ -35,7 +35,6 @@ from lte_lightning.core.model.folder import (
     read_lte_config,
     read_routers,
     require_file,
-    require_own,
     said_of,
     stored_weights,
     weight_files,
@@ -49,7 +48,8 @@ from lte_lightning.core.model.quantize import (
 )
 from lte_lightning.core.model.quantize import quantize as quantize_model
 from lte_lightning.core.model.routers import load_routers
-from lte_lightning.core.model.thresholds import keep_table, owner_of, read_table, set_sparsity
+from lte_lightning.core.model.saved_together import require_loaded, require_own
+from lte_lightning.core.model.thresholds import keep_table, read_table, set_sparsity, tensors_of
 from lte_lightning.errors import UserError
 from lte_lightning.files import abridged
 from lte_lightning.kernels.dispatch import BACKENDS, Backend
@@ -127,6 +127,7 @@ def from_pretrained(
             stored = stored_weights(source, variant, **hub)
             require_floating(stored, source)
             require_finite(stored, source)
+            require_loaded(model, stored, source)
             del stored
         if "dtype" in kwargs or "torch_dtype" in kwargs:  # the conversion to another type may overflow
             require_finite(dict(model.named_parameters()), source)
@@ -142,7 +143,7 @@ def from_pretrained(
             parameter.data = parameter.data.to(model.config.dtype if is_quantized else ffn.up.weight.dtype)
     model.__dict__["lte_base"] = description.get("base")  # its card will name it when it is saved again
     set_mode(model, description["mode"])
-    keep_table(model, table, owner_of(description))
+    keep_table(model, table, tensors_of(description))
     if table is not None and table.chosen is not None:
         set_sparsity(model, table.chosen)
     set_backend(model, backend)

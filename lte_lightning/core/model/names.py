@@ -15,6 +15,7 @@ from torch import nn
 from lte_lightning.core.model.exact import is_part
 from lte_lightning.core.model.experts import ExpertFfn
 from lte_lightning.core.model.fused import join, split
+from lte_lightning.errors import UserError
 
 _OWN: ContextVar[bool] = ContextVar("own_names", default=False)
 
@@ -103,10 +104,36 @@ def _on_saving(layer: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> 
 
 def _on_loading(layer: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     held = {f"{prefix}{name}": tensor for name, tensor in layer.named_parameters()}
-    for plain, own in _renames(_ffns(layer, prefix)):
+    ffns = _ffns(layer, prefix)
+    for plain, own in _renames(ffns):
         if plain in state and not any(key in state and not is_held(state[key], held.get(key)) for key in own):
             value = state.pop(plain)
             state.update(zip(own, [value] if len(own) == 1 else split(value), strict=True))
+    for name, ffn in ffns.items():
+        _require_routers(name, ffn, {key: tensor for key, tensor in held.items() if key.startswith(f"{name}.")}, state)
+
+
+def _require_routers(name: str, ffn: ExpertFfn, held: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> None:
+    """Refuses other weights for a routed FFN without its router.
+
+    `ExpertMethods.load_state_dict` sees to that for the whole model, and torch for a part of it that is loaded with
+    ``strict``.
+    """
+    routed = ffn.mode != "dense" and any(key.startswith(f"{name}.selector.") for key in held)
+    if not routed or any(key.startswith(f"{name}.selector.") for key in state):
+        return
+    for key, tensor in held.items():
+        value = state.get(key)
+        if isinstance(value, torch.Tensor) and not (is_part(value) or is_part(tensor) or same(value, tensor)):
+            raise UserError(
+                f"{key} comes without its router ({name}.selector), and that of the model belongs to other weights; "
+                "load the state dict of a converted model, or set_mode(model, 'dense') if routers are yet to be trained"
+            )
+
+
+def same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Says whether two tensors hold the same values, those of the first in the type of the second."""
+    return one.shape == other.shape and torch.equal(one.to(other), other)
 
 
 def is_held(value: torch.Tensor, tensor: torch.Tensor | None) -> bool:

@@ -17,9 +17,9 @@ from lte_lightning.core.model.folder import (
     read_description,
     read_lte_config,
     read_routers,
-    require_own,
 )
-from lte_lightning.core.model.names import is_held, plain_names, weight_names
+from lte_lightning.core.model.names import is_held, plain_names, same, weight_names
+from lte_lightning.core.model.saved_together import require_own
 from lte_lightning.core.model.swap import lte_config
 from lte_lightning.errors import UserError
 
@@ -80,12 +80,13 @@ def with_routers(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> M
         _require_same_conversion(model, folder)
         own = read_routers(folder)
         require_sound_routers(own, folder / ROUTERS_FILE)
-        require_own(read_description(folder), loaded, own, model.config, folder)
+        description = read_description(folder) | {"transformers": None}  # a live configuration may have more settings
+        require_own(description, loaded, own, model.config, folder)
         return {**state, **{_own_name(ffns, key): value for key, value in own.items()}}
     if all(ffn.mode == "dense" for ffn in ffns.values()):
         return state
     current = plain_names(ffns, model.state_dict())
-    if all(key in current and _same(loaded[key], current[key]) for key in mine):
+    if all(key in current and same(loaded[key], current[key]) for key in mine):
         return state
     raise UserError(
         f"these weights come without routers ({ROUTERS_FILE} is the file of a saved folder that holds them), and those "
@@ -110,10 +111,6 @@ def _require_same_conversion(model: PreTrainedModel, folder: Path) -> None:
             f"{folder} was converted otherwise than this model ({', '.join(changed)}); begin with "
             "model = lte_lightning.from_pretrained(FOLDER)"
         )
-
-
-def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one.shape == other.shape and torch.equal(one.to(other), other)
 
 
 def _mapped_from(tensor: torch.Tensor) -> Path | None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors.torch import save_file
 from transformers import AutoConfig, PreTrainedModel
 
@@ -154,7 +155,12 @@ def _write(
             )
         _write_quantized(model, folder, about)
         return
-    state = plain_names(ffns, model.state_dict() if state_dict is None else state_dict)
+    given = model.state_dict() if state_dict is None else state_dict
+    for key, value in given.items():
+        if not isinstance(value, torch.Tensor) or value.layout is not torch.strided:
+            kind = f"tensor of layout {value.layout}" if isinstance(value, torch.Tensor) else type(value).__name__
+            raise UserError(f"{key} of the state dict is a {kind}, and only dense tensors are saved")
+    state = plain_names(ffns, given)
     if any(map(is_part, state.values())):
         raise UserError(
             f"the weights of this {type(model).__name__} are sharded over devices; gather them in every process, "
@@ -209,6 +215,7 @@ def _describe(
         "selector": asdict(selector_class(config.selector).describe(config.expert_size, config.target_sparsity)),
         "about": about or {},
         "base": _base(model),
+        "transformers": transformers.__version__,
         "digest": {
             "format": FORMAT,
             "config": settings(AutoConfig.from_pretrained(folder)),
@@ -247,7 +254,8 @@ def _take_routers(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> dic
                     f"{list(expected.shape)}"
                 )
             else:
-                routers[f"{name}.{key}"] = value.detach().contiguous()
+                _require_type(f"{name}.selector.{key}", value, expected)
+                routers[f"{name}.{key}"] = value.detach().clone(memory_format=torch.contiguous_format)
     if missing:
         raise UserError(
             f"the state dict has no routers ({listed(missing)}), and those of the model may belong to other weights; "
@@ -282,3 +290,11 @@ def _require_loadable(model: PreTrainedModel, state: dict[str, torch.Tensor]) ->
         if key in expected and value.shape != expected[key].shape:
             shape = list(expected[key].shape)
             raise UserError(f"{key} is {list(value.shape)}, and that of a {name} of this configuration is {shape}")
+        if key in expected:
+            _require_type(key, value, expected[key])
+
+
+def _require_type(name: str, value: torch.Tensor, expected: torch.Tensor) -> None:
+    """Refuses whole numbers in place of fractions, and floating-point types of 8 bits, which nothing computes in."""
+    if value.is_floating_point() != expected.is_floating_point() or (value.is_floating_point() and value.itemsize < 2):
+        raise UserError(f"{name} is of type {value.dtype}, and a model of that could not be loaded again")

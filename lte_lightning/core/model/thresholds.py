@@ -162,7 +162,7 @@ def keep_table(model: nn.Module, table: ThresholdTable | None, owner: str | None
     Args:
         model: A converted model.
         table: The table; None removes it.
-        owner: The `owner_of` the table's folder; None for the current weights.
+        owner: The `tensors_of` the table's folder; None for the current weights.
 
     Raises:
         UserError: If the table is for another number of layers.
@@ -177,9 +177,18 @@ def keep_table(model: nn.Module, table: ThresholdTable | None, owner: str | None
 
 
 def owner_of(description: Mapping[str, Any]) -> str | None:
-    """Returns the digest of a folder's weights and routers from its ``lte_config.json``; None for old folders."""
+    """Returns the digest of a folder's weights, routers and settings (``lte_config.json``); None for old folders."""
     digest = description.get("digest")
     return None if digest is None else hashlib.sha256(json.dumps(digest, sort_keys=True).encode()).hexdigest()
+
+
+def tensors_of(description: Mapping[str, Any]) -> str | None:
+    """Returns the digest of a folder's weights and routers alone, which stays the same when the folder is saved again.
+
+    Another version may note more settings than the version that saved the folder first.
+    """
+    digest = description.get("digest")
+    return owner_of({"digest": {key: digest.get(key) for key in ("weights", "routers")}} if digest else {})
 
 
 def write_table(table: ThresholdTable, folder: Path, description: Mapping[str, Any]) -> None:
@@ -196,7 +205,7 @@ def save_kept_table(model: nn.Module, folder: Path, description: Mapping[str, An
         UserError: If a model without a table, or whose table is out of date, is set to other thresholds than its own.
     """
     table, owner = model.__dict__.get(_KEPT, (None, None))
-    stale = owner is not None and owner != owner_of(description)
+    stale = owner is not None and owner != tensors_of(description)
     if table is None or stale:
         moved = [ffn.threshold for ffn in require_expert_ffns(model).values() if ffn.threshold != ffn.trained_threshold]
         if moved:

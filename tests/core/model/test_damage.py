@@ -115,7 +115,8 @@ def test_files_of_another_model_of_the_same_shape(make, files, wrong):
         ("id2label", {"0": "a", "1": "b", "2": "c"}, None),
         ("use_cache", False, None),
         ("hidden_dropout_prob", 0.5, None),
-        ("of_a_later_version", 3, None),
+        ("pad_token_id", 7, r"pad_token_id: 0 there, 7 here"),
+        ("is_causal", True, r"is_causal: None there, True here"),
     ],
 )
 def test_a_configuration_that_computes_something_else(setting, value, said, make):
@@ -127,6 +128,46 @@ def test_a_configuration_that_computes_something_else(setting, value, said, make
     else:
         with pytest.raises(LayoutError, match=rf"saved: config\.json is not what was saved \({said}\)"):
             from_pretrained(folder)
+
+
+def test_settings_of_another_version_of_transformers(make):
+    folder = make()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"of_later_releases": 3}))
+    with pytest.raises(LayoutError, match="of_later_releases: None there, 3 here"):
+        from_pretrained(folder)
+    (folder / "lte_config.json").write_text(json.dumps(read_description(folder) | {"transformers": "4.0.0"}))
+    from_pretrained(folder)
+
+
+def test_a_token_for_padding_where_there_was_none(build, tmp_path):
+    model = convert(build("llama", "lm", 0.0), LteConfig(expert_size=16), progress=False)
+    model.config.pad_token_id = None
+    folder = save_pretrained(model, tmp_path / "saved")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"pad_token_id": 2}))
+    from_pretrained(folder)
+
+
+def test_settings_within_a_mapping(build, tmp_path):
+    """Rotary positions of half of each head: `partial_rotary_factor` stands nowhere in the saved configuration."""
+    model = convert(build("phi3", "lm", 0.0), LteConfig(expert_size=16), progress=False)
+    folder = save_pretrained(model, tmp_path / "saved")
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_parameters"]["partial_rotary_factor"] = 0.5
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(LayoutError, match=r"rope_parameters\.partial_rotary_factor: .* there, 0\.5 here"):
+        from_pretrained(folder)
+
+
+def test_weights_of_another_model_beside_the_folder_s_own(make):
+    """An option makes transformers read them in place of the files whose digest is right."""
+    folder, other = make(), make("other", seed=1)
+    torch.save(load_file(other / "model.safetensors"), folder / "pytorch_model.bin")
+    with pytest.raises(LayoutError, match=r"transformers loads other weights for .* than the file that this package"):
+        from_pretrained(folder, use_safetensors=False)
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    from_pretrained(folder, use_safetensors=False)
 
 
 def test_a_digest_without_a_configuration_is_read(make):

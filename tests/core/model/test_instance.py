@@ -108,6 +108,15 @@ def without(model, *endings):
     return {key: value for key, value in model.state_dict().items() if not key.endswith(endings)}
 
 
+DOWN = "bert.encoder.layer.1.output.dense.weight"
+
+
+def cast(name, dtype, model):
+    """The state dict with tensors of that name in another type."""
+    state = model.state_dict()
+    return {key: value.to(dtype) if key.endswith(name) else value for key, value in state.items()}
+
+
 @pytest.mark.parametrize(
     ("state", "message"),
     [
@@ -121,8 +130,22 @@ def without(model, *endings):
         (lambda m: {f"module.{key}": value for key, value in m.state_dict().items()}, "no routers"),
         (lambda m: m.state_dict() | {"classifier.bias": torch.zeros(2)}, r"classifier\.bias is \[2\], .* is \[3\]"),
         (lambda m: {}, "no routers"),
+        (
+            partial(cast, DOWN, torch.int32),
+            r"output\.dense\.weight is of type torch\.int32, and a model of that could not",
+        ),
+        (partial(cast, "selector.weight", torch.int32), r"selector\.weight is of type torch\.int32"),
+        (partial(cast, DOWN, torch.float8_e4m3fn), r"output\.dense\.weight is of type torch\.float8_e4m3fn"),
+        (
+            lambda m: m.state_dict() | {DOWN: m.state_dict()[DOWN].to_sparse()},
+            f"{DOWN} .* is a tensor of layout torch.sp",
+        ),
+        (lambda m: m.state_dict() | {DOWN: m.state_dict()[DOWN].numpy()}, f"{DOWN} of the state dict is a ndarray"),
     ],
-    ids=["routers", "down", "up", "unknown", "prefix", "shape", "empty"],
+    ids=[
+        *("routers", "down", "up", "unknown", "prefix", "shape", "empty"),
+        *("whole numbers", "whole routers", "8 bits", "sparse", "numpy"),
+    ],
 )
 @pytest.mark.parametrize("how", ["method", "function"])
 def test_a_state_that_could_not_be_loaded_again_is_not_saved(routed, tmp_path, state, message, how):
@@ -229,6 +252,33 @@ def test_weights_without_routers(routed, build, batch):
     plain = build()
     plain.load_state_dict(weights)
     assert logits(model, batch).equal(logits(plain, batch))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("path", ["bert", "bert.encoder.layer.1"])
+def test_parts_without_routers(path, strict, routed, batch):
+    """A part of a model has torch's own `load_state_dict`."""
+    model = routed()
+    part, before = model.get_submodule(path), logits(model, batch)
+    weights = {key: value.clone() for key, value in part.state_dict().items() if ".selector." not in f".{key}"}
+    if not strict:
+        part.load_state_dict(weights, strict=False)  # those that it has already
+    weights = {key: value + 1.0 if key.endswith("output.dense.weight") else value for key, value in weights.items()}
+    with pytest.raises(UserError, match=r"comes without its router \(.*selector\), and that of the model belongs to"):
+        part.load_state_dict(weights, strict=strict)
+    if path != "bert":  # of several layers torch loads one after the other
+        assert logits(model, batch).equal(before)
+    set_mode(model, "dense")
+    part.load_state_dict(weights, strict=False)
+
+
+def test_a_router_that_shares_its_memory_with_another(routed, batch, tmp_path):
+    model = routed()
+    state = model.state_dict()
+    first, second = (key for key in state if key.endswith("selector.weight"))
+    folder = save_pretrained(model, tmp_path / "saved", state_dict=state | {second: state[first]})
+    model.load_state_dict(state | {second: state[first].clone()})
+    torch.testing.assert_close(logits(from_pretrained(folder), batch), logits(model, batch))
 
 
 COPIES = {
