@@ -6,9 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lte_lightning.core.model.exact import TENSORS, has_global_hooks, what_surrounds
+from lte_lightning.core.model.exact import TENSORS, has_global_hooks, what_surrounds, what_transforms
 from lte_lightning.core.model.families import FAMILIES
-from lte_lightning.core.model.prepared import transforms
 from lte_lightning.kernels.cpu.norm import run_sum_norm
 
 # Modules of transformers that compute LayerNorm(dropout(dense(hidden)) + input), and nothing else.
@@ -85,5 +84,5 @@ def _fits(x: torch.Tensor, residual: torch.Tensor, norm: nn.Module, dropout: nn.
         and not what_surrounds(norm)
         and not what_surrounds(dropout)
         and not has_global_hooks()
-        and not transforms()
+        and not what_transforms()
     )
