@@ -1,5 +1,6 @@
 """LayerNorm of a residual sum by our kernel, in encoders that close each half of a layer with one."""
 
+import sys
 from functools import cache
 from typing import Any
 
@@ -31,7 +32,7 @@ def use_sum_norms(model: nn.Module, kernel: bool = True) -> None:
         return
     for module in model.modules():
         own: Any = type(module)
-        if kernel and own.__name__ in CLASSES and own.__module__.startswith("transformers.models."):
+        if kernel and own.__name__ in CLASSES and own.__module__.startswith("transformers.models.") and _code_of(own):
             if not isinstance(module, _SumNorm):
                 module.__class__ = _with_kernel(own)
         elif not kernel and isinstance(module, _SumNorm):
@@ -41,10 +42,18 @@ def use_sum_norms(model: nn.Module, kernel: bool = True) -> None:
 class _SumNorm(nn.Module):
     """Computes what the class beside it computes, by the kernel where that is the same."""
 
+    _code: Any
+
     def forward(self, hidden_BTF: torch.Tensor, input_BTD: torch.Tensor) -> torch.Tensor:
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # a compiler fuses the sum with the norm itself
+            plain: Any = super().forward(hidden_BTF, input_BTD)
+            return plain
         dense: Any = self.dense
         dropout: Any = self.dropout
         norm: Any = self.LayerNorm
+        own: Any = super().forward
+        if getattr(own, "__code__", None) is not self._code:  # somebody replaced it in its class
+            return own(hidden_BTF, input_BTD)
         x_BTD = dense(hidden_BTF)
         if _fits(x_BTD, input_BTD, norm, dropout):
             return run_sum_norm(x_BTD, input_BTD, norm.weight, norm.bias, norm.eps)
@@ -56,7 +65,14 @@ class _SumNorm(nn.Module):
 
 @cache
 def _with_kernel(own: Any) -> Any:
-    return type(own.__name__, (_SumNorm, own), {"__module__": own.__module__, "__qualname__": own.__qualname__})
+    known = {"__module__": own.__module__, "__qualname__": own.__qualname__, "_code": _code_of(own)}
+    return type(own.__name__, (_SumNorm, own), known)
+
+
+def _code_of(own: Any) -> Any:
+    """Returns the code of the class's own ``forward``; None if that comes from another file."""
+    code = getattr(own.forward, "__code__", None)
+    return code if code is not None and code.co_filename == sys.modules[own.__module__].__file__ else None
 
 
 def _empty(own: Any) -> Any:
@@ -67,8 +83,6 @@ def _empty(own: Any) -> Any:
 
 def _fits(x: torch.Tensor, residual: torch.Tensor, norm: nn.Module, dropout: nn.Module) -> bool:
     """Says whether the kernel computes the same as the modules."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # a compiler fuses the sum with the norm itself
-        return False
     if type(norm) is not nn.LayerNorm or type(dropout) is not nn.Dropout:
         return False
     given = (x, residual, norm.weight, *([] if norm.bias is None else [norm.bias]))

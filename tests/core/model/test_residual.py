@@ -1,11 +1,13 @@
 """Sums and LayerNorms of encoders: by our kernel where it fits, by torch's where it does not."""
 
 import copy
+import functools
 import pickle
 
 import pytest
 import torch
 from torch import nn
+from transformers.models.bert.modeling_bert import BertOutput
 
 import lte_lightning
 from lte_lightning.core.model import residual
@@ -130,3 +132,27 @@ def test_compiled_it_is_one_graph(sparse, batch):
     model = sparse()
     whole = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(logits(model, batch), whole(**batch).logits.detach(), atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_class_whose_forward_somebody_replaced(when, sparse, batch, calls, monkeypatch):
+    """As people patch a model: the function keeps its name and module."""
+    own = BertOutput.forward
+
+    @functools.wraps(own)
+    def doubled(self, hidden, residual):
+        return 2 * own(self, hidden, residual)
+
+    plain = sparse()
+    once = logits(plain, batch)
+    if when == "before":
+        monkeypatch.setattr(BertOutput, "forward", doubled)
+    model = sparse()
+    if when == "after":
+        monkeypatch.setattr(BertOutput, "forward", doubled)
+    calls.clear()
+    patched = logits(model, batch)
+    assert len(calls) == model.config.num_hidden_layers  # BertSelfOutput's
+    use_sum_norms(model, kernel=False)
+    assert (patched - logits(model, batch)).norm() < 0.02 * patched.norm()
+    assert not patched.allclose(once, atol=1e-2)
