@@ -26,6 +26,7 @@ from lte_lightning.cache import cache_folder, cache_place, content_digest
 from lte_lightning.errors import UserError
 from lte_lightning.files import hold_folder, whole_file
 from lte_lightning.kernels.cpu.instructions import instruction_set, instruction_sets
+from lte_lightning.kernels.cpu.pages import keep_pages
 
 SOURCES = Path(__file__).parent
 PLACE = "LTE_KERNELS"  # the variable that names a folder of libraries which were built ahead of time
@@ -50,6 +51,7 @@ def library() -> ctypes.CDLL | None:
     the compiler both fail, existing kernels of a lesser instruction set are loaded.
     """
     wanted = instruction_set()
+    keep_pages()
     try:
         return build(wanted)
     except BuildError as error:
