@@ -1,6 +1,7 @@
-# lte-lightning in an image, for CPU and CUDA. NOT BUILT HERE: written on a machine without a Docker daemon, so
-# no image of it has been tried. The commands inside are those of the README, tested outside of an image with the versions
-# of constraints.txt (Python 3.11, Debian 12, PyTorch's CPU build).
+# lte-lightning in an image, for CPU and CUDA. No image was built: there was no Docker daemon. The commands below ran in a
+# Debian 12 root made by debootstrap (amd64, Debian's Python 3.11.2 in a virtual environment in place of the image's Python,
+# PyTorch's CPU wheel as TORCH), and there `lightning fit --config lte:quickstart --trainer.fast_dev_run true` ended well.
+# The CUDA build was not tried.
 #
 #   docker build -t lte .                                              # PyTorch's CUDA build, which runs on CPUs, too
 #   docker build -t lte --build-arg TORCH=ADDRESS-OF-A-CPU-WHEEL .      # a tenth of the size
@@ -21,5 +22,7 @@ COPY lte_lightning lte_lightning
 RUN pip install --no-cache-dir "$TORCH" && pip install --no-cache-dir -c constraints.txt ".[quickstart,export]"
 RUN lte build-kernels --out /opt/lte-kernels
 ENV LTE_KERNELS=/opt/lte-kernels
+# The image has no git, and MLflow remarks on that at length.
+ENV GIT_PYTHON_REFRESH=quiet
 WORKDIR /work
 ENTRYPOINT ["lightning"]
