@@ -35,7 +35,9 @@ def draw(axes: Axes, rows: list[dict[str, str]]) -> None:
         below = [mean - min(scores[share]) for mean, share in zip(means, wanted, strict=True)]
         above = [max(scores[share]) - mean for mean, share in zip(means, wanted, strict=True)]
         if wanted:
-            axes.errorbar([100 * share for share in wanted], means, [below, above], label=model, capsize=3, **style)
+            counts = {len(scores[share]) for share in wanted}
+            label = f"{model} ({'-'.join(map(str, sorted(counts)))} {'seed' if counts == {1} else 'seeds'})"
+            axes.errorbar([100 * share for share in wanted], means, [below, above], label=label, capsize=3, **style)
     axes.set(xlabel="FFN neurons that do not run (%)", title=TITLES[rows[0]["task"]])
     axes.title.set_fontsize(10)
     axes.grid(alpha=0.3)
