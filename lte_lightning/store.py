@@ -61,12 +61,21 @@ def read_run_file(run: Path) -> dict[str, Any]:
     return about
 
 
+STORE = "run.tracking_uri"
+"""The option of MLflow's store."""
+
+
 def mlflow_store(*named: str | None) -> str:
     """Returns the first of MLflow's stores that is named, or ``mlflow.db`` here; of a database the absolute path."""
     uri = next(filter(None, named), "sqlite:///mlflow.db")
     if uri.startswith("sqlite:///"):  # who comes later may stand in another folder
         uri = f"sqlite:///{Path(uri.removeprefix('sqlite:///')).absolute()}"
     return uri
+
+
+def users_store() -> str:
+    """Returns the store that the user names by ``MLFLOW_TRACKING_URI``, or ``mlflow.db`` here."""
+    return mlflow_store(os.environ.get("MLFLOW_TRACKING_URI"))
 
 
 def keeps_run(uri: str) -> bool:

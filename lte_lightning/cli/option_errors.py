@@ -45,8 +45,7 @@ class LteParser(ShortErrors, LightningArgumentParser):
 
     def in_files(self, words: Sequence[str]) -> Namespace:
         """Returns the options that the configurations of a command line set, without defaults."""
-        files = [word for flag, word in pairwise(words) if flag in ("-c", "--config")]
-        files += [word.partition("=")[2] for word in words if word.startswith("--config=")]
+        files = config_files(words)
         command = [word for word in words[:1] if not word.startswith("-")]
         try:
             with contextlib.redirect_stderr(io.StringIO()):
@@ -64,6 +63,12 @@ class LteParser(ShortErrors, LightningArgumentParser):
     def explain(self, message: str, options: Iterable[str]) -> str:
         """Returns what is wrong, as the module's `explain` does."""
         return explain(message, options)
+
+
+def config_files(words: Sequence[str]) -> list[str]:
+    """Returns the configurations that a command line names."""
+    files = [word for flag, word in pairwise(words) if flag in ("-c", "--config")]
+    return files + [word.partition("=")[2] for word in words if word.startswith("--config=")]
 
 
 def explain(message: str, options: Iterable[str] = ()) -> str:

@@ -29,7 +29,7 @@ from lte_lightning.cli import refuse
 from lte_lightning.cli.checkpoint_errors import guard_checkpoints, reading
 from lte_lightning.cli.guard import MODE, guard_configurations
 from lte_lightning.cli.ineffective_options import Given, check_given
-from lte_lightning.cli.option_errors import LteParser
+from lte_lightning.cli.option_errors import LteParser, config_files
 from lte_lightning.errors import UserError, meant_path
 from lte_lightning.files import SHARDED, is_checkpoint, write_text
 from lte_lightning.quiet import without_bars
@@ -37,6 +37,7 @@ from lte_lightning.recording.loggers import send_files
 from lte_lightning.recording.recorder import Recorder
 from lte_lightning.recording.tracking import Rates, announce, run_name
 from lte_lightning.selection import import_selector
+from lte_lightning.store import STORE, named_by_file, users_store
 from lte_lightning.tasks.base import LteModule
 from lte_lightning.trainer import declared
 
@@ -126,7 +127,10 @@ class LteCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Names the options without effect, and refuses those that a checkpoint or a link would replace."""
         config = self.config[self.config.subcommand] if "subcommand" in self.config else self.config
-        check_given(Given(self._given, self._in_files, self._words), config, self.config.get("subcommand"))
+        given = Given(self._given, self._in_files, self._words)
+        check_given(given, config, self.config.get("subcommand"))
+        if (uri := config.get(STORE)) and not given.typed(STORE) and _records(config.run.mlflow, config.trainer.logger):
+            named_by_file(uri, users_store(), Path(config_files(self._words)[-1]))
         if config.get("trainer.enable_progress_bar") is False:
             self._while_it_runs.enter_context(without_bars())
 
@@ -141,7 +145,7 @@ class LteCLI(LightningCLI):
         loggers = [] if named in (None, True, False) else named if isinstance(named, list) else [named]
         if config.run.mlflow and named is False:
             raise UserError("trainer.logger false and run.mlflow true contradict each other; remove one of them")
-        if config.run.mlflow if config.run.mlflow is not None else named in (None, True):
+        if _records(config.run.mlflow, named):
             kwargs["logger"] = [config.run.make_logger(run_name(config.model, config.data)), *loggers]
         elif named in (None, True):
             kwargs["logger"] = False  # or Lightning makes its own
@@ -170,6 +174,11 @@ class LteCLI(LightningCLI):
         self.config_init[self.subcommand].run.report()
 
     after_fit = after_test = after_predict = after_run
+
+
+def _records(mlflow: bool | None, logger: Any) -> bool:
+    """Says whether a fit records in MLflow: by ``run.mlflow``, or unless ``trainer.logger`` names another logger."""
+    return logger in (None, True) if mlflow is None else mlflow
 
 
 class _HasTask(Protocol):

@@ -1,7 +1,6 @@
 """Keeps the records that MLflow did not accept in the run's folder, and sends them later."""
 
 import json
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +10,7 @@ from urllib.parse import urlsplit
 from lte_lightning.errors import UserError
 from lte_lightning.files import write_json
 from lte_lightning.network import failures, try_store
-from lte_lightning.store import first_contact, mlflow_store, named_by_file, read_run_file, reason, shown
+from lte_lightning.store import first_contact, named_by_file, read_run_file, reason, shown, users_store
 
 UNSENT = "unsent.jsonl"
 CHUNK = 100  # parameters that MLflow accepts at a time
@@ -170,7 +169,7 @@ def sync(folder: Path) -> int:
     about, entries = read_run_file(folder), list(read(folder))
     if not entries:
         return 0
-    uri = named_by_file(about["tracking_uri"], mlflow_store(os.environ.get("MLFLOW_TRACKING_URI")), folder / "run.json")
+    uri = named_by_file(about["tracking_uri"], users_store(), folder / "run.json")
     origin = next((entry["begin"] for entry in entries if "begin" in entry), {}) | {
         "experiment": about["experiment"],
         "name": about.get("name"),

@@ -87,3 +87,48 @@ def test_aliases_and_merge_keys_within_limits(tiny, parse, tmp_path):
     (tmp_path / "aliases.yaml").write_text(text)
     plans = parse("--config", "base.yaml", "--config", "aliases.yaml").config_init.stages.plans
     assert [(plan.epochs, plan.warmup) for plan in plans.values()] == [(1, 0.06), (2, 0.5), (4, 0.5)]
+
+
+@pytest.mark.parametrize(
+    ("typed", "variable", "said"),
+    [
+        (False, None, "theirs.yaml names MLflow's store http://127.0.0.1:1, which would be sent MLFLOW_TRACKING_TOKEN"),
+        (False, "http://127.0.0.1:2", "theirs.yaml names MLflow's store http://127.0.0.1:1, which would be sent"),
+        (False, "http://127.0.0.1:1", "cannot reach the MLflow server"),
+        (True, None, "cannot reach the MLflow server"),
+    ],
+)
+def test_a_server_that_a_configuration_names_gets_no_credentials(
+    typed, variable, said, tiny, lightning, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "XYZZY")
+    if variable:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", variable)
+    (tmp_path / "theirs.yaml").write_text("run: {tracking_uri: 'http://127.0.0.1:1'}\n")
+    config = tiny.config()
+    config["trainer"].pop("logger", None)
+    words = ("--run.tracking_uri", "http://127.0.0.1:1") if typed else ()
+    fit = lightning(tmp_path, config, "fit", "--config", "theirs.yaml", *words)
+    assert fit.code == 1
+    assert said in " ".join(fit.err.split())
+    assert "XYZZY" not in fit.err
+
+
+def test_where_nothing_is_recorded_no_server_is_asked(tiny, parse, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "XYZZY")
+    (tmp_path / "theirs.yaml").write_text("run: {tracking_uri: 'http://127.0.0.1:1'}\n")
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(tiny.config()))
+    parse("--config", "mine.yaml", "--config", "theirs.yaml")
+
+
+def test_a_sweep_s_server_gets_no_credentials(tiny, lightning, tmp_path, monkeypatch):
+    """A sweep file cannot name one, its configurations can."""
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "XYZZY")
+    config = tiny.config(**{"run.tracking_uri": "http://127.0.0.1:1"})
+    config["trainer"].pop("logger", None)
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(config))
+    variants = {"LTE": {"grid": {"model.efficiency_weight": [0.3]}}}
+    (tmp_path / "theirs.yaml").write_text(yaml.safe_dump({"configs": ["mine.yaml"], "variants": variants}))
+    outcome = lightning(tmp_path, None, "sweep", "theirs.yaml")
+    assert outcome.code == 1
+    assert "mine.yaml names MLflow's store http://127.0.0.1:1, which would be sent MLFLOW" in outcome.err
