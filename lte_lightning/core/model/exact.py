@@ -11,7 +11,6 @@ from torch.nn import functional
 from torch.nn.modules import module as torch_module
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from transformers.pytorch_utils import Conv1D
 
 # Classes whose values are their storage, and the classes that stand for them while torch traces. Any other class, like
@@ -107,8 +106,9 @@ def what_transforms() -> str:
         return ""
     if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
         return "torch.func or forward-mode differentiation transforms the call"
-    if is_in_torch_dispatch_mode() or (torch._C._len_torch_function_stack() and _has_function_mode()):
-        return "a mode of torch (TorchFunctionMode, TorchDispatchMode) sees every call"
+    # A TorchDispatchMode sees our operator, as it sees any other.
+    if torch._C._len_torch_function_stack() and _has_function_mode():
+        return "a mode of torch (TorchFunctionMode) sees every call"
     if (functional.linear, functional.relu, functional.gelu, functional.silu, torch.addmm) != _CALLED:
         return "a function of torch that the modules call was replaced"
     return ""

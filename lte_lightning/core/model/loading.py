@@ -29,6 +29,7 @@ from lte_lightning.core.model.folder import (
     QUANTIZED_VERSION,
     ROUTERS_FILE,
     LayoutError,
+    find,
     find_model,
     is_lte,
     read_description,
@@ -48,7 +49,7 @@ from lte_lightning.core.model.quantize import (
 )
 from lte_lightning.core.model.quantize import quantize as quantize_model
 from lte_lightning.core.model.routers import load_routers
-from lte_lightning.core.model.saved_together import require_loaded, require_own
+from lte_lightning.core.model.saved_together import CHOOSE_FILE, require_loaded, require_own
 from lte_lightning.core.model.thresholds import keep_table, read_table, set_sparsity, tensors_of
 from lte_lightning.errors import UserError
 from lte_lightning.files import abridged
@@ -127,7 +128,8 @@ def from_pretrained(
             stored = stored_weights(source, variant, **hub)
             require_floating(stored, source)
             require_finite(stored, source)
-            require_loaded(model, stored, source)
+            if CHOOSE_FILE & kwargs.keys() or find(source, "adapter_config.json", **hub):
+                require_loaded(model, stored, source)  # not always: it reads weights of which this mapping has copies
             del stored
         if "dtype" in kwargs or "torch_dtype" in kwargs:  # the conversion to another type may overflow
             require_finite(dict(model.named_parameters()), source)

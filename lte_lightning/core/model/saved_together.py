@@ -12,6 +12,9 @@ from lte_lightning.core.model.digest import FORMAT, differing, digest
 from lte_lightning.core.model.folder import CONFIG_FILE, ROUTERS_FILE, LayoutError
 from lte_lightning.core.model.settings import changed
 
+CHOOSE_FILE = frozenset({"use_safetensors", "gguf_file", "state_dict"})
+"""Options with which transformers may take other weights than those of the files that are checked."""
+
 
 def require_own(
     description: dict[str, Any],

@@ -400,7 +400,7 @@ def test_unknown_mode_changes_nothing(build):
         ({"threshold": 0.0}, r"threshold is 0.0; .*\(0, 1\)"),
         ({"threshold": 1.0}, "threshold is 1.0"),
         ({"threshold": float("nan")}, "threshold is nan"),
-        ({"expert_size": 0}, "expert_size is 0; it must be at least 1"),
+        ({"expert_size": 0}, "expert_size is 0; it must be a whole number from 1 on"),
         ({"router_scale": 0.0}, "router_scale is 0.0; it must be positive"),
     ],
 )

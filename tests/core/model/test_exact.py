@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import activations
 
 from lte_lightning import LteConfig, convert, from_pretrained, restore, save_pretrained, set_backend, set_mode
@@ -381,17 +380,10 @@ class Twice(TorchFunctionMode):
         return 2 * out if func is nn.functional.linear else out
 
 
-class TwiceBelow(TorchDispatchMode):
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        return 2 * out if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default) else out
-
-
-@pytest.mark.parametrize("mode", [Twice, TwiceBelow])
-def test_modes_that_see_every_call(mode, sparse, batch, said):
+def test_a_mode_that_sees_every_call(sparse, batch, said):
     model = sparse()
     plain = logits(model, batch)
-    with mode():
+    with Twice():
         changed, expected = logits(model, batch), masked(model, batch)
     assert (changed - plain).abs().max() > 1e-3
     close(changed, expected)
