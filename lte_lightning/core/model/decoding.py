@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import DynamicLayer, StaticLayer
@@ -159,7 +160,7 @@ class _Steps:
         at each token, because data that a step does not touch are out of the processor's cache. A check of everything
         takes a tenth of the step.
         """
-        if self.model.training or has_global_hooks() or what_transforms():
+        if self.model.training or has_global_hooks() or what_transforms() or is_in_torch_dispatch_mode():
             return False
         if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
             return False
