@@ -119,6 +119,8 @@ def activations_to_group_by(module: MeasuredModule) -> list[torch.Tensor] | None
 
 def _of_all_processes(module: MeasuredModule, own_FN: torch.Tensor) -> torch.Tensor:
     """Returns the columns of all processes side by side, on the CPU. Any backend sends bytes."""
+    if module.trainer.world_size == 1:  # no copy, nor a way over the device
+        return own_FN
     gather: Callable[[torch.Tensor], Any] = module.all_gather
     counts = gather(torch.tensor(own_FN.shape[1], device=module.device)).reshape(-1).tolist()
     padded_FN = functional.pad(own_FN, (0, max(counts) - own_FN.shape[1])).contiguous()
