@@ -17,6 +17,8 @@ def main(args: list[str]) -> None:
 def build_kernels(out: str | None = None, instructions: str = "auto") -> None:
     """Compiles the CPU kernels, which are otherwise compiled when they are first used.
 
+    Without a folder it also measures which way to compute an FFN is faster here, with torch's number of threads.
+
     Args:
         out: Folder for the libraries, for images that have no compiler: LTE_KERNELS=FOLDER finds them there. By default
             the user's cache.
@@ -24,9 +26,12 @@ def build_kernels(out: str | None = None, instructions: str = "auto") -> None:
             avx512_vnni, avx512_bf16 (on ARM portable, neon_dotprod, neon_i8mm), or all of them. By default the best
             that this machine has.
     """
+    import torch
+
     from lte_lightning.cache import cache_folder
     from lte_lightning.errors import UserError, meant
     from lte_lightning.kernels.cpu.build import PLACE, build_into
+    from lte_lightning.kernels.cpu.ffn import measure_costs
     from lte_lightning.kernels.cpu.instructions import instruction_set, instruction_sets
 
     known = list(instruction_sets())
@@ -48,3 +53,5 @@ def build_kernels(out: str | None = None, instructions: str = "auto") -> None:
         print(f"{path}  {path.stat().st_size // 1024} KiB")
     if out:
         print(f"{PLACE}={folder.absolute()} finds them")
+    elif instruction_set() in names and (measured := measure_costs()):
+        print(f"measured with {torch.get_num_threads()} threads: which way is faster in {', '.join(measured)}")

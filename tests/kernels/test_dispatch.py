@@ -2,8 +2,6 @@ import pytest
 import torch
 
 from lte_lightning.kernels import dispatch
-from lte_lightning.kernels.cpu import ffn as cpu_ffn
-from lte_lightning.kernels.cpu.ffn import dense_is_faster
 from lte_lightning.kernels.dispatch import BACKENDS, choose, run_experts
 from lte_lightning.kernels.reference import run_reference
 
@@ -125,34 +123,3 @@ def test_runs_what_was_chosen(backend, make_weights, assert_agrees):
 def test_refuses_what_does_not_fit(backend, x, mask, message, make_weights):
     with pytest.raises(ValueError, match=message):
         run_experts(backend, x, mask, make_weights(3, 8, 12))
-
-
-CHEAP_DENSE = cpu_ffn.Costs(few=(1.0, 1.0), many=(1.0, 1.0), dense=(1.0, 0.5))
-
-
-@pytest.fixture
-def dense_costs_half(monkeypatch):
-    """As if torch's dense product were twice as fast as ours in bfloat16."""
-    monkeypatch.setattr(cpu_ffn, "COSTS", {(torch.bfloat16, "avx2"): CHEAP_DENSE})
-    monkeypatch.setattr(cpu_ffn, "instruction_set", lambda: "avx2")
-    monkeypatch.setattr(cpu_ffn, "has_amx", lambda: False)
-
-
-def test_much_selected_goes_densely_where_that_was_measured_faster(dense_costs_half, make_weights, assert_agrees):
-    mask_NE = torch.ones(40, 3, dtype=torch.bool)
-    assert dense_is_faster(mask_NE, torch.bfloat16)
-    assert not dense_is_faster(mask_NE, torch.float32)
-    assert not dense_is_faster(mask_NE[:1], torch.bfloat16)
-    mask_NE[20:, :2] = False
-    assert dense_is_faster(mask_NE, torch.bfloat16)
-    weights = make_weights(3, 8, 12, gated=True, biases=True, dtype=torch.bfloat16)
-    x_ND = torch.randn(40, 12, dtype=torch.bfloat16)
-    assert_agrees(run_experts("cpu", x_ND, mask_NE, weights), run_reference(x_ND, mask_NE, weights))
-    mask_NE[5:] = False
-    assert not dense_is_faster(mask_NE, torch.bfloat16)
-
-
-def test_what_no_token_selected_is_never_computed_densely(dense_costs_half):
-    mask_NE = torch.ones(40, 3, dtype=torch.bool)
-    mask_NE[:, 1] = False
-    assert not dense_is_faster(mask_NE, torch.bfloat16)

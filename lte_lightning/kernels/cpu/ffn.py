@@ -1,13 +1,11 @@
 """The ``cpu`` backend: ffn.cpp, which build.py compiles, as the torch operator ``lte_lightning::cpu_ffn``."""
 
 import ctypes
-from typing import NamedTuple
 
 import torch
 
 from lte_lightning.kernels.cpu.build import library
-from lte_lightning.kernels.cpu.instructions import instruction_set
-from lte_lightning.kernels.cpu.processor import cpu_flags
+from lte_lightning.kernels.cpu.costs import costs
 from lte_lightning.kernels.dense_mask import run_dense_mask
 from lte_lightning.kernels.layout import ACTIVATIONS, ExpertWeights
 from lte_lightning.kernels.views import run_views
@@ -16,21 +14,8 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 WAYS = ("any", "few", "many")
 
 
-class Costs(NamedTuple):
-    """Nanoseconds per weight of an expert: a cost for the expert, and a cost for each token that runs it."""
-
-    few: tuple[float, float]
-    many: tuple[float, float]
-    dense: tuple[float, float]
-
-
-# The types and instruction sets where torch's own product of all experts may be faster, measured on one core of Zen 4
-# with oneDNN (LLaMA-2-7B's shape). All others run sparsely, because torch was slower at every sparsity. With tile
-# instructions (AMX) torch's product is estimated to be six times as fast.
-COSTS = {
-    (torch.bfloat16, "avx512_bf16"): Costs(few=(0.12, 0.0145), many=(0.22, 0.0115), dense=(0.153, 0.0087)),
-    (torch.bfloat16, "amx"): Costs(few=(0.12, 0.0145), many=(0.22, 0.0115), dense=(0.153, 0.0015)),
-}
+# From this many tokens on, the way is chosen by costs. Fewer tokens are bound by memory.
+SEVERAL = 4
 
 
 def run_cpu(x_ND: torch.Tensor, mask_NE: torch.Tensor, weights: ExpertWeights) -> torch.Tensor:
@@ -76,26 +61,23 @@ def _cpu_ffn(
     lib = library()
     if lib is None:
         return run_views(x_ND, mask_NE, weights)
-    if dense_is_faster(mask_NE, up_ESD.dtype):
+    measured = costs(lib, up_ESD.dtype, _compute) if len(mask_NE) >= SEVERAL and up_ESD.dtype in DTYPES else None
+    return _compute("any" if measured is None else measured.fastest(mask_NE), x_ND, mask_NE, weights)
+
+
+def _compute(way: str, x_ND: torch.Tensor, mask_NE: torch.Tensor, weights: ExpertWeights) -> torch.Tensor:
+    """Computes an FFN with the compiled kernels in one of `WAYS`, or in torch's own products of all experts."""
+    lib = library()
+    if lib is None or way == "dense":
         return run_dense_mask(x_ND, mask_NE, weights)
-    return run_compiled(lib, x_ND, mask_NE, weights)
+    return run_compiled(lib, x_ND, mask_NE, weights, way)
 
 
-def dense_is_faster(mask_NE: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Says whether tokens select so many experts that computing all of them and masking is faster.
-
-    The answer is False if no token needs some expert, because the weights of such an expert must not be read.
-    """
-    tokens = len(mask_NE)
-    costs = COSTS.get((dtype, "amx" if has_amx() else instruction_set()))
-    if costs is None or tokens < 4:
-        return False
-    counts = mask_NE.sum(dim=0).tolist()
-    if not all(counts):
-        return False
-    per_expert = sum(counts) / len(counts)
-    few, many = (expert + token * per_expert for expert, token in (costs.few, costs.many))
-    return costs.dense[0] + costs.dense[1] * tokens < min(few, many)
+def measure_costs() -> list[str]:
+    """Measures now what the first calls would; returns the names of the types whose costs are known here."""
+    lib = library()
+    known = [dtype for dtype in DTYPES if lib is not None and costs(lib, dtype, _compute) is not None]
+    return [str(dtype).removeprefix("torch.") for dtype in known]
 
 
 @torch.library.register_fake("lte_lightning::cpu_ffn")
@@ -130,8 +112,3 @@ def run_compiled(
     if status:
         raise MemoryError("the cpu kernel found no memory for its buffers")
     return out_ND
-
-
-def has_amx() -> bool:
-    """Says whether torch multiplies bfloat16 in tiles here."""
-    return "amx_bf16" in cpu_flags() and torch.backends.cpu.get_cpu_capability() == "AVX512"

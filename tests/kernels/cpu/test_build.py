@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from lte_lightning.cli import main
-from lte_lightning.files import hold_folder
+from lte_lightning.files import hold_folder, read_json
 from lte_lightning.kernels.cpu import build as cpu_build
 from lte_lightning.kernels.cpu.build import BuildError, build, build_into, find, library
+from lte_lightning.kernels.cpu.costs import _costs
 from lte_lightning.kernels.cpu.instructions import instruction_set
 
 
@@ -341,6 +342,21 @@ def test_build_kernels_fills_the_cache_by_default(cache, counted, capsys, monkey
     assert build("portable").lte_ffn
 
 
+def test_build_kernels_measures_which_way_is_faster(cache, counted, capsys):
+    library.cache_clear()
+    _costs.cache_clear()
+    try:
+        main(["build-kernels"])
+        _, said = capsys.readouterr().out.splitlines()
+        (types,) = read_json(cache / "cpu_costs.json").values()
+    finally:
+        library.cache_clear()
+        _costs.cache_clear()
+    threads = torch.get_num_threads()
+    assert said == f"measured with {threads} threads: which way is faster in float32, bfloat16, float16"
+    assert list(types) == ["float32", "bfloat16", "float16"]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -376,6 +392,7 @@ def test_no_vector_claims_an_alignment_that_it_lacks(tmp_path):
     code = """
 import torch
 from lte_lightning.kernels.cpu.build import build
+from lte_lightning.kernels.cpu.costs import _costs
 from lte_lightning.kernels.cpu.instructions import instruction_set
 from lte_lightning.kernels.cpu.ffn import run_compiled
 from lte_lightning.kernels.layout import ExpertWeights
