@@ -392,7 +392,6 @@ def test_no_vector_claims_an_alignment_that_it_lacks(tmp_path):
     code = """
 import torch
 from lte_lightning.kernels.cpu.build import build
-from lte_lightning.kernels.cpu.costs import _costs
 from lte_lightning.kernels.cpu.instructions import instruction_set
 from lte_lightning.kernels.cpu.ffn import run_compiled
 from lte_lightning.kernels.layout import ExpertWeights
