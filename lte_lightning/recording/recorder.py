@@ -238,7 +238,8 @@ class Recorder(Callback):
         save_model(module.net, folder / "model", about, getattr(declared(trainer).datamodule, "tokenizer", None), state)
         if self.latency_rows and module.stage != "dense":
             results = replace(results, **measure_latency(folder / "model", trainer, self.latency_rows, module.backend))
-        self.table = tables.results_table(results, tables.warn_of_missed_target(results, lte_config(module.net)))
+        missed = tables.warn_of_missed_target(results, lte_config(module.net))
+        self.table = tables.results_table(results, missed, tables.warn_of_constant_answers(module))
         self.written = folder / FILE
         results.write(self.written)
         (folder / PROGRESS).unlink(missing_ok=True)
@@ -263,7 +264,8 @@ class Recorder(Callback):
             evaluation.write(self.written)
             send_files(trainer, self.written)
             self._write_rows(trainer, f"predictions{suffix}.jsonl", module.predictions)
-        self.table = tables.test_table(getattr(declared(trainer).datamodule, "task", ""), evaluation)
+        task = getattr(declared(trainer).datamodule, "task", "")
+        self.table = tables.test_table(task, evaluation, tables.warn_of_constant_answers(module, ("test",)))
 
     @rank_zero_only
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -2,7 +2,7 @@
 
 import logging
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,13 @@ from lte_lightning.tasks.base import LteModule
 from lte_lightning.tasks.evaluation import VIEW_MODES
 
 logger = logging.getLogger("lte_lightning")
+LABELS = {
+    "dense": "dense",
+    "soft": "soft routing",
+    "hard_before": "hard, before adaptation",
+    "hard": "hard, after adaptation",
+}
+CORRELATIONS = ("pearson", "spearman")
 NEAR = 0.01
 """A target counts as reached within one point of sparsity."""
 
@@ -156,8 +163,34 @@ def warn_of_missed_target(results: Results, config: LteConfig) -> str | None:
     return missed
 
 
-def results_table(results: Results, remark: str | None = None) -> Table:
-    """Lays the results out for reading, under the data's title or the task's name, with a remark below the table."""
+def warn_of_constant_answers(module: LteModule, views: Iterable[str] = VIEW_MODES) -> str | None:
+    """Warns if a view gives one answer to every row: one class although the labels differ, or no defined correlation.
+
+    Args:
+        module: The module after its measurements.
+        views: The views to look at.
+
+    Returns:
+        The warning; None if each view tells rows apart.
+    """
+    said = []
+    for view in views:
+        values, label = module.measured.get(view, {}), LABELS.get(view, view)
+        matrix = values.get("confusion_matrix") or {}
+        classes = {name for row in matrix.values() for name in row}
+        if len(matrix) > 1 and len(classes) == 1:
+            said.append(f"{label}: every row was taken for class {classes.pop()!r}.")
+        elif module.metric_name in CORRELATIONS and values.get(module.metric_name, 0.0) is None:
+            said.append(
+                f"{label}: {module.metric_name} is not defined, because all predictions or all labels are equal."
+            )
+    for warning in said:
+        logger.warning(warning)
+    return "\n".join(said) or None
+
+
+def results_table(results: Results, *remarks: str | None) -> Table:
+    """Lays the results out for reading, under the data's title or the task's name, with remarks below the table."""
     title = f"{results.title or results.task}: {results.metric} on the validation rows"
     table = Table(title=title, title_justify="left")
     table.add_column("")
@@ -165,13 +198,8 @@ def results_table(results: Results, remark: str | None = None) -> Table:
         table.add_column(column, justify="right")
     dense, sparse = results.dense_flops_per_token / GFLOP, results.flops_per_token / GFLOP
     last = "hard" if results.hard is not None else "hard_before"
-    rows = {
-        "dense": ("dense", results.dense),
-        "soft": ("soft routing", results.soft),
-        "hard_before": ("hard, before adaptation", results.hard_before),
-        "hard": ("hard, after adaptation", results.hard),
-    }
-    for view, (label, value) in rows.items():
+    for view, label in LABELS.items():
+        value = getattr(results, view)
         if value is None:
             continue
         cells: tuple[str, ...] = ()
@@ -196,7 +224,7 @@ def results_table(results: Results, remark: str | None = None) -> Table:
             f"{of['rows']} rows ({of['dtype']}, {of['device']}, {of['threads']} threads, load {of['load']})."
         )
     times = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in results.seconds_per_stage.items())
-    notes += [remark] if remark else []
+    notes += filter(None, remarks)
     table.caption = "\n".join([*notes, f"Time: {times}."])
     table.caption_justify = "left"
     return table
@@ -210,9 +238,9 @@ def _percent(share: float | None) -> str:
     return "–" if share is None else f"{100 * share:.1f} %"
 
 
-def test_table(task: str, found: Evaluation) -> Table:
+def test_table(task: str, found: Evaluation, remark: str | None) -> Table:
     """Lays a test's values out for reading. Its file has the values of each layer, subject and score."""
-    table = Table(title=f"{task}: test", title_justify="left")
+    table = Table(title=f"{task}: test", title_justify="left", caption=remark, caption_justify="left")
     table.add_column("")
     table.add_column("", justify="right")
     for key, value in found.others.items():

@@ -167,3 +167,24 @@ def test_a_metric_that_is_better_when_smaller_keeps_the_smallest(tiny, lightning
         for name in ("best", "last")
     )
     assert outcome.results["hard"] == kept <= last
+
+
+def test_a_test_says_that_every_row_was_taken_for_one_class(again, own, tmp_path):
+    same = [{"review": "the film", "stars": stars} for stars in STARS]
+    outcome = again("test", write(tmp_path / "same.csv", same), "--data.holdout", 0)
+    assert outcome.code == 0, outcome.err
+    (taken,) = {name for row in json.loads(outcome.written.read_text())["confusion_matrix"].values() for name in row}
+    assert f"test: every row was taken for class '{taken}'." in " ".join(outcome.out.split())
+    assert "every row was taken" not in own.out
+
+
+def test_a_fit_says_that_a_correlation_is_not_defined(lightning, tiny, tmp_path):
+    write(tmp_path / "same.csv", [{"text": "the film", "label": number / 2} for number in range(24)])
+    words = ["--config", CONF, "--data.source", "same.csv", "--data.regression", "true", *TINY]
+    stages = [word for stage in ("dense", "router", "expert") for word in (f"--stages.{stage}.epochs", 1)]
+    words += ["--model.pretrained", tiny.model, "--trainer.logger", "false"]
+    outcome = lightning(tmp_path, None, "fit", *words, *stages)
+    assert outcome.code == 0, outcome.err
+    said = " ".join(outcome.out.split())
+    assert outcome.results["hard"] is None
+    assert "hard, after adaptation: pearson is not defined, because all predictions or all labels are equal." in said
