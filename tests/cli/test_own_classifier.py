@@ -178,6 +178,7 @@ def test_a_test_says_that_every_row_was_taken_for_one_class(again, own, tmp_path
     assert "every row was taken" not in own.out
 
 
+@pytest.mark.filterwarnings("ignore:The variance of predictions")  # torchmetrics says so, too
 def test_a_fit_says_that_a_correlation_is_not_defined(lightning, tiny, tmp_path):
     write(tmp_path / "same.csv", [{"text": "the film", "label": number / 2} for number in range(24)])
     words = ["--config", CONF, "--data.source", "same.csv", "--data.regression", "true", *TINY]
