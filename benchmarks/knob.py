@@ -1,4 +1,4 @@
-"""Draws docs/knob.png from docs/knob-trials.csv: one model at several sparsities beside models trained for each.
+"""Draws docs/knob.png from docs/knob-trials.csv: one model at several sparsities beside a model for each, and dense.
 
 python benchmarks/knob.py     # docs/results.md, "One model for a whole range", has the commands of the fits
 """
@@ -18,9 +18,11 @@ TITLES = {
 }
 MODELS = {
     "one model, trained for 30 to 90 %": {"color": "#31688e", "marker": "o"},
-    "one model, trained at 80 %": {"color": "#c44e52", "marker": "s", "linestyle": "--"},
     "a model for each sparsity": {"color": "#5a5a5a", "marker": "^", "linestyle": ":"},
 }
+DENSE = ("dense, trained on", "dense")
+LEAST_SPAN = 8.0
+"""Points that an axis of quality spans, so that differences within the noise do not look large."""
 
 
 def draw(axes: Axes, rows: list[dict[str, str]]) -> None:
@@ -38,6 +40,13 @@ def draw(axes: Axes, rows: list[dict[str, str]]) -> None:
             counts = {len(scores[share]) for share in wanted}
             label = f"{model} ({'-'.join(map(str, sorted(counts)))} {'seed' if counts == {1} else 'seeds'})"
             axes.errorbar([100 * share for share in wanted], means, [below, above], label=label, capsize=3, **style)
+    for model in DENSE:
+        if dense := [100 * float(row["score"]) for row in rows if row["model"] == model]:
+            label = f"{model} ({len(dense)} {'seed' if len(dense) == 1 else 'seeds'})"
+            axes.axhline(statistics.mean(dense), color="#c44e52", linestyle="--", label=label)
+    low, high = axes.get_ylim()
+    missing = max(LEAST_SPAN - (high - low), 0.0)
+    axes.set_ylim(low - 0.75 * missing, high + 0.25 * missing)  # room for the legend
     axes.set(xlabel="FFN neurons that do not run (%)", title=TITLES[rows[0]["task"]])
     axes.title.set_fontsize(10)
     axes.grid(alpha=0.3)
