@@ -101,3 +101,11 @@ def test_the_page_of_a_command_has_its_options(command, hooks, capsys, tmp_path,
         ):
             assert shown in page
     assert capsys.readouterr() == ("", "")
+
+
+def test_contributing_lists_every_session():
+    sessions = re.findall(
+        r'^@nox\.session\((?:name="([\w-]+)")?.*\)\ndef (\w+)\(', (ROOT / "noxfile.py").read_text(), re.M
+    )
+    listed = re.findall(r"^\| `([\w-]+)` \|", (ROOT / "CONTRIBUTING.md").read_text(), re.M)
+    assert sorted({name or function for name, function in sessions} - {"env"}) == sorted(listed)

@@ -18,15 +18,15 @@ from lte_lightning.selection import selector_class
 from lte_lightning.store import find_run, keeps_run, mlflow_store, read_run_file, shown
 from lte_lightning.tasks.base import LteModule
 from lte_lightning.tasks.evaluation import STAGES
+from lte_lightning.tasks.selector_training import ROUTER_OPTIONS
 from lte_lightning.trainer import is_first_process
 
 MODEL, LTE = "model.init_args.", "model.init_args.lte."
 # Options of training, on which a trained model's output does not depend
-ROUTERS = ("router_training", "router_start", "detach_router", "sparsity_range")
 TRAINING = (
     *(f"{MODEL}{name}_weight" for name in ("efficiency", "separability", "balance")),
     *(f"{MODEL}separability_{name}" for name in ("start", "end", "epsilon")),
-    *(f"{MODEL}{name}" for name in (*ROUTERS, "freeze_routers", "gradient_checkpointing", "seed", "samples")),
+    *(f"{MODEL}{name}" for name in (*ROUTER_OPTIONS, "freeze_routers", "gradient_checkpointing", "seed", "samples")),
     f"{LTE}seed",
 )
 

@@ -20,11 +20,11 @@ from lte_lightning.data.packaged import resolve
 from lte_lightning.errors import UserError
 from lte_lightning.kernels.dispatch import Backend
 from lte_lightning.tasks import selector_training
-from lte_lightning.tasks.control import SparsityControl
 from lte_lightning.tasks.distillation import Distillation
 from lte_lightning.tasks.evaluation import Stage
 from lte_lightning.tasks.router_loss import RouterLosses
 from lte_lightning.tasks.starting_model import check_checkpoint, give_experts, load
+from lte_lightning.tasks.target_sparsity import SparsityControl
 
 
 class LteModule(RouterLosses):

@@ -2,8 +2,8 @@
 
 import torch
 
-from lte_lightning.core.routing.control import controlled
 from lte_lightning.core.routing.observe import balances
+from lte_lightning.core.routing.target_sparsity import controlled
 from lte_lightning.core.routing.trace import RouterTrace
 from lte_lightning.tasks.steps import StepLosses
 

@@ -13,7 +13,6 @@ from torch.nn import functional
 from lte_lightning.core.model.convert import groups_by_activation, lte_config
 from lte_lightning.core.model.experts import set_mode
 from lte_lightning.core.routing.calibrate import calibrate, needs_calibration
-from lte_lightning.core.routing.control import controlled, shift_to_sparsity, wanted_sparsity
 from lte_lightning.core.routing.observe import (
     imitates,
     imitation_loss,
@@ -24,6 +23,7 @@ from lte_lightning.core.routing.observe import (
 )
 from lte_lightning.core.routing.prune import Batch
 from lte_lightning.core.routing.start import start_routers
+from lte_lightning.core.routing.target_sparsity import controlled, shift_to_sparsity, wanted_sparsity
 from lte_lightning.errors import UserError
 from lte_lightning.results import json_value
 from lte_lightning.selection import SELECTORS
@@ -39,7 +39,8 @@ CALIBRATION_TOKENS = 4096
 START_TOKENS = 16_384  # a closed form is solved on so many
 SETTLING = 3  # passes over these after an epoch: control has kept the sparsity near
 ROWS_APART = 4  # one row of so many is looked at
-_PLAIN = {"router_training": "soft", "router_start": "random", "detach_router": False}  # the paper's
+ROUTER_OPTIONS = {"router_training": "soft", "router_start": "random", "detach_router": False, "sparsity_range": None}
+"""How LTE's routers are trained: each option with the paper's value, which it has for another selector."""
 
 
 def check_baseline(module: MeasuredModule, stages: Sequence[Stage]) -> None:
@@ -70,8 +71,7 @@ def _check_training(module: MeasuredModule) -> None:
     """Checks that options of how LTE's routers are trained can be met, and names them if there are no such routers."""
     config, options = lte_config(module.net), module.hparams
     target, sparsity_range = config.target_sparsity, options["sparsity_range"]
-    plain = _PLAIN | {"sparsity_range": None}
-    changed = [f"{name} {options[name]}" for name, default in plain.items() if options[name] != default]
+    changed = [f"{name} {options[name]}" for name, plain in ROUTER_OPTIONS.items() if options[name] != plain]
     if changed and not _has_routers(module):
         rank_zero_info(f"selector {config.selector!r} has none of LTE's routers; without effect: {', '.join(changed)}")
         return
@@ -86,7 +86,7 @@ def _check_training(module: MeasuredModule) -> None:
 
 def set_router_options(module: MeasuredModule) -> None:
     """Gives the module its options of LTE's routers; with another selector they have their plain values."""
-    for name, plain in _PLAIN.items():
+    for name, plain in ROUTER_OPTIONS.items():
         setattr(module, name, module.hparams[name] if _has_routers(module) else plain)
 
 

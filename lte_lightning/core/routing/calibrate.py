@@ -8,9 +8,9 @@ from transformers import PreTrainedModel
 
 from lte_lightning.core.model.convert import lte_config
 from lte_lightning.core.model.experts import ExpertFfn, Mode, require_expert_ffns, set_mode
-from lte_lightning.core.routing.control import Reduce, shift_to_sparsity
 from lte_lightning.core.routing.observe import selectors, take_tokens, watch
 from lte_lightning.core.routing.prune import Batch, prune
+from lte_lightning.core.routing.target_sparsity import Reduce, shift_to_sparsity
 from lte_lightning.core.routing.trace import RouterTrace
 from lte_lightning.selection import Activity
 

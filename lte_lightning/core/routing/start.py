@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 
 from lte_lightning.core.model.experts import ExpertFfn, require_expert_ffns
 from lte_lightning.core.model.sharding import write
-from lte_lightning.core.routing.control import Reduce
 from lte_lightning.core.routing.observe import observe
 from lte_lightning.core.routing.prune import Batch
+from lte_lightning.core.routing.target_sparsity import Reduce
 from lte_lightning.errors import UserError
 from lte_lightning.selection import Activity
 

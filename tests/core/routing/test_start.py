@@ -5,9 +5,9 @@ import torch
 
 from lte_lightning import LteConfig, RouterTrace, convert, set_mode
 from lte_lightning.core.model.experts import expert_ffns
-from lte_lightning.core.routing.control import shift_to_sparsity
 from lte_lightning.core.routing.observe import observe
 from lte_lightning.core.routing.start import SPREAD, start_routers
+from lte_lightning.core.routing.target_sparsity import shift_to_sparsity
 from lte_lightning.errors import UserError
 
 

@@ -6,7 +6,7 @@ import torch
 
 from lte_lightning.core.model.convert import lte_config
 from lte_lightning.core.model.experts import expert_ffns
-from lte_lightning.core.routing.control import (
+from lte_lightning.core.routing.target_sparsity import (
     clamped_gaps,
     controlled,
     histogram,

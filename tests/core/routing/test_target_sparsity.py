@@ -4,7 +4,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from lte_lightning import LteConfig, RouterTrace, convert, set_mode
 from lte_lightning.core.model.experts import expert_ffns
-from lte_lightning.core.routing.control import (
+from lte_lightning.core.routing.target_sparsity import (
     BINS,
     LIMIT,
     clamped_gaps,
