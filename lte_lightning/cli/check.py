@@ -24,14 +24,14 @@ class _Check(LteCLI):
         raise _Checked([self._check(parser, words) for words in args])
 
     def _check(self, parser: Any, words: list[str]) -> dict[str, Any]:
-        said = io.StringIO()
+        output = io.StringIO()
         try:
-            with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+            with contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
                 super().parse_arguments(parser, words)
                 self.before_instantiate_classes()
                 parser.instantiate_classes(self.config)
         except SystemExit:
-            lines = [line for line in said.getvalue().splitlines() if not line.startswith("see ")]
+            lines = [line for line in output.getvalue().splitlines() if not line.startswith("see ")]
             return {"error": "\n".join(lines).removeprefix("error: ")}
         except Exception as error:
             return {"error": str(user_error(error) or error)}

@@ -41,8 +41,8 @@ def complete(
     os.environ["_ARGCOMPLETE"] = str(start + 1)  # the command's name is no argument of it
     if options:
         argcomplete.autocomplete(options)
-    if own := getattr(module, "_parser", None):
-        argcomplete.autocomplete(own())
+    if make_parser := getattr(module, "_parser", None):
+        argcomplete.autocomplete(make_parser())
     run([words[1]])
 
 

@@ -28,9 +28,9 @@ def configs(name: str | None = None) -> None:
         return print(Path(resolve(name if name.startswith(SCHEME) else SCHEME + name)).read_text(), end="")
     for kind, title in ((CONFIGS, "lightning fit --config NAME"), (SWEEPS, "lte sweep NAME")):
         print(f"{title}, in {folder(kind)}:")
-        for each in names(kind):
-            about = _about((folder(kind) / f"{each}.yaml").read_text())
-            print(f"  {SCHEME + each:<36} {about}".rstrip())
+        for config in names(kind):
+            about = _about((folder(kind) / f"{config}.yaml").read_text())
+            print(f"  {SCHEME + config:<36} {about}".rstrip())
 
 
 def _about(text: str) -> str:

@@ -126,6 +126,8 @@ def _show(scores: "list[Score]") -> None:
     console = Console()
     console.print(table)
     for setting in settings:
-        used = [score.sparsity for score in scores if score.setting == setting]
-        if any(used):
-            console.print(f"{setting}: FFN sparsity {100 * min(used):.1f} to {100 * max(used):.1f} % on these rows")
+        sparsities = [score.sparsity for score in scores if score.setting == setting]
+        if any(sparsities):
+            console.print(
+                f"{setting}: FFN sparsity {100 * min(sparsities):.1f} to {100 * max(sparsities):.1f} % on these rows"
+            )

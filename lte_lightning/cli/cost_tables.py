@@ -52,21 +52,21 @@ def work_out(
         raise UserError(f"unknown dtype {dtype!r}; there are {', '.join(DTYPES)}")
     if batch_size < 1:
         raise UserError(f"--batch-size is {batch_size}; it must be at least 1")
-    place = resolve(source)
-    model = skeleton(place, expert_size)
+    folder = resolve(source)
+    model = skeleton(folder, expert_size)
     context = check_context(model, context)
     layers = len(require_expert_ffns(model))
-    found: dict[str, Any] = {"model": source, "expert_size": lte_config(model).expert_size, "context": context}
+    costs: dict[str, Any] = {"model": source, "expert_size": lte_config(model).expert_size, "context": context}
     if machines is not None:
-        found["fit"] = fit_costs(model, batch_size, context, precision, machines, texts)
-        if sparsity is None and not has_measured(place):
-            return found
-    per_layer = measured_sparsity(place, model) if sparsity is None else [sparsity] * layers
+        costs["fit"] = fit_costs(model, batch_size, context, precision, machines, texts)
+        if sparsity is None and not has_measured(folder):
+            return costs
+    per_layer = measured_sparsity(folder, model) if sparsity is None else [sparsity] * layers
     dense = token_cost(model, None, DTYPES[dtype], context)
     sparse = token_cost(model, per_layer, DTYPES[dtype], context)
     memory = training_memory(model, batch_size * context, precision)
     return {
-        **found,
+        **costs,
         "sparsity_per_layer": per_layer,
         "dtype": str(DTYPES[dtype]).removeprefix("torch."),
         **figures(model, dense, sparse, per_layer),

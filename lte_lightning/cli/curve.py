@@ -57,16 +57,16 @@ def curve(
     require_place(out)
     if rows < 1:
         raise UserError(f"--rows is {rows}; it must be at least 1")
-    asked = None if sparsity is None else read_sparsities(sparsity)
+    requested = None if sparsity is None else read_sparsities(sparsity)
     loaded = load_rows(folder, data, find_device(device))
     table = kept_table(loaded.module.net)
     if table is None:
         raise UserError(f"{folder} was not calibrated, so it has one sparsity; run lte calibrate {folder} first")
-    wanted = asked or [setting.sparsity for setting in table.settings]
-    for value in wanted:
+    sparsities = requested or [setting.sparsity for setting in table.settings]
+    for value in sparsities:
         table.at(value)  # refuses what lies outside
-    points = qualities(loaded, wanted)
-    speed = speeds(loaded, wanted, rows)
+    points = qualities(loaded, sparsities)
+    speed = speeds(loaded, sparsities, rows)
     for point in points:
         point["tokens_per_second"] = speed[point["setting"]]
     with whole_file(out.with_suffix(".csv"), newline="") as file:

@@ -76,12 +76,12 @@ def generate(
     from lte_lightning.core.model.thresholds import set_sparsity
     from lte_lightning.data.text import load_tokenizer
 
-    for name, value, known in (
+    for name, value, choices in (
         ("dtype", dtype, ("auto", *DTYPES)),
         ("quantisation", quantize or "int8", QUANTIZATIONS),
     ):
-        if value not in known:
-            raise UserError(f"unknown {name} {value!r}; there are {', '.join(known)}")
+        if value not in choices:
+            raise UserError(f"unknown {name} {value!r}; there are {', '.join(choices)}")
     kernels, quantization = find_backend(backend), next((each for each in QUANTIZATIONS if each == quantize), None)
     source = find_source(folder)
     kind = quantize or source.quantized

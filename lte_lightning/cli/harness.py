@@ -87,7 +87,7 @@ def results_table(model: str, results: dict[str, dict[str, Any]]) -> Table:
                 continue
             error = values.get(f"{metric}_stderr,{kind}")
             spread = f"{error:.4f}" if isinstance(error, float) else "-"
-            shown = f"{value:.4f}" if isinstance(value, float) else str(value)
-            table.add_row(label, metric if kind == "none" else f"{metric} ({kind})", shown, spread)
+            text = f"{value:.4f}" if isinstance(value, float) else str(value)
+            table.add_row(label, metric if kind == "none" else f"{metric} ({kind})", text, spread)
             label = ""
     return table

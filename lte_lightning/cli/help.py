@@ -32,8 +32,8 @@ def show_help(command: str, make: Callable[[], object]) -> None:
     file = folder / f"help-{command}.txt" if folder else None
     texts: dict[str, str] = {}
     with contextlib.suppress(OSError, ValueError, AttributeError):  # a damaged file is made again
-        kept = json.loads(file.read_text(encoding="utf-8")) if file else {}
-        texts = dict(kept["texts"]) if kept.get("key") == key else {}
+        cached = json.loads(file.read_text(encoding="utf-8")) if file else {}
+        texts = dict(cached["texts"]) if cached.get("key") == key else {}
     if looks in texts:
         print(texts[looks], end="")
         return

@@ -208,7 +208,7 @@ def _some(rows: int) -> list[int]:
 
 def _fitting(tokens: np.ndarray, limit: int) -> dict[str, Any]:
     """Returns a length that nearly all rows fit, and a remark on their lengths."""
-    wanted = int(-(-np.percentile(tokens, 99) // 8) * 8)
-    length = min(max(wanted, 16), limit)
+    needed = int(-(-np.percentile(tokens, 99) // 8) * 8)
+    length = min(max(needed, 16), limit)
     cut = float((tokens > length).mean())
     return {"max_length": length, "median": int(np.median(tokens)), "longest": int(tokens.max()), "cut": cut}

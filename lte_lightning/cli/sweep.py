@@ -103,15 +103,15 @@ def main(args: list[str]) -> None:
 def _all_points(sweep: Sweep, folder: SweepFolder) -> tuple[list[Point], int]:
     """Returns all points of a sweep, chosen now or not, with trials; and how many other fits there are."""
     own_points = sweep.points()
-    remembered, others = Known(folder, sweep).others(own_points)
-    return own_points + remembered, others
+    remembered, left_out = Known(folder, sweep).others(own_points)
+    return own_points + remembered, left_out
 
 
 def _write(sweep: Sweep, folder: SweepFolder, trials: Trials | None, draw: bool) -> list[Path]:
     """Writes the tables, the front of a search and the report into the sweep's folder."""
-    points, others = _all_points(sweep, folder)
-    if others:
-        print(f"{folder.path} also holds {others} finished fits with other options; the tables leave them out")
+    points, left_out = _all_points(sweep, folder)
+    if left_out:
+        print(f"{folder.path} also holds {left_out} finished fits with other options; the tables leave them out")
     files = write_tables(folder, points)
     if trials:
         try:
@@ -136,7 +136,7 @@ def check(sweep: Sweep, folder: SweepFolder, points: list[Point]) -> dict[str, A
     first_seed = [point for point in points if point.seed == sweep.seeds[0]]
     missing = [point for point in first_seed if folder.finished(point.name, attempts) is None]
     if sweep.search:
-        missing += [sweep.trial(each)[0] for each in sweep.search.examples()]
+        missing += [sweep.trial(parameters)[0] for parameters in sweep.search.examples()]
     commands = {shlex.join(point.arguments()): point for point in missing or first_seed[:1]}
     print(f"checking {len(commands)} command lines", flush=True)
     process = subprocess.run(
@@ -152,11 +152,11 @@ def check(sweep: Sweep, folder: SweepFolder, points: list[Point]) -> dict[str, A
     pairs = zip(commands.values(), answers, strict=True)
     wrong = [f"{point.name}: {answer['error']}" for point, answer in pairs if answer["error"]]
     if wrong:
-        more = f"\n({len(wrong) - 3} more)" if len(wrong) > 3 else ""
+        remark = f"\n({len(wrong) - 3} more)" if len(wrong) > 3 else ""
         noun = "fit" if len(wrong) == 1 else "fits"
         lines = "\n".join(wrong[:3])
-        raise UserError(f"{sweep.path}: {len(wrong)} {noun} cannot be run, so none was started\n{lines}{more}")
-    return {"mlflow": any(each["mlflow"] for each in answers), "tracking_uri": answers[0]["tracking_uri"]}
+        raise UserError(f"{sweep.path}: {len(wrong)} {noun} cannot be run, so none was started\n{lines}{remark}")
+    return {"mlflow": any(answer["mlflow"] for answer in answers), "tracking_uri": answers[0]["tracking_uri"]}
 
 
 def _seeds(text: str | None) -> list[int] | None:
@@ -170,17 +170,17 @@ def _split(args: list[str]) -> tuple[list[str], dict[str, Any]]:
     """Splits this command's words from options of every fit, ``--key value`` or ``--key=value`` with a dot."""
     own_words: list[str] = []
     extra: dict[str, Any] = {}
-    rest = list(args)
-    while rest:
-        word = rest.pop(0)
+    words = list(args)
+    while words:
+        word = words.pop(0)
         key, equals, value = word.partition("=")
         if not key.startswith("--") or "." not in key:
             own_words.append(word)
             continue
         if not equals:
-            if not rest:
+            if not words:
                 raise UserError(f"{key} has no value")
-            value = rest.pop(0)
+            value = words.pop(0)
         extra[key.removeprefix("--")] = yaml.safe_load(value) if value in ("true", "false", "null") else value
     return own_words, extra
 
@@ -202,12 +202,12 @@ def _chosen(points: list[Point], only: list[str]) -> list[Point]:
     return [point for point in points if point in selected or point.name in needed]
 
 
-def _runner(given: SweepOptions) -> Runner:
-    if given.ray_address is None:
-        return LocalRunner(1 if given.workers is None else given.workers)
+def _runner(typed: SweepOptions) -> Runner:
+    if typed.ray_address is None:
+        return LocalRunner(1 if typed.workers is None else typed.workers)
     from lte_lightning.sweep.ray import RayRunner
 
-    return RayRunner(given.ray_address, given.workers, given.cpus, given.gpus)
+    return RayRunner(typed.ray_address, typed.workers, typed.cpus, typed.gpus)
 
 
 def _show(sweep: Sweep, folder: SweepFolder, points: list[Point]) -> None:

@@ -141,20 +141,22 @@ class LteCLI(LightningCLI):
         init_from = None if self.subcommand == "fit" else config.model.hparams["init_from"]
         if origin := config.get("ckpt_path") or init_from:
             config.run.resume(origin)
-        named = config.trainer.logger
-        loggers = [] if named in (None, True, False) else named if isinstance(named, list) else [named]
-        if config.run.mlflow and named is False:
+        chosen = config.trainer.logger
+        loggers = [] if chosen in (None, True, False) else chosen if isinstance(chosen, list) else [chosen]
+        if config.run.mlflow and chosen is False:
             raise UserError("trainer.logger false and run.mlflow true contradict each other; remove one of them")
-        if _records(config.run.mlflow, named):
+        if _records(config.run.mlflow, chosen):
             kwargs["logger"] = [config.run.make_logger(run_name(config.model, config.data)), *loggers]
-        elif named in (None, True):
+        elif chosen in (None, True):
             kwargs["logger"] = False  # or Lightning makes its own
         callbacks = config.trainer.callbacks or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
-        own: list[Callback] = [EpochLines(), Rates()]
-        if config.trainer.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
-            own.append(StageProgressBar())  # before the recorder, so that the bar stops before the recorder prints
-        kwargs["callbacks"] = [*own, *callbacks]
+        ours: list[Callback] = [EpochLines(), Rates()]
+        if config.trainer.enable_progress_bar is not False and not any(
+            isinstance(callback, ProgressBar) for callback in callbacks
+        ):
+            ours.append(StageProgressBar())  # before the recorder, so that the bar stops before the recorder prints
+        kwargs["callbacks"] = [*ours, *callbacks]
         try:
             trainer: Trainer = super().instantiate_trainer(**kwargs)
             guard_checkpoints(trainer)

@@ -125,8 +125,8 @@ class TextData(LightningDataModule):
             return {"train": self.read("train")}
         names = self._split_names
         splits = {name: self.read(name) for name in names if find_split(self.source, name, self.formats)}
-        if splits and (others := other_files(self.source, names, self.formats)):
-            rank_zero_info(f"not read in {self.source}: {listed(others)}; the splits are {', '.join(names)}")
+        if splits and (unread := other_files(self.source, names, self.formats)):
+            rank_zero_info(f"not read in {self.source}: {listed(unread)}; the splits are {', '.join(names)}")
         return splits
 
     def read(self, split: str) -> Dataset:
@@ -229,10 +229,10 @@ class TextData(LightningDataModule):
     def _training_rows(self) -> tuple[Dataset, Dataset]:
         rows = self.split("train")
         held_out = max(1, round(self.holdout * len(rows))) if self.holdout else 0
-        left = len(rows) - held_out
-        if self.train_rows is not None and self.train_rows > left:
-            raise DataError(f"train_rows is {self.train_rows}, but {self._name('train')} has {left} rows for training")
-        if held_out and left < 1:
+        size = len(rows) - held_out
+        if self.train_rows is not None and self.train_rows > size:
+            raise DataError(f"train_rows is {self.train_rows}, but {self._name('train')} has {size} rows for training")
+        if held_out and size < 1:
             raise DataError(
                 f"{self._name('train')} has {len(rows)} row: too few to hold one out for validation: add rows"
             )

@@ -78,10 +78,10 @@ class Form:
     def _turns(self, row: dict[str, Any]) -> Messages:
         if self.is_conversation:
             return conversation(row[self.columns[0]])
-        asked, context, answer = self.parts(row)
-        if not isinstance(asked, str):  # prompt and answer may be messages themselves
-            return conversation(asked) + (conversation(answer) if answer else _answer(""))
-        user = {"role": "user", "content": "\n\n".join(filter(None, (asked, context)))}
+        question, context, answer = self.parts(row)
+        if not isinstance(question, str):  # prompt and answer may be messages themselves
+            return conversation(question) + (conversation(answer) if answer else _answer(""))
+        user = {"role": "user", "content": "\n\n".join(filter(None, (question, context)))}
         return [user, *_answer(answer)]
 
 
@@ -117,21 +117,21 @@ def conversation(turns: Any) -> Messages:
         raise DataError(f"{turns!r:.200}, not a conversation{why}")
     messages = []
     for turn in turns:
-        known = turn if isinstance(turn, dict) else {}
+        fields = turn if isinstance(turn, dict) else {}
         role, content = (
-            known.get(theirs) if known.get(ours) is None else known[ours]
+            fields.get(theirs) if fields.get(ours) is None else fields[ours]
             for ours, theirs in (("role", "from"), ("content", "value"))
         )
         content = _joined(content)
         known_role = _ROLE_OF.get(role.strip().casefold()) if isinstance(role, str) else None
-        calls = known.get("tool_calls") or known.get("function_call") or role in _TOOLS
+        calls = fields.get("tool_calls") or fields.get("function_call") or role in _TOOLS
         if known_role is None or calls or not isinstance(content, str):
             why = "; calls of tools and their results are not read: leave such conversations out" if calls else ""
             raise DataError(
                 f"{turn!r:.200} is no message with a role ({', '.join(ROLES)}; ShareGPT: human, gpt) and a text "
                 f"as content{why}"
             )
-        silent = any(known.get(name) in (0, False) for name in _SILENT)
+        silent = any(fields.get(name) in (0, False) for name in _SILENT)
         messages.append({"role": known_role, "content": content} | ({"weight": "0"} if silent else {}))
     return messages
 

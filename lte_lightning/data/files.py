@@ -157,8 +157,8 @@ def _refusal(file: Path, suffix: str, error: Exception) -> str:
 def _csv_options(file: Path, suffix: str) -> dict[str, Any]:
     separator = "\t" if suffix == ".tsv" else ","
     head, names = _head(file, separator)
-    if len(names) == 1 and (other := next((mark for mark in ";\t|," if mark in names[0]), None)):
-        separator = other  # what Excel writes where the comma is the decimal sign
+    if len(names) == 1 and (likelier := next((mark for mark in ";\t|," if mark in names[0]), None)):
+        separator = likelier  # what Excel writes where the comma is the decimal sign
         head, names = _head(file, separator)
     if twice := [name for name, count in Counter(head).items() if count > 1 and name]:
         rank_zero_warn(f"{file} has several columns of the name {', '.join(twice)}: the first of them is read")
@@ -169,19 +169,19 @@ def _csv_options(file: Path, suffix: str) -> dict[str, Any]:
 
 def _head(file: Path, separator: str) -> tuple[list[str], list[str]]:
     """Returns the first row of a CSV file as it is written, and the names of columns that pandas makes of it."""
-    read = partial(pd.read_csv, file, sep=separator, dtype=str, keep_default_na=False, compression="infer")
+    read_csv = partial(pd.read_csv, file, sep=separator, dtype=str, keep_default_na=False, compression="infer")
     # pandas would take the first column for row numbers where rows have a field more than the header; so it refuses.
-    return list(read(header=None, nrows=2).iloc[0]), list(read(nrows=0).columns)
+    return list(read_csv(header=None, nrows=2).iloc[0]), list(read_csv(nrows=0).columns)
 
 
 def _with_numbers(rows: Dataset, column: str) -> Dataset:
     """Turns a column of text into numbers if all its values are numbers."""
     values = [value or None for value in rows[column][:]]
-    said = {value for value in values if value is not None}
+    texts = {value for value in values if value is not None}
     numbers: list[Any] = values
-    if said and all(re.fullmatch(r"-?(0|[1-9]\d{0,17})", value) for value in said):  # 007 is no number
+    if texts and all(re.fullmatch(r"-?(0|[1-9]\d{0,17})", value) for value in texts):  # 007 is no number
         numbers = [None if value is None else int(value) for value in values]
-    elif said and all(_NUMBER.fullmatch(value) and not re.fullmatch(r"[+-]?\d{19,}", value) for value in said):
+    elif texts and all(_NUMBER.fullmatch(value) and not re.fullmatch(r"[+-]?\d{19,}", value) for value in texts):
         numbers = [None if value is None else float(value) for value in values]
     return rows.remove_columns(column).add_column(column, numbers).select_columns(rows.column_names)
 

@@ -97,11 +97,13 @@ class InstructData(PromptData):
         if self.streaming:
             names.append(list(next(iter(self.open_stream()), {})))
         self._take((self.form if self._named else find_form(names)).with_system(names))
-        there = list(dict.fromkeys(name for each in names for name in each))  # none in a file of texts
-        if set(self.form.columns) - set(self.targets) <= set(there):
-            if unread := [name for name in there if name not in self.columns]:
+        present = list(dict.fromkeys(name for columns in names for name in columns))  # none in a file of texts
+        if set(self.form.columns) - set(self.targets) <= set(present):
+            if unread := [name for name in present if name not in self.columns]:
                 rank_zero_info(f"columns of {self.source} that are not read: {listed(unread)}")
-        elif not self._named and (likely := [n for n in there if n != SYSTEM and not n.casefold().endswith("id")]):
+        elif not self._named and (
+            likely := [column for column in present if column != SYSTEM and not column.casefold().endswith("id")]
+        ):
             self.hint = f'{InstructData.hint}, for example --data.columns "[{",".join(likely[:2])}]"'
         return splits
 
@@ -121,16 +123,16 @@ class InstructData(PromptData):
 
     def check_rows(self, rows: Dataset, name: str) -> None:
         """Checks that everything is text, in known roles."""
-        written = [column for column in rows.column_names if not self._holds_messages(rows, column)]
-        require_text(rows, written, name, optional=self.form.optional)
-        for column in [column for column in written if column != SYSTEM][:1]:
+        texts = [column for column in rows.column_names if not self._holds_messages(rows, column)]
+        require_text(rows, texts, name, optional=self.form.optional)
+        for column in [column for column in texts if column != SYSTEM][:1]:
             report_blank(count_blank(rows[column]), len(rows), column, name)
-        for column in (column for column in rows.column_names if column not in written):
+        for column in (column for column in rows.column_names if column not in texts):
             unasked = 0
             for row, turns in enumerate(rows[column][:]):
                 try:
-                    asked = [message["content"] for message in conversation(turns) if message["role"] == "user"]
-                    unasked += count_blank(asked) > 0
+                    questions = [message["content"] for message in conversation(turns) if message["role"] == "user"]
+                    unasked += count_blank(questions) > 0
                 except DataError as error:
                     is_turn = " is no message" in str(error)
                     kind = "" if is_turn else f"{column} is "
@@ -182,20 +184,20 @@ class InstructData(PromptData):
 
     def _by_template(self, messages: Messages) -> Example:
         segments: list[tuple[str, bool]] = []
-        done = ""
+        rendered = ""
         for turn in range(len(messages)):
             if not carries_loss(messages, turn):
                 continue
-            before = self._render(messages[:turn], add_generation_prompt=True)
-            after = self._render(messages[: turn + 1])
-            if not (before.startswith(done) and after.startswith(before)):
+            prompt = self._render(messages[:turn], add_generation_prompt=True)
+            whole = self._render(messages[: turn + 1])
+            if not (prompt.startswith(rendered) and whole.startswith(prompt)):
                 raise DataError(
                     f"the chat template of {self._tokenizer_name!r} writes earlier turns of a conversation differently "
                     "once later ones follow, so its answers cannot be told apart; use prompt alpaca"
                 )
-            answer, end, _ = after[len(before) :].partition(self.tokenizer.eos_token)
-            segments += [(before[len(done) :], False), (answer + end, True)]
-            done = before + answer + end
+            answer, end, _ = whole[len(prompt) :].partition(self.tokenizer.eos_token)
+            segments += [(prompt[len(rendered) :], False), (answer + end, True)]
+            rendered = prompt + answer + end
         return Example(segments, verbatim=True)
 
     def _render(self, messages: Messages, add_generation_prompt: bool = False) -> str:

@@ -177,13 +177,13 @@ def stratified(labels: Sequence[Any], order: np.ndarray, count: int, where: str)
             "they cannot be in both training and validation: add rows, remove the class, or give a validation file"
         )
     # The i-th row of a class of n rows is placed at (i + 0.5) / n, so each class is spread evenly from 0 to 1
-    seen: Counter[Any] = Counter()
-    place = np.zeros(len(order))
+    placed: Counter[Any] = Counter()
+    fractions = np.zeros(len(order))
     for position, row in enumerate(order):
         label = labels[row]
-        place[position] = (seen[label] + 0.5) / sizes[label]
-        seen[label] += 1
-    return order[np.argsort(place, kind="stable")]
+        fractions[position] = (placed[label] + 0.5) / sizes[label]
+        placed[label] += 1
+    return order[np.argsort(fractions, kind="stable")]
 
 
 def model_config(name: str) -> PreTrainedConfig | None:

@@ -128,10 +128,10 @@ class LanguageModelData(StreamingData):
     def _text_files(self) -> list[Path]:
         """Returns the files of text in the folder, and says which files are not read."""
         files = find_files(self.source)
-        read = [file for file in files if suffix_of(file) in self.formats and file.stat().st_size]
-        if others := [file.relative_to(self.source) for file in files if file not in read]:
-            rank_zero_info(f"not read in {self.source}, since empty or of another kind: {listed(others)}")
-        return read
+        readable = [file for file in files if suffix_of(file) in self.formats and file.stat().st_size]
+        if unread := [file.relative_to(self.source) for file in files if file not in readable]:
+            rank_zero_info(f"not read in {self.source}, since empty or of another kind: {listed(unread)}")
+        return readable
 
     def _joined(self, files: list[Path]) -> Dataset:
         """Returns the rows of several files, and whether each begins a document: a file of text, a row of a table."""

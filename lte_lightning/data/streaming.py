@@ -60,14 +60,14 @@ class StreamedBatches(TorchStream[list[dict[str, Any]]]):
 
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
         """Yields batches, as lists of rows, without end."""
-        buffer, done = divmod(self._batch, self._batches)
+        buffer, first_batch = divmod(self._batch, self._batches)
         while True:
             rows = self._buffer(buffer)
             sampler = BucketBatchSampler([row["length"] for row in rows], *self._order)
-            sampler.begin(buffer, done)
+            sampler.begin(buffer, first_batch)
             for indices in sampler:
                 yield [rows[i] for i in indices]
-            buffer, done = buffer + 1, 0
+            buffer, first_batch = buffer + 1, 0
 
     def _buffer(self, number: int) -> list[dict[str, Any]]:
         if self._held[0] == number:
@@ -129,15 +129,15 @@ class StreamingData(TextData):
 
     def encode(self, mark: Mark) -> Iterator[tuple[Mark, dict[str, Any]]]:
         """Yields tokenised rows, pass after pass, from a mark on, as (mark, row) pairs."""
-        number, rest = mark[0], mark[1:]
+        number, position = mark[0], mark[1:]
         while True:
             yielded = 0
-            for place, row in self.encode_pass(rest):
+            for position_after, row in self.encode_pass(position):
                 yielded += 1
-                yield (number, *place), row
-            if not yielded and rest == self.first:
+                yield (number, *position_after), row
+            if not yielded and position == self.first:
                 raise DataError(f"no row of {self._name('train')} can be trained on (max_length {self.max_length})")
-            number, rest = number + 1, self.first
+            number, position = number + 1, self.first
 
     def load_splits(self) -> dict[str, Dataset]:
         """Read every split that the source has, but not the training rows of a stream."""

@@ -85,8 +85,8 @@ class RunLogger(Logger):
                 note_run(self.folder, self.run_id, self.uri)
                 send_all(self.client, self.run_id, self.folder)
                 self._behind = False
-            for one in entries:
-                send(self.client, self.run_id, self.folder, one)
+            for waiting in entries:
+                send(self.client, self.run_id, self.folder, waiting)
         except failures() as error:
             self._lose(error, began)
             self._keep(entries)

@@ -55,7 +55,7 @@ def make_results(
     views = {view: measured.get(view, {}).get(module.metric_name) for view in VIEW_MODES}
     if lte_config(module.net).selector == "none" and views["hard"] is not None:
         floor = views["hard"]
-    found: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "task": getattr(data, "task", type(module).__name__.lower()),
         "data": getattr(data, "source", None),
         "title": getattr(data, "title", None),
@@ -73,10 +73,10 @@ def make_results(
         "options": options and options | options_of_start(module.hparams["init_from"]),
     }
     for key, name in (("skipped_rows", "skipped"), ("cut_answers", "cut_answers")):
-        found[key] = dict(getattr(data, name, None) or {}) or None
+        fields[key] = dict(getattr(data, name, None) or {}) or None
     for key in further_metrics(module):
-        found[key] = {view: values[key] for view, values in measured.items() if key in values}
-    return Results.of(found)
+        fields[key] = {view: values[key] for view, values in measured.items() if key in values}
+    return Results.of(fields)
 
 
 def further_metrics(module: LteModule) -> list[str]:
@@ -127,14 +127,14 @@ def facts_for_card(results: Results, options: Mapping[str, Any]) -> dict[str, An
         results: The fit's results.
         options: The module's options.
     """
-    kept = ("task", "metric", *VIEW_MODES, "floor", "sparsity", "sparsity_before", "target_sparsity")
-    kept += ("sparsity_per_layer", "seed", "flops_per_token", "dense_flops_per_token", "seconds_per_stage")
+    published = ("task", "metric", *VIEW_MODES, "floor", "sparsity", "sparsity_before", "target_sparsity")
+    published += ("sparsity_per_layer", "seed", "flops_per_token", "dense_flops_per_token", "seconds_per_stage")
     content = results.content()
     packages = ("python", "lte-lightning", "torch", "transformers", "commit", "code", "precision")
     versions = {key: results.versions[key] for key in packages if results.versions.get(key) is not None}
     recipe = ("efficiency_weight", "separability_weight", "balance_weight", "freeze_routers", "activation", "layers")
     return {
-        "results": {key: content[key] for key in kept if content.get(key) is not None}
+        "results": {key: content[key] for key in published if content.get(key) is not None}
         | {"data": public_name(results.data), "versions": versions},
         "recipe": {key: options[key] for key in recipe if options.get(key) is not None},
     }
@@ -216,12 +216,13 @@ def results_table(results: Results, *remarks: str | None) -> Table:
     notes = [f"Data: {results.data}."] if results.data else []
     if results.sparsity is not None:
         notes.append(f"FLOPs saved: {100 * (1 - sparse / dense):.1f} % (GFLOPs are 2^30, as in the paper).")
-    if (kept := results.span_kept) is not None:
-        notes.append(f"Of the span from the floor to the dense start {100 * kept:.0f} % is kept.")
-    if (of := results.latency_of) is not None:
+    if (share_kept := results.span_kept) is not None:
+        notes.append(f"Of the span from the floor to the dense start {100 * share_kept:.0f} % is kept.")
+    if (latency := results.latency_of) is not None:
         notes.append(
-            f"Measured: {results.speedup:.2f}x as fast as dense, {results.latency_ms:.2f} ms per {of['call']} of "
-            f"{of['rows']} rows ({of['dtype']}, {of['device']}, {of['threads']} threads, load {of['load']})."
+            f"Measured: {results.speedup:.2f}x as fast as dense, {results.latency_ms:.2f} ms per {latency['call']} of "
+            f"{latency['rows']} rows ({latency['dtype']}, {latency['device']}, {latency['threads']} threads, "
+            f"load {latency['load']})."
         )
     times = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in results.seconds_per_stage.items())
     notes += filter(None, remarks)
@@ -238,25 +239,25 @@ def _percent(share: float | None) -> str:
     return "–" if share is None else f"{100 * share:.1f} %"
 
 
-def test_table(task: str, found: Evaluation, remark: str | None) -> Table:
+def test_table(task: str, evaluation: Evaluation, remark: str | None) -> Table:
     """Lays a test's values out for reading. Its file has the values of each layer, subject and score."""
     table = Table(title=f"{task}: test", title_justify="left", caption=remark, caption_justify="left")
     table.add_column("")
     table.add_column("", justify="right")
-    for key, value in found.others.items():
+    for key, value in evaluation.others.items():
         if isinstance(value, int | float | None):
             table.add_row(key, f"{value:.4f}" if isinstance(value, float) else str(value))
     for label, form, number, unit in (
-        ("FFN sparsity", "{:.1%}", found.sparsity, 1.0),
-        ("GFLOPs/token (2^30)", "{:.4f}", found.flops_per_token, GFLOP),
-        ("MB/token", "{:.3f}", found.bytes_per_token, 1e6),
-        ("speed-up bound", "{:.2f}x", found.bound, 1.0),
+        ("FFN sparsity", "{:.1%}", evaluation.sparsity, 1.0),
+        ("GFLOPs/token (2^30)", "{:.4f}", evaluation.flops_per_token, GFLOP),
+        ("MB/token", "{:.3f}", evaluation.bytes_per_token, 1e6),
+        ("speed-up bound", "{:.2f}x", evaluation.bound, 1.0),
     ):
         if number is not None:
             table.add_row(label, form.format(number / unit))
-    for name, counts in (("skipped_rows", found.skipped_rows), ("cut_answers", found.cut_answers)):
-        for what, count in (counts or {}).items():
-            table.add_row(f"{name}: {what}", str(count))
+    for name, counts in (("skipped_rows", evaluation.skipped_rows), ("cut_answers", evaluation.cut_answers)):
+        for split, count in (counts or {}).items():
+            table.add_row(f"{name}: {split}", str(count))
     return table
 
 

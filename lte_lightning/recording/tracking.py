@@ -65,23 +65,23 @@ def tags(module: Any, data: Any) -> dict[str, str]:
     """Returns a run's tags at its start: task, method, model, commit, and a description."""
     model = public_name(module.hparams["init_from"] or module.hparams["pretrained"])
     commit = code()
-    found = {
+    values = {
         "lte.task": getattr(data, "task", None),
         "lte.method": method(module),
         "lte.model": model,
         "lte.commit": commit["commit"] or commit["code"],
         "mlflow.note.content": f"{method(module)} on {getattr(data, 'task', 'data')}, from {model}.",
     }
-    return {key: value for key, value in found.items() if value}
+    return {key: value for key, value in values.items() if value}
 
 
 def end_tags(results: Results, stage: str) -> dict[str, str]:
     """Returns a run's tags at its end: the stage reached, and a description with the results."""
     view = next((name for name in ("hard", "hard_before", "soft", "dense") if getattr(results, name) is not None), None)
-    found = f"{results.metric} {getattr(results, view):.4f} ({view})" if view else "nothing measured"
+    measured = f"{results.metric} {getattr(results, view):.4f} ({view})" if view else "nothing measured"
     sparse = f" at {100 * results.sparsity:.1f} % FFN sparsity" if results.sparsity is not None else ""
     dense = f"; dense {results.dense:.4f}" if results.dense is not None and view != "dense" else ""
-    note = f"{results.task}: {found}{sparse}{dense}."
+    note = f"{results.task}: {measured}{sparse}{dense}."
     return {"lte.stage": stage, "mlflow.note.content": note}
 
 
@@ -116,12 +116,12 @@ def announce(trainer: Trainer, module: Any, config: Mapping[str, Any]) -> None:
     if not isinstance(logger, RunLogger) or trainer.state.fn != "fit":
         return
     data: Any = getattr(trainer, "datamodule", None)
-    kept = ("data", "model", "stages", "trainer", "run", "seed_everything")
-    own = {key: value for key, value in config.items() if key in kept}
+    sections = ("data", "model", "stages", "trainer", "run", "seed_everything")
+    options = {key: value for key, value in config.items() if key in sections}
     logger.tell(tags=tags(module, data))
-    logger.options = options_by_name(own)
-    if (found := data_input(data)) is not None:
-        logger.tell(data=found)
+    logger.options = options_by_name(options)
+    if (dataset := data_input(data)) is not None:
+        logger.tell(data=dataset)
 
 
 @rank_zero_only

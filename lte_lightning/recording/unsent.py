@@ -99,7 +99,7 @@ def _has(client: Any, run_id: str, root: str | None, uri: str) -> bool:
     from mlflow.utils.file_utils import local_file_uri_to_path
 
     try:
-        place = client.get_run(run_id).info.artifact_uri
+        artifacts = client.get_run(run_id).info.artifact_uri
     except MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
@@ -107,9 +107,11 @@ def _has(client: Any, run_id: str, root: str | None, uri: str) -> bool:
     if root is None:
         return True
     # A database that came with the run must choose neither which of our files get overwritten, nor a server for them
-    if urlsplit(place).scheme not in ("", "file"):
+    if urlsplit(artifacts).scheme not in ("", "file"):
         return not uri.startswith("sqlite")
-    return Path(local_file_uri_to_path(place)).resolve().is_relative_to(Path(local_file_uri_to_path(root)).resolve())
+    return (
+        Path(local_file_uri_to_path(artifacts)).resolve().is_relative_to(Path(local_file_uri_to_path(root)).resolve())
+    )
 
 
 def _is_mistake(error: Exception) -> bool:
@@ -136,8 +138,8 @@ def send(client: Any, run_id: str, folder: Path | None, entry: dict[str, Any]) -
         pairs = [Param(key, str(value)[:250]) for key, value in params.items()]
         for first in range(0, len(pairs), CHUNK):
             client.log_batch(run_id, params=pairs[first : first + CHUNK])
-    if found := entry.get("tags"):
-        client.log_batch(run_id, tags=[RunTag(key, str(value)) for key, value in found.items()])
+    if tags := entry.get("tags"):
+        client.log_batch(run_id, tags=[RunTag(key, str(value)) for key, value in tags.items()])
     if data := entry.get("data"):
         data = data | {"profile": json.dumps(data["profile"]), "source": json.dumps({"uri": data["source"]})}
         client.log_inputs(run_id, [DatasetInput(Dataset(**data), [InputTag("mlflow.data.context", "training")])])

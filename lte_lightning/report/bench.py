@@ -68,11 +68,11 @@ def read_bench(file: Path) -> list[dict[str, Any]]:
 def _value(file: Path, line: int, key: str, text: str, is_point: bool) -> Any:
     if key in WORDS and not text.strip():
         raise UserError(f"{file}, line {line}: {key} is empty; run lte bench again, or remove the line")
-    known: dict[str, tuple[float, float]] = {key: (-ANY, ANY)} | POINT if is_point else dict(NUMBERS)
-    known |= {} if is_point or not text else MORE_NUMBERS
-    if key not in known or key == "setting":
+    limits: dict[str, tuple[float, float]] = {key: (-ANY, ANY)} | POINT if is_point else dict(NUMBERS)
+    limits |= {} if is_point or not text else MORE_NUMBERS
+    if key not in limits or key == "setting":
         return text
-    low, high = known[key]
+    low, high = limits[key]
     try:
         value = float(text)
     except ValueError:
@@ -92,16 +92,16 @@ def metric_of(point: Mapping[str, Any]) -> str:
 
 def groups(rows: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     """Groups the rows by picture, in the order of files, names and numbers."""
-    found: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    by_picture: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
-        found.setdefault(tuple(row.get(key, "") for key in SAME), []).append(row)
+        by_picture.setdefault(tuple(row.get(key, "") for key in SAME), []).append(row)
     files = list(dict.fromkeys(row["file"] for row in rows))
 
     def order(key: tuple[Any, ...]) -> tuple[Any, ...]:
         # a number does not compare with a missing value
         return files.index(key[0]), *((value, "") if isinstance(value, float) else (0.0, value) for value in key[1:])
 
-    return [found[key] for key in sorted(found, key=order)]
+    return [by_picture[key] for key in sorted(by_picture, key=order)]
 
 
 def title(group: Sequence[dict[str, Any]], several_files: bool) -> str:

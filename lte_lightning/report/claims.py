@@ -16,11 +16,13 @@ from lte_lightning.report.tolerance import tolerance_of, tolerated
 def within(settings: Sequence[Setting], tolerance: float | None, axis: Axis) -> str:
     """Names the sparsity, cost or speed that each method reaches within the tolerated loss."""
     sign = -1 if axis is FLOPS else 1
-    methods = {name: [s for s in settings if s.method == name] for name in selectors(settings)}
+    methods = {name: [setting for setting in settings if setting.method == name] for name in selectors(settings)}
     limit, best = tolerance_of(settings[0].metric, tolerance), {}
     for mine in methods.values():
         reached = [
-            axis.scale * fmean(values) for s in tolerated(mine, tolerance).within if (values := s.values(axis.key))
+            axis.scale * fmean(values)
+            for setting in tolerated(mine, tolerance).within
+            if (values := setting.values(axis.key))
         ]
         if reached:
             best[mine[0].called] = max(reached, key=lambda value: sign * value)
@@ -28,8 +30,8 @@ def within(settings: Sequence[Setting], tolerance: float | None, axis: Axis) -> 
         return f"No method stays within {limit:g} of the reference."
     order = sorted(best, key=lambda name: -sign * best[name])
     words = ", ".join(f"{name} {best[name]:.0f}{axis.unit}" for name in order)
-    others = " No other method stays within it." if len(best) < len(methods) else ""
-    return f"Within {limit:g} of the reference {'down' if sign < 0 else 'up'} to: {words}.{others}"
+    remark = " No other method stays within it." if len(best) < len(methods) else ""
+    return f"Within {limit:g} of the reference {'down' if sign < 0 else 'up'} to: {words}.{remark}"
 
 
 def ranked(values: Sequence[tuple[str, float]], shown: int = 3) -> str:
@@ -59,9 +61,12 @@ def separated(settings: Sequence[Setting]) -> str:
 
 def together(settings: Sequence[Setting]) -> str:
     """Gives the share of experts that stay idle in the largest batch."""
-    found = [(setting, union) for setting in settings for union in setting.values("union_sparsity")]
-    rows = max((size for _, union in found for size in union), key=int)
-    shares = {s.called: [100 * union[rows] for own, union in found if own is s and rows in union] for s in settings}
+    unions = [(setting, union) for setting in settings for union in setting.values("union_sparsity")]
+    rows = max((size for _, union in unions for size in union), key=int)
+    shares = {
+        shown.called: [100 * union[rows] for owner, union in unions if owner is shown and rows in union]
+        for shown in settings
+    }
     means = [(name, fmean(values)) for name, values in shares.items() if values]
     return f"No token of {counted(int(rows), 'row')} needs: {ranked(means)} of the experts."
 

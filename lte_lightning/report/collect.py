@@ -37,7 +37,7 @@ def collect(sources: Iterable[str | Path], bench: Iterable[str | Path] = ()) -> 
         UserError: If a source is none of these, holds no finished run, or was written by another version.
     """
     _configured.cache_clear()  # files may have changed
-    material, sweeps, seen = Material(), {}, set()
+    material, sweeps, read_already = Material(), {}, set()
     for source in sources:
         path = Path(source).absolute()
         if not path.is_dir():
@@ -58,8 +58,8 @@ def collect(sources: Iterable[str | Path], bench: Iterable[str | Path] = ()) -> 
         for run in runs:
             if run.parent not in sweeps and (run.parent / SWEEP_FILE).exists():  # one run of a sweep was named
                 sweeps[run.parent] = read_swept(run.parent)
-        material.runs += _read([run for run in runs if run not in seen], sweeps, material)
-        seen |= set(runs)
+        material.runs += _read([run for run in runs if run not in read_already], sweeps, material)
+        read_already |= set(runs)
     return finish(material, bench)
 
 
@@ -98,16 +98,16 @@ def _read(folders: list[Path], sweeps: dict[Path, SweptFolder], material: Materi
                 material.left_out.append((name or folder.name, reason))
             else:
                 points.setdefault((swept.path, name), []).append(folder)
-    found = [read_run(folder) for folder in alone]
+    read = [read_run(folder) for folder in alone]
     # Run folders have random names, so the sweep's file gives the order
     order = [(path, name) for path, swept in sweeps.items() for name in swept.points]
     for path, name in sorted(points, key=order.index):
-        *older, kept = sorted(points[path, name], key=newest)
+        *older, latest = sorted(points[path, name], key=newest)
         material.left_out += [(folder.name, OLDER) for folder in older]
         point = sweeps[path].points[name]
         role, variant, parameters = (point.role, point.variant, point.parameters) if point else (None, None, None)
-        found.append(read_run(kept, role, variant, parameters, sweeps[path].commands.get(name)))
-    return found
+        read.append(read_run(latest, role, variant, parameters, sweeps[path].commands.get(name)))
+    return read
 
 
 def read_run(
@@ -130,12 +130,14 @@ def read_run(
     Raises:
         UserError: If the folder is damaged, or was written by another version.
     """
-    about, results = read_run_file(folder), read_results(folder)
+    run_file, results = read_run_file(folder), read_results(folder)
     model, options = _json(folder / "model" / "lte_config.json"), _options(folder, results)
     measured = model.get("about", {}).get("measured", {})
     views = measured.get("hard") or measured.get("hard_before") or {}
-    known = {key.removeprefix("model.lte."): value for key, value in options.items() if key.startswith("model.lte.")}
-    lte = model.get("lte") or {"selector": "router"} | known
+    lte_options = {
+        key.removeprefix("model.lte."): value for key, value in options.items() if key.startswith("model.lte.")
+    }
+    lte = model.get("lte") or {"selector": "router"} | lte_options
     lte = lte | {"description": model.get("selector")}
     dense = results.sparsity is None and not results.expert_stage_ran
     role = role or ("floor" if lte.get("selector") == "none" else "start" if dense else "point")
@@ -143,7 +145,7 @@ def read_run(
     variant = None if variant == results.task else variant and variant.removeprefix(f"{results.task}: ")
     return Run(
         folder=folder,
-        name=about.get("name"),
+        name=run_file.get("name"),
         method=variant or method_name(lte),
         role=role,
         parameters=dict(parameters or {}),

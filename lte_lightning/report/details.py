@@ -44,7 +44,7 @@ def scores(settings: Sequence[Setting], looks: Mapping[str, Style]) -> Draw:
     """Draws the distribution of scores over all layers and seeds (the paper's figure 3); thresholds are dashed."""
 
     def draw(figure: Figure) -> str:
-        axes, handles, least, said = figure.add_subplot(), [], 0.1, []
+        axes, handles, least, descriptions = figure.add_subplot(), [], 0.1, []
         for setting in settings:
             counts = np.sum([np.sum(run.histogram, axis=0) for run in setting.runs if run.histogram], axis=0)
             shares = np.where(counts > 0, 100 * counts / counts.sum(), np.nan)
@@ -54,17 +54,19 @@ def scores(settings: Sequence[Setting], looks: Mapping[str, Style]) -> Draw:
             axes.stairs(shares, np.linspace(0, 1, len(counts) + 1), baseline=None, **line)
             handles.append(Line2D([], [], **options, label=named(setting)))
             low, middle, high = (100 * part.sum() / counts.sum() for part in np.split(counts, THIRDS))
-            said.append(
+            descriptions.append(
                 f"{named(setting)}: {low:.0f} % below 0.3, {middle:.0f} % from there to 0.7, {high:.0f} % above"
             )
-        for threshold in sorted({run.lte["threshold"] for s in settings for run in s.runs if has_threshold(run)}):
+        for threshold in sorted(
+            {run.lte["threshold"] for shown in settings for run in shown.runs if has_threshold(run)}
+        ):
             axes.axvline(threshold, color=matplotlib.rcParams["text.color"], linestyle="--", linewidth=1)
         axes.set(xlabel="score", ylabel="share of scores (%)", yscale="log", xlim=(0, 1), ylim=(least / 1.5, 150))
         # the exponent of 10^-2 would be too small to read
         axes.yaxis.set_major_formatter("{x:g}")
         axes.minorticks_off()
         legend(figure, handles)
-        return "; ".join(said)
+        return "; ".join(descriptions)
 
     return draw
 
@@ -89,24 +91,26 @@ def union(settings: Sequence[Setting], looks: Mapping[str, Style]) -> Draw:
     """Draws the share of experts that no token of a batch needs, against its rows (the paper's figure 15)."""
 
     def draw(figure: Figure) -> str:
-        axes, handles, ticks, said = figure.add_subplot(), [], set(), []
+        axes, handles, ticks, descriptions = figure.add_subplot(), [], set(), []
         for setting in settings:
-            found = setting.values("union_sparsity")
-            sizes = sorted({int(size) for one in found for size in one})
-            means = [100 * np.mean([one[str(size)] for one in found if str(size) in one]) for size in sizes]
+            per_run = setting.values("union_sparsity")
+            sizes = sorted({int(size) for by_rows in per_run for size in by_rows})
+            means = [
+                100 * np.mean([by_rows[str(size)] for by_rows in per_run if str(size) in by_rows]) for size in sizes
+            ]
             options = looks[setting.method].options
             axes.plot(sizes, means, **options)
             handles.append(Line2D([], [], **options, label=named(setting)))
             ticks |= set(sizes)
             ends_of = dict([(sizes[0], means[0]), (sizes[-1], means[-1])])
             shares = (f"{mean:.0f} % for {counted(size, 'row')}" for size, mean in ends_of.items())
-            said.append(f"{named(setting)}: {', '.join(shares)}")
+            descriptions.append(f"{named(setting)}: {', '.join(shares)}")
         axes.set(xlabel="rows of a batch", ylabel="experts that no token needs (%)", xscale="log", ylim=(0, 100))
         axes.set_xticks(sorted(ticks), [str(size) for size in sorted(ticks)])
         axes.minorticks_off()
         axes.grid(visible=True)
         legend(figure, handles)
-        return "; ".join(said)
+        return "; ".join(descriptions)
 
     return draw
 
@@ -122,7 +126,9 @@ def latency(rows: Sequence[dict[str, Any]], several_files: bool = False) -> Draw
     def means(key: str, backend: str | None = None) -> tuple[list[float], list[float]]:
         mine = [row for row in rows if backend in (None, row["backend"])]
         at = sorted({row["sparsity"] for row in mine})
-        return [100 * x for x in at], [fmean(row[key] for row in mine if row["sparsity"] == x) for x in at]
+        return [100 * share for share in at], [
+            fmean(row[key] for row in mine if row["sparsity"] == share) for share in at
+        ]
 
     def draw(figure: Figure) -> str:
         axes, ink = figure.add_subplot(), matplotlib.rcParams["text.color"]

@@ -33,11 +33,11 @@ TEXT = (
 
 def groups(rates: Sequence[tuple[str, Rate]]) -> dict[str, list[Rate]]:
     """Returns the rows of each picture, by its title."""
-    found: dict[str, list[Rate]] = {}
+    by_title: dict[str, list[Rate]] = {}
     for file, rate in rates:
-        what = f"{rate.new_tokens} new tokens" if rate.new_tokens else f"{rate.sequences} x {rate.length} tokens"
-        found.setdefault(f"{rate.model}, {what}, {rate.threads} threads ({Path(file).name})", []).append(rate)
-    return found
+        call = f"{rate.new_tokens} new tokens" if rate.new_tokens else f"{rate.sequences} x {rate.length} tokens"
+        by_title.setdefault(f"{rate.model}, {call}, {rate.threads} threads ({Path(file).name})", []).append(rate)
+    return by_title
 
 
 def picture(group: Sequence[Rate]) -> Draw:

@@ -40,11 +40,11 @@ def name_experiments(runs: list[Run]) -> None:
         name = task if len({other[1] for other in same_task}) == 1 else f"{task}, {metric}"
         models = sorted({other[2:] for other in same_task if other[1] == metric}, key=str)
         names[key] = name if len(models) == 1 else f"{name}, {_model_name(key[2:], models)}"
-    taken: dict[str, Hashable] = {}
+    model_of_name: dict[str, Hashable] = {}
     for model, name in names.items():
-        if name in taken:  # a path that ends alike in all that can be read
-            name = names[model] = f"{name} ({len(taken)})"
-        taken[name] = model
+        if name in model_of_name:  # a path that ends alike in all that can be read
+            name = names[model] = f"{name} ({len(model_of_name)})"
+        model_of_name[name] = model
     titled: dict[Hashable, str] = {}
     for run in runs:
         key = keys[id(run)]
@@ -70,10 +70,10 @@ def _layers(run: Run, runs: Iterable[Run]) -> int | None:
     """Returns the number of layers of a run's model; for a dense run, from a run of the same experiment."""
     if layers := run.results.sparsity_per_layer:
         return len(layers)
-    like = [other for other in runs if _base(other) == _base(run) and other.results.sparsity_per_layer]
-    beside = [other for other in like if other.folder.parent == run.folder.parent] or like
-    found = {len(other.results.sparsity_per_layer or ()) for other in beside}
-    return found.pop() if len(found) == 1 else None
+    same_base = [other for other in runs if _base(other) == _base(run) and other.results.sparsity_per_layer]
+    same_folder = [other for other in same_base if other.folder.parent == run.folder.parent] or same_base
+    counts = {len(other.results.sparsity_per_layer or ()) for other in same_folder}
+    return counts.pop() if len(counts) == 1 else None
 
 
 def _model_name(model: tuple[Any, ...], models: list[tuple[Any, ...]]) -> str:
@@ -101,9 +101,9 @@ def _tell_apart(runs: list[Run]) -> None:
         groups.setdefault((run.task, run.method), []).append(run)
     for same in groups.values():
         values: dict[str, set[str]] = {}
-        known = [run.options for run in same if run.options]
-        for options in known:
-            for key in {key for other in known for key in other}:
+        recorded = [run.options for run in same if run.options]
+        for options in recorded:
+            for key in {key for other in recorded for key in other}:
                 if key in options or not key.startswith("start."):  # the start of some runs is gone
                     values.setdefault(key, set()).add(repr(options.get(key)))
         names = dict.fromkeys(key for run in same for key in run.parameters)
@@ -117,7 +117,7 @@ def _drop_doubles(material: Material) -> None:
     def key(run: Run) -> Hashable:
         return (setting_key(run), run.seed) if run.role == "point" else id(run)
 
-    kept = {key(run): run for run in sorted(material.runs, key=lambda run: newest(run.folder))}
-    doubles = [run for run in material.runs if kept[key(run)] is not run]
+    newest_runs = {key(run): run for run in sorted(material.runs, key=lambda run: newest(run.folder))}
+    doubles = [run for run in material.runs if newest_runs[key(run)] is not run]
     material.left_out += [(run.folder.name, OLDER) for run in doubles if run.test is None]
-    material.runs = [run for run in material.runs if kept[key(run)] is run]
+    material.runs = [run for run in material.runs if newest_runs[key(run)] is run]

@@ -108,32 +108,32 @@ class Material:
         """Returns which methods start from which dense model, and its figures over the seeds."""
         groups: list[tuple[list[str], dict[int, float]]] = []
         for run in self.of(task):
-            if run.role != "point" or (own := run.results.dense) is None:
+            if run.role != "point" or (start_value := run.results.dense) is None:
                 continue
-            alike = [group for group in groups if abs(group[1].get(run.seed, float("inf")) - own) <= 1e-9]
+            alike = [group for group in groups if abs(group[1].get(run.seed, float("inf")) - start_value) <= 1e-9]
             alike += [group for group in groups if run.method in group[0] and run.seed not in group[1]]
             if not alike:
                 groups.append(([], {}))
-            methods, figures = alike[0] if alike else groups[-1]
+            methods, values = alike[0] if alike else groups[-1]
             methods += [] if run.method in methods else [run.method]
-            figures.setdefault(run.seed, own)
-        return [(methods, list(figures.values())) for methods, figures in groups]
+            values.setdefault(run.seed, start_value)
+        return [(methods, list(values.values())) for methods, values in groups]
 
     def dense_kind(self, task: str) -> str:
         """Says which dense figures `dense` took."""
         dense, trained = self.dense(task), _best(self._trained(task))
-        others = [str(seed) for seed, value in dense.items() if trained.get(seed) != value]
-        if len(others) == len(dense):
+        untrained = [str(seed) for seed, value in dense.items() if trained.get(seed) != value]
+        if len(untrained) == len(dense):
             return UNTRAINED
-        own = dict.fromkeys(filter(None, (run.trained_on for run, _ in self._trained(task))))
-        kind = f"dense, trained on{self._compared(task, own, ' as long as the others')}"
-        which = f"seed{'s' * (len(others) > 1)} {', '.join(others)}"
-        return f"{kind}, or {UNTRAINED} if that is better or the only value ({which})" if others else kind
+        lengths = dict.fromkeys(filter(None, (run.trained_on for run, _ in self._trained(task))))
+        kind = f"dense, trained on{self._compared(task, lengths, ' as long as the others')}"
+        which = f"seed{'s' * (len(untrained) > 1)} {', '.join(untrained)}"
+        return f"{kind}, or {UNTRAINED} if that is better or the only value ({which})" if untrained else kind
 
     def floor_kind(self, task: str) -> str:
         """Describes how the floor was adapted."""
-        own = [length for length, methods in self.lengths(task).items() if "floor" in methods]
-        return f"adapted{self._compared(task, own, ' alike')}"
+        lengths = [length for length, methods in self.lengths(task).items() if "floor" in methods]
+        return f"adapted{self._compared(task, lengths, ' alike')}"
 
     def lengths(self, task: str) -> dict[str, list[str]]:
         """Returns the methods (and the floor) by the length of their further training, as far as known."""
@@ -144,11 +144,11 @@ class Material:
                 lengths.setdefault(run.trained_on, {})[name] = None
         return {length: list(methods) for length, methods in lengths.items()}
 
-    def _compared(self, task: str, own: Iterable[str], alike: str) -> str:
+    def _compared(self, task: str, lengths: Iterable[str], alike: str) -> str:
         """Returns ``alike`` if all lengths are equal, else the reference's own length; "" if no length is known."""
         if len(self.lengths(task)) == 1:
             return alike
-        return f" for {' or '.join(own)}" if own else ""
+        return f" for {' or '.join(lengths)}" if lengths else ""
 
     # What is missing
 
@@ -164,7 +164,7 @@ class Material:
             (f"on {self.title(task)} ", [name for name in lacking(task) if name not in everywhere])
             for task in self.tasks
         ]
-        return [(where, names) for where, names in [("", everywhere), *of_tasks] if names]
+        return [(place, names) for place, names in [("", everywhere), *of_tasks] if names]
 
     def parts(self) -> Counter[tuple[str, str]]:
         """Counts the fits that saw only a part of the rows, by option and value."""

@@ -18,10 +18,12 @@ def describe(lte: Lte) -> Description:
     kind = SELECTORS.get(name)
     if kind is not None:
         return kind.describe(lte.get("expert_size"), lte.get("target_sparsity"))
-    kept = lte.get("description")
-    kept = kept if isinstance(kept, dict) else {}
-    known = {field.name: kept[field.name] for field in fields(Description) if type(kept.get(field.name)) is field.type}
-    return Description(**{"label": name} | known)
+    stored = lte.get("description")
+    stored = stored if isinstance(stored, dict) else {}
+    sound = {
+        field.name: stored[field.name] for field in fields(Description) if type(stored.get(field.name)) is field.type
+    }
+    return Description(**{"label": name} | sound)
 
 
 def method_name(lte: Lte) -> str:

@@ -52,4 +52,4 @@ def title_of(results: Results, model: object, layers: int | None, metrics: Colle
 def model_in_words(source: object) -> str:
     """Returns a model's name without its owner; "" if unknown."""
     name = PurePosixPath(public_name(source) or "").name.replace("_", "-")
-    return _KNOWN.sub(lambda found: _SPELT[found[0].lower()], name)
+    return _KNOWN.sub(lambda match: _SPELT[match[0].lower()], name)

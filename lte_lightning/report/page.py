@@ -58,7 +58,7 @@ def write_report(
             written=time.strftime("%Y-%m-%d"),
         )
     )
-    pictures = {f"{one.name}.png": one.light for section in sections + details for one in section.pictures}
+    pictures = {f"{picture.name}.png": picture.light for section in sections + details for picture in section.pictures}
     out = Path(out)
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -111,14 +111,16 @@ def quality(
 
     def draw(figure: Figure) -> str:
         axes, handles, ink = figure.add_subplot(), [], matplotlib.rcParams["text.color"]
-        references, said = _references(material, task, key), []
+        references, descriptions = _references(material, task, key), []
         dense, floor = (float(np.mean(values)) if values else None for values in references)
         values = {method: [scale * value for s in mine for value in s.values(key)] for method, mine in drawn.items()}
         limits = None
         has_span = is_span or better(metric, dense or 0.0, floor or 0.0)
         if values and dense is not None and floor is not None and has_span:
-            own = values.get(next(iter(looks)), [])
-            limits = _limits([value for found in values.values() for value in found], own, dense, floor)
+            lte_values = values.get(next(iter(looks)), [])
+            limits = _limits(
+                [value for values_of_method in values.values() for value in values_of_method], lte_values, dense, floor
+            )
         for i, method in enumerate(name for name in looks if name in drawn):
             mine, options = drawn[method], looks[method].options | {"zorder": 9 - i / 100}
             means = [(across.scale * fmean(s.values(across.key)), scale * fmean(s.values(key)), s) for s in mine]
@@ -131,12 +133,12 @@ def quality(
             outside = limits and not any(limits[0] <= mean <= limits[1] for _, mean, _ in points)
             label = mine[0].called + " (beyond the picture)" * bool(outside)
             handles.append(Line2D([], [], **options, label=label))
-            said.append(ends(mine[0].called, [point[:2] for point in points], across.unit))
+            descriptions.append(ends(mine[0].called, [point[:2] for point in points], across.unit))
         for reference, line, name in zip(references, ("--", ":"), ("dense", "floor"), strict=True):
             if reference:
                 axes.axhline(fmean(reference), color=ink, linestyle=line, linewidth=1.2)
                 axes.axhspan(min(reference), max(reference), color=ink, alpha=0.08, linewidth=0)
-                said.append(f"{name} {fmean(reference):.3g}")
+                descriptions.append(f"{name} {fmean(reference):.3g}")
         if limits:
             axes.set_ylim(*limits)
         _widen(axes, "y", 5.0 if is_span else 0.1 * abs(dense or 0.0) if is_unbounded(metric) else 0.05)
@@ -150,7 +152,7 @@ def quality(
         )
         axes.grid(visible=True)
         legend(figure, handles)
-        return "; ".join(said)
+        return "; ".join(descriptions)
 
     return draw
 
@@ -176,7 +178,7 @@ def _references(material: Material, task: str, key: str) -> tuple[list[float], l
     return material.reference(task, "dense"), material.reference(task, "floor")
 
 
-def _limits(values: Sequence[float], own: Sequence[float], dense: float, floor: float) -> tuple[float, float]:
+def _limits(values: Sequence[float], lte_values: Sequence[float], dense: float, floor: float) -> tuple[float, float]:
     """Returns the limits of the vertical axis.
 
     A few settings far below the floor would compress the rest, so some settings other than LTE's (``own``) are left
@@ -184,7 +186,9 @@ def _limits(values: Sequence[float], own: Sequence[float], dense: float, floor: 
     """
     sign = 1 if floor < dense else -1
     high, top = sign * dense, max(sign * value for value in (*values, dense))
-    all_but_few = min([*(sign * value for value in own), np.quantile([sign * value for value in values], HIDDEN)])
+    all_but_few = min(
+        [*(sign * value for value in lte_values), np.quantile([sign * value for value in values], HIDDEN)]
+    )
     low = all_but_few
     if high - sign * floor <= FAR * (top - all_but_few):
         edge = sign * floor - BELOW * (high - sign * floor)
@@ -196,14 +200,17 @@ def _limits(values: Sequence[float], own: Sequence[float], dense: float, floor: 
 
 def _name_references(axes: Axes, dense: float | None, floor: float | None) -> None:
     low, high = axes.get_ylim()
-    named = [(value, name) for value, name in ((dense, "dense"), (floor, "floor")) if value is not None]
+    references = [(value, name) for value, name in ((dense, "dense"), (floor, "floor")) if value is not None]
     # a reference beyond the picture is named at the edge, with its value
-    named = [(min(max(v, low), high), name if low <= v <= high else f"{name}\n{v:.3g}") for v, name in named]
+    references = [
+        (min(max(level, low), high), name if low <= level <= high else f"{name}\n{level:.3g}")
+        for level, name in references
+    ]
     right = axes.secondary_yaxis("right")
-    right.set_yticks([value for value, _ in named], [name for _, name in named])
+    right.set_yticks([value for value, _ in references], [name for _, name in references])
     right.tick_params(length=0)
-    if len(named) == 2 and abs(named[0][0] - named[1][0]) < 0.07 * abs(high - low):
-        upper = max(named)[1]
+    if len(references) == 2 and abs(references[0][0] - references[1][0]) < 0.07 * abs(high - low):
+        upper = max(references)[1]
         for tick in right.get_yticklabels():
             tick.set_verticalalignment("bottom" if tick.get_text() == upper else "top")
 
@@ -236,18 +243,21 @@ def curve(points: Sequence[Mapping[str, Any]], heading: str) -> Draw:
     metric = metric_of(points[0])
 
     def draw(figure: Figure) -> str:
-        axes, said = figure.add_subplot(), []
-        line = sorted((p for p in points if p["setting"] != "dense"), key=lambda point: point["sparsity"])
-        for mine, look, label in ((line, STRONG, "sparse"), ([p for p in points if p not in line], DENSE, "dense")):
-            found = [(p["tokens_per_second"], p[metric]) for p in mine]
-            if found:
-                axes.plot(*zip(*found, strict=True), **look.options, label=label)
-                shares = [f"{100 * p['sparsity']:.0f}\N{NO-BREAK SPACE}%" for p in mine]
-                for share, at in list(zip(shares, found, strict=True)) * (label == "sparse"):
+        axes, descriptions = figure.add_subplot(), []
+        line = sorted((row for row in points if row["setting"] != "dense"), key=lambda point: point["sparsity"])
+        for mine, style, label in (
+            (line, STRONG, "sparse"),
+            ([row for row in points if row not in line], DENSE, "dense"),
+        ):
+            places = [(row["tokens_per_second"], row[metric]) for row in mine]
+            if places:
+                axes.plot(*zip(*places, strict=True), **style.options, label=label)
+                shares = [f"{100 * row['sparsity']:.0f}\N{NO-BREAK SPACE}%" for row in mine]
+                for share, at in list(zip(shares, places, strict=True)) * (label == "sparse"):
                     axes.annotate(share, at, (7, 3), textcoords="offset points")
-                said += [
-                    f"{label}, {share}: {y:.3g} at {x:.0f} tokens/s"
-                    for share, (x, y) in zip(shares, found, strict=True)
+                descriptions += [
+                    f"{label}, {share}: {score:.3g} at {rate:.0f} tokens/s"
+                    for share, (rate, score) in zip(shares, places, strict=True)
                 ]
         axes.set(xlabel=SPEED.label, ylabel=in_words(metric), xlim=(0, 1.1 * axes.get_xlim()[1]))
         axes.margins(y=0.15)
@@ -255,6 +265,6 @@ def curve(points: Sequence[Mapping[str, Any]], heading: str) -> Draw:
         axes.set_title(textwrap.fill(heading, TITLE_LETTERS), fontsize=LETTERS)
         axes.grid(visible=True)
         legend(figure, list(axes.lines))
-        return "; ".join(said)
+        return "; ".join(descriptions)
 
     return draw

@@ -41,28 +41,28 @@ def publish(sections: Sequence[Section], folder: Path) -> list[Path]:
     Raises:
         UserError: If a file cannot be written.
     """
-    written = []
+    files = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in _files(sections):
             with whole_file(folder / name, "wb") as file:
                 file.write(content)
-            written.append(folder / name)
+            files.append(folder / name)
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error}; choose another --publish") from error
-    return written
+    return files
 
 
 def _files(sections: Sequence[Section]) -> Iterator[tuple[str, bytes]]:
-    used: Counter[str] = Counter()
+    uses: Counter[str] = Counter()
     for section in sections:
         for picture in section.pictures:
             for form in ("svg", "pdf"):
                 yield f"{picture.name}.{form}", pictures.vector(picture.draw, form)
         for table in section.tables + section.folded:
             name = safe(table.name)
-            used[name] += 1
-            name += f"-{used[name]}" if used[name] > 1 else ""
+            uses[name] += 1
+            name += f"-{uses[name]}" if uses[name] > 1 else ""
             yield f"{name}.csv", csv_of(table).encode()
             yield f"{name}.tex", latex_of(table).encode()
 
@@ -99,4 +99,4 @@ def latex_of(table: Table) -> str:
 
 
 def _escaped(text: str) -> str:
-    return _SPECIAL.sub(lambda found: _LATEX[found[0]], text)
+    return _SPECIAL.sub(lambda match: _LATEX[match[0]], text)

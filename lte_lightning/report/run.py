@@ -117,8 +117,8 @@ class Run:
                 return None
             unit, length = ("epoch", epochs) if steps is None else ("step", steps)
             total[unit] += length if epochs else 0
-        told = [f"{count} {unit}{'s' * (count != 1)}" for unit, count in total.items() if count]
-        return " and ".join(told) or "0 epochs"
+        lengths = [f"{count} {unit}{'s' * (count != 1)}" for unit, count in total.items() if count]
+        return " and ".join(lengths) or "0 epochs"
 
     def better(self, one: float, other: float) -> bool:
         """Whether a value of its metric is better than another."""
@@ -143,8 +143,8 @@ class Setting:
         """
         if self.undefined and key in ("value", "lost", "span_kept"):
             return []
-        found = [getattr(run if hasattr(run, key) else run.results, key) for run in self.runs]
-        return [value for value in found if value is not None]
+        values = [getattr(run if hasattr(run, key) else run.results, key) for run in self.runs]
+        return [value for value in values if value is not None]
 
     def mean(self, key: str) -> float | None:
         """Returns the mean over the seeds, None if no run has a value."""
@@ -200,10 +200,10 @@ class Setting:
         """The parameters in a few words, each by the shortest end of its name that is unique."""
         words = []
         for key, value in self.parameters.items():
-            parts, others = key.split("."), [f".{other}" for other in self.parameters if other != key]
+            parts, rivals = key.split("."), [f".{rival}" for rival in self.parameters if rival != key]
             least = 2 if parts[0] == "stages" else 1  # epochs of which stage
             ends = [".".join(parts[i:]) for i in range(len(parts) - least, -1, -1)]
-            name = next((end for end in ends if not any(other.endswith(f".{end}") for other in others)), key)
+            name = next((end for end in ends if not any(rival.endswith(f".{end}") for rival in rivals)), key)
             words.append(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}")
         return ", ".join(words) or "–"
 

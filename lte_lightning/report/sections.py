@@ -69,8 +69,8 @@ def main_sections(material: Material, tolerance: float | None) -> list[Section]:
             axes.append(("speed", "measured tokens per second", SPEED))
         for name, against, axis in axes:
             draw = pictures.quality(material, task, looks, across=axis)
-            what = f"{_capital(in_words(metric))} on {title} against {against}"
-            section.pictures.append(_picture(f"{name}-{task}", what, claims.within(settings, tolerance, axis), draw))
+            heading = f"{_capital(in_words(metric))} on {title} against {against}"
+            section.pictures.append(_picture(f"{name}-{task}", heading, claims.within(settings, tolerance, axis), draw))
         section.tables.append(tables.levels(material, task))
         if (differences := tables.differences(material, task)) is not None:
             (section.tables if len(differences.rows) <= LONG else section.folded).append(differences)
@@ -115,8 +115,8 @@ def _subject(material: Material, task: str) -> str:
     runs = material.of(task)
     models = [run.options.get("model.pretrained") or run.options.get("start.model.pretrained") for run in runs]
     subjects = {"Model": models, "Data": [run.results.data for run in runs]}
-    named = {what: ", ".join(dict.fromkeys(map(str, filter(None, names)))) for what, names in subjects.items()}
-    return " ".join(f"{what}: {names}." for what, names in named.items() if names)
+    texts = {noun: ", ".join(dict.fromkeys(map(str, filter(None, names)))) for noun, names in subjects.items()}
+    return " ".join(f"{noun}: {names}." for noun, names in texts.items() if names)
 
 
 def detail_sections(material: Material) -> list[Section]:
@@ -125,8 +125,8 @@ def detail_sections(material: Material) -> list[Section]:
     for task in material.tasks:
         settings, title = material.settings(task), material.title(task)
         if any(setting.values("span_kept") for setting in settings):
-            kept = [(s, mean) for s in nearest(settings)[0] if (mean := s.mean("span_kept")) is not None]
-            shares = [(f"{s.called} at {100 * s.sparsity:.0f}\N{NO-BREAK SPACE}%:", 100 * mean) for s, mean in kept]
+            spans = [(s, mean) for s in nearest(settings)[0] if (mean := s.mean("span_kept")) is not None]
+            shares = [(f"{s.called} at {100 * s.sparsity:.0f}\N{NO-BREAK SPACE}%:", 100 * mean) for s, mean in spans]
             claim = f"Kept by {claims.ranked(shares)}." if shares else ""
             draw = pictures.quality(material, task, looks, "span_kept")
             picture = _picture(f"span-{task}", f"Share of the span kept on {title}", claim, draw)
@@ -158,18 +158,19 @@ def nearest(settings: Sequence[Setting], shown: str | None = None) -> tuple[list
 
 def _layers(task: str, title: str, settings: Sequence[Setting], looks: Mapping[str, Style]) -> list[Section]:
     # all runs of an experiment have the same number of layers
-    has = [setting for setting in settings if setting.values("sparsity_per_layer")]
-    if not has:
+    with_layers = [setting for setting in settings if setting.values("sparsity_per_layer")]
+    if not with_layers:
         return []
-    chosen, text = nearest(has, shown=ours(has))
-    own = pick([setting for setting in has if setting.method == ours(has)], OWN_ROWS)
-    if own:
-        text += f" {own[0].method} is shown at {'all its' if len(own) < OWN_ROWS else 'evenly spread'} settings."
-    rows = own + [setting for setting in chosen if setting.method != ours(has)]
+    chosen, text = nearest(with_layers, shown=ours(with_layers))
+    lte_rows = pick([setting for setting in with_layers if setting.method == ours(with_layers)], OWN_ROWS)
+    if lte_rows:
+        extent = "all its" if len(lte_rows) < OWN_ROWS else "evenly spread"
+        text += f" {lte_rows[0].method} is shown at {extent} settings."
+    rows = lte_rows + [setting for setting in chosen if setting.method != ours(with_layers)]
     picture = _picture(
         f"layers-{task}",
         f"Sparsity per layer on {title}",
-        claims.by_layer(rows[: len(own) or 1], AT),
+        claims.by_layer(rows[: len(lte_rows) or 1], AT),
         details.layers(rows),
     )
     return [Section(f"Sparsity per layer: {title}", f"Values are means over the seeds. {text}", [picture])]
@@ -195,10 +196,10 @@ def _scores(task: str, title: str, settings: Sequence[Setting], looks: Mapping[s
 
 def _union(task: str, title: str, settings: Sequence[Setting], looks: Mapping[str, Style]) -> list[Section]:
     # pruned weights are the same for all tokens, and no expert is off
-    has = [s for s in settings if any(s.values("union_sparsity")) and not describe(s.runs[0].lte).prunes]
-    if not has:
+    with_unions = [s for s in settings if any(s.values("union_sparsity")) and not describe(s.runs[0].lte).prunes]
+    if not with_unions:
         return []
-    chosen, choice = nearest(has)
+    chosen, choice = nearest(with_unions)
     text = (
         "A batch must load every expert that any of its tokens needs. Its tokens are all tokens of its rows in an "
         "encoder or in classification, and one token of each row if the model generates. Values are means over layers "
@@ -222,8 +223,8 @@ def _latency(material: Material) -> list[Section]:
     for i, group in enumerate(groups):
         best = max(group, key=lambda row: row["ratio"])
         claim = f"Fastest: {best['backend']}, {best['ratio']:.2f} times at {100 * best['sparsity']:.0f} %."
-        what = f"Speed-up of {bench.title(group, several)}"
-        section.pictures.append(_picture(f"latency-{i}", what, claim, details.latency(group, several)))
+        heading = f"Speed-up of {bench.title(group, several)}"
+        section.pictures.append(_picture(f"latency-{i}", heading, claim, details.latency(group, several)))
     rows = [row for group in groups for row in group]
     caption = f"All measurements of lte bench: {counted(len(rows), 'row')}"
     section.folded.append(_grid(rows, () if several else ("file",), caption, "latency"))
@@ -262,9 +263,9 @@ def _grid(rows: Sequence[Mapping[str, Any]], without: Collection[str], caption: 
 
 def _engines(material: Material) -> list[Section]:
     section = Section("Whole models beside other engines", engines.TEXT)
-    for i, (what, group) in enumerate(engines.groups(material.rates).items()):
-        section.pictures.append(_picture(f"engines-{i}", what, engines.claim(group), engines.picture(group)))
-        section.folded.append(engines.table(group, f"All rows of {what}", f"engines-{i}"))
+    for i, (heading, group) in enumerate(engines.groups(material.rates).items()):
+        section.pictures.append(_picture(f"engines-{i}", heading, engines.claim(group), engines.picture(group)))
+        section.folded.append(engines.table(group, f"All rows of {heading}", f"engines-{i}"))
     return [section] if material.rates else []
 
 
@@ -276,17 +277,17 @@ def names_of_runs(runs: Sequence[Run]) -> list[str]:
     """Returns a name for each run: its method and setting, and its folder if these are not unique."""
     names = []
     for run in runs:
-        what = {"start": "dense start", "floor": "floor"}.get(run.role, run.method)
+        kind = {"start": "dense start", "floor": "floor"}.get(run.role, run.method)
         setting = ", ".join(f"{key.split('.')[-1]} {value}" for key, value in run.parameters.items())
-        names.append(", ".join(filter(None, [run.task, what, setting, f"seed {run.seed}"])))
+        names.append(", ".join(filter(None, [run.task, kind, setting, f"seed {run.seed}"])))
     count = Counter(names)
     return [f"{name} ({run.folder.name})" if count[name] > 1 else name for name, run in zip(names, runs, strict=True)]
 
 
-def _picture(name: str, what: str, claim: str, draw: pictures.Draw) -> Picture:
+def _picture(name: str, heading: str, claim: str, draw: pictures.Draw) -> Picture:
     """Renders a picture; its caption says what it is and what it shows."""
-    light, dark, shown = pictures.render(draw)
-    return Picture(safe(name), f"{what}. {claim}".strip(), f"{what}: {shown}", draw, light, dark)
+    light, dark, description = pictures.render(draw)
+    return Picture(safe(name), f"{heading}. {claim}".strip(), f"{heading}: {description}", draw, light, dark)
 
 
 def safe(name: str) -> str:

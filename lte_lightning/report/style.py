@@ -57,11 +57,15 @@ def selectors(settings: Iterable[Setting]) -> dict[str, str]:
 
     LTE is the method with that name, or the first with its routers.
     """
-    found: dict[str, str] = {}
+    by_method: dict[str, str] = {}
     for setting in settings:
-        found.setdefault(setting.method, setting.runs[0].lte.get("selector", "router"))
-    ours = "LTE" if "LTE" in found else next((name for name, selector in found.items() if selector == "router"), None)
-    return {name: found[name] for name in sorted(found, key=lambda name: name != ours)}
+        by_method.setdefault(setting.method, setting.runs[0].lte.get("selector", "router"))
+    ours = (
+        "LTE"
+        if "LTE" in by_method
+        else next((name for name, selector in by_method.items() if selector == "router"), None)
+    )
+    return {name: by_method[name] for name in sorted(by_method, key=lambda name: name != ours)}
 
 
 def ours(settings: Iterable[Setting]) -> str | None:
@@ -76,19 +80,19 @@ def styles(material: Material) -> dict[str, Style]:
     A method has the style of its selector; a second method with the same selector differs in marker and line. Variants
     of LTE, and unknown selectors, take styles that no method of the report uses.
     """
-    methods, own = selectors(material.settings()), ours(material.settings())
+    methods, lte_method = selectors(material.settings()), ours(material.settings())
     free = [style for name, style in KNOWN.items() if name not in methods.values()] or list(KNOWN.values())
-    found: dict[str, Style] = {}
-    seen: dict[str, int] = {}
+    by_method: dict[str, Style] = {}
+    uses: dict[str, int] = {}
     for method, selector in methods.items():
-        if method == own:
-            found[method] = STRONG
+        if method == lte_method:
+            by_method[method] = STRONG
             continue
-        known = KNOWN.get(selector)
-        key = selector if known else "others"
-        count = seen[key] = seen.get(key, -1) + 1
-        pool = [known] if known else free
+        own_style = KNOWN.get(selector)
+        key = selector if own_style else "others"
+        count = uses[key] = uses.get(key, -1) + 1
+        pool = [own_style] if own_style else free
         turn, style = count // len(pool), pool[count % len(pool)]
         marker, line = (style.marker, style.line) if turn == 0 else AGAIN[(turn - 1) % len(AGAIN)]
-        found[method] = replace(style, marker=marker, line=style.line if style.line == "--" else line)
-    return found
+        by_method[method] = replace(style, marker=marker, line=style.line if style.line == "--" else line)
+    return by_method

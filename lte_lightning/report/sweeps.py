@@ -53,14 +53,14 @@ def read_swept(path: Path) -> SweptFolder:
     folder.about = about = read_sweep_file(path / SWEEP_FILE)
     plan, records = folder.planned(), folder.records()
     points = plan | {name: record.point for name, record in records.items()}
-    asked = [point for name in plan if (point := points[name]) is not None]
+    planned = [point for name in plan if (point := points[name]) is not None]
     # The last start plans only its own seeds, and a search plans no trials
-    shared = {point.seed for point in asked}
-    own = {point.seed for point in asked if point.role == "point" and not _is_search(path)}
+    seeds = {point.seed for point in planned}
+    seeds_of_points = {point.seed for point in planned if point.role == "point" and not _is_search(path)}
     obsolete = {
         name
         for name, record in records.items()
-        if name not in plan and record.point.seed in (own if record.point.role == "point" else shared)
+        if name not in plan and record.point.seed in (seeds_of_points if record.point.role == "point" else seeds)
     }
     attempts, running, name = folder.attempts(), is_running(path), about.get("name", path.name)
     missing = [
@@ -68,7 +68,7 @@ def read_swept(path: Path) -> SweptFolder:
         for key, point in points.items()
         if key not in obsolete and not any((run / FILE).exists() for run in attempts.get(key, []))
     ]
-    typed = [(known["command"], known["folder"]) for known in about.get("commands", [])]
+    typed = [(entry["command"], entry["folder"]) for entry in about.get("commands", [])]
     commands = {key: record.command for key, record in records.items()}
     return SweptFolder(path, about.get("text", ""), points, commands, obsolete, missing, typed)
 

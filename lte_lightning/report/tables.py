@@ -53,14 +53,14 @@ def flops(material: Material, tolerance: float | None) -> Table:
 def _cheapest(settings: list[Setting], tolerance: float | None, dense: float) -> str:
     if not settings:
         return "not run"
-    found = tolerated(settings, tolerance)
-    if not found.within:
-        return "none within" if found.beyond else "no dense figure"
-    costs = [statistics.fmean(setting.values("flops_per_token")) for setting in found.within]
-    cost, best = min(zip(costs, found.within, strict=True), key=lambda pair: pair[0])
-    failing = found.failing_below(best.sparsity)
-    though = f", though not at {percent(failing)}" if failing else ""
-    return f"{cost / GFLOP:.4g} ({dense / cost:.2f}x, {100 * best.sparsity:.0f} % off{though})"
+    checked = tolerated(settings, tolerance)
+    if not checked.within:
+        return "none within" if checked.beyond else "no dense figure"
+    costs = [statistics.fmean(setting.values("flops_per_token")) for setting in checked.within]
+    cost, best = min(zip(costs, checked.within, strict=True), key=lambda pair: pair[0])
+    failing = checked.failing_below(best.sparsity)
+    exception = f", though not at {percent(failing)}" if failing else ""
+    return f"{cost / GFLOP:.4g} ({dense / cost:.2f}x, {100 * best.sparsity:.0f} % off{exception})"
 
 
 def levels(material: Material, task: str) -> Table:
@@ -91,9 +91,9 @@ def differences(material: Material, task: str) -> Table | None:
     """
     settings, dense = material.settings(task), material.settings(task, dense=True)
     order = list(selectors(settings))
-    named = [(s.called, s) for s in sorted(settings, key=lambda s: order.index(s.method))]
-    named += [("dense, trained on", s) for s in dense]
-    fits = [Fits(name, s.label.strip("–"), {run.seed: run.results for run in s.runs}) for name, s in named]
+    named_settings = [(s.called, s) for s in sorted(settings, key=lambda s: order.index(s.method))]
+    named_settings += [("dense, trained on", s) for s in dense]
+    fits = [Fits(name, s.label.strip("–"), {run.seed: run.results for run in s.runs}) for name, s in named_settings]
     rows = [[ours.called, theirs.called, str(gap.seeds), gap.text()] for ours, theirs, gap in comparisons(fits)]
     metric = in_words(material.tasks[task])
     caption = f"Is it better? Paired differences of {metric} on {material.title(task)}, with 95 % intervals"
@@ -119,23 +119,23 @@ def everything(material: Material, task: str) -> Table:
         "bound by bytes moved": lambda s: mean_text(s.values("bound"), digits=2, unit="x"),
         "measured": lambda s: mean_text(s.values("speedup"), digits=2, unit="x"),
     }
-    wanted = {
+    conditions = {
         INNER: any(setting.values("inner_sparsity") for setting in settings),
         "dense start": len(material.own_starts(task)) > 1,
         "measured": any(setting.values("speedup") for setting in settings),
     }
-    shown = {head: text for head, text in columns.items() if wanted.get(head, True)}
-    rows = [[text(setting) for text in shown.values()] for setting in settings]
+    shown_columns = {head: text for head, text in columns.items() if conditions.get(head, True)}
+    rows = [[text(setting) for text in shown_columns.values()] for setting in settings]
     caption = f"All settings of {material.title(task)}: {counted(len(rows), 'row')}"
-    return Table(list(shown), rows, caption, f"settings-{task}")
+    return Table(list(shown_columns), rows, caption, f"settings-{task}")
 
 
 def versions(material: Material) -> Table:
     """Returns the versions and machines of the runs, each with its number of runs."""
-    found = [run.results.versions for run in material.fits]
-    names = list(dict.fromkeys(name for versions in found for name in versions))
+    per_run = [run.results.versions for run in material.fits]
+    names = list(dict.fromkeys(name for versions in per_run for name in versions))
     counts = Counter(
-        tuple("–" if (v := versions.get(name)) is None else str(v) for name in names) for versions in found
+        tuple("–" if (v := versions.get(name)) is None else str(v) for name in names) for versions in per_run
     )
     heads = ["", *(counted(count, "run") for count in counts.values())]
     rows = [[name, *(key[i] for key in counts)] for i, name in enumerate(names)]

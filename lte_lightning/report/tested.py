@@ -26,16 +26,16 @@ def tested(run: Run) -> Iterator[Run]:
     """
     fit, view = run.results, run.results.final_view
     for file in sorted(run.folder.glob(TESTS)):
-        found = read_evaluation(file)
-        metric = next((name for name in METRICS if isinstance(found.others.get(name), float)), None)
+        evaluation = read_evaluation(file)
+        metric = next((name for name in METRICS if isinstance(evaluation.others.get(name), float)), None)
         task = file.stem.removeprefix("test").removeprefix("-") or fit.task
         if metric is None or (task, metric) == (fit.task, fit.metric):
             continue
-        value = found.others[metric]
-        costs = {key: cost for key in COSTS if (cost := getattr(found, key)) is not None}
+        value = evaluation.others[metric]
+        costs = {key: cost for key in COSTS if (cost := getattr(evaluation, key)) is not None}
         if view == "dense":  # selected nothing, and so has no sparsity; that of its test is 0
             costs = {key: cost for key, cost in costs.items() if "sparsity" not in key}
-        own: dict[str, Any] = {view: value, "task": task, "metric": metric}
-        own |= {"floor": value} if run.role == "floor" else {}
-        results = Results.of(fit.content() | dict.fromkeys(OWN) | costs | own)
+        replaced: dict[str, Any] = {view: value, "task": task, "metric": metric}
+        replaced |= {"floor": value} if run.role == "floor" else {}
+        results = Results.of(fit.content() | dict.fromkeys(OWN) | costs | replaced)
         yield replace(run, results=results, histogram=[], parameters=dict(run.parameters), test=file.name)

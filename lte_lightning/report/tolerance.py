@@ -45,13 +45,13 @@ class Tolerated:
 
 def tolerated(settings: list[Setting], tolerance: float | None) -> Tolerated:
     """Sorts a method's settings by their loss."""
-    found = Tolerated(tolerance_of(settings[0].metric, tolerance))
+    by_loss = Tolerated(tolerance_of(settings[0].metric, tolerance))
     for setting in settings:
         lost = setting.mean("lost")
-        is_within = lost is not None and lost <= found.limit + 1e-9
+        is_within = lost is not None and lost <= by_loss.limit + 1e-9
         is_unread = lost is None and not setting.undefined
-        (found.within if is_within else found.unread if is_unread else found.beyond).append(setting)
-    return found
+        (by_loss.within if is_within else by_loss.unread if is_unread else by_loss.beyond).append(setting)
+    return by_loss
 
 
 def percent(settings: list[Setting]) -> str:

@@ -47,18 +47,18 @@ def collect_tracked(
     uri = mlflow_store(uri, os.environ.get("MLFLOW_TRACKING_URI"))
     with _store(uri) as client, tempfile.TemporaryDirectory(prefix="lte-report-") as folder:
         runs = _runs(client, shown(uri), experiment, run_ids)
-        found = [run for run in runs if _fetch(client, run, Path(folder) / run.info.run_id)]
-        done = {_point(run) for run in found}
-        others = [run for run in runs if run not in found]
-        for run in others:
+        finished = [run for run in runs if _fetch(client, run, Path(folder) / run.info.run_id)]
+        finished_points = {_point(run) for run in finished}
+        unfinished = [run for run in runs if run not in finished]
+        for run in unfinished:
             if run.info.run_id in run_ids:
                 raise UserError(
                     f"run {run.info.run_id} ({_name(run)}) has no results.json: it is {_status(run)}; leave it out"
                 )
-        if not found:
+        if not finished:
             name = experiment or ", ".join(run_ids)
             raise UserError(f"none of the {len(runs)} runs of {name} is a finished fit; name others")
-        waited = [run for run in others if _point(run) not in done]
+        waited = [run for run in unfinished if _point(run) not in finished_points]
         plans = {parent: _plan(client, parent) for parent in {run.data.tags.get(PARENT, "") for run in waited}}
         missing = [
             missing_point(_name(run), plans[parent].get(_name(run)), parent, _status(run))
@@ -66,7 +66,7 @@ def collect_tracked(
             for parent in [run.data.tags.get(PARENT, "")]
         ]
         material = Material(missing=missing)
-        _read(found, Path(folder), material)
+        _read(finished, Path(folder), material)
         return finish(material, bench)
 
 
@@ -94,12 +94,12 @@ def _runs(client: Any, store: str, experiment: str | None, run_ids: Sequence[str
     if experiment is None and run_ids:
         runs = [run for run_id in dict.fromkeys(run_ids) for run in _run(client, store, run_id)]
     else:
-        known = client.get_experiment_by_name(experiment) if experiment else None
-        if known is None:
-            names = sorted(one.name for one in client.search_experiments())
-            what = f"there is no experiment {experiment!r} in {store}" if experiment else f"which runs of {store}?"
-            raise UserError(f"{what}; name one by --experiment, or runs by their ids; it has {', '.join(names)}")
-        runs = _search(client, known.experiment_id)
+        entry = client.get_experiment_by_name(experiment) if experiment else None
+        if entry is None:
+            names = sorted(other.name for other in client.search_experiments())
+            problem = f"there is no experiment {experiment!r} in {store}" if experiment else f"which runs of {store}?"
+            raise UserError(f"{problem}; name one by --experiment, or runs by their ids; it has {', '.join(names)}")
+        runs = _search(client, entry.experiment_id)
     unique = {run.info.run_id: run for run in runs if "lte.sweep" not in run.data.tags}
     return sorted(unique.values(), key=lambda run: run.info.start_time)
 
@@ -116,14 +116,14 @@ def _run(client: Any, store: str, run_id: str) -> list[Any]:
     return _search(client, run.info.experiment_id, f"tags.`{PARENT}` = '{run_id}'")
 
 
-def _search(client: Any, experiment: str, wanted: str = "") -> list[Any]:
-    found: list[Any] = []
+def _search(client: Any, experiment: str, filter_string: str = "") -> list[Any]:
+    runs: list[Any] = []
     token = None
     while True:
-        page = client.search_runs([experiment], wanted, page_token=token)
-        found, token = found + list(page), page.token
+        page = client.search_runs([experiment], filter_string, page_token=token)
+        runs, token = runs + list(page), page.token
         if not token:
-            return found
+            return runs
 
 
 def _fetch(client: Any, run: Any, folder: Path) -> bool:
@@ -149,14 +149,14 @@ def _read(runs: Sequence[Any], folder: Path, material: Material) -> None:
     for run in runs:
         points.setdefault(_point(run), []).append(run)
     for same in points.values():
-        kept = max(same, key=lambda run: newest(folder / run.info.run_id))
-        material.left_out += [(run.info.run_id, OLDER) for run in same if run is not kept]
+        latest = max(same, key=lambda run: newest(folder / run.info.run_id))
+        material.left_out += [(run.info.run_id, OLDER) for run in same if run is not latest]
         # the whole configuration distinguishes the fits of a sweep, too
-        tags = kept.data.tags
+        tags = latest.data.tags
         facts = tags.get("lte.role"), tags.get("lte.variant"), json.loads(tags.get("lte.parameters", "{}"))
-        config = f"mlflow artifacts download --run-id {kept.info.run_id} --artifact-path config.yaml --dst-path ."
+        config = f"mlflow artifacts download --run-id {latest.info.run_id} --artifact-path config.yaml --dst-path ."
         command = f"{config} && lightning fit --config config.yaml"
-        material.runs.append(read_run(folder / kept.info.run_id, *facts, command=command))
+        material.runs.append(read_run(folder / latest.info.run_id, *facts, command=command))
 
 
 def _plan(client: Any, parent: str) -> dict[str, Point | None]:

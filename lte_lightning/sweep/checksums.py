@@ -32,10 +32,10 @@ def checksums(file: Path) -> tuple[str, str]:
     """
     as_written = file.read_bytes()
     try:
-        says = json.dumps(_content(as_written), sort_keys=True, default=str).encode()
+        content = json.dumps(_content(as_written), sort_keys=True, default=str).encode()
     except (TypeError, ValueError, yaml.YAMLError):  # keys of several types; not YAML
-        says = as_written
-    return hashlib.sha256(says).hexdigest(), hashlib.sha256(as_written).hexdigest()
+        content = as_written
+    return hashlib.sha256(content).hexdigest(), hashlib.sha256(as_written).hexdigest()
 
 
 def _add_with_parts(file: Path, files: set[Path]) -> None:

@@ -145,8 +145,8 @@ class Engine:
                 self._start(point)
                 return True
         # Optuna proposes better once it knows the results, so it is asked only when nothing waits
-        if not self._pending and self.trials is not None and not self._shared_failed() and (more := self.trials.ask()):
-            self._add(more)
+        if not self._pending and self.trials is not None and not self._shared_failed() and (new := self.trials.ask()):
+            self._add(new)
             return True
         return False
 
@@ -156,13 +156,13 @@ class Engine:
 
     def _start(self, point: Point) -> None:
         words = self.words(point)
-        before = self.folder.record(point.name)
+        record = self.folder.record(point.name)
         with self.folder.log(point.name).open("a") as log:
             log.write(f"$ lightning {shlex.join(words)}\n")
         self.folder.remember(
             point,
             status="running",
-            command=before and before.command if "--ckpt_path" in words else f"lightning {shlex.join(words)}",
+            command=record and record.command if "--ckpt_path" in words else f"lightning {shlex.join(words)}",
             resumed="--ckpt_path" in words,
             began=time.strftime("%Y-%m-%d %H:%M:%S"),
         )
@@ -175,10 +175,10 @@ class Engine:
         """Returns the words of a point's command: a new fit, or its last fit resumed."""
         attempts = self.folder.attempts().get(point.name, [])
         runs = [run for run in attempts if not (run / FILE).exists()]  # results are never removed
-        before = self.folder.record(point.name) or Record(point)
+        last_record = self.folder.record(point.name) or Record(point)
         # A fit that a signal ended, or whose machine was lost, may have a good checkpoint
-        failed = before.status == "failed" and 0 < (1 if before.code is None else before.code) < SIGNALS
-        if runs and resumable(runs[-1]) and not (failed and before.resumed):
+        failed = last_record.status == "failed" and 0 < (1 if last_record.code is None else last_record.code) < SIGNALS
+        if runs and resumable(runs[-1]) and not (failed and last_record.resumed):
             if self.tracker:
                 self.tracker.adopt(runs[-1])
             run = os.path.relpath(runs[-1])
@@ -236,18 +236,18 @@ class Engine:
             self.say(f"    {line}")
 
     def _seconds(self, name: str) -> float:
-        now, before = time.monotonic() - self._running[name], self.folder.record(name)
-        return round(now + ((before and before.seconds) or 0.0), 1)
+        this_attempt, record = time.monotonic() - self._running[name], self.folder.record(name)
+        return round(this_attempt + ((record and record.seconds) or 0.0), 1)
 
     def _finish(self, point: Point, run: Path) -> None:
         self.summary.done.append(point.name)
-        before = self.folder.record(point.name) or Record(point)
-        now = replace(before, point=point, status="done", run=run.name)
+        stored = self.folder.record(point.name) or Record(point)
+        updated = replace(stored, point=point, status="done", run=run.name)
         # First tell MLflow, then note it: a sweep that is killed in between tells MLflow again
-        if self.tracker and before.told != self.tracker.parent and self.tracker.point_done(point, run):
-            now = replace(now, told=self.tracker.parent)
-        if now != before:
-            self.folder.remember(point, status=now.status, run=now.run, told=now.told)
+        if self.tracker and stored.told != self.tracker.parent and self.tracker.point_done(point, run):
+            updated = replace(updated, told=self.tracker.parent)
+        if updated != stored:
+            self.folder.remember(point, status=updated.status, run=updated.run, told=updated.told)
         self._tell_trials(point, run)
 
     def _tell_trials(self, point: Point, run: Path | None) -> None:
@@ -267,5 +267,5 @@ class Engine:
         return {**counts, "point": counts["point"] + (self.trials.left() if self.trials else 0)}
 
     def _left(self) -> int:
-        further = self.trials.left() if self.trials else 0
-        return len(self._pending) + len(self._running) + further
+        trials_left = self.trials.left() if self.trials else 0
+        return len(self._pending) + len(self._running) + trials_left

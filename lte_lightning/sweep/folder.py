@@ -146,9 +146,9 @@ class SweepFolder:
         self.about |= {"layout": LAYOUT, "name": sweep.path.stem, "text": sweep.about, "configs": configs}
         self.about["file"] = str(sweep.path.absolute())
         command = {"command": shlex.join(words), "folder": os.getcwd()}
-        before = self.about.setdefault("commands", [])
-        if words and command not in [{key: known.get(key) for key in command} for known in before]:
-            before.append(command | {"began": time.strftime("%Y-%m-%d %H:%M:%S")})
+        commands = self.about.setdefault("commands", [])
+        if words and command not in [{key: earlier.get(key) for key in command} for earlier in commands]:
+            commands.append(command | {"began": time.strftime("%Y-%m-%d %H:%M:%S")})
         self.save()
         staging = self.path / f"{COPY}.tmp"
         shutil.copyfile(sweep.path, staging)
@@ -171,8 +171,8 @@ class SweepFolder:
 
     def remember(self, point: Point, **facts: Any) -> None:
         """Stores a point, and updates its record."""
-        before = self.record(point.name) or Record(point)
-        write_json(self.points / f"{point.name}.json", replace(before, point=point, **facts).content())
+        stored = self.record(point.name) or Record(point)
+        write_json(self.points / f"{point.name}.json", replace(stored, point=point, **facts).content())
 
     def plan(self, points: Sequence[Point]) -> None:
         """Stores the points that the sweep asks for, whole, begun or not."""

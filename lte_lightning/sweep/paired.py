@@ -90,11 +90,11 @@ def comparisons(fits: Sequence[Fits]) -> Iterator[tuple[Fits, Fits, Difference]]
     Args:
         fits: Of one task and metric.
     """
-    methods = list(dict.fromkeys(each.method for each in fits))
-    for ours in (each for each in fits if each.method == methods[0]):
+    methods = list(dict.fromkeys(fit.method for fit in fits))
+    for ours in (fit for fit in fits if fit.method == methods[0]):
         for method in methods[1:]:
             theirs = min(
-                (each for each in fits if each.method == method), key=lambda each: abs(each.sparsity - ours.sparsity)
+                (fit for fit in fits if fit.method == method), key=lambda fit: abs(fit.sparsity - ours.sparsity)
             )
             alike = theirs.sparsity == 0.0 or abs(theirs.sparsity - ours.sparsity) <= ALIKE
             if alike and (difference := paired_difference(ours.by_seed, theirs.by_seed)) is not None:
@@ -113,11 +113,15 @@ def paired_difference(ours: Mapping[int, Results], theirs: Mapping[int, Results]
     """
     seeds = sorted(ours.keys() & theirs.keys())
     pairs = [(ours[seed], theirs[seed]) for seed in seeds]
-    gaps = [a.value - b.value for a, b in pairs if a.value is not None and b.value is not None]
+    gaps = [
+        our_fit.value - their_fit.value
+        for our_fit, their_fit in pairs
+        if our_fit.value is not None and their_fit.value is not None
+    ]
     if not gaps or len(gaps) < len(pairs):
         return None
     variances = []  # with their degrees of freedom
-    drawn = [_drawn(a, b) for a, b in pairs]
+    drawn = [_drawn(our_fit, their_fit) for our_fit, their_fit in pairs]
     rows = [draws for draws in drawn if draws is not None]
     if len(rows) == len(pairs):
         # a draw takes the same rows for every seed, so their mean is one evaluation's
@@ -130,12 +134,16 @@ def paired_difference(ours: Mapping[int, Results], theirs: Mapping[int, Results]
     return Difference(statistics.fmean(gaps), half, len(gaps), len(rows) == len(pairs), higher)
 
 
-def _drawn(a: Results, b: Results) -> list[float] | None:
+def _drawn(our_fit: Results, their_fit: Results) -> list[float] | None:
     """The differences of two evaluations' draws; None if one has none, or too few are defined."""
-    if not a.draws or not b.draws or len(a.draws) != len(b.draws):
+    if not our_fit.draws or not their_fit.draws or len(our_fit.draws) != len(their_fit.draws):
         return None
-    found = [x - y for x, y in zip(a.draws, b.draws, strict=True) if x is not None and y is not None]
-    return found if len(found) == len(a.draws) else None
+    gaps = [
+        our_draw - their_draw
+        for our_draw, their_draw in zip(our_fit.draws, their_fit.draws, strict=True)
+        if our_draw is not None and their_draw is not None
+    ]
+    return gaps if len(gaps) == len(our_fit.draws) else None
 
 
 def _half(variances: list[tuple[float, float]]) -> float:
@@ -144,6 +152,6 @@ def _half(variances: list[tuple[float, float]]) -> float:
         return 0.0
     freedom = total**2 / max(sum(variance**2 / degrees for variance, degrees in variances), 1e-300)
     # the next lower entry has the larger t: never too narrow
-    known = [degrees for degrees in _T if degrees <= freedom]
-    t = _NORMAL if freedom > 1000 else _T[max(known, default=1)]
+    listed = [degrees for degrees in _T if degrees <= freedom]
+    t = _NORMAL if freedom > 1000 else _T[max(listed, default=1)]
     return t * total**0.5

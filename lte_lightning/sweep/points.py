@@ -83,10 +83,10 @@ def restore(content: Any) -> Point | None:
     """Returns a point as it was stored, with empty configs and options by an earlier version; None if it is none."""
     if not isinstance(content, dict):
         return None
-    known = {each.name for each in fields(Point)}
-    kept = {"configs": (), "overrides": {}} | {key: value for key, value in content.items() if key in known}
+    names = {attribute.name for attribute in fields(Point)}
+    stored = {"configs": (), "overrides": {}} | {key: value for key, value in content.items() if key in names}
     try:
-        point = Point(**kept | {"configs": tuple(kept["configs"])})
+        point = Point(**stored | {"configs": tuple(stored["configs"])})
     except TypeError:
         return None
     return point if _is_sound(point) else None
@@ -118,7 +118,9 @@ class Search:
 
     def examples(self) -> list[dict[str, Any]]:
         """Parameters as trials may have them: among them is every choice, and both ends of every range."""
-        ranges = {key: each.get("choices") or [each["low"], each["high"]] for key, each in self.parameters.items()}
+        ranges = {
+            key: limits.get("choices") or [limits["low"], limits["high"]] for key, limits in self.parameters.items()
+        }
         return [
             {key: values[i % len(values)] for key, values in ranges.items()}
             for i in range(max(map(len, ranges.values())))
@@ -227,12 +229,12 @@ def canonical(options: Mapping[str, Any]) -> dict[str, str]:
     `X/` becomes `X`; the text "1" and the number 1.0 become 1. Options of a stage that is skipped are left out, and so
     are options that change only what a fit shows.
     """
-    kept = {key: _plain(key, value) for key, value in options.items() if key not in NEUTRAL}
-    stages = {key: key.rpartition(".") for key in kept if key.startswith("stages.")}
+    plain = {key: _plain(key, value) for key, value in options.items() if key not in NEUTRAL}
+    stages = {key: key.rpartition(".") for key in plain if key.startswith("stages.")}
     lengths = ("epochs", "steps")
-    skipped = {stage for key, (stage, _, last) in stages.items() if last in lengths and kept[key] == "0"}
+    skipped = {stage for key, (stage, _, last) in stages.items() if last in lengths and plain[key] == "0"}
     unused = {key for key, (stage, _, last) in stages.items() if stage in skipped and last not in lengths}
-    return {key: value for key, value in kept.items() if key not in unused}
+    return {key: value for key, value in plain.items() if key not in unused}
 
 
 def _plain(key: str, value: Any) -> str:

@@ -94,13 +94,13 @@ class Watch:
         """
         total = ended + sum(waiting.values()) + len(self._running)
         for name, running in self._running.items():
-            before, place = running.place, self._place(running)
-            if place is not None and place != before:
-                at = f"{place.stage} {place.epoch}/{place.epochs}"
-                running.bar.desc, running.bar.n, running.bar.total = at, place.done, place.total
+            earlier, place = running.place, self._place(running)
+            if place is not None and place != earlier:
+                progress = f"{place.stage} {place.epoch}/{place.epochs}"
+                running.bar.desc, running.bar.n, running.bar.total = progress, place.done, place.total
                 if self._all.disable:
-                    at += f", epoch {place.done + 1} of {place.total} ({time.monotonic() - running.began:.0f} s)"
-                    self.say(f"{name}: {at}; {self._left(waiting)}")
+                    progress += f", epoch {place.done + 1} of {place.total} ({time.monotonic() - running.began:.0f} s)"
+                    self.say(f"{name}: {progress}; {self._left(waiting)}")
             running.bar.refresh()
         self._all.n, self._all.total = ended, total
         self._all.set_postfix_str(self._left(waiting))
@@ -123,25 +123,25 @@ class Watch:
 
     def _left(self, waiting: dict[str, int]) -> str:
         """Returns an estimate of the remaining time, from the times of fits of the same role."""
-        whole = {role: fmean(times) for role, times in self._seconds.items() if times}
-        rest, unknown = 0.0, False
+        time_of_role = {role: fmean(times) for role, times in self._seconds.items() if times}
+        total, unknown = 0.0, False
         for running in self._running.values():
             spent, place = time.monotonic() - running.began, running.place
-            if running.point.role in whole:
-                rest += max(0.0, whole[running.point.role] - spent)
+            if running.point.role in time_of_role:
+                total += max(0.0, time_of_role[running.point.role] - spent)
             elif place and place.done:  # this one has come so far that it says how long such fits take
-                whole[running.point.role] = spent * place.total / place.done
-                rest += whole[running.point.role] - spent
+                time_of_role[running.point.role] = spent * place.total / place.done
+                total += time_of_role[running.point.role] - spent
             else:
                 unknown = True
         for role, count in waiting.items():
-            unknown |= count > 0 and role not in whole
-            rest += count * whole.get(role, 0.0)
-        seconds = rest / max(1, min(self.slots, len(self._running) + sum(waiting.values())))
+            unknown |= count > 0 and role not in time_of_role
+            total += count * time_of_role.get(role, 0.0)
+        seconds = total / max(1, min(self.slots, len(self._running) + sum(waiting.values())))
         about = f"about {seconds / 60:.0f} min left" if seconds >= 90 else f"about {seconds:.0f} s left"
         return (
             f"more than {about.removeprefix('about ')}"
-            if unknown and rest
+            if unknown and total
             else "time left unknown"
             if unknown
             else about

@@ -98,10 +98,10 @@ class RayRunner:
 
     def wait(self, patience: float) -> tuple[str, int] | None:
         """Returns the name and the exit code of the next command that ends; None if none does within some seconds."""
-        found, _ = self._ray.wait(list(self._running), num_returns=1, timeout=patience)
-        if not found:
+        ended_tasks, _ = self._ray.wait(list(self._running), num_returns=1, timeout=patience)
+        if not ended_tasks:
             return None
-        (ended,) = found
+        (ended,) = ended_tasks
         name = self._running.pop(ended)
         try:
             return name, self._ray.get(ended)
@@ -113,8 +113,8 @@ class RayRunner:
         """Ends all commands, by an interrupt first, and waits until they have ended."""
         for task in self._running:
             self._ray.cancel(task, force=False)
-        left = self._wait_for_all(patience)
-        for task in left:
+        still_running = self._wait_for_all(patience)
+        for task in still_running:
             self._ray.cancel(task, force=True)
         self._wait_for_all(10)
         self._running.clear()
@@ -123,8 +123,8 @@ class RayRunner:
     def _wait_for_all(self, patience: float) -> list[Any]:
         if not self._running:
             return []
-        _, left = self._ray.wait(list(self._running), num_returns=len(self._running), timeout=patience)
-        return left
+        _, still_running = self._ray.wait(list(self._running), num_returns=len(self._running), timeout=patience)
+        return still_running
 
 
 def _check(address: str) -> None:
@@ -175,12 +175,12 @@ def _run(command: list[str], cwd: str, variables: dict[str, str], log: str) -> i
         while process.poll() is None:  # Ray's interrupt does not reach a thread that waits for a process
             time.sleep(0.1)
     except BaseException:
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ray may interrupt again what does not end at once
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ray may interrupt again what does not end at once
         process.send_signal(signal.SIGINT)  # which lets a fit keep its last checkpoint
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(50)
         process.kill()
         process.wait()
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, handler)
         raise
     return process.returncode

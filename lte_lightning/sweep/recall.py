@@ -64,16 +64,16 @@ class Known:
         pairs = [(point, rival) for point in points for rival in self._rivals(point)]
         if not pairs or any(point.identity and not differences(point, rival) for point, rival in pairs):
             return
-        others = f"{len(finished)} finished fits in {self.folder.path} belong to other options"
-        known = [differences(point, rival) for point, rival in pairs if point.identity]
-        if not known:
+        reason = f"{len(finished)} finished fits in {self.folder.path} belong to other options"
+        reasons = [differences(point, rival) for point, rival in pairs if point.identity]
+        if not reasons:
             commands = self.folder.about.get("commands") or [{"command": "lte sweep with the options that it had"}]
             raise UserError(
-                f"{others}: an earlier version kept their names alone, and none of them is a point of this sweep with "
+                f"{reason}: an earlier version kept their names alone, and none of them is a point of this sweep with "
                 f"these options; go on with {commands[-1]['command']!r}, or choose another --folder"
             )
-        nearest = min(known, key=len)
-        raise UserError(f"{others}: {'; '.join(nearest)[:500]}; use those, or choose another --folder")
+        nearest = min(reasons, key=len)
+        raise UserError(f"{reason}: {'; '.join(nearest)[:500]}; use those, or choose another --folder")
 
     def others(self, points: Sequence[Point]) -> tuple[list[Point], int]:
         """Returns the remembered fits that belong with a sweep's points, and how many do not.
@@ -111,10 +111,10 @@ def _complete(points: dict[str, Point], sweep: Sweep) -> dict[str, Point]:
     for point in points.values():
         for extra in (plain, sweep.extra):
             if not point.identity:
-                now = replace(sweep, seeds=(point.seed,), extra=extra, recognise=None)
+                one_seed = replace(sweep, seeds=(point.seed,), extra=extra, recognise=None)
                 with contextlib.suppress(UserError):  # parameters that its variant does not take any more
-                    known = point.role == "point" and point.variant in sweep.variants
-                    fits = now.fits(point.variant, point.parameters) if known else now.points()
+                    is_variant = point.role == "point" and point.variant in sweep.variants
+                    fits = one_seed.fits(point.variant, point.parameters) if is_variant else one_seed.points()
                     completed |= {fit.name: fit for fit in fits if fit.name in points}
     return {name: fit for name, fit in completed.items() if not points[name].identity}
 

@@ -196,16 +196,16 @@ class Trials:
             return []
         fits = [fit for fit in outcomes.values() if fit is not None]
         columns = {key: [getattr(fit, key) for fit in fits] for key in self.search.objectives}
-        undefined = [k for k, column in columns.items() if not all(map(_is_number, column))]
+        undefined = [objective for objective, column in columns.items() if not all(map(_is_number, column))]
         failed = len(fits) < len(outcomes) or bool(undefined)
         values = None if failed else [statistics.fmean(column) for column in columns.values()]
         twins = self._twins.pop(number, [])
-        for each in (number, *twins):
-            self._judge(each, values)
+        for judged in (number, *twins):
+            self._judge(judged, values)
         self._found[number] = values
         del self._open[number]
-        said = [f"trial {number} failed: its {key} is undefined" for key in undefined]
-        return said + [f"trial {twin} failed: it is the same as trial {number}" for twin in twins if failed]
+        lines = [f"trial {number} failed: its {key} is undefined" for key in undefined]
+        return lines + [f"trial {twin} failed: it is the same as trial {number}" for twin in twins if failed]
 
     def write_front(self, path: Path) -> Path:
         """Writes the Pareto front, the trials that no other beats in all objectives, as a markdown table."""

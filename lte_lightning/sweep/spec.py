@@ -59,9 +59,9 @@ def read_sweep(path: str | Path, extra: dict[str, Any] | None = None, seeds: lis
             raise UserError(f"{path}: variants is empty; name one, or leave the key out")
         variants = {}
         for name, entry in entries.items():
-            given = {} if entry is None else entry
-            _check_keys(given, BLOCK, path, f"variant {name!r}")
-            variants[str(name)] = _block(given, base, path, f"variant {name!r}")
+            options = {} if entry is None else entry
+            _check_keys(options, BLOCK, path, f"variant {name!r}")
+            variants[str(name)] = _block(options, base, path, f"variant {name!r}")
     if not all(block.configs for block in variants.values()):
         raise UserError(f"{path} names no configs: give the configuration files that its fits are based on")
     search = _search(content["search"], path) if "search" in content else None
@@ -71,10 +71,14 @@ def read_sweep(path: str | Path, extra: dict[str, Any] | None = None, seeds: lis
     measured = LATENCY in (extra or {}) or any(LATENCY in block.overrides for block in variants.values())
     if search and not measured and (timed := [key for key in search.objectives if key in MEASURED]):
         raise UserError(f"{path}: objective {timed[0]} needs {LATENCY} in overrides: how many rows it is measured on")
-    found = seeds if seeds is not None else content.get("seeds", [0])
-    if not isinstance(found, list) or not found or not all(type(s) is int and s >= 0 for s in found):
-        raise UserError(f"{path}: seeds is {found!r}; give a list of whole numbers, such as [0, 1, 2]")
-    return Sweep(path, str(content.get("about", "")), tuple(dict.fromkeys(found)), variants, search, extra or {})
+    seed_list = seeds if seeds is not None else content.get("seeds", [0])
+    if (
+        not isinstance(seed_list, list)
+        or not seed_list
+        or not all(type(seed) is int and seed >= 0 for seed in seed_list)
+    ):
+        raise UserError(f"{path}: seeds is {seed_list!r}; give a list of whole numbers, such as [0, 1, 2]")
+    return Sweep(path, str(content.get("about", "")), tuple(dict.fromkeys(seed_list)), variants, search, extra or {})
 
 
 def _block(entry: dict[str, Any], base: Block, path: Path, where: str) -> Block:
@@ -90,7 +94,7 @@ def _block(entry: dict[str, Any], base: Block, path: Path, where: str) -> Block:
             )
     overrides = _mapping(entry.get("overrides"), path, f"overrides of {where}")
     _check_options(overrides, path, f"overrides of {where}")
-    points = [a | b for a, b in itertools.product(base.points, _points(entry, path, where))]
+    points = [outer | inner for outer, inner in itertools.product(base.points, _points(entry, path, where))]
     shared = {}
     # What shared fits get are the options for all fits, and their own; a variant's options are its method
     common = base.overrides if where != "the sweep" else overrides
@@ -99,9 +103,9 @@ def _block(entry: dict[str, Any], base: Block, path: Path, where: str) -> Block:
         if key in entry:
             shared[key] = None
             if entry[key] is not False:
-                own = {} if entry[key] is None or entry[key] is True else entry[key]
-                _check_keys(own, {"overrides"}, path, f"{key} of {where}")
-                mine = _mapping(own.get("overrides"), path, f"overrides of {key} of {where}")
+                content = {} if entry[key] is None or entry[key] is True else entry[key]
+                _check_keys(content, {"overrides"}, path, f"{key} of {where}")
+                mine = _mapping(content.get("overrides"), path, f"overrides of {key} of {where}")
                 _check_options(mine, path, f"overrides of {key} of {where}")
                 shared[key] = common | mine
     return Block(base.configs + tuple(files), base.overrides | overrides, tuple(points), **shared)
@@ -122,12 +126,16 @@ def _points(entry: dict[str, Any], path: Path, where: str) -> list[dict[str, Any
         grid = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
     if "list" in entry:
         entries = entry["list"]
-        if not isinstance(entries, list) or not entries or not all(isinstance(each, dict) and each for each in entries):
+        if (
+            not isinstance(entries, list)
+            or not entries
+            or not all(isinstance(point, dict) and point for point in entries)
+        ):
             raise UserError(f"{path}: the list of {where} is {entries!r}; give points, each a mapping of options")
-        entries = [_mapping(each, path, f"list of {where}") for each in entries]
-        for each in entries:
-            _check_options(each, path, f"list of {where}")
-    return [a | b for a, b in itertools.product(grid, entries)]
+        entries = [_mapping(point, path, f"list of {where}") for point in entries]
+        for point in entries:
+            _check_options(point, path, f"list of {where}")
+    return [cell | chosen for cell, chosen in itertools.product(grid, entries)]
 
 
 def _search(entry: Any, path: Path) -> Search:
@@ -195,8 +203,8 @@ def _check_extra(extra: dict[str, Any], variants: dict[Any, Block], search: Sear
         varied |= {key: "its grid or list varies it" for point in block.points for key in point}
     varied |= dict.fromkeys(search.parameters if search else (), "its search varies it")
     for key in extra:
-        for other, why in varied.items():
-            if f"{key}.".startswith(f"{other}.") or f"{other}.".startswith(f"{key}."):
+        for varied_key, why in varied.items():
+            if f"{key}.".startswith(f"{varied_key}.") or f"{varied_key}.".startswith(f"{key}."):
                 raise UserError(
                     f"--{key} cannot be given for all fits of {path}: {why}, and points are called by it; change the "
                     "sweep file, or choose points by --only"

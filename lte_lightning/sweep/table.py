@@ -43,23 +43,23 @@ def write_tables(folder: SweepFolder, points: Sequence[Point]) -> list[Path]:
     paired. Of several finished runs of a fit the newest counts, as in a report. An undefined value is ``nan``.
     """
     attempts, rows = folder.attempts(), []
-    found: dict[str, Results] = {}
+    results_of: dict[str, Results] = {}
     keys = list(dict.fromkeys(key for point in points for key in point.parameters))
     labels = _labels(folder, points)
     runs = {point.name: _newest(attempts.get(point.name, [])) for point in points}
     for point in points:
         row: dict[str, Any] = {"name": point.name, "role": point.role, "variant": point.variant or ""}
         row |= {key: point.parameters.get(key, "") for key in keys} | {"seed": point.seed}
-        run, known = runs[point.name], folder.record(point.name)
-        row["status"] = "done" if run else (known and known.status) or "missing"
+        run, record = runs[point.name], folder.record(point.name)
+        row["status"] = "done" if run else (record and record.status) or "missing"
         if run:
-            results = found[point.name] = read_results(run)
+            results = results_of[point.name] = read_results(run)
             if results.floor is None and point.floor and (beside := runs.get(point.floor)):
                 results = replace(results, floor=read_results(beside).floor)
             row |= {key: getattr(results, key) for key in ("task", "metric", *VALUES)}
             if results.hard is None and results.expert_stage_ran:
                 row["hard"] = math.nan
-        row |= {"seconds": known and known.seconds, "run": run.name if run else None}
+        row |= {"seconds": record and record.seconds, "run": run.name if run else None}
         rows.append(row)
     names = ["name", "role", "variant", *keys, "seed", "status", "task", "metric", *VALUES, "seconds", "run"]
     files = [folder.path / "table.csv", folder.path / "table.md"]
@@ -69,32 +69,36 @@ def write_tables(folder: SweepFolder, points: Sequence[Point]) -> list[Path]:
         writer.writerows(rows)
     rows = [row | {"label": labels[row["name"]]} for row in rows]
     write_text(files[1], _markdown(rows, keys))
-    if differences := _differences(rows, keys, found):
+    if differences := _differences(rows, keys, results_of):
         files.append(folder.path / "differences.md")
         write_text(files[2], markdown_table(differences[0], differences[1:]))
     return files
 
 
 def _newest(attempts: Sequence[Path]) -> Path | None:
-    done = [run for run in attempts if (run / FILE).exists()]
-    return max(done, key=newest, default=None)
+    finished = [run for run in attempts if (run / FILE).exists()]
+    return max(finished, key=newest, default=None)
 
 
 def _labels(folder: SweepFolder, points: Sequence[Point]) -> dict[str, str]:
     """Returns each fit's label over the seeds. Labels of several starts or floors name their differences."""
     stored = {name: record.point for name, record in folder.records().items() if record.point.identity}
-    whole = stored | {point.name: point for point in points if point.identity}
+    all_points = stored | {point.name: point for point in points if point.identity}
     labels = {point.name: point.variant or "fit" for point in points}
     for role in ("start", "floor"):
         mine = [point for point in points if point.role == role]
-        known = {point.name: _choices(whole[point.name], whole) for point in mine if point.name in whole}
-        names = sorted({key for choices in known.values() for key in choices})
-        names = [key for key in names if len({choices.get(key) for choices in known.values()}) > 1]
+        choices_of = {
+            point.name: _choices(all_points[point.name], all_points) for point in mine if point.name in all_points
+        }
+        names = sorted({key for choices in choices_of.values() for key in choices})
+        names = [key for key in names if len({choices.get(key) for choices in choices_of.values()}) > 1]
         several = max(Counter(point.seed for point in mine).values(), default=0) > 1
         for name in (point.name for point in mine):
-            own = known.get(name)
-            words = dict.fromkeys(f"{key.split('.')[-1]} {(own or {}).get(key, 'as configured')}" for key in names)
-            if own is None and several:  # an earlier version did not keep what tells it from the others
+            own_choices = choices_of.get(name)
+            words = dict.fromkeys(
+                f"{key.split('.')[-1]} {(own_choices or {}).get(key, 'as configured')}" for key in names
+            )
+            if own_choices is None and several:  # an earlier version did not keep what tells it from the others
                 words = {name: None}
             labels[name] = f"{role} ({', '.join(words)})" if words else role
     return labels
@@ -102,10 +106,10 @@ def _labels(folder: SweepFolder, points: Sequence[Point]) -> dict[str, str]:
 
 def _choices(point: Point, points: dict[str, Point]) -> dict[str, str]:
     """Returns what tells a start or a floor from others of its seed: configs and options, its own and its start's."""
-    own = {"configs": " + ".join(Path(path).stem for path in point.configs)}
-    own |= point.options
+    choices = {"configs": " + ".join(Path(path).stem for path in point.configs)}
+    choices |= point.options
     start = _choices(points[point.start], points) if point.start in points else {}
-    return own | {f"start.{key}": value for key, value in start.items()}
+    return choices | {f"start.{key}": value for key, value in start.items()}
 
 
 def _markdown(rows: list[dict[str, Any]], keys: list[str]) -> str:
@@ -131,14 +135,14 @@ def _markdown(rows: list[dict[str, Any]], keys: list[str]) -> str:
     return markdown_table(heads, table) + tail
 
 
-def _differences(rows: list[dict[str, Any]], keys: list[str], found: dict[str, Results]) -> list[list[str]]:
+def _differences(rows: list[dict[str, Any]], keys: list[str], results_of: dict[str, Results]) -> list[list[str]]:
     """Returns heads and rows of the comparisons; nothing if there are none."""
     fits: dict[tuple[str, str], dict[tuple[str, str], dict[int, Results]]] = {}
     for row in rows:
         if row["status"] == "done" and row["role"] == "point":
             setting = ", ".join(f"{key.split('.')[-1]} {row[key]}" for key in keys if row[key] not in ("", None))
             group = fits.setdefault((row["task"], row["metric"]), {}).setdefault((row["label"], setting), {})
-            group[row["seed"]] = found[row["name"]]
+            group[row["seed"]] = results_of[row["name"]]
     table = [["task", "metric", "value of", "minus that of", "seeds", "difference, 95 % interval"]]
     for experiment, groups in fits.items():
         settings = [Fits(*names, by_seed) for names, by_seed in groups.items()]

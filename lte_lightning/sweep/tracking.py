@@ -98,22 +98,22 @@ class Tracker:
         """
         from mlflow.entities import Param, RunTag
 
-        about, results = read_run_file(run), read_results(run)
-        run_id = about["run_id"]
-        if run_id is None or about["tracking_uri"] != self.name:
+        run_file, results = read_run_file(run), read_results(run)
+        run_id = run_file["run_id"]
+        if run_id is None or run_file["tracking_uri"] != self.name:
             return True  # it records nothing, or elsewhere
         values = {"seed": point.seed} | point.overrides
         tags = {"lte.point": point.name, "lte.role": point.role, "lte.variant": point.variant}
         tags |= {"lte.parameters": json.dumps(point.parameters)} | _code([results])
 
         def tell() -> None:
-            known = self.client.get_run(run_id)
+            stored_run = self.client.get_run(run_id)
             params = {f"point/{key}": str(value)[:PARAMETER_LENGTH] for key, value in values.items()}
-            new = [Param(key, value) for key, value in params.items() if key not in known.data.params]
+            new = [Param(key, value) for key, value in params.items() if key not in stored_run.data.params]
             self.client.log_batch(
                 run_id, params=new, tags=[RunTag(key, value) for key, value in tags.items() if value is not None]
             )
-            if known.info.status != "FINISHED":
+            if stored_run.info.status != "FINISHED":
                 self._finish(run_id, run, results)
 
         return self._try(f"the parameters of {point.name}", tell)
@@ -134,19 +134,19 @@ class Tracker:
 
         It began in another store, or the store's database was replaced since.
         """
-        about = read_run_file(run)
-        if about["run_id"] is None:
+        run_file = read_run_file(run)
+        if run_file["run_id"] is None:
             return
 
         def tell() -> None:
-            if about["tracking_uri"] == self.name and self._has(about["run_id"]):
+            if run_file["tracking_uri"] == self.name and self._has(run_file["run_id"]):
                 return
             experiment = self.client.get_run(self.parent).info.experiment_id
             tags = {"mlflow.parentRunId": self.parent}
-            child = self.client.create_run(experiment, tags=tags, run_name=about["name"])
-            write_json(run / "run.json", about | {"run_id": child.info.run_id, "tracking_uri": self.name})
+            child = self.client.create_run(experiment, tags=tags, run_name=run_file["name"])
+            write_json(run / "run.json", run_file | {"run_id": child.info.run_id, "tracking_uri": self.name})
 
-        self._try(f"that {about['name']} goes on", tell)
+        self._try(f"that {run_file['name']} goes on", tell)
 
     def _has(self, run_id: str) -> bool:
         from mlflow.exceptions import MlflowException
