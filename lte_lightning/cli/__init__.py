@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import NoReturn
 
 from lte_lightning import __version__
-from lte_lightning.cli.complete import TRAINING, asked, complete
+from lte_lightning.cli.complete import TRAINING, complete, completion_requested
 from lte_lightning.cli.help import show_help
 from lte_lightning.errors import UserError
 
@@ -56,7 +56,7 @@ def _run(args: list[str] | None) -> None:
     words = sys.argv[1:] if args is None else args
     if args is None and not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # before the first import of tqdm: no library's bars in a log
-    if asked() and args is None:
+    if completion_requested() and args is None:
         return complete(_parser(), {name: module for name, (module, _) in COMMANDS.items()}, _run, _help_of)
     # Lightning's own options may stand before its command: `lightning --config all.yaml fit`
     if words and words[0].startswith("-") and words[0] not in ("-h", "--help", "--version"):

@@ -1,4 +1,4 @@
-"""Reads command lines of fits without running them, for ``lte sweep``, in a process that may import Lightning.
+"""Checks command lines of fits without running them. ``lte sweep`` starts this as a process of its own.
 
 echo '[["fit", "--config", "a.yaml"]]' | python -m lte_lightning.cli.check
 """

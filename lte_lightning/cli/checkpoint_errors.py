@@ -14,7 +14,7 @@ from lte_lightning.errors import UserError
 
 @contextmanager
 def reading(path: object) -> Iterator[None]:
-    """Turns errors while a checkpoint is read into one line.
+    """Turns the errors of reading a checkpoint into one line.
 
     Raises:
         UserError: For every error but a lack of memory.
@@ -32,7 +32,7 @@ def reading(path: object) -> Iterator[None]:
 
 
 def guard_checkpoints(trainer: Trainer) -> None:
-    """Has a trainer refuse a damaged checkpoint, whichever part of it is."""
+    """Makes a trainer refuse a checkpoint of which any part is damaged."""
     connector: Any = trainer._checkpoint_connector
 
     def guarded(restore: Callable[..., None]) -> Callable[..., None]:

@@ -1,4 +1,4 @@
-"""Completion in a shell: commands, and then the options of a command. argcomplete asks through the environment."""
+"""Completes commands and their options in a shell. argcomplete asks for this by environment variables."""
 
 import argparse
 import os
@@ -9,7 +9,7 @@ from importlib import import_module
 TRAINING = "lte_lightning.cli.training"
 
 
-def asked() -> bool:
+def completion_requested() -> bool:
     """Says whether a shell asks for completions instead of running a command."""
     return "_ARGCOMPLETE" in os.environ
 

@@ -17,7 +17,7 @@ GPU, LINK, UTILISATION = "H100 SXM", 50.0, 0.4
 def check_devices(
     devices: int | None, gpu: str | None, link: float | None, utilisation: float | None, texts: int | None
 ) -> Machines | None:
-    """Returns the devices that the command's options name, None where they name none.
+    """Returns the devices that the command's options name, or None if they name none.
 
     Raises:
         UserError: If an option is wrong, or needs ``--devices``, which is missing.

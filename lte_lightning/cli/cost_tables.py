@@ -110,12 +110,12 @@ def _hardest(source: str) -> dict[str, Any]:
 
 
 def has_measured(source: str) -> bool:
-    """Says whether a model remembers a sparsity per layer."""
+    """Says whether a saved model holds the sparsity of each layer from its last measurement."""
     return "sparsity_per_layer" in _hardest(source)
 
 
 def measured_sparsity(source: str, model: PreTrainedModel) -> list[float]:
-    """Returns the sparsity per layer that a saved LTE model remembers of its last measurement."""
+    """Returns the sparsity of each layer from the last measurement of a saved LTE model."""
     hardest = _hardest(source)
     if "sparsity_per_layer" not in hardest:
         why = f"{CONFIG_FILE} of {source} has no measured sparsity" if is_lte(source) else f"{source} is a plain model"

@@ -53,7 +53,7 @@ def qualities(rows: Rows, sparsities: Sequence[float]) -> list[dict[str, Any]]:
 
 
 def speeds(rows: Rows, sparsities: Sequence[float], size: int) -> dict[Any, float]:
-    """Returns the tokens per second of each setting, as of `qualities`: medians over rounds, in which all take turns.
+    """Returns the tokens per second of each setting of `qualities`: medians over rounds, in which all take turns.
 
     Args:
         rows: The model's folder and rows.

@@ -1,4 +1,4 @@
-"""Guards against foreign configurations: check them before reading, and hide the environment from them."""
+"""Guards against configurations from others: checks them before reading, and hides the environment from them."""
 
 import os
 import re
@@ -35,7 +35,7 @@ class CheckedLoader:
         """Returns the values of a text.
 
         Raises:
-            DocumentError: If it is no YAML, or holds a value that cannot be parsed.
+            DocumentError: If the text is not YAML, or has a value that cannot be parsed.
         """
         check_yaml(text)
         try:
@@ -45,7 +45,7 @@ class CheckedLoader:
 
 
 def guard_configurations() -> None:
-    """Has every configuration checked before it is read, and hides the environment from it.
+    """Checks every configuration before it is read, and hides the environment from it.
 
     A configuration may refer to other options (``${data.task}``). What it would take from the environment could be a
     password, and would be kept in the run's files: LTE_CONFIG_ENV=1 allows it.

@@ -45,8 +45,8 @@ DEFAULTS = {
 
 
 @dataclass(frozen=True)
-class Given:
-    """The options of a command line.
+class GivenOptions:
+    """The options that a user gave, on the command line or in configurations.
 
     Args:
         everything: All options, with defaults.
@@ -64,7 +64,7 @@ class Given:
         return any(f"{_name(key)}.".startswith(f"{_name(name)}.") for name in names)
 
     def options(self, config: Namespace) -> dict[str, Any]:
-        """Returns the given options; a class has its path only where there are subclasses."""
+        """Returns the options that the user gave, by the names under which the command uses them."""
         in_files = dict(_leaves(self.in_files, config))
         return {
             key: value
@@ -73,7 +73,7 @@ class Given:
         }
 
 
-def check_given(given: Given, config: Namespace, command: str | None) -> None:
+def check_ineffective(given: GivenOptions, config: Namespace, command: str | None) -> None:
     """Compares the given options with those that a command will use, and names every option without effect.
 
     Args:
@@ -111,7 +111,7 @@ def check_given(given: Given, config: Namespace, command: str | None) -> None:
 
 
 def _kept_by_a_run(config: Namespace) -> dict[str, str | None]:
-    """Returns the options that the folder of the checkpoint's run says itself."""
+    """Returns the options that a resumed run takes from its folder and not from the user."""
     folder = find_run(config.ckpt_path) if config.get("ckpt_path") else None
     if folder is None:
         return {}
@@ -136,7 +136,7 @@ def _misses(config: Namespace, key: str, kept: dict[str, str | None]) -> bool:
 
 
 def _unread_by_a_fit(config: Namespace) -> Iterator[tuple[list[str], str]]:
-    """Yields patterns of options that a fit does not read, and why; not those of a skipped stage."""
+    """Yields patterns of options that a fit does not read, and why. Options of skipped stages are not among them."""
     selector = _at(config, f"{LTE}selector") or "router"
     skipped = {
         stage for stage in STAGES if 0 in (_at(config, f"stages.{stage}.{unit}") for unit in ("epochs", "steps"))

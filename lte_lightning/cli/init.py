@@ -42,13 +42,13 @@ def init(
         text: Column of the text to classify, or of running text. By default the one with the longest texts.
         label: Column of the classes. By default one with a name such as label or stars, or with few values.
     """
-    from lte_lightning.cli.inspect_data import look
+    from lte_lightning.cli.inspect_data import configuration_for
     from lte_lightning.errors import UserError
 
     file = Path(folder) / "config.yaml"
     if file.exists():
         raise UserError(f"{file} exists already; choose another folder, or remove it")
-    configuration = look(data, model, task, text, label)
+    configuration = configuration_for(data, model, task, text, label)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(configuration)
     print(configuration, end="")

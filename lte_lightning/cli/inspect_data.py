@@ -38,7 +38,7 @@ class _AnyData(TextData):
     formats = (*FORMATS, ".md")
 
 
-def look(source: str, model: str | None, task: str, text: str | None, label: str | None) -> str:
+def configuration_for(source: str, model: str | None, task: str, text: str | None, label: str | None) -> str:
     """Returns the text of a configuration for a source; the arguments are those of ``lte init``.
 
     Raises:
@@ -109,7 +109,7 @@ def _classification(
     label = label or _label(rows, text)
     text = text or _longest(rows, label)
     data = ClassificationData(model, source, text=text, label=label, regression=True)
-    regression = label in rows.column_names and _is_broken(data.load_splits()["train"][label][:])
+    regression = label in rows.column_names and _has_fractions(data.load_splits()["train"][label][:])
     if not regression:
         data = ClassificationData(model, source, text=text, label=label)
     training = data.rows("train")[0]
@@ -126,7 +126,7 @@ def _classification(
         "others": [name for name in rows.column_names if name not in (text, label)],
         "classes": [(name, counts[value]) for value, name in classes],
         "rows": len(training),
-        **_fitting(tokens, longest),
+        **_length_for(tokens, longest),
         "batch_size": 32,
     }
 
@@ -141,7 +141,7 @@ def _chat(
         "columns": list(data.form.columns),
         "written": "the chat template" if data.chat else "plain text" if data.plain_text else "Alpaca's prompt",
         "rows": len(training),
-        **_fitting(np.array(data._encode(training[_some(len(training))])["length"]), min(limit, 2048)),
+        **_length_for(np.array(data._encode(training[_some(len(training))])["length"]), min(limit, 2048)),
         "batch_size": 8,
     }
 
@@ -196,8 +196,8 @@ def _longest(rows: Dataset, label: str | None) -> str:
     return max(lengths, key=lengths.__getitem__)
 
 
-def _is_broken(labels: list[Any]) -> bool:
-    """Says whether labels are numbers of which some are not whole."""
+def _has_fractions(labels: list[Any]) -> bool:
+    """Says whether labels are numbers and some of them have fractions."""
     there = [label for label in labels if not is_missing(label)]
     return all(isinstance(label, int | float) for label in there) and any(label % 1 for label in there)
 
@@ -206,7 +206,7 @@ def _some(rows: int) -> list[int]:
     return np.linspace(0, rows - 1, min(rows, _SAMPLE)).astype(int).tolist()
 
 
-def _fitting(tokens: np.ndarray, limit: int) -> dict[str, Any]:
+def _length_for(tokens: np.ndarray, limit: int) -> dict[str, Any]:
     """Returns a length that nearly all rows fit, and a remark on their lengths."""
     needed = int(-(-np.percentile(tokens, 99) // 8) * 8)
     length = min(max(needed, 16), limit)

@@ -80,18 +80,18 @@ def explain(message: str, options: Iterable[str] = ()) -> str:
     """
     if match := re.search(r"(?:Option|Key|[Kk]ey|Group key) '([^']+)' is not (?:accepted|expected)", message):
         name = match[1].split(".")[-1]
-        return f"{_where(message)}unknown name {match[1]!r}{_elsewhere(name) or _meant(name, _names())}"
+        return f"{_key_in(message)}unknown name {match[1]!r}{_elsewhere(name) or _hint(name, _names())}"
     if match := re.search(r"Expected a dot import path string: (\S+)", message):
-        return f"{_where(message)}there is no class {match[1]}{_meant(match[1], _classes())}"
+        return f"{_key_in(message)}there is no class {match[1]}{_hint(match[1], _classes())}"
     return cause(message, options)
 
 
-def _where(message: str) -> str:
+def _key_in(message: str) -> str:
     match = re.search(r'Parser key "([^"]+)"', message)
     return f"{match[1]}: " if match else ""
 
 
-def _meant(name: str, known: Iterable[str]) -> str:
+def _hint(name: str, known: Iterable[str]) -> str:
     return meant(name, known, "; did you mean {}?")
 
 

@@ -22,7 +22,7 @@ from lte_lightning.tasks.selector_training import sampled
 
 @dataclass(frozen=True)
 class Rows:
-    """A saved model, in hard mode, and the data that it was trained on or others.
+    """A saved model in hard mode, with the data that it was trained on, or with others.
 
     Args:
         folder: The model's folder.
@@ -46,7 +46,7 @@ class Rows:
         return torch.autocast(self.module.net.device.type, dtype=kind)
 
     def calibration(self) -> Iterator[Batch]:
-        """Returns a part of each training batch: a call that runs the model on it, and its token masks."""
+        """Returns, for a part of each training batch, a call that runs the model on it, and the token masks."""
         return sampled(self.module, self.data.train_dataloader(), self.moved)
 
     def validation(self) -> Iterator[tuple[dict[str, torch.Tensor], int]]:

@@ -23,7 +23,7 @@ from lte_lightning.sweep.folder import COPY, FRONT, SweepFolder
 from lte_lightning.sweep.local import LocalRunner
 from lte_lightning.sweep.points import Point, Sweep, options
 from lte_lightning.sweep.progress import Watch
-from lte_lightning.sweep.recall import Known, recognise
+from lte_lightning.sweep.recall import Remembered, recognise
 from lte_lightning.sweep.search import Trials
 from lte_lightning.sweep.spec import read_sweep
 from lte_lightning.sweep.table import write_tables
@@ -64,14 +64,14 @@ def main(args: list[str]) -> None:
     Raises:
         UserError: If something is wrong with the sweep, or a point failed.
     """
-    own_words, extra = _split(args)
+    own_words, extra = _split_options(args)
     given: SweepOptions = call(SweepOptions, "lte sweep", own_words, positional="sweep")
     sweep = read_sweep(resolve(given.sweep, SWEEPS), extra, _seeds(given.seeds))
     folder = SweepFolder(given.folder or Path("runs") / f"sweep-{sweep.path.stem}")
     sweep = recognise(sweep, folder)
-    points = _chosen(sweep.points(), given.only)
+    points = _select(sweep.points(), given.only)
     if given.dry_run:
-        return _show(sweep, folder, points)
+        return _print_commands(sweep, folder, points)
     signal.signal(signal.SIGTERM, _terminated)
     runner = _runner(given)
     recording = check(sweep, folder, points)
@@ -93,7 +93,7 @@ def main(args: list[str]) -> None:
             sys.exit(128 + signal.SIGINT)
         finally:
             try:
-                files = _write(sweep, folder, trials, bool(summary and summary.done))
+                files = _write_results(sweep, folder, trials, bool(summary and summary.done))
             finally:
                 if tracker:
                     tracker.end(files, failed=not files or summary is None or bool(summary.failed))
@@ -101,13 +101,13 @@ def main(args: list[str]) -> None:
 
 
 def _all_points(sweep: Sweep, folder: SweepFolder) -> tuple[list[Point], int]:
-    """Returns all points of a sweep, chosen now or not, with trials; and how many other fits there are."""
+    """Returns all points of a sweep, whether or not they were chosen, and the number of the folder's other fits."""
     own_points = sweep.points()
-    remembered, left_out = Known(folder, sweep).others(own_points)
+    remembered, left_out = Remembered(folder, sweep).matching(own_points)
     return own_points + remembered, left_out
 
 
-def _write(sweep: Sweep, folder: SweepFolder, trials: Trials | None, draw: bool) -> list[Path]:
+def _write_results(sweep: Sweep, folder: SweepFolder, trials: Trials | None, draw: bool) -> list[Path]:
     """Writes the tables, the front of a search and the report into the sweep's folder."""
     points, left_out = _all_points(sweep, folder)
     if left_out:
@@ -122,7 +122,7 @@ def _write(sweep: Sweep, folder: SweepFolder, trials: Trials | None, draw: bool)
 
 
 def check(sweep: Sweep, folder: SweepFolder, points: list[Point]) -> dict[str, Any]:
-    """Reads the command lines of all points that are not done, in another process, before any is run.
+    """Checks the command lines of all points that are not done, in another process, before any of them runs.
 
     Raises:
         UserError: If a point names an unknown option or a wrong value, or if another version wrote a run of a point.
@@ -166,7 +166,7 @@ def _seeds(text: str | None) -> list[int] | None:
         raise UserError(f"--seeds is {text!r}; give whole numbers, such as 0,1,2") from None
 
 
-def _split(args: list[str]) -> tuple[list[str], dict[str, Any]]:
+def _split_options(args: list[str]) -> tuple[list[str], dict[str, Any]]:
     """Splits this command's words from options of every fit, ``--key value`` or ``--key=value`` with a dot."""
     own_words: list[str] = []
     extra: dict[str, Any] = {}
@@ -185,7 +185,7 @@ def _split(args: list[str]) -> tuple[list[str], dict[str, Any]]:
     return own_words, extra
 
 
-def _chosen(points: list[Point], only: list[str]) -> list[Point]:
+def _select(points: list[Point], only: list[str]) -> list[Point]:
     if not only:
         return points
     candidates = [point for point in points if point.role == "point"]
@@ -210,7 +210,7 @@ def _runner(typed: SweepOptions) -> Runner:
     return RayRunner(typed.ray_address, typed.workers, typed.cpus, typed.gpus)
 
 
-def _show(sweep: Sweep, folder: SweepFolder, points: list[Point]) -> None:
+def _print_commands(sweep: Sweep, folder: SweepFolder, points: list[Point]) -> None:
     engine, attempts = Engine(folder, LocalRunner()), folder.attempts()
     for point in points:
         done = folder.finished(point.name, attempts)

@@ -28,7 +28,7 @@ from lte_lightning.choices import options_by_name
 from lte_lightning.cli import refuse
 from lte_lightning.cli.checkpoint_errors import guard_checkpoints, reading
 from lte_lightning.cli.guard import MODE, guard_configurations
-from lte_lightning.cli.ineffective_options import Given, check_given
+from lte_lightning.cli.ineffective_options import GivenOptions, check_ineffective
 from lte_lightning.cli.option_errors import LteParser, config_files
 from lte_lightning.errors import UserError, meant_path
 from lte_lightning.files import SHARDED, is_checkpoint, write_text
@@ -64,7 +64,7 @@ class SaveConfig(SaveConfigCallback):
 
 
 class LteCLI(LightningCLI):
-    """LightningCLI with the stage schedule and the recorder always there.
+    """LightningCLI that always has the stage schedule and the recorder.
 
     Attributes:
         wanted: The command that is run; no other's parser is made. All are if it is None.
@@ -113,7 +113,7 @@ class LteCLI(LightningCLI):
             )
 
     def _parse_ckpt_path(self) -> None:
-        """Lets Lightning read the options that a checkpoint was written with, of a folder too."""
+        """Lets Lightning read the options of a checkpoint, which may be a file or a folder."""
         options: Any = self.config[self.config.subcommand] if self.config.get("subcommand") else {}
         path = options.get("ckpt_path")
         if not path:
@@ -127,8 +127,8 @@ class LteCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Names the options without effect, and refuses those that a checkpoint or a link would replace."""
         config = self.config[self.config.subcommand] if "subcommand" in self.config else self.config
-        given = Given(self._given, self._in_files, self._words)
-        check_given(given, config, self.config.get("subcommand"))
+        given = GivenOptions(self._given, self._in_files, self._words)
+        check_ineffective(given, config, self.config.get("subcommand"))
         if (uri := config.get(STORE)) and not given.typed(STORE) and _records(config.run.mlflow, config.trainer.logger):
             named_by_file(uri, users_store(), Path(config_files(self._words)[-1]))
         if config.get("trainer.enable_progress_bar") is False:
@@ -168,7 +168,7 @@ class LteCLI(LightningCLI):
             raise
 
     def before_test(self) -> None:
-        """Turns off Lightning's table, which has a column for each loader and a row for the sparsity of every layer."""
+        """Turns off Lightning's table: it would have a column for each loader and a row for every layer."""
         self.config_init["test"]["verbose"] = False
 
     def after_run(self) -> None:

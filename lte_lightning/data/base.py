@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from lte_lightning.data.checks import rename_lone, require_at_least, require_columns, rows_of
+from lte_lightning.data.checks import rename_only_column, require_at_least, require_columns, rows_of
 from lte_lightning.data.files import TABLES, find_split, other_files, read_split, suffix_of
 from lte_lightning.data.labels import listed
 from lte_lightning.data.packaged import DataError
@@ -212,7 +212,7 @@ class TextData(LightningDataModule):
         rows, where = self._splits[name], self._name(name)
         if len(rows) == 0:
             raise DataError(f"{where} has no rows")
-        rows, columns = rename_lone(rows, columns or (), where), list(columns or self.columns)
+        rows, columns = rename_only_column(rows, columns or (), where), list(columns or self.columns)
         require_columns(rows, columns, where, self.hint)
         rows = rows.select_columns(columns)
         self.check_rows(rows, where)
@@ -241,7 +241,7 @@ class TextData(LightningDataModule):
         return rows.select(np.sort(chosen)), rows.select(np.sort(order[:held_out]))
 
     def shuffled(self, rows: Dataset, held_out: int) -> np.ndarray:
-        """Returns the training rows in the order of choice, held-out rows first."""
+        """Returns the order in which training rows are chosen; the first ``held_out`` are not trained on."""
         return np.random.default_rng(self.seed).permutation(len(rows))
 
     def _skip(self, role: str, rows: int, skipped: int, why: str) -> None:

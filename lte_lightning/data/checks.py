@@ -30,8 +30,8 @@ def rows_of(role: str) -> str:
     return names.get(role, role if role.endswith("prompts") else f"{role} rows")
 
 
-def rename_lone(rows: Dataset, columns: Sequence[str], where: str) -> Dataset:
-    """Renames the only column to the only requested name; returns all other rows as they are."""
+def rename_only_column(rows: Dataset, columns: Sequence[str], where: str) -> Dataset:
+    """Renames the column if there is only one and only one is requested. Otherwise the rows stay as they are."""
     if len(rows.column_names) != 1 or len(columns) != 1 or rows.column_names == list(columns):
         return rows
     rank_zero_info(f"{where}: its only column, {rows.column_names[0]}, is read as {columns[0]}")

@@ -102,14 +102,14 @@ class ClassificationData(TextData):
 
     @functools.cached_property
     def classes(self) -> Labels | None:
-        """The classes of the data, as given or as the training rows have them; None if no row is labelled with one."""
+        """The classes: those that the user gave, or those of the training rows. None if no row has a class."""
         if self.regression:
             return None
         splits = self._splits
         names = [name for name in (*(("train",) if "train" in splits else splits),) if self.has_targets(splits[name])]
         if self._given_classes:
             values = [find_classes(splits[name], self.label, self._name(name)).values for name in names[:1]]
-            return _as_given(self._given_classes, values[0] if values else ())
+            return _in_data_type(self._given_classes, values[0] if values else ())
         if not names:
             return None
         classes = [find_classes(splits[name], self.label, self._name(name)) for name in names]
@@ -200,7 +200,7 @@ def task_name(source: str, subset: str | None = None) -> str:
     return re.sub(r"[^\w.-]+", "-", f"{name}-{subset}" if subset else name) or "classification"
 
 
-def _as_given(classes: tuple[str, ...], values: tuple[Any, ...]) -> Labels:
-    """Returns the given classes in the data's type: the command line gives whole numbers as text."""
+def _in_data_type(classes: tuple[str, ...], values: tuple[Any, ...]) -> Labels:
+    """Returns the user's classes in the data's type, because the command line gives whole numbers as text."""
     like = {str(value): value for value in values}
     return Labels(tuple(like.get(str(name), name) for name in classes), tuple(map(str, classes)))

@@ -220,5 +220,5 @@ def _is_number(label: Any) -> bool:
 
 
 def _value_like(value: Any, name: str) -> Any:
-    """Returns the value of a class that the data lack, from its name in the model, in the data's type."""
+    """Returns the value, in the data's type, of a class that the model names and the data lack."""
     return int(name) if isinstance(value, int) and name.lstrip("-").isdigit() else name

@@ -45,7 +45,7 @@ class PromptData(StreamingData):
         raise TypeError(f"{type(self).__name__} must define examples")
 
     def recipe(self) -> list[Any]:
-        """Returns what the text depends on besides the rows, for the key of the cache."""
+        """Returns the options that the text depends on, which are part of the key of the cache."""
         return []
 
     # Tokens
@@ -211,7 +211,7 @@ class PromptData(StreamingData):
             )
 
     def _prompts(self, rows: Dataset, role: str) -> Dataset:
-        prompts, too_long = self._fitting(rows, answered=role != "predict")
+        prompts, too_long = self._prompts_that_fit(rows, answered=role != "predict")
         if not prompts:
             raise DataError(
                 f"every prompt of the {rows_of(role)} is longer than {self.prompt_limit} tokens, which max_length "
@@ -222,7 +222,7 @@ class PromptData(StreamingData):
         prompts.sort(key=lambda prompt: -prompt["length"])
         return Dataset.from_list(prompts)
 
-    def _fitting(self, rows: Dataset, answered: bool) -> tuple[list[dict[str, Any]], int]:
+    def _prompts_that_fit(self, rows: Dataset, answered: bool) -> tuple[list[dict[str, Any]], int]:
         """Returns the distinct prompts that leave room to generate, and the number of others."""
         fitting: dict[str, dict[str, Any]] = {}
         for row, example in enumerate(self.examples(rows.to_list())):
@@ -268,7 +268,7 @@ class PromptData(StreamingData):
     def sample_prompts(self, count: int) -> dict[str, Any] | None:
         """Returns a batch of the first distinct prompts of the validation rows; None if all of these are too long."""
         rows = self.rows("validation")[0]
-        prompts, _ = self._fitting(rows.select(range(min(len(rows), 8 * count))), answered=True)
+        prompts, _ = self._prompts_that_fit(rows.select(range(min(len(rows), 8 * count))), answered=True)
         return self.collate_prompts()(prompts[:count]) if prompts else None
 
     def collate_prompts(self) -> CollatePrompts:

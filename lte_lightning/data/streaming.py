@@ -86,7 +86,7 @@ class StreamedBatches(TorchStream[list[dict[str, Any]]]):
         return self._held[1]
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the buffers read so far begin, so that a resumed fit need not tokenise the rows before."""
+        """Returns where each buffer begins, so that a resumed fit need not tokenise earlier rows again."""
         return {"size": self._size, "marks": {number: list(mark) for number, mark in self._marks.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -124,11 +124,11 @@ class StreamingData(TextData):
         self._stream: StreamedBatches | None = None
 
     def encode_pass(self, mark: Mark) -> Iterator[tuple[Mark, dict[str, Any]]]:
-        """Yields the tokenised rows of one pass, from a mark (without the pass) on, as (mark, row) pairs."""
+        """Yields (mark, row) pairs of one pass of tokenised rows from a mark on. These marks have no number of a pass."""
         raise TypeError(f"{type(self).__name__} must define encode_pass")
 
     def encode(self, mark: Mark) -> Iterator[tuple[Mark, dict[str, Any]]]:
-        """Yields tokenised rows, pass after pass, from a mark on, as (mark, row) pairs."""
+        """Yields (mark, row) pairs of tokenised rows, pass after pass, beginning at a mark."""
         number, position = mark[0], mark[1:]
         while True:
             yielded = 0

@@ -9,7 +9,7 @@ from lte_lightning.trainer import declared
 
 
 def expected_memory(trainer: Trainer, module: LteModule) -> str:
-    """Describes a fit's peak memory on one device, if all texts have the greatest length that the data allow.
+    """Describes the peak memory of a fit on one device, for texts of the greatest length that the data allow.
 
     The data give ``batch_size`` and ``max_length``. Without these the estimate leaves activations out. The optimizer is
     that of the fit's first stage.

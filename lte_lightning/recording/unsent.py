@@ -94,7 +94,7 @@ def open_run(uri: str, run_id: str | None, origin: dict[str, Any]) -> tuple[Any,
 
 
 def _has(client: Any, run_id: str, root: str | None, uri: str) -> bool:
-    """Says whether a store has a run, whose artifacts lie where ours may be written."""
+    """Says whether a store has a run, and whether its artifacts lie where we may write."""
     from mlflow.exceptions import MlflowException
     from mlflow.utils.file_utils import local_file_uri_to_path
 

@@ -7,7 +7,7 @@ from typing import Any
 from lte_lightning.report.bench import metric_of
 from lte_lightning.report.details import near_threshold
 from lte_lightning.report.names import counted, in_words
-from lte_lightning.report.pictures import FLOPS, Axis, named
+from lte_lightning.report.pictures import FLOPS, Axis, setting_label
 from lte_lightning.report.run import Setting
 from lte_lightning.report.style import selectors
 from lte_lightning.report.tolerance import tolerance_of, tolerated
@@ -35,7 +35,7 @@ def within(settings: Sequence[Setting], tolerance: float | None, axis: Axis) -> 
 
 
 def ranked(values: Sequence[tuple[str, float]], shown: int = 3) -> str:
-    """Names the best values, and the last of the rest."""
+    """Names the best values, and the worst of the others."""
     order = sorted(values, key=lambda pair: -pair[1])
     words = [f"{name} {value:.0f}\N{NO-BREAK SPACE}%" for name, value in order[:shown]]
     if len(order) > shown:
@@ -48,9 +48,8 @@ def by_layer(settings: Sequence[Setting], sparsity: float) -> str:
     first = min(settings, key=lambda setting: abs(setting.sparsity - sparsity))
     shares = [100 * fmean(layer) for layer in zip(*first.values("sparsity_per_layer"), strict=True)]
     low, high = min(shares), max(shares)
-    return (
-        f"{named(first)}: from {low:.0f} % in layer {shares.index(low)} to {high:.0f} % in layer {shares.index(high)}."
-    )
+    least, most = shares.index(low), shares.index(high)
+    return f"{setting_label(first)}: from {low:.0f} % in layer {least} to {high:.0f} % in layer {most}."
 
 
 def separated(settings: Sequence[Setting]) -> str:
@@ -59,8 +58,8 @@ def separated(settings: Sequence[Setting]) -> str:
     return f"Scores within 0.1 of the threshold: {', '.join(shares)}." if shares else ""
 
 
-def together(settings: Sequence[Setting]) -> str:
-    """Gives the share of experts that stay idle in the largest batch."""
+def idle_in_batch(settings: Sequence[Setting]) -> str:
+    """Gives the share of experts that no token of the largest batch needs."""
     unions = [(setting, union) for setting in settings for union in setting.values("union_sparsity")]
     rows = max((size for _, union in unions for size in union), key=int)
     shares = {

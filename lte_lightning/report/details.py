@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from lte_lightning.report.bench import title
 from lte_lightning.report.methods import describe
 from lte_lightning.report.names import counted
-from lte_lightning.report.pictures import LETTERS, LINE, NAME_LETTERS, TITLE_LETTERS, Draw, ends, legend, named
+from lte_lightning.report.pictures import LETTERS, LINE, NAME_LETTERS, TITLE_LETTERS, Draw, ends, legend, setting_label
 from lte_lightning.report.run import Run, Setting
 from lte_lightning.report.style import KNOWN, Style
 
@@ -25,7 +25,7 @@ def layers(settings: Sequence[Setting]) -> Draw:
     """Draws the sparsity of each layer (the paper's figure 16), a row for each setting."""
 
     def draw(figure: Figure) -> str:
-        names = [textwrap.fill(named(setting), NAME_LETTERS) for setting in settings]
+        names = [textwrap.fill(setting_label(setting), NAME_LETTERS) for setting in settings]
         figure.set_figheight(1.2 + sum(0.1 + LINE * (name.count("\n") + 1) for name in names))
         axes = figure.add_subplot()
         grid = [100 * np.mean(setting.values("sparsity_per_layer"), axis=0) for setting in settings]
@@ -35,7 +35,7 @@ def layers(settings: Sequence[Setting]) -> Draw:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         figure.colorbar(image, label="FFN sparsity (%)", orientation="horizontal", fraction=0.35 / len(names))
         rows = zip(settings, grid, strict=True)
-        return "; ".join(f"{named(s)}: {', '.join(f'{share:.0f}' for share in shares)} %" for s, shares in rows)
+        return "; ".join(f"{setting_label(s)}: {', '.join(f'{share:.0f}' for share in shares)} %" for s, shares in rows)
 
     return draw
 
@@ -52,10 +52,10 @@ def scores(settings: Sequence[Setting], looks: Mapping[str, Style]) -> Draw:
             options = looks[setting.method].options | {"marker": ""}
             line = {key: options[key] for key in ("color", "linestyle", "linewidth")}
             axes.stairs(shares, np.linspace(0, 1, len(counts) + 1), baseline=None, **line)
-            handles.append(Line2D([], [], **options, label=named(setting)))
+            handles.append(Line2D([], [], **options, label=setting_label(setting)))
             low, middle, high = (100 * part.sum() / counts.sum() for part in np.split(counts, THIRDS))
             descriptions.append(
-                f"{named(setting)}: {low:.0f} % below 0.3, {middle:.0f} % from there to 0.7, {high:.0f} % above"
+                f"{setting_label(setting)}: {low:.0f} % below 0.3, {middle:.0f} % from there to 0.7, {high:.0f} % above"
             )
         for threshold in sorted(
             {run.lte["threshold"] for shown in settings for run in shown.runs if has_threshold(run)}
@@ -100,11 +100,11 @@ def union(settings: Sequence[Setting], looks: Mapping[str, Style]) -> Draw:
             ]
             options = looks[setting.method].options
             axes.plot(sizes, means, **options)
-            handles.append(Line2D([], [], **options, label=named(setting)))
+            handles.append(Line2D([], [], **options, label=setting_label(setting)))
             ticks |= set(sizes)
             ends_of = dict([(sizes[0], means[0]), (sizes[-1], means[-1])])
             shares = (f"{mean:.0f} % for {counted(size, 'row')}" for size, mean in ends_of.items())
-            descriptions.append(f"{named(setting)}: {', '.join(shares)}")
+            descriptions.append(f"{setting_label(setting)}: {', '.join(shares)}")
         axes.set(xlabel="rows of a batch", ylabel="experts that no token needs (%)", xscale="log", ylim=(0, 100))
         axes.set_xticks(sorted(ticks), [str(size) for size in sorted(ticks)])
         axes.minorticks_off()

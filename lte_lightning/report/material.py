@@ -91,11 +91,11 @@ class Material:
         return _best((run, run.results.floor) for run in self.of(task))
 
     def reference(self, task: str, key: str) -> list[float]:
-        """Returns the dense figure (``dense``), or the ``floor``, of each seed."""
+        """Returns the ``dense`` value or the ``floor`` of each seed."""
         return list((self.dense(task) if key == "dense" else self.floor(task)).values())
 
     def starts(self, task: str) -> list[float]:
-        """Returns the dense figure of each seed before anything was trained on, the best of several starts."""
+        """Returns the dense value of each seed before further training, the best if there are several starts."""
         return list(_best(self._starts(task)).values())
 
     def _starts(self, task: str) -> Pairs:
@@ -105,7 +105,7 @@ class Material:
         return [(run, run.results.hard) for run in self.of(task) if run.is_dense]
 
     def own_starts(self, task: str) -> list[tuple[list[str], list[float]]]:
-        """Returns which methods start from which dense model, and its figures over the seeds."""
+        """Returns the groups of methods that share a dense start, each with that start's values over the seeds."""
         groups: list[tuple[list[str], dict[int, float]]] = []
         for run in self.of(task):
             if run.role != "point" or (start_value := run.results.dense) is None:
@@ -120,7 +120,7 @@ class Material:
         return [(methods, list(values.values())) for methods, values in groups]
 
     def dense_kind(self, task: str) -> str:
-        """Says which dense figures `dense` took."""
+        """Describes the dense values that `dense` returns."""
         dense, trained = self.dense(task), _best(self._trained(task))
         untrained = [str(seed) for seed, value in dense.items() if trained.get(seed) != value]
         if len(untrained) == len(dense):

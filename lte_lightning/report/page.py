@@ -54,7 +54,7 @@ def write_report(
             commands=list(zip(names_of_runs(material.fits), [run.command for run in material.fits], strict=True)),
             typed=material.typed,
             versions=tables.versions(material),
-            here=_here(),
+            here=_writer_versions(),
             written=time.strftime("%Y-%m-%d"),
         )
     )
@@ -87,7 +87,7 @@ def _remove_old(out: Path, keep: Iterable[str]) -> None:
                 file.unlink()
 
 
-def _here() -> Table:
+def _writer_versions() -> Table:
     """Returns the versions and the machine that write the page, which may differ from those of the runs."""
     names = ("lte-lightning", "matplotlib", "numpy")
     system = [["system", platform.platform(terse=True)], ["machine", platform.machine()]]

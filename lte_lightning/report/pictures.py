@@ -227,7 +227,7 @@ def legend(figure: Figure, handles: Sequence[Artist]) -> None:
     figure.legend(list(handles), labels, loc="outside lower center", ncols=2, frameon=False, **space)
 
 
-def named(setting: Setting) -> str:
+def setting_label(setting: Setting) -> str:
     """Returns a setting's method and sparsity, its label in pictures of single settings."""
     # keep these together when a line is broken
     return f"{setting.called}, {100 * setting.sparsity:.0f}\N{NO-BREAK SPACE}%"

@@ -92,7 +92,7 @@ def _how_to_read(material: Material, task: str) -> str:
     spread = "bars span the range over the seeds"
     if all(len(setting.runs) < 2 for setting in settings):
         spread = "each setting has one seed, so its spread is unknown"
-    undefined = [pictures.named(setting) for setting in settings if setting.undefined]
+    undefined = [pictures.setting_label(setting) for setting in settings if setting.undefined]
     rows = "the rows of lightning test" if any(run.test for run in material.of(task)) else "the validation rows"
     text = (
         f"{_subject(material, task)} Points are means of {in_words(material.tasks[task])} on {rows}; {spread}. Cost is "
@@ -206,7 +206,7 @@ def _union(task: str, title: str, settings: Sequence[Setting], looks: Mapping[st
         f"and seeds, on validation rows. {choice}"
     )
     picture = _picture(
-        f"union-{task}", f"Union sparsity on {title}", claims.together(chosen), details.union(chosen, looks)
+        f"union-{task}", f"Union sparsity on {title}", claims.idle_in_batch(chosen), details.union(chosen, looks)
     )
     return [Section(f"Union sparsity: {title}", text, [picture])]
 

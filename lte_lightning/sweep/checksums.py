@@ -1,4 +1,4 @@
-"""How a sweep's folder knows that a configuration says something else than when the sweep began."""
+"""Checksums of configurations, by which a sweep notices that their values have changed since it began."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ from lte_lightning.sweep.points import Sweep
 
 
 def files_of(sweep: Sweep) -> dict[str, Path]:
-    """Returns the configurations, and the files that those are made of, by their paths relative to the sweep file."""
+    """Returns the configurations and the files that they include, by their paths relative to the sweep file."""
     files: set[Path] = set()
     for file in {file for block in sweep.variants.values() for file in block.configs}:
         _add_with_parts(Path(file), files)
@@ -21,12 +21,12 @@ def files_of(sweep: Sweep) -> dict[str, Path]:
 
 
 def checksum(file: Path) -> str:
-    """Returns the checksum of what a YAML file says; comments, quotes and the order of keys do not change it."""
+    """Returns the checksum of the values of a YAML file. Comments, quotes and the order of keys do not change it."""
     return checksums(file)[0]
 
 
 def checksums(file: Path) -> tuple[str, str]:
-    """Returns the checksums of what a YAML file says, and of its bytes, which earlier versions stored.
+    """Returns the checksums of the values of a YAML file, and of its bytes. Earlier versions stored the latter.
 
     They are the same for a file that is not YAML.
     """

@@ -48,7 +48,7 @@ class Summary:
 
 
 class Engine:
-    """Runs the points of a sweep that are not done yet, each when those that it needs are.
+    """Runs the missing points of a sweep, each after the points that it needs.
 
     Args:
         folder: The sweep's folder, held.
@@ -92,7 +92,7 @@ class Engine:
                 if ended := self.runner.wait(LOOK):
                     self._settle(*ended)
                 if self.watch:
-                    self.watch.look(self._ended(), self._waiting())
+                    self.watch.update(self._ended(), self._waiting())
         except BaseException:
             self.say(f"Stopped: {len(self._running)} running points are ended, start the sweep again to go on.")
             self.runner.stop()
@@ -172,7 +172,7 @@ class Engine:
             self.watch.started(point)
 
     def words(self, point: Point) -> list[str]:
-        """Returns the words of a point's command: a new fit, or its last fit resumed."""
+        """Returns the words of a point's command, which begins a fit or resumes the point's last one."""
         attempts = self.folder.attempts().get(point.name, [])
         runs = [run for run in attempts if not (run / FILE).exists()]  # results are never removed
         last_record = self.folder.record(point.name) or Record(point)
@@ -220,14 +220,14 @@ class Engine:
             self.folder.remember(point, seconds=seconds)
             self._finish(point, run)
             described = read_results(run).describe()
-            self.say(f"{self._count()} {name}: {described} ({seconds:.0f} s); {self._left()} left")
+            self.say(f"{self._count()} {name}: {described} ({seconds:.0f} s); {self._fits_left()} left")
             if code:
                 self.say(f"    It has its results, and ended with exit code {code} nevertheless. Its log ends with")
                 self._say_last_lines(name)
             return
         self.summary.failed[name] = code
         self.folder.remember(point, status="failed", code=code, seconds=seconds)
-        self.say(f"{self._count()} {name}: FAILED with exit code {code}; {self._left()} left. Its log ends with")
+        self.say(f"{self._count()} {name}: FAILED with exit code {code}; {self._fits_left()} left. Its log ends with")
         self._say_last_lines(name)
         self._tell_trials(point, None)
 
@@ -256,7 +256,7 @@ class Engine:
                 self.say(line)
 
     def _count(self) -> str:
-        return f"[{self._ended()}/{self._ended() + self._left()}]"
+        return f"[{self._ended()}/{self._ended() + self._fits_left()}]"
 
     def _ended(self) -> int:
         return len(self.summary.done) + len(self.summary.failed) + len(self.summary.blocked)
@@ -264,8 +264,8 @@ class Engine:
     def _waiting(self) -> dict[str, int]:
         """Returns how many points wait, by role."""
         counts = Counter(point.role for point in self._pending)
-        return {**counts, "point": counts["point"] + (self.trials.left() if self.trials else 0)}
+        return {**counts, "point": counts["point"] + (self.trials.fits_left() if self.trials else 0)}
 
-    def _left(self) -> int:
-        trials_left = self.trials.left() if self.trials else 0
+    def _fits_left(self) -> int:
+        trials_left = self.trials.fits_left() if self.trials else 0
         return len(self._pending) + len(self._running) + trials_left

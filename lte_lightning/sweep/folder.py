@@ -175,7 +175,7 @@ class SweepFolder:
         write_json(self.points / f"{point.name}.json", replace(stored, point=point, **facts).content())
 
     def plan(self, points: Sequence[Point]) -> None:
-        """Stores the points that the sweep asks for, whole, begun or not."""
+        """Stores all points that the sweep asks for, whether or not they have begun."""
         self.about["plan"] = [asdict(point) for point in points]
         self.save()
 
@@ -209,7 +209,7 @@ class SweepFolder:
         return runs
 
     def finished(self, name: str, attempts: dict[str, list[Path]] | None = None) -> Path | None:
-        """Returns the run folder of a point that is done: its results are there, and best its model too."""
+        """Returns the run folder with a point's results, preferably with its model, too; None if there is none."""
         runs = (self.attempts() if attempts is None else attempts).get(name, [])
         runs = [run for run in runs if (run / FILE).exists()]  # written last, and whole
         return next((run for run in runs if (run / "model").is_dir()), next(iter(runs), None))

@@ -70,7 +70,7 @@ class Point:
 
     @property
     def options(self) -> dict[str, str]:
-        """Its options in canonical form; without the weights that it would start from if it had no start."""
+        """Its options in canonical form. With a start, ``model.init_from`` is not one of them."""
         return {key: value for key, value in canonical(self.overrides).items() if not (self.start and key == INIT)}
 
     def arguments(self) -> list[str]:
@@ -80,7 +80,7 @@ class Point:
 
 
 def restore(content: Any) -> Point | None:
-    """Returns a point as it was stored, with empty configs and options by an earlier version; None if it is none."""
+    """Returns a stored point, or None if this is none. Points of earlier versions have no configs and options."""
     if not isinstance(content, dict):
         return None
     names = {attribute.name for attribute in fields(Point)}
@@ -117,7 +117,7 @@ class Search:
     seed: int = 0
 
     def examples(self) -> list[dict[str, Any]]:
-        """Parameters as trials may have them: among them is every choice, and both ends of every range."""
+        """Examples of trials' parameters, which contain every choice and both ends of every range."""
         ranges = {
             key: limits.get("choices") or [limits["low"], limits["high"]] for key, limits in self.parameters.items()
         }
@@ -151,7 +151,7 @@ class Sweep:
     recognise: Callable[[list[Point]], list[Point]] | None = None  # gives fits the names that a folder knows them by
 
     def points(self) -> list[Point]:
-        """All fits in the order in which they can be run; with a search, only those that its trials share.
+        """All fits in an order in which they can run. With a search these are only the fits that its trials share.
 
         Raises:
             UserError: If two of them are the same.
@@ -261,7 +261,7 @@ def are_rivals(point: Point, other: Point) -> bool:
 
 
 def slug(words: str) -> str:
-    """Writes words as the name of a point has them, and so its files."""
+    """Returns words in the form that names of points, and so of files, have."""
     return re.sub(r"[^A-Za-z0-9_.=-]+", "_", words)
 
 

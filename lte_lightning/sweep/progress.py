@@ -85,7 +85,7 @@ class Watch:
         if done:
             self._seconds[running.point.role].append(time.monotonic() - running.began)
 
-    def look(self, ended: int, waiting: dict[str, int]) -> None:
+    def update(self, ended: int, waiting: dict[str, int]) -> None:
         """Looks where the running fits stand, and shows it.
 
         Args:
@@ -94,16 +94,16 @@ class Watch:
         """
         total = ended + sum(waiting.values()) + len(self._running)
         for name, running in self._running.items():
-            earlier, place = running.place, self._place(running)
+            earlier, place = running.place, self._read_place(running)
             if place is not None and place != earlier:
                 progress = f"{place.stage} {place.epoch}/{place.epochs}"
                 running.bar.desc, running.bar.n, running.bar.total = progress, place.done, place.total
                 if self._all.disable:
                     progress += f", epoch {place.done + 1} of {place.total} ({time.monotonic() - running.began:.0f} s)"
-                    self.say(f"{name}: {progress}; {self._left(waiting)}")
+                    self.say(f"{name}: {progress}; {self._time_left(waiting)}")
             running.bar.refresh()
         self._all.n, self._all.total = ended, total
-        self._all.set_postfix_str(self._left(waiting))
+        self._all.set_postfix_str(self._time_left(waiting))
 
     def _bar(self, description: str, name: str = "") -> Bar:
         # The total of a fit is known once it has begun
@@ -111,7 +111,7 @@ class Watch:
         bar.set_postfix_str(name)
         return bar
 
-    def _place(self, running: Running) -> Place | None:
+    def _read_place(self, running: Running) -> Place | None:
         now = time.monotonic()
         if running.run is None and now - running.looked >= SEARCH:
             running.looked = now
@@ -121,7 +121,7 @@ class Watch:
             running.place = place
         return running.place
 
-    def _left(self, waiting: dict[str, int]) -> str:
+    def _time_left(self, waiting: dict[str, int]) -> str:
         """Returns an estimate of the remaining time, from the times of fits of the same role."""
         time_of_role = {role: fmean(times) for role, times in self._seconds.items() if times}
         total, unknown = 0.0, False

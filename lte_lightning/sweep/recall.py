@@ -10,7 +10,7 @@ from lte_lightning.sweep.folder import SweepFolder
 from lte_lightning.sweep.points import NEUTRAL, Point, Sweep, are_rivals, differences
 
 
-class Known:
+class Remembered:
     """The fits that a sweep's folder remembers.
 
     Args:
@@ -36,7 +36,7 @@ class Known:
         self._doubtful = {identity for identity, count in counts.items() if count > 1}
 
     def recognise(self, fits: list[Point]) -> list[Point]:
-        """Returns fits under the names that the folder knows them by, with all that they need among them."""
+        """Returns the fits with the folder's names for them, and for their starts and floors."""
         names = {
             fit.name: fit.name
             if fit.name in self._finished or fit.identity in self._doubtful
@@ -75,7 +75,7 @@ class Known:
         nearest = min(reasons, key=len)
         raise UserError(f"{reason}: {'; '.join(nearest)[:500]}; use those, or choose another --folder")
 
-    def others(self, points: Sequence[Point]) -> tuple[list[Point], int]:
+    def matching(self, points: Sequence[Point]) -> tuple[list[Point], int]:
         """Returns the remembered fits that belong with a sweep's points, and how many do not.
 
         These are of its variants and options with other seeds or parameters, trials among them, or of variants that
@@ -97,12 +97,12 @@ class Known:
 
 
 def _is_again(old: Point, new: Point) -> bool:
-    """Says whether two fits are the same but for the start or the floor: there is a new one for the old one."""
+    """Says whether one fit repeats another with a new start or floor."""
     return bool(old.identity) and (old.options, old.seed) == (new.options, new.seed)
 
 
 def _complete(points: dict[str, Point], sweep: Sweep) -> dict[str, Point]:
-    """Gives points of an earlier version, which kept no options, those with which the sweep gives them their names.
+    """Completes points of an earlier version, which kept no options, by the options that give them their names.
 
     Nobody knows whether the sweep was begun with options that cannot change a value, so it is tried without them, too.
     """
@@ -120,12 +120,12 @@ def _complete(points: dict[str, Point], sweep: Sweep) -> dict[str, Point]:
 
 
 def recognise(sweep: Sweep, folder: SweepFolder) -> Sweep:
-    """Returns a sweep whose points have the names that a folder knows them by.
+    """Returns the sweep with the folder's names for its points.
 
     Raises:
         UserError: If the folder is another sweep's, or all that is finished there is of other options.
     """
     folder.check(sweep)
-    known = Known(folder, sweep)
+    known = Remembered(folder, sweep)
     known.check()
     return replace(sweep, recognise=known.recognise)

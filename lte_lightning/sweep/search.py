@@ -119,7 +119,7 @@ class Trials:
     def _trials(self, *states: Any) -> list[Any]:
         return self.study.get_trials(deepcopy=False, states=states)
 
-    def left(self) -> int:
+    def fits_left(self) -> int:
         """Returns how many fits may still be proposed."""
         return max(0, self.search.trials - self._ask_storage(self._begun)) * len(self.sweep.seeds)
 
@@ -131,7 +131,7 @@ class Trials:
         )
 
     def ask(self) -> list[Point]:
-        """Returns the points of a new trial, or of one that was left behind; none when all trials were run."""
+        """Returns the points of a new trial or of an interrupted one. The list is empty if all trials have run."""
         while True:
             if self._left_behind:
                 trial = self._left_behind.pop(0)
@@ -181,7 +181,7 @@ class Trials:
         self._ask_storage(lambda: self.study.tell(number, values, state=state, skip_if_finished=True))
 
     def tell(self, name: str, results: Results | None) -> list[str]:
-        """Notes the results of a point, None if it failed; a trial's last point tells Optuna.
+        """Notes a point's results (None if it failed). The last point of a trial reports the trial to Optuna.
 
         A trial fails if one of its fits does, or if an objective is undefined in one. Trials that were drawn meanwhile
         and are the same are told the same.

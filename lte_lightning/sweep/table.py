@@ -105,7 +105,7 @@ def _labels(folder: SweepFolder, points: Sequence[Point]) -> dict[str, str]:
 
 
 def _choices(point: Point, points: dict[str, Point]) -> dict[str, str]:
-    """Returns what tells a start or a floor from others of its seed: configs and options, its own and its start's."""
+    """Returns what distinguishes starts or floors: their configs and options, and those of their own start."""
     choices = {"configs": " + ".join(Path(path).stem for path in point.configs)}
     choices |= point.options
     start = _choices(points[point.start], points) if point.start in points else {}
@@ -166,7 +166,7 @@ def mean_text(values: Sequence[float | None], scale: float = 1.0, unit: str = ""
 
 
 def span_text(shares: Sequence[float | None]) -> str:
-    """Writes the share kept of the span from floor to dense, and over how many seeds if some lack one."""
+    """Returns the kept share of the span from floor to dense as text, with the number of seeds if some have none."""
     usable = sum(share is not None for share in shares)
     few = f" ({usable} of {len(shares)} seeds)" if 0 < usable < len(shares) else ""
     return mean_text(shares, 100, " %", 0) + few

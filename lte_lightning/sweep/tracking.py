@@ -130,7 +130,7 @@ class Tracker:
         self.client.set_terminated(run_id, "FINISHED")
 
     def adopt(self, run: Path) -> None:
-        """Gives a fit that goes on a run in the sweep's store, if it has none there.
+        """Makes a run in the sweep's store for a resumed fit, if it has none there.
 
         It began in another store, or the store's database was replaced since.
         """

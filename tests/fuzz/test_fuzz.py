@@ -474,7 +474,7 @@ def test_optuna_database(data, search):
 
         def read() -> None:
             trials = Trials(read_sweep(place / "sweep.yaml"), SweepFolder(place / "folder"), patience=0)
-            trials.left()
+            trials.fits_left()
             trials.ask()
             trials.write_front(place / "front.md")
 

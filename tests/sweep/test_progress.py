@@ -43,8 +43,8 @@ def test_a_bar_for_every_fit_on_a_terminal(bench, terminal):
     seen = []
 
     class Seen(Watch):
-        def look(self, *where):
-            super().look(*where)
+        def update(self, *where):
+            super().update(*where)
             seen.append(terminal.lines())
 
     lines = []

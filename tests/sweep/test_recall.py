@@ -8,7 +8,7 @@ import pytest
 
 from lte_lightning.errors import UserError
 from lte_lightning.sweep.folder import SweepFolder
-from lte_lightning.sweep.recall import Known, recognise
+from lte_lightning.sweep.recall import Remembered, recognise
 from lte_lightning.sweep.spec import read_sweep
 from lte_lightning.sweep.table import write_tables
 
@@ -20,7 +20,7 @@ def all_points(trial, swept, *args, **more):
     """The points that the tables of a sweep hold, and how many finished fits they do not."""
     sweep = recognise(read_sweep(trial.file, *args, **more), swept.folder)
     mine = sweep.points()
-    others, count = Known(swept.folder, sweep).others(mine)
+    others, count = Remembered(swept.folder, sweep).matching(mine)
     return mine + others, count
 
 
