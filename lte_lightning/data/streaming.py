@@ -124,7 +124,7 @@ class StreamingData(TextData):
         self._stream: StreamedBatches | None = None
 
     def encode_pass(self, mark: Mark) -> Iterator[tuple[Mark, dict[str, Any]]]:
-        """Yields (mark, row) pairs of one pass of tokenised rows from a mark on. These marks have no number of a pass."""
+        """Yields (mark, row) pairs of one pass of tokenised rows from a mark on, without the number of the pass."""
         raise TypeError(f"{type(self).__name__} must define encode_pass")
 
     def encode(self, mark: Mark) -> Iterator[tuple[Mark, dict[str, Any]]]:
