@@ -1,10 +1,10 @@
 """lte-lightning: Learn To be Efficient, structured sparsity for Hugging Face transformers.
 
 The public API: `convert` a model, train it (see the ``lightning`` command), `save_pretrained`, `from_pretrained`,
-`restore`; `register` has transformers' Auto classes load saved models sparse; `set_backend` chooses what computes the
-selected experts; `set_sparsity` turns the knob of a calibrated model; `quantize` rounds weights to 8 or 4 bits, to
-decode faster on a CPU, and within `fused_decoding` such a model makes a token in one call; `equal_rows` makes a row's
-bits independent of its batch; `RouterTrace` reads what the routers decide.
+`restore`. `register` lets transformers' Auto classes load saved models sparse. `set_backend` chooses what computes the
+selected experts. `set_sparsity` sets the sparsity of a calibrated model. `quantize` rounds weights to 8 or 4 bits, to
+decode faster on a CPU; within `fused_decoding` such a model makes a token in one call. `equal_rows` makes a row's bits
+independent of its batch. `RouterTrace` reads what the routers decide.
 """
 
 from typing import TYPE_CHECKING
