@@ -192,7 +192,7 @@ def test_trials_of_a_folder_that_was_moved_are_its_own(bench, tmp_path):
     assert [one.state.name for one in study_of(swept).get_trials()] == ["COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
 
 
-@pytest.mark.parametrize("step", ["ask", "tell", "left"])
+@pytest.mark.parametrize("step", ["ask", "tell", "fits_left"])
 def test_a_storage_that_is_locked_for_a_while_is_waited_for(step, bench, tmp_path):
     """By another process, in the middle of a search; one that stays locked is an error, and nothing is lost."""
     file = tmp_path / "study.db"
@@ -202,7 +202,9 @@ def test_a_storage_that_is_locked_for_a_while_is_waited_for(step, bench, tmp_pat
         trials = Trials(sweep, folder)
         (point,) = trials.ask()
         results = results_of(0.5, 0.5)
-        call = {"ask": trials.ask, "tell": lambda: trials.tell(point.name, results), "left": trials.left}[step]
+        call = {"ask": trials.ask, "tell": lambda: trials.tell(point.name, results), "fits_left": trials.fits_left}[
+            step
+        ]
         database = sqlite3.connect(file, isolation_level=None, check_same_thread=False)
         database.execute("BEGIN EXCLUSIVE")
         trials.patience = 0
