@@ -11,9 +11,11 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -25,6 +27,7 @@ from transformers import BertConfig, BertModel, BertTokenizerFast, LlamaConfig, 
 
 from lte_lightning.callbacks import StageSchedule
 from lte_lightning.cli import main
+from lte_lightning.cli.check import check_commands
 from lte_lightning.cli.training import LteCLI, make_cli
 
 FILLERS = [
@@ -284,22 +287,77 @@ def lightning() -> Callable[..., Outcome]:
     return run
 
 
-@pytest.fixture(scope="session")
-def two_processes() -> Callable[..., Outcome]:
-    """`two_processes(cwd, config, "fit")` runs the command under DDP in a process of its own, which starts another."""
+@pytest.fixture
+def sweep_file(tiny, tmp_path) -> Callable[..., Path]:
+    """`sweep_file(**content)` writes a sweep over a tiny fit."""
 
-    def run(
-        cwd: Path, config: dict[str, Any], command: str, *args: object, strategy: str = "ddp", devices: int = 2
-    ) -> Outcome:
-        trainer = config["trainer"] | {"devices": devices, "strategy": strategy}
-        (cwd / "fit.yaml").write_text(yaml.safe_dump(config | {"trainer": trainer}))
-        words = [sys.executable, "-m", "lte_lightning", command, "--config", "fit.yaml", *map(str, args)]
-        one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(words, cwd=cwd, env=one_thread, capture_output=True, text=True)
-        assert "sync_dist" not in done.stderr  # Lightning's warning that values were not summed over devices
-        return Outcome(done.returncode, done.stdout, done.stderr, cwd)
+    def write(epochs: tuple[int, int, int] = (2, 1, 1), **content: Any) -> Path:
+        (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tiny.config(epochs=epochs)))
+        (tmp_path / "trial.yaml").write_text(yaml.safe_dump({"configs": ["tiny.yaml"]} | content))
+        return tmp_path / "trial.yaml"
 
-    return run
+    return write
+
+
+@pytest.fixture
+def sweep(lightning, tmp_path) -> Callable[..., Outcome]:
+    """`sweep(*words)` runs `lte sweep` in the test's folder."""
+    return lambda *words: lightning(tmp_path, None, "sweep", *words)
+
+
+def results_of(folder: Path) -> dict[str, dict[str, Any]]:
+    """The results of a sweep's fits, by name."""
+    found = {}
+    for file in folder.glob("*/results.json"):
+        name = json.loads((file.parent / "run.json").read_text())["name"]
+        assert name not in found
+        found[name] = json.loads(file.read_text())
+    return found
+
+
+@pytest.fixture
+def checked_here(monkeypatch) -> None:
+    """`lte sweep` reads command lines in this process, which has imported Lightning: another takes eight seconds to.
+
+    Tests without this fixture show that the other process answers the same way.
+    """
+
+    def check(words: list[str], input: str, **_: Any) -> subprocess.CompletedProcess:
+        assert words == [sys.executable, "-m", "lte_lightning.cli.check"]
+        with mock.patch.object(sys, "argv", ["lte"]):
+            answers = check_commands(json.loads(input))
+        return subprocess.CompletedProcess(words, 0, json.dumps(answers), "")
+
+    monkeypatch.setattr("lte_lightning.cli.sweep.subprocess", SimpleNamespace(run=check))
+
+
+class Here:
+    """A sweep's runner of fits, one at a time, that runs them in this process."""
+
+    slots = 1
+
+    def __init__(self, lightning: Callable[..., Outcome]) -> None:
+        self.lightning, self.ended = lightning, {}
+
+    def start(self, name: str, words: list[str], log: Path) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("default")  # as in a process of its own: lines of the log, not errors
+            done = self.lightning(Path.cwd(), None, *words)
+        with log.open("a") as file:
+            file.write(done.out + done.err)
+        self.ended[name] = done.code
+
+    def wait(self, patience: float) -> tuple[str, int] | None:
+        return self.ended.popitem() if self.ended else None
+
+    def stop(self) -> None:
+        """Nothing runs: `start` returns when the fit has ended."""
+
+
+@pytest.fixture
+def fits_here(checked_here, lightning, monkeypatch) -> None:
+    """`lte sweep` runs its fits in this process too. Tests without this fixture show that processes do the same."""
+    monkeypatch.setattr("lte_lightning.cli.sweep._runner", lambda given: Here(lightning))
 
 
 @pytest.fixture(scope="session")

@@ -121,7 +121,7 @@ def test_where_nothing_is_recorded_no_server_is_asked(tiny, parse, tmp_path, mon
     parse("--config", "mine.yaml", "--config", "theirs.yaml")
 
 
-def test_a_sweep_s_server_gets_no_credentials(tiny, lightning, tmp_path, monkeypatch):
+def test_a_sweep_s_server_gets_no_credentials(checked_here, tiny, lightning, tmp_path, monkeypatch):
     """A sweep file cannot name one, its configurations can."""
     monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "XYZZY")
     config = tiny.config(**{"run.tracking_uri": "http://127.0.0.1:1"})

@@ -1,139 +1,26 @@
 """`lte sweep` with real fits: what it checks before it runs, and that a killed one goes on as if nothing had been."""
 
-import itertools
 import json
 import os
 import re
 import shlex
 import signal
-import socket
-import sqlite3
 import subprocess
 import sys
-import threading
 import time
-import urllib.request
 from pathlib import Path
-from types import SimpleNamespace
-from unittest import mock
 
 import pytest
-import yaml
-from mlflow.tracking import MlflowClient
 
-from lte_lightning.cli import main
-from lte_lightning.cli.check import check_commands
-from lte_lightning.errors import UserError
-from lte_lightning.report.collect import collect
-from lte_lightning.report.tables import everything
-from lte_lightning.report.tracked import collect_tracked
 from lte_lightning.results import Place
-from lte_lightning.store import read_run_file
 from lte_lightning.sweep.folder import SweepFolder
 from lte_lightning.sweep.spec import OBJECTIVES, read_sweep
-from lte_lightning.sweep.tracking import Tracker
+
+from .conftest import results_of
 
 SWEEPS = Path(__file__).parents[2] / "sweeps"
 ETA = "model.efficiency_weight"
 VIEWS = ("dense", "soft", "hard_before", "hard", "sparsity", "sparsity_per_layer")
-
-
-def test_there_are_sweeps():
-    assert {"smoke.yaml", "minilm-sst2.yaml"} <= {path.name for path in SWEEPS.glob("*.yaml")}
-
-
-@pytest.mark.timeout(600)  # some have hundreds of points
-@pytest.mark.parametrize("path", sorted(SWEEPS.glob("*.yaml")), ids=lambda path: path.name)
-def test_every_sweep_s_points_are_instantiated(path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["lte"])
-    sweep = read_sweep(path, {"trainer.accelerator": "cpu", "trainer.devices": 1}, seeds=[0])
-    points = sweep.points()
-    if sweep.search:
-        points += [point for one in sweep.search.examples() for point in sweep.trial(one)]
-    assert sweep.about
-    assert {point.role for point in points} == {"start", "floor", "point"}
-    kept = representatives(points)
-    found = check_commands([point.arguments() for point in kept])
-    assert [one["error"] for one in found] == [None] * len(kept)
-
-
-def representatives(points):
-    """Points that show each role of each variant, and each option with each of its words, of numbers the two ends."""
-    words = {}
-    for option, word in itertools.chain(*map(pairs, points)):
-        words.setdefault(option, {})[word] = point_number(word)
-    middle = {
-        (option, word)
-        for option, numbers in words.items()
-        for word, number in numbers.items()
-        if None not in numbers.values() and min(numbers.values()) < number < max(numbers.values())
-    }
-    seen, kept = set(), []
-    for point in points:
-        facts = {(point.role, point.variant), *pairs(point)} - middle
-        if not facts <= seen:
-            kept.append(point)
-        seen |= facts
-    return kept
-
-
-def pairs(point):
-    return [(option, word) for option, word in itertools.pairwise(point.arguments()) if option.startswith("--")]
-
-
-def point_number(word):
-    try:
-        return float(word)
-    except ValueError:
-        return None
-
-
-def test_a_sweep_s_representatives():
-    points = read_sweep(SWEEPS / "minilm-stsb.yaml", {}, seeds=[0]).points()
-    kept = representatives(points)
-    assert 0 < len(kept) < len(points)
-    assert {point.role for point in kept} == {"start", "floor", "point"}
-    etas = [point.overrides[ETA] for point in points if point.role == "point"]
-    assert {point.overrides[ETA] for point in kept if point.role == "point"} == {min(etas), max(etas)}
-    points = read_sweep(SWEEPS / "roberta-base-glue.yaml", {}, seeds=[0]).points()
-    kept = representatives(points)
-    for of in (lambda point: (point.role, point.variant), lambda point: point.arguments()[2]):
-        assert {*map(of, kept)} == {*map(of, points)}  # each method and each configuration, not each pair of them
-    assert len(kept) < len(points) / 4
-
-
-@pytest.fixture
-def sweep_file(tiny, tmp_path):
-    """`sweep_file(**content)` writes a sweep over a tiny fit."""
-
-    def write(epochs=(2, 1, 1), **content):
-        (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tiny.config(epochs=epochs)))
-        (tmp_path / "trial.yaml").write_text(yaml.safe_dump({"configs": ["tiny.yaml"]} | content))
-        return tmp_path / "trial.yaml"
-
-    return write
-
-
-@pytest.fixture
-def sweep(lightning, tmp_path):
-    """`sweep(*words)` runs `lte sweep` in the test's folder."""
-    return lambda *words: lightning(tmp_path, None, "sweep", *words)
-
-
-@pytest.fixture
-def checked_here(monkeypatch):
-    """Command lines are read in this process, which has imported Lightning: another one takes eight seconds for that.
-
-    Tests without this fixture show that the other process answers the same way.
-    """
-
-    def check(words, input, **_):
-        assert words == [sys.executable, "-m", "lte_lightning.cli.check"]
-        with mock.patch.object(sys, "argv", ["lte"]):
-            answers = check_commands(json.loads(input))
-        return subprocess.CompletedProcess(words, 0, json.dumps(answers), "")
-
-    monkeypatch.setattr("lte_lightning.cli.sweep.subprocess", SimpleNamespace(run=check))
 
 
 def test_points_that_cannot_be_are_found_before_any_is_run(sweep_file, sweep, tmp_path):
@@ -271,17 +158,8 @@ def test_the_sweep_itself_needs_no_lightning(sweep_file):
     assert (result.stdout.splitlines()[-1], result.returncode) == ("[]", 0), result.stderr
 
 
-def results_of(folder):
-    found = {}
-    for file in folder.glob("*/results.json"):
-        name = json.loads((file.parent / "run.json").read_text())["name"]
-        assert name not in found
-        found[name] = json.loads(file.read_text())
-    return found
-
-
 @pytest.mark.timeout(600)
-def test_a_killed_sweep_goes_on_as_if_nothing_had_been(sweep_file, sweep, lightning, tmp_path):
+def test_a_killed_sweep_goes_on_as_if_nothing_had_been(fits_here, sweep_file, sweep, lightning, tmp_path):
     """Killed in the middle of a start, it goes on from the last epoch; the points are what their commands do."""
     file = sweep_file(epochs=(8, 1, 1), start={}, variants={"LTE": {"list": [{ETA: 0.5}]}})
     words = [sys.executable, "-m", "lte_lightning", "sweep", str(file), "--folder", "runs/killed"]
@@ -362,147 +240,3 @@ def test_a_fit_on_a_ray_cluster(sweep_file, lightning, tmp_path):
     test = lightning(tmp_path, None, "test", "--config", run / "config.yaml", "--model.init_from", run / "model")
     assert (test.code, test.written) == (0, run / "test.json"), test.err
     assert json.loads((run / "test.json").read_text())["accuracy"] == pytest.approx(found["hard"])
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    """A real MLflow server over HTTP; its address."""
-    folder = tmp_path_factory.mktemp("server")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    words = ["server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    words += ["--backend-store-uri", f"sqlite:///{folder}/server.db", "--artifacts-destination", str(folder / "files")]
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen([sys.executable, "-m", "mlflow", *words], stdout=log, stderr=log, cwd=folder)
-    address = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + 100
-        while True:
-            try:
-                assert urllib.request.urlopen(f"{address}/health").read() == b"OK"
-                break
-            except OSError:
-                assert process.poll() is None, (folder / "log").read_text()
-                assert time.monotonic() < deadline
-                time.sleep(0.2)
-        yield address
-    finally:
-        process.terminate()
-        process.wait()
-
-
-@pytest.mark.timeout(600)
-def test_the_smoke_sweep_on_a_real_mlflow_server(server, tiny, sweep, tmp_path, monkeypatch):
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.replace("//", "//me:SECRET@"))
-    small = ["--model.pretrained", tiny.model, "--model.lte.expert_size", 8, "--trainer.accelerator", "cpu"]
-    small += ["--data.class_path", "lte_lightning.data.GlueData", "--data.task", "sst2", "--data.source"]
-    outcome = sweep(SWEEPS / "smoke.yaml", *small, tiny.task("sst2"), "--data.train_rows", 32)
-    assert outcome.code == 0, outcome.err
-    folder = tmp_path / "runs" / "sweep-smoke"
-    assert not (tmp_path / "mlflow.db").exists()
-    client = MlflowClient(server)
-    experiment = client.get_experiment_by_name("sweep-smoke")
-    runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
-    parent = runs.pop("sweep sweep-smoke")
-    assert parent.info.status == "FINISHED"
-    assert "--data.train_rows 32" in parent.data.tags["lte.command"]
-    files = {file.path for file in client.list_artifacts(parent.info.run_id)}
-    assert files == {
-        "differences.md",
-        "plan.json",
-        "sweep.yaml",
-        "table.csv",
-        "table.md",
-        *(file.name for file in (folder / "report").iterdir()),
-    }
-    assert {"index.html", "quality-sst2.png"} <= files
-    results = results_of(folder)
-    assert runs.keys() == results.keys()
-    assert [name.split("-")[0] for name in sorted(runs)] == ["LTE", "constant_lambda", "floor", "start"]
-    for name, run in runs.items():
-        assert run.info.status == "FINISHED"
-        assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
-        assert run.data.tags["lte.point"] == name
-        assert run.data.tags["lte.code"] == results[name]["versions"]["code"] == parent.data.tags["lte.code"]
-        assert run.data.params["point/seed"] == "0"
-        assert run.data.params["point/data.train_rows"] == "32"
-        assert run.data.metrics["results/dense"] == pytest.approx(results[name]["dense"])
-        assert "results.json" in {file.path for file in client.list_artifacts(run.info.run_id)}
-    assert (
-        next(run for name, run in runs.items() if name.startswith("const")).data.tags["lte.variant"]
-        == "constant lambda"
-    )
-    assert runs[min(runs)].data.params["point/model.efficiency_weight"] == "0.3"
-    # a part of the same again: nothing is run, the parent goes on, and its table holds all
-    words = ("--data.train_rows", 32, "--trainer.enable_progress_bar", "false", "--only", "LTE")
-    again = sweep(SWEEPS / "smoke.yaml", *small, f"{tiny.task('sst2')}/", *words)
-    assert "3 of 3 points are done already." in again.out
-    assert "| constant lambda | 0.5 | 0.05 |" in again.out
-    assert len(client.search_runs([experiment.experiment_id])) == 5
-    # the password is in nothing that was kept, or shown
-    assert not [file for file in tmp_path.rglob("*") if file.is_file() and b"SECRET" in file.read_bytes()]
-    assert "SECRET" not in outcome.out + outcome.err + str([run.to_dictionary() for run in (parent, *runs.values())])
-    address = server.replace("//", "//***@")
-    assert {read_run_file(run)["tracking_uri"] for run in (path.parent for path in folder.glob("*/run.json"))} == {
-        address
-    }
-    # what the server knows makes the same report as the folder, but for a weight that all have
-    tracked, local = collect_tracked(server, "sweep-smoke"), collect([folder])
-    rows = [[row[:1] + row[2:] for row in everything(one, "sst2").rows] for one in (tracked, local)]
-    assert rows[0] == rows[1]
-    assert len(rows[0]) == 2
-    assert tracked.dense("sst2") == local.dense("sst2")
-    for run in tracked.runs:
-        (same,) = (other for other in local.runs if other.name == run.name)
-        assert (run.method, run.role, run.lte, run.family) == (same.method, same.role, same.lte, "bert")
-        assert run.parameters == same.parameters
-        assert (run.results, run.histogram) == (same.results, same.histogram)
-    main(["report", "--tracking-uri", server, "--experiment", "sweep-smoke", "--out", str(tmp_path / "page")])
-    assert "constant lambda" in (tmp_path / "page" / "index.html").read_text()
-
-
-def test_an_mlflow_server_that_is_not_there(checked_here, sweep_file, sweep, tmp_path, monkeypatch):
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
-    outcome = sweep(sweep_file(), "--trainer.logger", "true")
-    assert outcome.code == 1
-    assert f"cannot reach the MLflow server at http://127.0.0.1:{port}" in outcome.err
-    assert not list(tmp_path.glob("runs/*/*/run.json"))
-
-
-@pytest.mark.parametrize("says", ["nothing", "nonsense"])
-def test_who_listens_but_is_no_mlflow_server(says, checked_here, sweep_file, sweep, tmp_path, monkeypatch):
-    """MLflow itself would try for many minutes."""
-    monkeypatch.setattr("lte_lightning.network.PATIENCE", 0.5)
-    with socket.create_server(("127.0.0.1", 0)) as other:
-        if says == "nonsense":
-
-            def answer() -> None:
-                for _ in range(2):  # once to be reached, once to be asked
-                    connection, _ = other.accept()
-                    connection.sendall(b"220 mail.example.org ESMTP\r\n")
-                    connection.close()
-
-            threading.Thread(target=answer, daemon=True).start()
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri := f"http://127.0.0.1:{other.getsockname()[1]}")
-        outcome = sweep(sweep_file(), "--trainer.logger", "true")
-    assert outcome.code == 1
-    assert f"the MLflow server at {uri} does not answer: " in outcome.err
-    assert "start it, or name another by MLFLOW_TRACKING_URI" in outcome.err
-    assert not list(tmp_path.glob("runs/*/*/run.json"))
-
-
-def test_a_locked_mlflow_database(tmp_path, monkeypatch):
-    """The store's own patience is not waited for: the sweep says what is wrong once it has given up."""
-    database = sqlite3.connect(tmp_path / "locked.db", isolation_level=None)
-    database.execute("BEGIN EXCLUSIVE")
-    (tmp_path / "base.yaml").touch()
-    (tmp_path / "trial.yaml").write_text("configs: [base.yaml]")
-    folder = SweepFolder(tmp_path / "runs" / "trial")
-    with (
-        folder.hold(read_sweep(tmp_path / "trial.yaml")),
-        pytest.raises(UserError, match=r"locked.*MLFLOW_TRACKING_URI"),
-    ):
-        Tracker(folder, f"sqlite:///{tmp_path / 'locked.db'}?timeout=0")
-    database.close()

@@ -194,7 +194,7 @@ def test_from_somebody_elses_model(follow, tiny, tmp_path):
 
 @pytest.mark.timeout(900)
 @pytest.mark.usefixtures("reviews")
-def test_methods_are_compared(follow, tiny, tmp_path):
+def test_methods_are_compared(fits_here, follow, tiny, tmp_path):
     page = (DOCS / "tutorials" / "compare.md").read_text()
     (tmp_path / "compare.yaml").write_text(page.split("```yaml\n")[1].split("```")[0])
     follow("compare", SMALL, tiny.model)
@@ -210,6 +210,7 @@ def test_methods_are_compared(follow, tiny, tmp_path):
 @pytest.mark.timeout(600)
 @pytest.mark.usefixtures("reviews")
 def test_two_devices(follow, tiny, tmp_path):
+    """The command starts the other process itself."""
     follow("devices", SMALL, tiny.model, alone=True)
     (results,) = tmp_path.glob("runs/*/*/results.json")
     assert json.loads(results.read_text())["versions"]["devices"] == 2

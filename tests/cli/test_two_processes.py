@@ -1,7 +1,7 @@
 """Two processes do what one does.
 
-One test starts them as a user would: a command whose strategy starts the other. In the others they begin with
-everything imported, each told its place as torchrun tells it.
+They begin with everything imported, each told its place as torchrun tells it. A tutorial's test starts them as a user
+would: a command whose strategy starts the other.
 """
 
 import pytest
@@ -12,7 +12,7 @@ DDP = {"trainer.strategy": "ddp"}
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(("accumulate", "steps"), [(1, 4), (3, 2)])
-def test_two_processes_equal_one(accumulate, steps, tiny, calm, lightning, two_processes, processes, tmp_path):
+def test_two_processes_equal_one(accumulate, steps, tiny, calm, lightning, processes, tmp_path):
     """Each process takes every other batch, so two of them are one that accumulates two batches to a step.
 
     Batches differ in length. With three of them to a step the last step of an epoch has one of each process.
@@ -32,11 +32,7 @@ def test_two_processes_equal_one(accumulate, steps, tiny, calm, lightning, two_p
     assert one.code == 0, one.err
 
     config["trainer"]["accumulate_grad_batches"] = accumulate
-    two = (
-        two_processes(tmp_path / "two", config, "fit")
-        if accumulate == 1
-        else processes(2, tmp_path / "two", config, "fit", **DDP)
-    )
+    two = processes(2, tmp_path / "two", config, "fit", **DDP)
     assert two.code == 0, two.err
     results = two.results
     assert results["versions"]["devices"] == 2

@@ -1,4 +1,4 @@
-"""A report of what MLflow knows; with a real server over HTTP in tests/cli/test_sweep.py."""
+"""A report of what MLflow knows; with a real server over HTTP in tests/cli/test_sweep_mlflow.py."""
 
 import json
 import re
