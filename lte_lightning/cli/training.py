@@ -49,7 +49,7 @@ class SaveConfig(SaveConfigCallback):
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Writes ``config.yaml``; a resumed fit leaves the one it began with."""
-        text = self.parser.dump(self.config, skip_none=False)
+        text = self.parser.dump(self.config, skip_none=False, skip_validation=True)  # parsing has validated it
         recorder = next(callback for callback in declared(trainer).callbacks if isinstance(callback, Recorder))
         if recorder.folder is None:
             return
