@@ -15,6 +15,7 @@
 #include "many.h"
 #include "norm.h"
 #include "quantized.h"
+#include "train.h"
 
 #include <cstddef>
 
@@ -81,6 +82,23 @@ template <class T> void run_sum_norm(const int64_t* shape, float epsilon, int th
     auto at = [&](int i) { return static_cast<const T*>(p[i]); };
     const SumNorm<T> norm{shape[0], shape[1], epsilon, at(0), at(1), at(2), at(3), static_cast<T*>(p[4])};
     parallel(threads, norm.tasks(), norm, 0, norm);
+}
+
+enum Product { ROWS_TO_PAIRS, PAIRS_TO_ROWS, PAIRS_TO_WEIGHTS };
+
+template <class T>
+void run_training(Product product, const int64_t* shape, int threads, const uint8_t* mask, void* const* p) {
+    const int64_t N = shape[0], D = shape[1], E = shape[2], S = shape[3];
+    auto at = [&](int i) { return static_cast<const T*>(p[i]); };
+    Ffn<T> f{N, D, E, S, 0, threads, at(0), at(1), at(2), nullptr, at(3), at(4), nullptr, static_cast<T*>(p[0])};
+    f.list(mask);
+    const int count = p[6] ? 2 : 1;
+    const T* const numbers[2] = {at(5), at(6)};
+    T* const out[2] = {static_cast<T*>(p[5]), static_cast<T*>(p[6])};
+    T* const weights[2] = {static_cast<T*>(p[1]), static_cast<T*>(p[2])};
+    if (product == ROWS_TO_PAIRS) rows_to_pairs(f, count, out);
+    else if (product == PAIRS_TO_ROWS) pairs_to_rows(f, count, numbers);
+    else pairs_to_weights(f, count, numbers, weights);
 }
 
 template <class T>
@@ -150,6 +168,23 @@ extern "C" int lte_sum_norm(int dtype, const int64_t* shape, float epsilon, int 
     return 0;
 } catch (const std::bad_alloc&) {
     return 1;
+}
+
+// One of the products of training, see train.h. shape: N, D, E, S. pointers: rows of the tokens [N, D] (the output of
+// PAIRS_TO_ROWS), one or two weights [E, S, D] (the output of PAIRS_TO_WEIGHTS), their biases [E, S] or null, and as many
+// times the pairs' numbers [P, S] (the output of ROWS_TO_PAIRS).
+extern "C" int lte_train(int dtype, int product, const int64_t* shape, int threads, const uint8_t* mask,
+                         void* const* pointers) try {
+    const auto run_it = dtype == 0 ? run_training<float> : run_training<bf16>;
+    run_it(Product(product), shape, threads, mask, pointers);
+    return 0;
+} catch (const std::bad_alloc&) {
+    return 1;
+}
+
+// Says whether lte_train takes operands of that type, width and number of neurons.
+extern "C" int lte_trains(int dtype, int64_t D, int64_t S) {
+    return dtype == 0 || (dtype == 1 && takes<bf16>(D, S));
 }
 
 // Runs one token of each sequence through a whole decoder. shape and table: see decoder.h; the table's last row has the

@@ -126,6 +126,77 @@ template <class T, class A, class C> void product(int64_t rows, int64_t steps, c
     }
 }
 
+// Multiplies the rows of an expert's tokens by its weights: x has rows of steps. finish(p, sums) gets the S sums of pair p
+// by the first weights, and those by the second behind ROWS * up_to(S, NR) others.
+template <class T, class Finish>
+void multiply_rows(const Ffn<T>& f, const float* x, int64_t e, int count, const T* const* weights, const Finish& finish) {
+    const int64_t D = f.D, S = f.S, x_steps = steps_of<T>(D), wide = up_to(S, NR);
+    float* const panels = scratch<2, float>(2 * x_steps * wide);
+    for (int which = 0; which < count; which++)  // [wide / NR][x_steps][NR]
+        for (int64_t s = 0; s < wide; s += W)
+            pack(weights[which] + (e * S + s) * D, std::min<int64_t>(W, S - s), D, x_steps, D,
+                 panels + which * x_steps * wide + s / NR * x_steps * NR + s % NR);
+    float* const sums = scratch<3, float>(2 * ROWS * wide);
+    for (int64_t p = f.first[e]; p < f.first[e + 1]; p += ROWS) {
+        const int64_t rows = std::min(ROWS, f.first[e + 1] - p);
+        std::fill_n(sums, 2 * ROWS * wide, 0.f);
+        for (int which = 0; which < count; which++)
+            for (int64_t s = 0; s < wide; s += NR)
+                for (int64_t k = 0; k < x_steps; k += KC)
+                    product<T>(
+                        rows, std::min(KC, x_steps - k),
+                        [&](int64_t r) { return x + f.token[p + r] * x_steps + k; },
+                        panels + (which * wide + s) * x_steps + k * NR,
+                        [&](int64_t r) { return sums + (which * ROWS + r) * wide + s; });
+        for (int64_t r = 0; r < rows; r++) finish(p + r, sums + r * wide);
+    }
+}
+
+// Adds the rows of each expert's weights, times the numbers of a pair, to the row of the pair's token. A task has some
+// tokens and columns of the output. h has rows of steps.
+template <class T> struct RowSums {
+    const Ffn<T>& f;
+    int count;
+    const float* const* h;
+    const T* const* weights;
+    // Fewer tokens allow wider blocks, which read rows of weights in longer pieces.
+    const int64_t fitting = std::min(BLOCK / std::max<int64_t>(1, std::min(f.N, TOKENS)), (f.D + f.threads - 1) / f.threads);
+    const int64_t block_columns = up_to(std::min<int64_t>(fitting, 1024), NR);
+    const int64_t blocks = (f.D + block_columns - 1) / block_columns;
+
+    int64_t tasks() const { return (f.N + TOKENS - 1) / TOKENS * blocks; }
+
+    void operator()(int64_t task) const {
+        const int64_t D = f.D, S = f.S, h_steps = steps_of<T>(S);
+        const int64_t n0 = task / blocks * TOKENS, n1 = std::min(f.N, n0 + TOKENS);
+        const int64_t c0 = task % blocks * block_columns, columns = std::min(block_columns, D - c0);
+        float* const out = scratch<2, float>(std::min(f.N, TOKENS) * block_columns);
+        float* const panels = scratch<3, float>(h_steps * block_columns);
+        for (int64_t n = n0; n < n1; n++)
+            for (int64_t c = 0; c < block_columns; c++)
+                out[(n - n0) * block_columns + c] = c < columns ? f.bias(f.down_bias, c0 + c) : 0.f;
+        for (size_t i = 0; i < f.active.size(); i++) {
+            const int64_t e = f.active[i], next = f.active[std::min(i + 1, f.active.size() - 1)];
+            for (int64_t s = 0; s < S; s++)  // the processor does not foresee short pieces far apart
+                for (int64_t b = 0; b < columns * int64_t(sizeof(T)); b += 64)
+                    __builtin_prefetch(reinterpret_cast<const char*>(weights[0] + (next * S + s) * D + c0) + b);
+            const auto token = f.token.begin();
+            const int64_t p0 = std::lower_bound(token + f.first[e], token + f.first[e + 1], n0) - token;
+            const int64_t p1 = std::lower_bound(token + p0, token + f.first[e + 1], n1) - token;
+            for (int which = 0; which < count && p0 != p1; which++) {
+                pack_columns(weights[which] + e * S * D + c0, S, D, columns, h_steps, panels);
+                for (int64_t c = 0; c < columns; c += NR)
+                    product<T>(
+                        p1 - p0, h_steps, [&](int64_t r) { return h[which] + (p0 + r) * h_steps; },
+                        panels + c * h_steps,
+                        [&](int64_t r) { return out + (f.token[p0 + r] - n0) * block_columns + c; });
+            }
+        }
+        for (int64_t n = n0; n < n1; n++)
+            narrow_row(out + (n - n0) * block_columns, columns, f.y + n * D + c0);
+    }
+};
+
 template <class T> void many(const Ffn<T>& f) {
     const int64_t D = f.D, S = f.S, pairs = f.first[f.E];
     const int64_t x_steps = steps_of<T>(D), h_steps = steps_of<T>(S), wide = up_to(S, NR);
@@ -139,72 +210,23 @@ template <class T> void many(const Ffn<T>& f) {
         x = copy;
     }
     float* const h = scratch<1, float>(pairs * h_steps);
-
+    const T* const weights[2] = {f.up, f.gate};
     auto hide = [&](int64_t task) {
         const int64_t e = f.active[task];
-        const T* const weights[2] = {f.up + e * S * D, f.gate ? f.gate + e * S * D : nullptr};
-        float* const panels = scratch<2, float>(2 * x_steps * wide);
-        for (int which = 0; which < (f.gate ? 2 : 1); which++)  // [wide / NR][x_steps][NR]
-            for (int64_t s = 0; s < wide; s += W)
-                pack(weights[which] + s * D, std::min<int64_t>(W, S - s), D, x_steps, D,
-                     panels + which * x_steps * wide + s / NR * x_steps * NR + s % NR);
-        float* const hidden = scratch<3, float>(2 * ROWS * wide);
-        for (int64_t p = f.first[e]; p < f.first[e + 1]; p += ROWS) {
-            const int64_t rows = std::min(ROWS, f.first[e + 1] - p);
-            std::fill_n(hidden, 2 * ROWS * wide, 0.f);
-            for (int which = 0; which < (f.gate ? 2 : 1); which++)
-                for (int64_t s = 0; s < wide; s += NR)
-                    for (int64_t k = 0; k < x_steps; k += KC)
-                        product<T>(
-                            rows, std::min(KC, x_steps - k),
-                            [&](int64_t r) { return x + f.token[p + r] * x_steps + k; },
-                            panels + (which * wide + s) * x_steps + k * NR,
-                            [&](int64_t r) { return hidden + (which * ROWS + r) * wide + s; });
-            for (int64_t r = 0; r < rows; r++) {
-                float* const up = hidden + r * wide;
-                f.finish(S, e * S, up, up + ROWS * wide);
-                float* const out = h + (p + r) * h_steps;
-                if (PAIRED<T>) {
-                    if (S % 2) up[S] = 0.f;
-                    narrow_row(up, S + S % 2, reinterpret_cast<bf16*>(out));
-                } else {
-                    std::copy_n(up, S, out);
-                }
+        multiply_rows(f, x, e, f.gate ? 2 : 1, weights, [&](int64_t p, float* up) {
+            f.finish(S, e * S, up, up + ROWS * wide);
+            float* const out = h + p * h_steps;
+            if (PAIRED<T>) {
+                if (S % 2) up[S] = 0.f;
+                narrow_row(up, S + S % 2, reinterpret_cast<bf16*>(out));
+            } else {
+                std::copy_n(up, S, out);
             }
-        }
+        });
     };
-
-    // Fewer tokens allow wider blocks, which read rows of weights in longer pieces.
-    const int64_t fitting = std::min(BLOCK / std::min(f.N, TOKENS), (D + f.threads - 1) / f.threads);
-    const int64_t block_columns = up_to(std::min<int64_t>(fitting, 1024), NR);
-    const int64_t blocks = (D + block_columns - 1) / block_columns;
-    auto project = [&](int64_t task) {
-        const int64_t n0 = task / blocks * TOKENS, n1 = std::min(f.N, n0 + TOKENS);
-        const int64_t c0 = task % blocks * block_columns, columns = std::min(block_columns, D - c0);
-        float* const out = scratch<2, float>(std::min(f.N, TOKENS) * block_columns);
-        float* const panels = scratch<3, float>(h_steps * block_columns);
-        for (int64_t n = n0; n < n1; n++)
-            for (int64_t c = 0; c < block_columns; c++)
-                out[(n - n0) * block_columns + c] = c < columns ? f.bias(f.down_bias, c0 + c) : 0.f;
-        for (size_t i = 0; i < f.active.size(); i++) {
-            const int64_t e = f.active[i], next = f.active[std::min(i + 1, f.active.size() - 1)];
-            for (int64_t s = 0; s < S; s++)  // the processor does not foresee short pieces far apart
-                for (int64_t b = 0; b < columns * int64_t(sizeof(T)); b += 64)
-                    __builtin_prefetch(reinterpret_cast<const char*>(f.down + (next * S + s) * D + c0) + b);
-            const auto token = f.token.begin();
-            const int64_t p0 = std::lower_bound(token + f.first[e], token + f.first[e + 1], n0) - token;
-            const int64_t p1 = std::lower_bound(token + p0, token + f.first[e + 1], n1) - token;
-            if (p0 == p1) continue;
-            pack_columns(f.down + e * S * D + c0, S, D, columns, h_steps, panels);
-            for (int64_t c = 0; c < columns; c += NR)
-                product<T>(
-                    p1 - p0, h_steps, [&](int64_t r) { return h + (p0 + r) * h_steps; }, panels + c * h_steps,
-                    [&](int64_t r) { return out + (f.token[p0 + r] - n0) * block_columns + c; });
-        }
-        for (int64_t n = n0; n < n1; n++)
-            narrow_row(out + (n - n0) * block_columns, columns, f.y + n * D + c0);
-    };
-    parallel(f.threads, int64_t(f.active.size()), hide, (f.N + TOKENS - 1) / TOKENS * blocks, project);
+    const float* const hidden[1] = {h};
+    const RowSums<T> project{f, 1, hidden, &f.down};
+    parallel(f.threads, int64_t(f.active.size()), hide, project.tasks(), project);
 }
 
 }  // namespace
