@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import functools
 import math
 import sys
 from dataclasses import replace
@@ -62,6 +63,12 @@ def folders(make_lm_tokenizer, tmp_path_factory):
     return root
 
 
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """`written(model)`: where engines write a model for the first of their types, and read it for the others."""
+    return functools.cache(tmp_path_factory.mktemp)
+
+
 def rows_of(path):
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
@@ -84,8 +91,8 @@ CASES = [(name, dtype) for name, engine in ENGINES.items() for dtype in engine.t
 
 
 @pytest.mark.parametrize(("name", "dtype"), CASES)
-def test_a_decoder_in_each_engine(name, dtype, folders, tmp_path):
-    job = job_of(folders / "lm", tmp_path, sequences=1 if name == "llama.cpp" else 2)
+def test_a_decoder_in_each_engine(name, dtype, folders, written):
+    job = job_of(folders / "lm", written("lm"), sequences=1 if name == "llama.cpp" else 2)
     found = started(name, dtype, job)
     assert 0 < found.arm() < math.inf
     assert 0 < found.arm() < math.inf  # the prompt is read anew
@@ -101,8 +108,8 @@ def test_a_decoder_in_each_engine(name, dtype, folders, tmp_path):
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("openvino", "f32"), ("openvino", "int8"), ("onnxruntime", "int8")])
-def test_a_classifier_in_each_engine(name, dtype, folders, tmp_path):
-    job = job_of(folders / "bert", tmp_path, sequences=3, length=16, new_tokens=None)
+def test_a_classifier_in_each_engine(name, dtype, folders, written):
+    job = job_of(folders / "bert", written("bert"), sequences=3, length=16, new_tokens=None)
     found = started(name, dtype, job)
     assert 0 < found.arm() < math.inf
     padded = {key: value.clone() for key, value in job.batch.items()}
