@@ -54,8 +54,14 @@ def config_of(kind, larger, tiny, tiny_lm):
     return config
 
 
-@pytest.mark.parametrize("target", [0.3, 0.5, 0.8, 0.9, 0.95])
-@pytest.mark.parametrize("kind", ["classification", "language modelling", "generation", "encoder-decoder"])
+KINDS = {
+    **dict.fromkeys(("classification", "language modelling"), (0.3, 0.5, 0.8, 0.9, 0.95)),
+    # The rest of the targets depends on the module and the stacks alone, which the kinds above have
+    **dict.fromkeys(("generation", "encoder-decoder"), (0.3, 0.8, 0.95)),
+}
+
+
+@pytest.mark.parametrize(("kind", "target"), [(kind, target) for kind, targets in KINDS.items() for target in targets])
 def test_within_one_point(kind, target, larger, tiny, tiny_lm, lightning, tmp_path):
     config = config_of(kind, larger, tiny, tiny_lm)
     config["model"]["init_args"] |= {"lte": {"expert_size": 4, "target_sparsity": target}, "efficiency_weight": None}

@@ -8,6 +8,7 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+import sqlalchemy
 from mlflow.tracking import MlflowClient
 
 from lte_lightning.callbacks import StageSchedule
@@ -68,6 +69,19 @@ def lock(file):
     return connection
 
 
+@pytest.fixture
+def impatient():
+    """SQLite gives up a locked database at once. MLflow tells it to wait for 20 seconds, and has no option for that."""
+
+    def shorten(connection, cursor, statement, parameters, context, many):
+        return statement.replace("busy_timeout = 20000", "busy_timeout = 100"), parameters
+
+    sqlalchemy.event.listen(sqlalchemy.Engine, "before_cursor_execute", shorten, retval=True)
+    yield
+    sqlalchemy.event.remove(sqlalchemy.Engine, "before_cursor_execute", shorten)
+
+
+@pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("step", [None, 0, 12])
 def test_a_locked_database(step, migrated, config, lightning, at_step):
     """From before the fit, from its first step, from within its second stage."""
