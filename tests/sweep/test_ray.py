@@ -44,10 +44,23 @@ def until(condition):
         time.sleep(0.05)
 
 
+@pytest.fixture(scope="module")
+def cluster():
+    """The address of a cluster of two machines of two cores."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
+    try:
+        cluster.add_node(num_cpus=2)
+        cluster.wait_for_nodes()
+        yield cluster.address
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
 @pytest.fixture
 def runner():
-    """`runner(**arguments)` joins a cluster that was started for it."""
-    yield lambda **more: RayRunner("local", **more)
+    """`runner(address, **arguments)` joins a cluster; "local" is one that is started for it."""
+    yield RayRunner
     ray.shutdown()
 
 
@@ -55,7 +68,7 @@ def runner():
 def test_a_sweep_on_a_cluster(bench, runner):
     points = [{ETA: 0.1}, {ETA: 0.2, "data.fail": "true"}, {ETA: 0.3}]
     trial = bench(start={}, list=points, seeds=[0])
-    swept = trial.run(runner=runner(workers=2, program=(sys.executable, str(STAND_IN))))
+    swept = trial.run(runner=runner("local", workers=2, program=(sys.executable, str(STAND_IN))))
     assert len(swept.summary.done) == 3
     ((name, code),) = swept.summary.failed.items()
     assert (code, "0.2" in name) == (1, True)
@@ -70,24 +83,17 @@ def test_a_sweep_on_a_cluster(bench, runner):
 
 
 @pytest.mark.timeout(300)
-def test_a_fit_has_room_on_one_machine_or_on_none():
+def test_a_fit_has_room_on_one_machine_or_on_none(cluster, runner):
     """Two machines of two cores have no room for three, which Ray would wait for without a word."""
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
-    try:
-        cluster.add_node(num_cpus=2)
-        cluster.wait_for_nodes()
-        with pytest.raises(UserError, match=r"no machine .* there are some of 2 cores and 0 GPUs, and a fit takes 3"):
-            RayRunner(cluster.address, cpus=3)
-        assert RayRunner(cluster.address, cpus=2).slots == 2
-    finally:
-        ray.shutdown()
-        cluster.shutdown()
+    with pytest.raises(UserError, match=r"no machine .* there are some of 2 cores and 0 GPUs, and a fit takes 3"):
+        runner(cluster, cpus=3)
+    assert runner(cluster, cpus=2).slots == 2
 
 
 @pytest.mark.timeout(300)
-def test_what_is_stopped_has_ended_and_has_its_machine_s_environment(runner, tmp_path, monkeypatch):
+def test_what_is_stopped_has_ended_and_has_its_machine_s_environment(cluster, runner, tmp_path, monkeypatch):
     """A fit ends in its own time, however often it is interrupted, and has what fits of a sweep have in common."""
-    ray = runner(workers=1, program=(sys.executable, "-c", PATIENT))
+    ray = runner(cluster, workers=1, program=(sys.executable, "-c", PATIENT))
     monkeypatch.setenv("SECRET_OF_THE_SWEEP", "1")
     monkeypatch.setenv("HF_SOMETHING", "2")
     log = tmp_path / "fit.log"
@@ -122,10 +128,9 @@ def test_a_fit_that_outlives_its_sweep_elsewhere_is_waited_for(bench, tmp_path):
 
 
 @pytest.mark.timeout(300)
-def test_a_cluster_by_its_address(runner):
-    runner()
+def test_a_cluster_by_its_address(cluster):
     code = "import sys; from lte_lightning.sweep.ray import RayRunner; print(RayRunner(sys.argv[1], workers=1).slots)"
-    words = [sys.executable, "-c", code, ray.get_runtime_context().gcs_address]
+    words = [sys.executable, "-c", code, cluster]
     assert subprocess.run(words, capture_output=True, text=True, timeout=200).stdout.split()[-1] == "1"
 
 
