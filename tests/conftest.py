@@ -41,6 +41,9 @@ from transformers import PreTrainedTokenizerFast
 hypothesis.settings.register_profile("lte", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("lte")
 
+# OpenVINO reports every conversion to its makers, from a process of its own. Without this package it cannot.
+sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
+
 GOLDENS = Path(__file__).parent / "goldens"
 
 
