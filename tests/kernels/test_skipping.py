@@ -115,10 +115,12 @@ def test_without_compiled_kernels_every_expert_is_computed(make_weights, monkeyp
         assert actual[name].equal(value), name
 
 
+@pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("share", [0.0, 1.0])
 @pytest.mark.parametrize("tokens", [0, 1, 4])
-def test_nothing_and_everything_selected(make_weights, share, tokens):
-    weights = make_weights(4, 2, 6, biases=True)
+def test_nothing_and_everything_selected(make_weights, share, tokens, gated):
+    weights = make_weights(4, 2, 6, gated=gated, biases=True)
+    torch.full((4, 2, 6), torch.nan)  # memory that a result may get next
     mask_NE = torch.rand(tokens, 4) < share
     expected, actual = (outcome(run, torch.ones(tokens, 6), mask_NE, weights) for run in (by_masking, run_skipping))
     for name, value in expected.items():

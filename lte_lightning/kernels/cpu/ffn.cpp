@@ -92,7 +92,7 @@ void run_training(Product product, const int64_t* shape, int threads, const uint
     auto at = [&](int i) { return static_cast<const T*>(p[i]); };
     Ffn<T> f{N, D, E, S, 0, threads, at(0), at(1), at(2), nullptr, at(3), at(4), nullptr, static_cast<T*>(p[0])};
     f.list(mask);
-    const int count = p[6] ? 2 : 1;
+    const int count = int(shape[4]);
     const T* const numbers[2] = {at(5), at(6)};
     T* const out[2] = {static_cast<T*>(p[5]), static_cast<T*>(p[6])};
     T* const weights[2] = {static_cast<T*>(p[1]), static_cast<T*>(p[2])};
@@ -170,9 +170,9 @@ extern "C" int lte_sum_norm(int dtype, const int64_t* shape, float epsilon, int 
     return 1;
 }
 
-// One of the products of training, see train.h. shape: N, D, E, S. pointers: rows of the tokens [N, D] (the output of
-// PAIRS_TO_ROWS), one or two weights [E, S, D] (the output of PAIRS_TO_WEIGHTS), their biases [E, S] or null, and as many
-// times the pairs' numbers [P, S] (the output of ROWS_TO_PAIRS).
+// One of the products of training, see train.h. shape: N, D, E, S, how many weights. pointers: rows of the tokens [N, D]
+// (the output of PAIRS_TO_ROWS), one or two weights [E, S, D] (the output of PAIRS_TO_WEIGHTS), their biases [E, S] or
+// null, and as many times the pairs' numbers [P, S] (the output of ROWS_TO_PAIRS).
 extern "C" int lte_train(int dtype, int product, const int64_t* shape, int threads, const uint8_t* mask,
                          void* const* pointers) try {
     const auto run_it = dtype == 0 ? run_training<float> : run_training<bf16>;

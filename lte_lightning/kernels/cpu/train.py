@@ -71,7 +71,7 @@ class Pairs:
         status = lib.lte_train(
             DTYPES[rows_ND.dtype],
             product,
-            (ctypes.c_int64 * 4)(N, self.D, E, self.S),
+            (ctypes.c_int64 * 5)(N, self.D, E, self.S, len(numbers)),
             torch.get_num_threads(),
             ctypes.c_void_p(self.mask_NE.data_ptr()),
             (ctypes.c_void_p * 7)(rows_ND.data_ptr(), *two(weights), *two(biases), *two(numbers)),
