@@ -52,9 +52,9 @@ def draw_scores(histogram: Sequence[Sequence[int]], threshold: float, path: Path
         figure.savefig(file, dpi=150, format="png")
 
 
-def _plot(height: float, width: float = 6.0, right: float = 0.1) -> tuple[Figure, Axes]:
-    """Returns a figure of that size in inches with margins for texts; a layout engine would draw everything twice."""
-    left, bottom, top = 0.65, 0.5, 0.35
+def _plot(height: float, right: float = 0.1) -> tuple[Figure, Axes]:
+    """Returns a figure of that height and right margin in inches; a layout engine would draw everything twice."""
+    width, left, bottom, top = 6.0, 0.65, 0.5, 0.35
     figure = Figure(figsize=(width, height))
     place = (left / width, bottom / height, (width - left - right) / width, (height - bottom - top) / height)
     return figure, figure.add_axes(place)

@@ -64,15 +64,16 @@ def costs(lib: ctypes.CDLL, dtype: torch.dtype, compute: Compute) -> Costs | Non
         dtype: Type of input and weights.
         compute: Computes an FFN in one of the ways.
     """
-    return _costs(Path(lib._name).name, torch.get_num_threads(), dtype, compute)
+    return _costs(lib._name, torch.get_num_threads(), dtype, compute)
 
 
 @cache
-def _costs(library: str, threads: int, dtype: torch.dtype, compute: Compute) -> Costs | None:
+def _costs(library_path: str, threads: int, dtype: torch.dtype, compute: Compute) -> Costs | None:
     folder = cache_folder()
     if folder is None:
         return None
     kept, name = folder / "cpu_costs.json", str(dtype).removeprefix("torch.")
+    library = Path(library_path).name
     machine = content_digest(repr((processor(), torch.__version__, library, threads)).encode())
     if (known := _read(kept).get(machine, {}).get(name)) is not None:
         return known
