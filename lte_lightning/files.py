@@ -3,6 +3,7 @@
 import ctypes
 import json
 import os
+import re
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -40,19 +41,45 @@ def whole_file(path: Path, mode: str = "w", **how: Any) -> Iterator[IO[Any]]:
             yield file
         return
     staging = path.with_name(f"{path.name}.tmp")
+    with writing(path):
+        try:
+            with staging.open(mode, **how) as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())  # or after a power cut the new name may be of an empty file
+            staging.replace(path)
+            sync(path.parent)
+        except BaseException:
+            staging.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns what Python and libraries raise where they cannot write, on a full disk for one, into one line.
+
+    Args:
+        path: The file or folder that the block writes. It is as it was if the block fails.
+
+    Raises:
+        UserError: If the block could not write.
+    """
     try:
-        with staging.open(mode, **how) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())  # or after a power cut the new name may be of an empty file
-        staging.replace(path)
-        sync(path.parent)
-    except BaseException as error:
-        staging.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            before = "; the file before it is kept" if path.exists() else ""
-            raise UserError(f"cannot write {path}: {error.strerror or error}{before}") from error
-        raise
+        yield
+    except Exception as error:
+        if (why := _unwritten(error)) is None:
+            raise
+        before = "; the file before it is kept" if path.is_file() else ""
+        raise UserError(f"cannot write {path}: {why}{before}") from error
+
+
+def _unwritten(error: Exception) -> str | None:
+    if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):  # torch cannot end its file then
+        error = error.__context__
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    io = re.search(r"I/O error: (.*?)(?: \(os error \d+\))?$", str(error))
+    return io[1] if io and type(error).__name__ == "SafetensorError" else None  # its import would cost every command
 
 
 def require_place(path: Path) -> None:

@@ -8,6 +8,7 @@ import json
 import os
 import random
 import re
+import resource
 import shutil
 import sqlite3
 import sys
@@ -70,6 +71,22 @@ def forgets_selectors() -> Iterator[None]:
     sys.modules.pop("my_baselines", None)
     registry._selectors.clear()
     registry._selectors.update(before)
+
+
+@pytest.fixture
+def no_file_larger_than() -> Callable[[int], contextlib.AbstractContextManager[None]]:
+    """`with no_file_larger_than(size)`: what a full disk is to a process, a write that fails after a part of it."""
+
+    @contextlib.contextmanager
+    def limited(size: int) -> Iterator[None]:
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return limited
 
 
 class Terminal(io.StringIO):

@@ -35,12 +35,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
         if path.is_dir():  # a fit on several devices began, and one device goes on
             path = path.with_name(f"{path.name}.new")
         with whole_file(path, "wb") as file:
-            try:
-                torch.save(checkpoint, file)
-            except RuntimeError as error:  # torch's writer cannot end its file where the disk is full
-                if isinstance(error.__context__, OSError):
-                    raise error.__context__ from error
-                raise
+            torch.save(checkpoint, file)
         if path != target:
             exchange(path, target)
             shutil.rmtree(path)

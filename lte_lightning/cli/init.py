@@ -44,12 +44,14 @@ def init(
     """
     from lte_lightning.cli.inspect_data import configuration_for
     from lte_lightning.errors import UserError
+    from lte_lightning.files import write_text, writing
 
     file = Path(folder) / "config.yaml"
     if file.exists():
         raise UserError(f"{file} exists already; choose another folder, or remove it")
     configuration = configuration_for(data, model, task, text, label)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(configuration)
+    with writing(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, configuration)
     print(configuration, end="")
     print(f"\nlightning fit --config {file}")

@@ -173,7 +173,10 @@ def save_openvino(graph: Graph, program: ExportedProgram, folder: Path, extensio
     for port, name in zip(converted.inputs, graph.inputs, strict=True):
         port.get_tensor().set_names({name})
     converted.outputs[0].get_tensor().set_names({graph.output})
-    openvino.save_model(converted, folder / "openvino_model.xml", compress_to_fp16=False)
+    try:
+        openvino.save_model(converted, folder / "openvino_model.xml", compress_to_fp16=False)
+    except RuntimeError as error:  # on a full disk its message is of streams alone
+        raise OSError(f"OpenVINO's writer failed ({error}), as it does on a full disk") from error
 
 
 def _named(graph: Graph) -> dict[str, dict[int, str]]:

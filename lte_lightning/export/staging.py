@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lte_lightning.errors import UserError
-from lte_lightning.files import require_place
+from lte_lightning.files import require_place, writing
 
 
 @contextmanager
@@ -21,17 +21,13 @@ def staged(path: Path) -> Iterator[Path]:
         UserError: If something exists there, or the place cannot be written to.
     """
     require_free(path)
-    try:
+    with writing(path):
         folder = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
-    try:
-        yield folder / path.name
-        (folder / path.name).rename(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            yield folder / path.name
+            (folder / path.name).rename(path)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def require_free(path: Path) -> None:

@@ -1,26 +1,13 @@
 """A checkpoint is there whole, or the one before it is, whatever happens while it is written."""
 
 import multiprocessing
-import resource
 import time
-from contextlib import contextmanager
 
 import pytest
 import torch
 
 from lte_lightning.callbacks.checkpoints import WholeCheckpointIO
 from lte_lightning.errors import UserError
-
-
-@contextmanager
-def no_file_larger_than(size):
-    """What a full disk is to a process: a write fails, after it has written a part."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def content(number):
@@ -34,7 +21,7 @@ def read(path):
 
 
 @pytest.mark.parametrize("size", [0, 10, 100_000, 1_999_000, 2_000_600])
-def test_a_full_disk_leaves_the_one_before(size, tmp_path):
+def test_a_full_disk_leaves_the_one_before(size, no_file_larger_than, tmp_path):
     last = tmp_path / "checkpoints" / "last.ckpt"
     WholeCheckpointIO().save_checkpoint(content(1), last)
     with pytest.raises(UserError) as refused, no_file_larger_than(size):
@@ -46,7 +33,7 @@ def test_a_full_disk_leaves_the_one_before(size, tmp_path):
     assert read(last) == 3
 
 
-def test_a_full_disk_from_the_start_leaves_nothing(tmp_path):
+def test_a_full_disk_from_the_start_leaves_nothing(no_file_larger_than, tmp_path):
     with pytest.raises(UserError, match=r"cannot write .*last\.ckpt: File too large$"), no_file_larger_than(1000):
         WholeCheckpointIO().save_checkpoint(content(1), tmp_path / "last.ckpt")
     assert list(tmp_path.iterdir()) == []

@@ -107,6 +107,18 @@ def test_a_folder_of_notes_is_running_text(init, lightning, tmp_path):
     assert fit.code == 0, fit.err
 
 
+def test_a_full_disk_is_one_line_and_leaves_no_file(init, no_file_larger_than, tmp_path):
+    file = write_csv(tmp_path / "reviews.csv", reviews())
+    init(file)
+    whole = (tmp_path / "new" / "config.yaml").read_bytes()
+    (tmp_path / "new" / "config.yaml").unlink()
+    with no_file_larger_than(len(whole) - 1):
+        outcome, written = init(file)
+    assert (outcome.code, written) == (1, None)
+    assert outcome.err.splitlines()[-1] == f"error: cannot write {tmp_path}/new/config.yaml: File too large"
+    assert not list((tmp_path / "new").iterdir())
+
+
 def test_nothing_is_overwritten(init, tmp_path):
     file = write_csv(tmp_path / "reviews.csv", reviews())
     init(file)

@@ -1,6 +1,7 @@
 """Graphs of the masked function: torch.export's, in onnxruntime, in openvino; all give the sparse model's values."""
 
 import copy
+import re
 import sys
 from typing import Any
 
@@ -13,6 +14,7 @@ import lte_lightning
 from lte_lightning.core.model.convert import selector_parameters
 from lte_lightning.core.model.experts import expert_ffns
 from lte_lightning.errors import UserError
+from lte_lightning.export.dense import write_dense
 from lte_lightning.export.extension import write_openvino_sparse
 from lte_lightning.export.graph import Graph, to_program, write_onnx, write_openvino
 from lte_lightning.kernels.cpu.build import library
@@ -138,6 +140,22 @@ def test_a_missing_package_is_named(write, package, what, tmp_path, monkeypatch)
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(UserError, match=rf'{what} models need a package: pip install "lte-lightning\[export\]"'):
         write(build("bert"), str(tmp_path), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def write_plain(model, source, folder):
+    write_dense(lte_lightning.restore(model), {}, source, folder)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("write", [write_plain, write_onnx, write_openvino])
+def test_a_full_disk_is_one_line_and_leaves_nothing(write, no_file_larger_than, tmp_path):
+    pytest.importorskip("openvino", reason="the extra export is not installed")
+    pytest.importorskip("onnxscript", reason="the extra export is not installed")
+    model, folder = build("gpt2"), tmp_path / "out"
+    with pytest.raises(UserError, match=f"^cannot write {folder}: .*") as refused, no_file_larger_than(20_000):
+        write(model, str(tmp_path), folder)
+    assert re.search("File too large|as it does on a full disk", str(refused.value))
     assert not list(tmp_path.iterdir())
 
 

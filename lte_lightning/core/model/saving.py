@@ -41,7 +41,7 @@ from lte_lightning.core.model.settings import settings
 from lte_lightning.core.model.swap import lte_config, plain
 from lte_lightning.core.model.thresholds import THRESHOLDS_FILE, save_kept_table
 from lte_lightning.errors import UserError
-from lte_lightning.files import exchange, sync, sync_all
+from lte_lightning.files import exchange, sync, sync_all, writing
 from lte_lightning.selection import selector_class
 
 
@@ -71,17 +71,14 @@ def save_pretrained(
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()) and not (folder / CONFIG_FILE).exists():
         raise UserError(f"{folder} exists and is not a saved LTE model; choose another folder or empty it")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        _write(model, staging, about, **kwargs)
-        _permit(staging)
-        sync_all(staging)  # without this, a power cut may leave the folder with empty files
-        exchange(staging, folder)
-        if staging.exists():  # the previous folder
-            shutil.rmtree(staging)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    with writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        try:
+            _write(model, staging, about, **kwargs)
+            exchange(staging, folder)  # the previous folder is at the staging one's name then
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
     return folder
 
 
@@ -102,12 +99,12 @@ def save_into(model: PreTrainedModel, folder: Path, **kwargs: Any) -> Path:
     if folder.is_file():
         raise UserError(f"{folder} is a file; a model is saved in a folder")
     is_new = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
     try:
-        _write(model, staging, None, **kwargs)
-        _permit(staging)
-        sync_all(staging)
+        with writing(folder):
+            _write(model, staging, None, **kwargs)
         written = sorted(path.name for path in staging.iterdir())
         # The description is removed first and written last, so that nobody takes a half-written folder for a model.
         (folder / CONFIG_FILE).unlink(missing_ok=True)
@@ -175,7 +172,7 @@ def _write(
     _require_loadable(model, state)
     with plain(model):
         model.save_pretrained(folder, state_dict=state, **kwargs)
-    _describe(model, folder, routers, about, kwargs.get("variant"))
+    _complete(model, folder, routers, about, kwargs.get("variant"))
 
 
 def _write_quantized(model: PreTrainedModel, folder: Path, about: dict[str, Any] | None) -> None:
@@ -192,10 +189,10 @@ def _write_quantized(model: PreTrainedModel, folder: Path, about: dict[str, Any]
         for name, ffn in expert_ffns(model).items()
         for key, value in ffn.selector.state_dict().items()
     }
-    _describe(model, folder, routers, about, quantized=quantized)
+    _complete(model, folder, routers, about, quantized=quantized)
 
 
-def _describe(
+def _complete(
     model: PreTrainedModel,
     folder: Path,
     routers: dict[str, torch.Tensor],
@@ -203,7 +200,7 @@ def _describe(
     variant: str | None = None,
     quantized: dict[str, Any] | None = None,
 ) -> None:
-    """Writes the routers and the description into a folder that has the weights."""
+    """Writes the routers and the description into a folder that has the weights, and waits until all is on the disk."""
     save_file(routers, folder / ROUTERS_FILE)
     config = lte_config(model)
     description = {
@@ -226,6 +223,8 @@ def _describe(
     (folder / CONFIG_FILE).write_text(json.dumps(description, indent=2) + "\n")
     save_kept_table(model, folder, description)
     write_card(folder, description, model.config)
+    _permit(folder)
+    sync_all(folder)  # without this, a power cut may leave the folder with empty files
 
 
 def _base(model: PreTrainedModel) -> dict[str, str | None]:

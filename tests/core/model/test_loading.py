@@ -7,8 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
-from lte_lightning import LteConfig, convert, from_pretrained, save_pretrained, set_mode
-from lte_lightning.core.model import saving
+from lte_lightning import LteConfig, convert, from_pretrained, quantize, save_pretrained, set_mode
 from lte_lightning.core.model.experts import MODES, expert_ffns
 from lte_lightning.core.model.loading import LayoutError, is_lte, read_description
 from lte_lightning.errors import UserError
@@ -170,30 +169,27 @@ def test_foreign_folders_are_refused_untouched(routed, tmp_path, name):
     assert content(tmp_path) == {(tmp_path / "saved" / name).relative_to(tmp_path): b"{}"}
 
 
+@pytest.mark.parametrize("quantised", [False, True])
 @pytest.mark.parametrize("existing", [True, False])
-def test_a_failure_half_way_leaves_all_as_it_was(routed, batch, monkeypatch, tmp_path, existing):
-    model = routed()
+@pytest.mark.parametrize("size", [0, 1_500, 20_000])  # no file, the routers or the weights are too large
+def test_a_full_disk_leaves_all_as_it_was(size, existing, quantised, routed, batch, no_file_larger_than, tmp_path):
+    model = routed("gpt2", "lm")
     set_mode(model, "hard")
+    if quantised:
+        quantize(model.eval().requires_grad_(False), "int8")
+    folder, expected = tmp_path / "saved", logits(model, batch)
     if existing:
-        save_pretrained(model, tmp_path / "saved")
-    before, expected = content(tmp_path), logits(model, batch)
-
-    def full_disk(*args, **kwargs):
-        raise OSError("no space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(saving, "save_file", full_disk)
-        with pytest.raises(OSError, match="no space left"):
-            save_pretrained(model, tmp_path / "saved")
-        patch.undo()
-        patch.setattr(model, "save_pretrained", full_disk)
-        with pytest.raises(OSError, match="no space left"):
-            save_pretrained(model, tmp_path / "saved")
-    assert content(tmp_path) == before
-    assert [path.name for path in tmp_path.iterdir()] == ["saved"] * existing
+        save_pretrained(model, folder)
+    before = content(tmp_path)
+    for save in (lambda: save_pretrained(model, folder), lambda: model.save_pretrained(folder)):
+        with pytest.raises(UserError) as refused, no_file_larger_than(size):
+            save()
+        assert str(refused.value) == f"cannot write {folder}: File too large"
+        assert content(tmp_path) == before
+        assert [path.name for path in tmp_path.iterdir()] == ["saved"] * existing
     assert logits(model, batch).equal(expected)
-    save_pretrained(model, tmp_path / "saved")
-    assert logits(from_pretrained(tmp_path / "saved", backend="dense-mask"), batch).equal(expected)
+    save_pretrained(model, folder)
+    assert logits(from_pretrained(folder, backend="dense-mask"), batch).equal(expected)
 
 
 def test_an_unconverted_model_is_not_saved(build, tmp_path):
