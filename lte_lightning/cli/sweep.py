@@ -18,10 +18,11 @@ from lte_lightning.report.collect import collect
 from lte_lightning.results import read_results
 from lte_lightning.shipped import SWEEPS, resolve
 from lte_lightning.store import read_run_file
+from lte_lightning.sweep.command import as_words, fit_command, sweep_options
 from lte_lightning.sweep.engine import Engine, Runner, Summary
 from lte_lightning.sweep.folder import COPY, FRONT, SweepFolder
 from lte_lightning.sweep.local import LocalRunner
-from lte_lightning.sweep.points import Point, Sweep, options
+from lte_lightning.sweep.points import Point, Sweep
 from lte_lightning.sweep.progress import Watch
 from lte_lightning.sweep.recall import Remembered, recognise
 from lte_lightning.sweep.search import Trials
@@ -137,11 +138,11 @@ def check(sweep: Sweep, folder: SweepFolder, points: list[Point]) -> dict[str, A
     missing = [point for point in first_seed if folder.finished(point.name, attempts) is None]
     if sweep.search:
         missing += [sweep.trial(parameters)[0] for parameters in sweep.search.examples()]
-    commands = {shlex.join(point.arguments()): point for point in missing or first_seed[:1]}
+    commands = {shlex.join(fit_command(point)): point for point in missing or first_seed[:1]}
     print(f"checking {len(commands)} command lines", flush=True)
     process = subprocess.run(
         [sys.executable, "-m", "lte_lightning.cli.check"],
-        input=json.dumps([point.arguments() for point in commands.values()]),
+        input=json.dumps([fit_command(point) for point in commands.values()]),
         capture_output=True,
         text=True,
     )
@@ -211,11 +212,12 @@ def _runner(typed: SweepOptions) -> Runner:
 
 
 def _print_commands(sweep: Sweep, folder: SweepFolder, points: list[Point]) -> None:
-    engine, attempts = Engine(folder, LocalRunner()), folder.attempts()
+    attempts = folder.attempts()
+    runs = {point.name: run for point in points if (run := folder.finished(point.name, attempts))}
     for point in points:
-        done = folder.finished(point.name, attempts)
-        print(f"# {point.name}{': done' if done else ''}")
-        print(f"lightning {shlex.join(point.arguments())} {shlex.join(options(engine.place(point, shown=True)))}")
+        print(f"# {point.name}{': done' if point.name in runs else ''}")
+        added = as_words(sweep_options(point, folder, runs, future_runs=True))
+        print(f"lightning {shlex.join(fit_command(point) + added)}")
     if sweep.search:
         print(f"# and {sweep.search.trials} trials over {', '.join(sweep.search.parameters)}, as Optuna proposes them")
 

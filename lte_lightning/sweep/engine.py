@@ -1,6 +1,5 @@
 """The sweep loop: start ready points, record outcomes, print progress."""
 
-import os
 import shlex
 import shutil
 import time
@@ -8,12 +7,13 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from lte_lightning.bars import say
 from lte_lightning.results import FILE, read_results
+from lte_lightning.sweep.command import as_words, fit_command, resume_command, sweep_options
 from lte_lightning.sweep.folder import SweepFolder, resumable
-from lte_lightning.sweep.points import Point, options
+from lte_lightning.sweep.points import Point
 from lte_lightning.sweep.progress import Watch
 from lte_lightning.sweep.record import Record
 from lte_lightning.sweep.search import Trials
@@ -181,32 +181,13 @@ class Engine:
         if runs and resumable(runs[-1]) and not (failed and last_record.resumed):
             if self.tracker:
                 self.tracker.adopt(runs[-1])
-            run = os.path.relpath(runs[-1])
-            return ["fit", "--config", f"{run}/config.yaml", "--ckpt_path", f"{run}/checkpoints/last.ckpt"]
+            return resume_command(runs[-1])
         for lost in runs:  # it has no checkpoint, or failed twice from the same one
             shutil.rmtree(lost, ignore_errors=True)
             if self.tracker:
                 self.tracker.forget(lost.name)
-        return point.arguments() + options(self.place(point))
-
-    def place(self, point: Point, shown: bool = False) -> dict[str, Any]:
-        """Returns the options for a point's start and floor, and for the place of its run.
-
-        Args:
-            point: The point.
-            shown: Whether they are shown only, and may name runs that are to come.
-        """
-        placed: dict[str, Any] = {}
-        if point.start:
-            placed["model.init_from"] = os.path.relpath(self._run(point.start) / "model")
-        if point.floor and (shown or point.floor in self._runs):
-            placed["run.floor_from"] = os.path.relpath(self._run(point.floor) / FILE)
-        placed |= {"run.root": os.path.relpath(self.folder.path.parent), "run.experiment": self.folder.path.name}
-        placed |= {"run.name": point.name, "trainer.enable_progress_bar": False}
-        return placed | (self.tracker.options() if self.tracker else {})
-
-    def _run(self, name: str) -> Path:
-        return self._runs.get(name) or self.folder.finished(name) or self.folder.path / f"<run of {name}>"
+        added = sweep_options(point, self.folder, self._runs) | (self.tracker.options() if self.tracker else {})
+        return fit_command(point) + as_words(added)
 
     def _settle(self, name: str, code: int) -> None:
         point, seconds = self.points[name], self._seconds(name)

@@ -73,11 +73,6 @@ class Point:
         """Its options in canonical form. With a start, ``model.init_from`` is not one of them."""
         return {key: value for key, value in canonical(self.overrides).items() if not (self.start and key == INIT)}
 
-    def arguments(self) -> list[str]:
-        """Returns the fit's command line, without options about other fits or the place of its run."""
-        words = ["fit", *(word for path in self.configs for word in ("--config", path))]
-        return words + options({"seed_everything": self.seed} | self.overrides)
-
 
 def restore(content: Any) -> Point | None:
     """Returns a stored point, or None if this is none. Points of earlier versions have no configs and options."""
@@ -263,11 +258,6 @@ def are_rivals(point: Point, other: Point) -> bool:
 def slug(words: str) -> str:
     """Returns words in the form that names of points, and so of files, have."""
     return re.sub(r"[^A-Za-z0-9_.=-]+", "_", words)
-
-
-def options(values: dict[str, Any]) -> list[str]:
-    """Writes options as a command line has them."""
-    return [word for key, value in values.items() for word in (f"--{key}", text(value))]
 
 
 def text(value: Any) -> str:

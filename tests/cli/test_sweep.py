@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from lte_lightning.results import Place
+from lte_lightning.sweep.command import fit_command
 from lte_lightning.sweep.folder import SweepFolder
 from lte_lightning.sweep.spec import OBJECTIVES, read_sweep
 
@@ -124,7 +125,7 @@ def test_a_folder_of_another_sweep_or_of_other_options_is_refused(sweep_file, sw
     folder = SweepFolder(tmp_path / "runs" / "sweep-trial")
     with folder.hold(read_sweep(file)):
         for point in read_sweep(file).points():
-            folder.remember(point, status="done", command=shlex.join(["lightning", *point.arguments()]))
+            folder.remember(point, status="done", command=shlex.join(["lightning", *fit_command(point)]))
             run = folder.path / point.name
             run.mkdir()
             (run / "run.json").write_text(json.dumps({"layout": 1, "name": point.name}))

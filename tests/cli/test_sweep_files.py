@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from lte_lightning.cli.check import check_commands
+from lte_lightning.sweep.command import fit_command
 from lte_lightning.sweep.spec import read_sweep
 
 SWEEPS = Path(__file__).parents[2] / "sweeps"
@@ -28,7 +29,7 @@ def test_every_sweep_s_points_are_instantiated(path, monkeypatch):
     assert sweep.about
     assert {point.role for point in points} == {"start", "floor", "point"}
     kept = representatives(points)
-    found = check_commands([point.arguments() for point in kept])
+    found = check_commands([fit_command(point) for point in kept])
     assert [one["error"] for one in found] == [None] * len(kept)
 
 
@@ -53,7 +54,7 @@ def representatives(points):
 
 
 def pairs(point):
-    return [(option, word) for option, word in itertools.pairwise(point.arguments()) if option.startswith("--")]
+    return [(option, word) for option, word in itertools.pairwise(fit_command(point)) if option.startswith("--")]
 
 
 def point_number(word):
@@ -72,6 +73,6 @@ def test_a_sweep_s_representatives():
     assert {point.overrides[ETA] for point in kept if point.role == "point"} == {min(etas), max(etas)}
     points = read_sweep(SWEEPS / "roberta-base-glue.yaml", {}, seeds=[0]).points()
     kept = representatives(points)
-    for of in (lambda point: (point.role, point.variant), lambda point: point.arguments()[2]):
+    for of in (lambda point: (point.role, point.variant), lambda point: fit_command(point)[2]):
         assert {*map(of, kept)} == {*map(of, points)}  # each method and each configuration, not each pair of them
     assert len(kept) < len(points) / 4

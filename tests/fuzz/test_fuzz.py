@@ -41,6 +41,7 @@ from lte_lightning.report.page import write_report
 from lte_lightning.report.tracked import collect_tracked
 from lte_lightning.results import Evaluation, Place, Results, read_evaluation, read_results
 from lte_lightning.store import read_run_file
+from lte_lightning.sweep.command import fit_command
 from lte_lightning.sweep.folder import SweepFolder
 from lte_lightning.sweep.recall import recognise
 from lte_lightning.sweep.search import Trials
@@ -405,7 +406,7 @@ SEARCH = {
 def test_sweep_file(content, tmp_path):
     (tmp_path / "base.yaml").write_bytes(as_yaml(CONFIG))
     (tmp_path / "sweep.yaml").write_bytes(content)
-    attempt("sweep file", lambda: [point.arguments() for point in read_sweep(tmp_path / "sweep.yaml").points()])
+    attempt("sweep file", lambda: [fit_command(point) for point in read_sweep(tmp_path / "sweep.yaml").points()])
 
 
 POINT = {

@@ -13,6 +13,7 @@ import time
 import pytest
 
 from lte_lightning.errors import UserError
+from lte_lightning.sweep.command import sweep_options
 from lte_lightning.sweep.engine import Engine
 from lte_lightning.sweep.folder import SweepFolder
 from lte_lightning.sweep.local import LocalRunner, cores
@@ -70,11 +71,11 @@ def test_every_point_is_run_once_after_what_it_needs(bench, monkeypatch):
 def test_a_command_that_is_only_shown_names_runs_that_are_done(bench):
     trial = bench(start={}, grid={ETA: [0.1]})
     points = read_sweep(trial.file).points()
-    before = Engine(SweepFolder("runs/trial"), LocalRunner()).place(points[-1])
+    before = sweep_options(points[-1], SweepFolder("runs/trial"), {})
     assert before["model.init_from"] == f"runs/trial/<run of {points[0].name}>/model"
     swept = trial.run()
     (run,) = swept.folder.attempts()[points[0].name]
-    assert Engine(swept.folder, LocalRunner()).place(points[-1])["model.init_from"] == f"runs/trial/{run.name}/model"
+    assert sweep_options(points[-1], swept.folder, {})["model.init_from"] == f"runs/trial/{run.name}/model"
 
 
 def test_new_points_join_and_old_ones_stay(bench):

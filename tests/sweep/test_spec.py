@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from lte_lightning.errors import UserError
+from lte_lightning.sweep.command import fit_command
 from lte_lightning.sweep.spec import read_sweep
 
 ETA = "model.efficiency_weight"
@@ -29,7 +30,7 @@ BASE = {"configs": ["base.yaml"]}
 
 
 def options_of(point):
-    words = point.arguments()
+    words = fit_command(point)
     return dict(zip(words[1::2], words[2::2], strict=True))
 
 
@@ -60,7 +61,7 @@ def test_variants_are_crossed_with_grids_lists_and_seeds(read):
 def test_a_point_is_a_command_that_one_could_type(read, tmp_path):
     values = {"data.source": "a b", "model.init_from": None, "model.lte": {"expert_size": 8}, "trainer.logger": False}
     (point,) = read(BASE | {"overrides": values, "seeds": [3]}).points()
-    assert point.arguments() == [
+    assert fit_command(point) == [
         *("fit", "--config", str(tmp_path / "base.yaml"), "--seed_everything", "3"),
         *("--data.source", "a b", "--model.init_from", "null"),
         *("--model.lte", '{"expert_size": 8}', "--trainer.logger", "false"),
