@@ -39,8 +39,9 @@ def init(
         data: File, folder or hub id. Files are csv, tsv, jsonl, json or parquet, and txt or md of running text.
         model: Folder or hub id. By default MiniLM for classification, else SmolLM2-135M.
         task: A classifier, answers to prompts, or a language model. By default the columns decide.
-        text: Column of the text to classify, or of running text. By default the one with the longest texts.
-        label: Column of the classes. By default one with a name such as label or stars, or with few values.
+        text: Column of the text to classify, of running text, or of prompts. By default that of the longest texts.
+        label: Column of the classes, or of the answers to prompts. A column of classes is found by a name such as label
+            or stars, or by its few values.
     """
     from lte_lightning.cli.inspect_data import configuration_for
     from lte_lightning.errors import UserError

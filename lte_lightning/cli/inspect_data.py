@@ -15,10 +15,11 @@ from lte_lightning.core.model.families import FAMILIES
 from lte_lightning.data import ClassificationData, InstructData, LanguageModelData
 from lte_lightning.data.base import TextData
 from lte_lightning.data.chats import FORMS
-from lte_lightning.data.files import FORMATS
-from lte_lightning.data.labels import is_missing
+from lte_lightning.data.files import FORMATS, TABLES, find_files, read_split, suffix_of
+from lte_lightning.data.labels import is_missing, listed
 from lte_lightning.data.packaged import MODEL, DataError, resolve
 from lte_lightning.errors import UserError
+from lte_lightning.quiet import without_remarks
 
 _MODELS = {
     "classification": MODEL,
@@ -45,10 +46,10 @@ def configuration_for(source: str, model: str | None, task: str, text: str | Non
         UserError: If the data or the model cannot be used.
     """
     source = str(Path(source).resolve()) if Path(source).exists() else source
-    splits = _AnyData("init", "", source, seed=0).load_splits()
-    rows = splits.get("train")
+    with without_remarks("lightning.pytorch.utilities.rank_zero"):  # the task's own data make them, below
+        rows = _AnyData("init", "", source, seed=0).load_splits().get("train")
     if task == "auto":
-        task = _task(rows, text, label)
+        task = _task(rows, source, text, label)
     model = model or _MODELS[task]
     limit = _limit(model, task)
     look_at = {"classification": _classification, "chat": _chat, "text": _text}[task]
@@ -65,8 +66,15 @@ def configuration_for(source: str, model: str | None, task: str, text: str | Non
     return environment.from_string(_TEMPLATE.read_text()).render(about | facts)
 
 
-def _task(rows: Dataset | None, text: str | None, label: str | None) -> str:
-    if rows is None:  # a folder of any files of text
+def _task(rows: Dataset | None, source: str, text: str | None, label: str | None) -> str:
+    if rows is None:  # a folder without splits: text of any files
+        tables = [file for file in find_files(source) if suffix_of(file) in TABLES and file.stat().st_size]
+        if tables and _task(read_split(tables[0], ""), source, text, label) != "text":
+            raise DataError(
+                f"{source} has no train{TABLES[0]}, or {', '.join(TABLES[1:])}; it has "
+                f"{listed(file.name for file in tables)}: name that instead, or rename it; --task text reads all files "
+                "as running text"
+            )
         return "text"
     names = rows.column_names
     if label is None and text is None and any(form.columns[0] in names and form.columns[-1] in names for form in FORMS):
@@ -109,7 +117,8 @@ def _classification(
     label = label or _label(rows, text)
     text = text or _longest(rows, label)
     data = ClassificationData(model, source, text=text, label=label, regression=True)
-    regression = label in rows.column_names and _has_fractions(data.load_splits()["train"][label][:])
+    with without_remarks("lightning.pytorch.utilities.rank_zero"):
+        regression = label in rows.column_names and _has_fractions(data.load_splits()["train"][label][:])
     if not regression:
         data = ClassificationData(model, source, text=text, label=label)
     training = data.rows("train")[0]
@@ -125,6 +134,7 @@ def _classification(
         "regression": regression,
         "others": [name for name in rows.column_names if name not in (text, label)],
         "classes": [(name, counts[value]) for value, name in classes],
+        "is_a_row": label in counts,
         "rows": len(training),
         **_length_for(tokens, longest),
         "batch_size": 32,
@@ -134,7 +144,8 @@ def _classification(
 def _chat(
     source: str, model: str, limit: int, rows: Dataset | None, text: str | None, label: str | None
 ) -> dict[str, Any]:
-    data = InstructData(model, source, max_length=_UNCUT)
+    columns = [name for name in (text, label) if name]
+    data = InstructData(model, source, columns=columns or None, max_length=_UNCUT)
     training = data.rows("train")[0]
     return {
         "source": source,
@@ -181,7 +192,11 @@ def _label(rows: Dataset, text: str | None) -> str:
         if kinds <= {str, int, bool} and 2 <= len(set(values)) <= min(100, len(values) // 2):
             few[name] = len(set(values))
     if not few:
-        raise DataError(f"no column looks like class labels: set --label; there are {', '.join(rows.column_names)}")
+        only = " in the only row (JSON is a list of objects, or one object in each line)" if len(rows) == 1 else ""
+        raise DataError(
+            f"no column looks like class labels: set --label; there are {', '.join(rows.column_names)}{only}. For "
+            "prompts and answers set --task chat, and name their columns by --text and --label"
+        )
     return min(few, key=few.__getitem__)
 
 

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from lte_lightning.data.checks import rename_only_column, require_at_least, require_columns, rows_of
-from lte_lightning.data.files import TABLES, find_split, other_files, read_split, suffix_of
+from lte_lightning.data.files import TABLES, find_split, other_files, read_shards, read_split, suffix_of
 from lte_lightning.data.labels import listed
 from lte_lightning.data.packaged import DataError
 from lte_lightning.data.text import BucketBatchSampler, Loader, load_tokenizer, one_or_all
@@ -125,6 +125,7 @@ class TextData(LightningDataModule):
             return {"train": self.read("train")}
         names = self._split_names
         splits = {name: self.read(name) for name in names if find_split(self.source, name, self.formats)}
+        splits = splits or read_shards(self.source, names)
         if splits and (unread := other_files(self.source, names, self.formats)):
             rank_zero_info(f"not read in {self.source}: {listed(unread)}; the splits are {', '.join(names)}")
         return splits
@@ -295,6 +296,5 @@ class TextData(LightningDataModule):
 
 def expect_no_workers() -> None:
     """Silences Lightning's advice to use worker processes."""
-    # No workers: the rows are tokenised and mapped into memory, and handing a batch over between processes would cost
-    # more than making it. Lightning recommends workers to everybody.
+    # The rows are tokenised and mapped into memory: handing a batch over would cost more than making it.
     warnings.filterwarnings("ignore", ".*does not have many workers.*")

@@ -130,7 +130,7 @@ class ClassificationData(TextData):
 
     def read(self, split: str) -> Dataset:
         """Returns the rows of a local split."""
-        return read_split(self.source, split, self.label, self.formats)
+        return read_split(self.source, split, self.label, self.formats, decimal_commas=self.regression)
 
     def load_splits(self) -> dict[str, Dataset]:
         """Read every split that the source has, with clean labels."""

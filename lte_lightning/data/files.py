@@ -2,19 +2,16 @@
 
 import glob
 import re
-from collections import Counter
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import fsspec
-import pandas as pd
-from datasets import Dataset, Features, IterableDataset, Value, load_dataset
+from datasets import Dataset, IterableDataset, load_dataset
 from datasets.exceptions import DatasetGenerationError
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from pyarrow import ArrowInvalid
 
+from lte_lightning.data.csv_files import csv_options
 from lte_lightning.data.packaged import DataError
 from lte_lightning.documents import DocumentError, check_rows
 from lte_lightning.errors import meant_path
@@ -77,7 +74,36 @@ def find_files(folder: str | Path) -> list[Path]:
     return sorted(file for file in files if not any(part.startswith(".") for part in file.relative_to(root).parts))
 
 
-def read_split(source: str | Path, split: str, label: str = LABEL, formats: Sequence[str] = FORMATS) -> Dataset:
+def read_shards(folder: str | Path, splits: Sequence[str]) -> dict[str, Dataset]:
+    """Read the splits of a folder as the hub stores them: `data/train-00000-of-00002.parquet` and so on.
+
+    Args:
+        folder: The folder; its files may stand in it or in its folder `data`.
+        splits: Which ones to read; those without files are left out.
+
+    Raises:
+        DataError: Some files of a split are missing or not readable.
+    """
+    read = {}
+    for split in splits:
+        pattern = f"{glob.escape(split)}-?????-of-?????*.parquet"
+        files = [file for place in (Path(folder), Path(folder, "data")) for file in sorted(place.glob(pattern))]
+        if not files:
+            continue
+        count = files[0].name.removeprefix(f"{split}-").split("-of-")[1][:5]
+        if str(len(files)).zfill(5) != count:
+            raise DataError(f"{files[0].parent} has {len(files)} of the {int(count)} files of {split}: add the others")
+        read[split] = _load(*files)
+    return read
+
+
+def read_split(
+    source: str | Path,
+    split: str,
+    label: str = LABEL,
+    formats: Sequence[str] = FORMATS,
+    decimal_commas: bool = False,
+) -> Dataset:
     """Read one split from a local folder or file.
 
     All columns of a CSV or TSV file are text, but for the label's, which are numbers if all of them are.
@@ -87,6 +113,7 @@ def read_split(source: str | Path, split: str, label: str = LABEL, formats: Sequ
         split: `train`, `validation`, ...
         label: Name of the labels' column. An empty label is None.
         formats: Which files count.
+        decimal_commas: Whether labels such as 0,5 are numbers.
 
     Raises:
         DataError: The file is missing, ambiguous, of an unknown kind, empty or not readable.
@@ -100,7 +127,8 @@ def read_split(source: str | Path, split: str, label: str = LABEL, formats: Sequ
             rows.data.validate(full=True)
         except ArrowInvalid as error:
             raise DataError(f"{file} {_NOT_UTF8}") from error
-    return _with_numbers(rows, label) if kind == "csv" and label in rows.column_names else rows
+    is_text = kind == "csv" and label in rows.column_names
+    return _with_numbers(rows, label, decimal_commas) if is_text else rows
 
 
 def stream_split(source: str | Path, split: str, formats: Sequence[str] = FORMATS) -> IterableDataset:
@@ -128,16 +156,16 @@ def _require(source: str | Path, split: str, formats: Sequence[str]) -> Path:
     return file
 
 
-def _load(file: Path, **how: bool) -> Any:
+def _load(file: Path, *more: Path, **how: bool) -> Any:
     suffix = suffix_of(file)
     # load_dataset reads a path as a pattern, and brackets in a folder's name are not one.
-    pattern = glob.escape(str(file.resolve()))
+    patterns = [glob.escape(str(each.resolve())) for each in (file, *more)]
     try:
         if _BUILDERS[suffix] == "json":
             with fsspec.open(file, compression="infer") as lines:
                 check_rows(lines)
-        options = _csv_options(file, suffix) if _BUILDERS[suffix] == "csv" else {}
-        return load_dataset(_BUILDERS[suffix], data_files={"train": pattern}, split="train", **options, **how)
+        options = csv_options(file, suffix) if _BUILDERS[suffix] == "csv" else {}
+        return load_dataset(_BUILDERS[suffix], data_files={"train": patterns}, split="train", **options, **how)
     except DocumentError as error:
         raise DataError(f"{file} cannot be read: {error}") from error
     except (DatasetGenerationError, OSError, ValueError) as error:
@@ -154,29 +182,11 @@ def _refusal(file: Path, suffix: str, error: Exception) -> str:
     return f"{file} has no rows, or is not {suffix[1:]}: {str(cause).strip()}{quotes}"
 
 
-def _csv_options(file: Path, suffix: str) -> dict[str, Any]:
-    separator = "\t" if suffix == ".tsv" else ","
-    head, names = _head(file, separator)
-    if len(names) == 1 and (likelier := next((mark for mark in ";\t|," if mark in names[0]), None)):
-        separator = likelier  # what Excel writes where the comma is the decimal sign
-        head, names = _head(file, separator)
-    if twice := [name for name, count in Counter(head).items() if count > 1 and name]:
-        rank_zero_warn(f"{file} has several columns of the name {', '.join(twice)}: the first of them is read")
-    # All as text: pandas guesses types anew every 10,000 rows, and sentences like "None" and "NA" are text.
-    features = Features({name: Value("string") for name in names})
-    return {"sep": separator, "keep_default_na": False, "features": features}
-
-
-def _head(file: Path, separator: str) -> tuple[list[str], list[str]]:
-    """Returns the first row of a CSV file as it is written, and the names of columns that pandas makes of it."""
-    read_csv = partial(pd.read_csv, file, sep=separator, dtype=str, keep_default_na=False, compression="infer")
-    # pandas would take the first column for row numbers where rows have a field more than the header; so it refuses.
-    return list(read_csv(header=None, nrows=2).iloc[0]), list(read_csv(nrows=0).columns)
-
-
-def _with_numbers(rows: Dataset, column: str) -> Dataset:
+def _with_numbers(rows: Dataset, column: str, decimal_commas: bool) -> Dataset:
     """Turns a column of text into numbers if all its values are numbers."""
     values = [value or None for value in rows[column][:]]
+    if decimal_commas and not any(_THOUSANDS.fullmatch(value) for value in values if value):
+        values = [re.sub(r"^([+-]?\d*),(\d+)$", r"\1.\2", value) if value else None for value in values]
     texts = {value for value in values if value is not None}
     numbers: list[Any] = values
     if texts and all(re.fullmatch(r"-?(0|[1-9]\d{0,17})", value) for value in texts):  # 007 is no number
@@ -187,6 +197,7 @@ def _with_numbers(rows: Dataset, column: str) -> Dataset:
 
 
 _NUMBER = re.compile(r"[+-]?((0|[1-9]\d*)(\.\d*)?|\.\d+)(e[+-]?\d+)?|nan", re.IGNORECASE)
+_THOUSANDS = re.compile(r"[+-]?[1-9]\d{0,2}(,\d{3})+")
 _PACKED = ", ".join(COMPRESSIONS)
 
 

@@ -104,7 +104,8 @@ class InstructData(PromptData):
         elif not self._named and (
             likely := [column for column in present if column != SYSTEM and not column.casefold().endswith("id")]
         ):
-            self.hint = f'{InstructData.hint}, for example --data.columns "[{",".join(likely[:2])}]"'
+            named = f'--data.columns "[{",".join(likely[:2])}]"'
+            self.hint = f"{InstructData.hint}, for example {named} (lte init: --text and --label)"
         return splits
 
     def rows(self, role: str) -> list[Dataset]:

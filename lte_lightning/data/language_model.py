@@ -96,15 +96,11 @@ class LanguageModelData(StreamingData):
 
     def load_splits(self) -> dict[str, Dataset]:
         """Read every split that the source has; of a folder without them all files are training rows."""
-        if self.streaming or not self.is_local or self.is_file:
-            splits = super().load_splits()
-            files = [Path(self.source)] if self.is_file else []
-        else:
-            names = ("train", *self.validation_splits, *self.test_splits)
-            files = [file for name in names if (file := find_split(self.source, name, self.formats))]
-            if files:
-                splits = super().load_splits()
-            else:
+        splits = super().load_splits()
+        files = [Path(self.source)] if self.is_file else []
+        if self.is_local and not (self.is_file or self.streaming):
+            files = [file for name in self._split_names if (file := find_split(self.source, name, self.formats))]
+            if not splits:
                 files = self._text_files()
                 splits = {"train": self._joined(files)} if files else {}
         if self.documents == "auto":

@@ -95,6 +95,38 @@ def test_chats_are_known_by_their_columns(init, lightning, tmp_path, row):
     assert fit.code == 0, fit.err
 
 
+def test_prompts_and_answers_of_other_names_are_named(init, tmp_path):
+    rows = [{"question": f"say cat {number}", "reply": "cat"} for number in range(20)]
+    outcome, config = init(write_jsonl(tmp_path / "asked.jsonl", rows), lm=True)
+    assert (
+        "for prompts and answers set --task chat, and name their columns by --text and --label" in outcome.err.lower()
+    )
+    assert config is None
+    named = ("--task", "chat", "--text", "question", "--label", "reply")
+    outcome, config = init(tmp_path / "asked.jsonl", *named, lm=True)
+    assert outcome.code == 0, outcome.err
+    assert config["data"]["init_args"]["columns"] == ["question", "reply"]
+
+
+def test_a_file_without_a_row_of_names_is_told(init, tmp_path):
+    write_csv(tmp_path / "named.csv", reviews())
+    lines = (tmp_path / "named.csv").read_text().splitlines(keepends=True)
+    (tmp_path / "bare.csv").write_text("".join(lines[1:]))
+    outcome, _ = init(tmp_path / "bare.csv", "--label", "bad")
+    assert outcome.code == 0, outcome.err
+    assert "# ATTENTION: the name of this column is one of its classes." in outcome.out
+
+
+def test_a_folder_of_tables_without_splits_is_no_running_text(init, tmp_path):
+    (tmp_path / "set").mkdir()
+    write_csv(tmp_path / "set" / "reviews.csv", reviews())
+    outcome, config = init("set")
+    assert "set has no train.jsonl, or .json, .csv, .tsv, .parquet; it has reviews.csv: name that" in outcome.err
+    assert config is None
+    outcome, config = init("set", "--task", "text", "--text", "body", lm=True)
+    assert outcome.code == 0, outcome.err
+
+
 def test_a_folder_of_notes_is_running_text(init, lightning, tmp_path):
     (tmp_path / "notes").mkdir()
     for animal in ANIMALS:
@@ -142,6 +174,7 @@ def test_nothing_is_overwritten(init, tmp_path):
             (),
             "no column looks like class labels: set --la",
         ),
+        ([{"a": "text", "b": "more"}], (), r"in the only row \(JSON is a list of objects"),
         (reviews(), ("--label", "star"), r"no column 'star' \(do you mean 'stars'"),
         (reviews(), ("--task", "chat"), "is an encoder .bert., which writes no text"),
         (reviews(), ("--task", "chats"), "Got value: chats"),
