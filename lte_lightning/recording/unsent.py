@@ -1,14 +1,15 @@
 """Keeps the records that MLflow did not accept in the run's folder, and sends them later."""
 
 import json
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
 from lte_lightning.errors import UserError
-from lte_lightning.files import write_json
+from lte_lightning.files import abridged, write_json
 from lte_lightning.network import failures, try_store
 from lte_lightning.store import first_contact, named_by_file, read_run_file, reason, shown, users_store
 
@@ -17,16 +18,26 @@ CHUNK = 100  # parameters that MLflow accepts at a time
 
 
 def keep(folder: Path, entries: list[dict[str, Any]]) -> None:
-    """Adds entries to the waiting ones in a run's folder.
+    """Adds entries to the waiting ones in a run's folder, in place of a last line that was cut short.
 
     Raises:
         UserError: If the file cannot be written.
     """
     try:
-        with (folder / UNSENT).open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(entry) + "\n" for entry in entries)
+        with (folder / UNSENT).open("a+b") as file:
+            _drop_torn_line(file)
+            file.writelines((json.dumps(entry) + "\n").encode() for entry in entries)
     except OSError as error:
         raise UserError(f"cannot write {folder / UNSENT}: {error.strerror}") from error
+
+
+def _drop_torn_line(file: BinaryIO) -> None:
+    """Drops what a process that was killed, or whose disk was full, wrote of its last line."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - 1))
+    if file.read() not in (b"", b"\n"):
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
 
 
 def read(folder: Path) -> Iterator[dict[str, Any]]:
@@ -172,7 +183,8 @@ def sync(folder: Path) -> int:
     if not entries:
         return 0
     uri = named_by_file(about["tracking_uri"], users_store(), folder / "run.json")
-    origin = next((entry["begin"] for entry in entries if "begin" in entry), {}) | {
+    origin = {
+        "tags": _tags_of(entries, folder),
         "experiment": about["experiment"],
         "name": about.get("name"),
         "location": folder.parent.as_uri() if uri.startswith("sqlite:") else None,
@@ -189,10 +201,30 @@ def sync(folder: Path) -> int:
     return len(entries)
 
 
+def _tags_of(entries: list[dict[str, Any]], folder: Path) -> dict[str, str]:
+    """Returns the tags of a run that is to begin."""
+    begin: Any = next((entry["begin"] for entry in entries if "begin" in entry), {})
+    tags = begin.get("tags") if isinstance(begin, dict) else begin
+    if not isinstance(tags, dict | None) or any(not isinstance(value, str) for value in (tags or {}).values()):
+        raise UserError(f"{folder / UNSENT} is damaged: its run begins with {abridged(begin)}; remove that line")
+    return tags or {}
+
+
 def send_all(client: Any, run_id: str, folder: Path) -> None:
-    """Sends the waiting records of a run's folder, and removes them once MLflow has accepted all."""
-    for entry in read(folder):
-        send(client, run_id, folder, entry)
+    """Sends the waiting records of a run's folder, and removes them once MLflow has accepted all.
+
+    Raises:
+        UserError: If an entry is none that can be sent; the file may come from anybody.
+    """
+    for number, entry in enumerate(read(folder), 1):
+        try:
+            send(client, run_id, folder, entry)
+        except Exception as error:  # whatever MLflow makes of values of other types
+            is_store = isinstance(error, failures())
+            if is_store and getattr(error, "error_code", "") != "INVALID_PARAMETER_VALUE":
+                raise
+            why = f"{type(error).__name__}: {reason(error)}"
+            raise UserError(f"{folder / UNSENT}, line {number}, cannot be sent ({why}); remove the line") from None
     (folder / UNSENT).unlink(missing_ok=True)
 
 

@@ -13,6 +13,7 @@ import sqlite3
 import struct
 import tempfile
 import threading
+import uuid
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -35,6 +36,7 @@ from lte_lightning.cli.checkpoint_errors import guard_checkpoints
 from lte_lightning.core.model.folder import read_lte_config
 from lte_lightning.data import ClassificationData, GenerationData, GlueData, InstructData, LanguageModelData, MmluData
 from lte_lightning.errors import UserError
+from lte_lightning.recording.unsent import sync
 from lte_lightning.report.bench import read_bench
 from lte_lightning.report.collect import collect
 from lte_lightning.report.page import write_report
@@ -274,6 +276,33 @@ def test_safetensors(data, name, model):
 def test_run_json(content, run):
     with folder_with(run, **{"run.json": content}) as folder:
         attempt("run.json", lambda: read_run_file(folder))
+
+
+WAITING: list[dict[str, Any]] = [
+    {"time": 1, "params": {"a": "1"}},
+    {"time": 1, "tags": {"a": "b"}},
+    {"time": 1, "metrics": {"loss": 1.0}, "step": 1},
+    {"time": 1, "data": {"name": "n", "digest": "d", "source_type": "local", "source": "s", "profile": {"rows": 1}}},
+    {"time": 1, "file": "config.yaml", "to": None},
+    {"time": 1, "status": "FINISHED"},
+]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> Iterator[str]:
+    """The address of the user's database."""
+    uri = f"sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", uri)
+        yield uri
+
+
+@given(content=st.sampled_from(WAITING).flatmap(lambda entry: changed(entry).map(dumped) | spoilt(dumped(entry))))
+@tries()
+def test_unsent(content, run, store):
+    about = RUN | {"tracking_uri": store, "run_id": None, "experiment": uuid.uuid4().hex}
+    with folder_with(run, **{"run.json": dumped(about), "unsent.jsonl": content + b"\n"}) as folder:
+        attempt("unsent.jsonl", lambda: sync(folder))
 
 
 @given(content=files(RESULTS), test=files(TEST))

@@ -12,7 +12,7 @@ from mlflow.tracking import MlflowClient
 from lte_lightning.bench.keeping import begin_mlflow
 from lte_lightning.errors import UserError
 from lte_lightning.recording.recorder import Recorder
-from lte_lightning.recording.unsent import UNSENT, sync
+from lte_lightning.recording.unsent import UNSENT, keep, read, sync
 from lte_lightning.report.tracked import collect_tracked
 from lte_lightning.store import named_by_file, shown
 from lte_lightning.sweep.tracking import Tracker
@@ -172,7 +172,7 @@ def test_names_that_are_none(about, run):
 def test_files_that_wait_are_those_of_the_run(run, server, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "private.txt").write_text("mine")
-    folder = run(run_id=None)
+    folder = run(run_id=None, experiment=tmp_path.name)
     (folder / "link.txt").symlink_to(tmp_path / "private.txt")
     for name in ("../../../private.txt", str(tmp_path / "private.txt"), "link.txt"):
         (folder / UNSENT).write_text(json.dumps({"time": 1, "file": name}) + "\n")
@@ -203,6 +203,66 @@ def test_a_damaged_line_is_named(line, run):
     (folder / UNSENT).write_text(f"{line}\n")
     with pytest.raises(UserError, match=rf"{UNSENT}, line 1, is damaged"):
         sync(folder)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """The address of the user's database: to make one takes seconds."""
+    return f"sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db"
+
+
+WAITING = [
+    {"tags": 1},
+    {"metrics": {"loss": 1.0}},
+    {"time": "noon", "metrics": {"loss": 1.0}},
+    {"time": float("inf"), "metrics": {"loss": 1.0}},
+    {"time": 1, "metrics": {"loss": None}},
+    {"data": {"name": "rows"}},
+    {"file": 1},
+    {"file": "\ud800"},
+    {"file": "run.json", "to": ["figures"]},
+    {"model": {"folder": "/"}},
+    {"model": 1},
+    {"status": "GONE"},
+    {"params": {"a\nb": "1"}},
+]
+
+
+@pytest.mark.parametrize("entry", WAITING, ids=str)
+def test_an_entry_that_cannot_be_sent_is_named(entry, run, store, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+    folder = run(run_id=None, experiment=tmp_path.name)
+    folder.joinpath("config.yaml").write_text("one: 1")
+    (folder / UNSENT).write_text("".join(json.dumps(line) + "\n" for line in ({"tags": {"a": "b"}}, entry)))
+    with pytest.raises(UserError, match=r"unsent.jsonl(, line 2, cannot be sent| names).*; remove (the|that) line"):
+        sync(folder)
+    assert len((folder / UNSENT).read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("begin", [3, [], {"tags": 3}, {"tags": {"a": 1}}])
+def test_a_run_that_begins_with_no_tags(begin, run, store, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+    folder = run(run_id=None, experiment=tmp_path.name)
+    (folder / UNSENT).write_text(json.dumps({"begin": begin}) + "\n")
+    with pytest.raises(UserError, match="is damaged: its run begins with"):
+        sync(folder)
+
+
+@pytest.mark.parametrize("torn", ["", '{"time": 1, "tags": {"a', '{"time": 1, "tags": {}}'])
+def test_what_is_kept_after_a_kill_does_not_join_a_line_that_was_cut_short(torn, tmp_path):
+    keep(tmp_path, [{"metrics": {"loss": 1.0}}])
+    with (tmp_path / UNSENT).open("a") as file:
+        file.write(torn)
+    keep(tmp_path, [{"metrics": {"loss": 2.0}}, {"metrics": {"loss": 3.0}}])
+    assert [entry["metrics"]["loss"] for entry in read(tmp_path)] == [1.0, 2.0, 3.0]
+
+
+def test_a_full_disk_leaves_whole_lines(no_file_larger_than, tmp_path):
+    keep(tmp_path, [{"metrics": {"loss": 1.0}}])
+    with pytest.raises(UserError, match=r"cannot write .*unsent\.jsonl: File too large"), no_file_larger_than(70):
+        keep(tmp_path, [{"metrics": {"loss": 2.0}}, {"metrics": {"loss": 3.0}}])
+    keep(tmp_path, [{"metrics": {"loss": 4.0}}])
+    assert [entry["metrics"]["loss"] for entry in read(tmp_path)] == [1.0, 2.0, 4.0]
 
 
 def test_a_folder_that_is_no_run(tmp_path):
