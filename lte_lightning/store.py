@@ -121,7 +121,7 @@ def named_by_file(uri: str | None, own: str, where: Path) -> str:
     if not uri or uri == shown(own):
         return own
     other = _host(uri) is None or _host(uri) != _host(own)
-    if other and not re.match(r"(sqlite|file):|[./]", uri) and (secrets := _credentials()):
+    if other and not re.match(r"(sqlite|file):|[./]", uri) and (secrets := _credentials(uri)):
         raise UserError(
             f"{where} names MLflow's store {shown(uri)}, which would be sent {secrets}; if you trust it, name it "
             "yourself by MLFLOW_TRACKING_URI, otherwise record nothing with --trainer.logger false"
@@ -140,12 +140,20 @@ def _host(address: str) -> tuple[str, str | None, int | None] | None:
         return None
 
 
-def _credentials() -> str | None:
-    """Returns which credentials of the environment a store's client would use, whatever its address."""
+def _credentials(uri: str) -> str | None:
+    """Returns which credentials of the user's a client of this store would use without being told to."""
     names = ("USERNAME", "PASSWORD", "TOKEN", "AUTH", "AWS_SIGV4", "CLIENT_CERT_PATH")
     found = [name for name in (*(f"MLFLOW_TRACKING_{name}" for name in names), "PGPASSWORD") if os.environ.get(name)]
-    file = os.path.expanduser("~/.mlflow/credentials")  # Path.home() raises for a user without a home
-    return next(iter([*found, *([file] if os.path.exists(file) else [])]), None)
+    # os.path.expanduser, for Path.home() raises for a user without a home
+    files = [os.path.expanduser("~/.mlflow/credentials")]
+    if uri.startswith("postgresql"):
+        files.append(os.environ.get("PGPASSFILE") or os.path.expanduser("~/.pgpass"))
+    if uri.startswith("http"):
+        from requests.utils import get_netrc_auth
+
+        netrc = [os.environ.get("NETRC") or os.path.expanduser("~/.netrc"), os.path.expanduser("~/_netrc")]
+        files += netrc if _host(uri) is None or get_netrc_auth(uri) else []
+    return next(iter([*found, *filter(os.path.exists, files)]), None)
 
 
 def reason(error: object) -> str:

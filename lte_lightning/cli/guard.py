@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from lte_lightning.documents import DocumentError, check_yaml
 from lte_lightning.errors import UserError, meant_path
 from lte_lightning.files import read_text
+from lte_lightning.store import STORE, shown
 
 MOST_CHARACTERS = 1_000_000  # of an option whose references are followed
 MODE = "omegaconf+"  # of the parser: options may refer to each other, across files
@@ -77,6 +78,23 @@ def check_files(words: Sequence[str]) -> None:
             check_yaml(read_text(file))
         except yaml.YAMLError as error:
             raise UserError(f"{file}: {error}") from error
+
+
+def check_passwords(options: Any, path: str = "") -> None:
+    """Refuses addresses with a password: a run's files keep all options.
+
+    Raises:
+        UserError: If one has a password, which the message does not show.
+    """
+    inner = options.items() if isinstance(options, dict) else enumerate(options) if isinstance(options, list) else ()
+    for key, value in inner:
+        check_passwords(value, f"{path}.{key}" if path else str(key))
+    if isinstance(options, str) and path != STORE and re.search(r"://[^\s/@:]*:[^\s/@]+@", options):
+        raise UserError(
+            f"{path} is {shown(options)}, and what *** stands for would be kept in the run's files: leave it out, and "
+            "give it as the address's client takes it from the environment (MLFLOW_TRACKING_USERNAME and _PASSWORD) or "
+            "from ~/.netrc"
+        )
 
 
 def _environment(name: str, *default: Any) -> Any:

@@ -27,7 +27,7 @@ from lte_lightning.callbacks import (
 from lte_lightning.choices import options_by_name
 from lte_lightning.cli import refuse
 from lte_lightning.cli.checkpoint_errors import guard_checkpoints, reading
-from lte_lightning.cli.guard import MODE, guard_configurations
+from lte_lightning.cli.guard import MODE, check_passwords, guard_configurations
 from lte_lightning.cli.ineffective_options import GivenOptions, check_ineffective
 from lte_lightning.cli.option_errors import LteParser, config_files
 from lte_lightning.errors import UserError, meant_path
@@ -102,6 +102,7 @@ class LteCLI(LightningCLI):
         assert isinstance(parser, LteParser)  # make_cli says so
         self._in_files = parser.in_files(self._words)
         config = self.config[self.config.subcommand] if "subcommand" in self.config else self.config
+        check_passwords(config.as_dict())
         if isinstance(name := config.get("model.init_args.lte.selector"), str):
             import_selector(name)
         path = config.get("ckpt_path")

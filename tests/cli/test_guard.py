@@ -5,6 +5,10 @@ from itertools import pairwise
 import pytest
 import yaml
 
+from lte_lightning.cli.guard import check_passwords
+
+from .conftest import put
+
 BOMB = "\n".join(
     [
         "a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]",
@@ -132,3 +136,31 @@ def test_a_sweep_s_server_gets_no_credentials(checked_here, tiny, lightning, tmp
     outcome = lightning(tmp_path, None, "sweep", "theirs.yaml")
     assert outcome.code == 1
     assert "mine.yaml names MLflow's store http://127.0.0.1:1, which would be sent MLFLOW" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "shows"),
+    [
+        ("data.source", "https://me:SECRET@example.invalid/rows.csv", "https://***@example.invalid/rows.csv"),
+        ("model.pretrained", "https://me:SECRET@example.invalid", "https://***@example.invalid"),
+        ("trainer.logger.init_args.tracking_uri", "postgresql://me:SECRET@127.0.0.1:9/a", "postgresql://***@127"),
+    ],
+)
+def test_an_address_with_a_password_is_refused_and_not_shown(option, value, shows, tiny, lightning, tmp_path):
+    logger = {"trainer.logger": {"class_path": "lightning.pytorch.loggers.MLFlowLogger"}} if "logger" in option else {}
+    config = tiny.config(**logger)
+    fit = lightning(
+        tmp_path,
+        put(config, {option.replace("model.", "model.init_args.").replace("data.", "data.init_args."): value}),
+        "fit",
+    )
+    assert fit.code == 1
+    assert shows in fit.err
+    assert "would be kept in the run's files: leave it out" in fit.err
+    assert "SECRET" not in fit.err + fit.out
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("value", ["https://host:8080/rows@v1", "hf://datasets/a/b@main", "see http://a: and b@c"])
+def test_what_is_no_password(value):
+    check_passwords({"data": [{"source": value}], "run": {"tracking_uri": "http://me:SECRET@host"}})

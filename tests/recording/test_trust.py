@@ -79,6 +79,32 @@ def test_credentials_stay_where_they_belong(own, name, run, server, monkeypatch)
     assert asked == []
 
 
+@pytest.mark.parametrize("entry", ["default", "machine 127.0.0.1"])
+def test_the_netrc_of_the_user_is_for_servers_that_the_user_names(entry, run, server, tmp_path, monkeypatch):
+    address, asked = server
+    (tmp_path / "netrc").write_text(f"{entry} login me password SECRET\n")
+    (tmp_path / "netrc").chmod(0o600)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    folder = run(tracking_uri=address)
+    (folder / UNSENT).write_text('{"time": 1, "metrics": {"loss": 1.0}}\n')
+    with pytest.raises(UserError, match=r"which would be sent .*netrc; if you trust it"):
+        sync(folder)
+    assert asked == []
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    with pytest.raises(UserError, match="refuses"):
+        sync(folder)
+    assert "Basic bWU6U0VDUkVU" in {given for _, given in asked}
+
+
+def test_the_password_file_of_postgresql_is_for_databases_that_the_user_names(run, tmp_path, monkeypatch):
+    (tmp_path / "pgpass").write_text("*:*:*:*:SECRET\n")
+    monkeypatch.setenv("PGPASSFILE", str(tmp_path / "pgpass"))
+    folder = run(tracking_uri="postgresql://127.0.0.1:9/mlflow")
+    (folder / UNSENT).write_text('{"time": 1, "metrics": {"loss": 1.0}}\n')
+    with pytest.raises(UserError, match=r"which would be sent .*pgpass; if you trust it"):
+        sync(folder)
+
+
 def test_the_host_that_the_user_names_gets_them(run, server, monkeypatch):
     address, asked = server
     monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
