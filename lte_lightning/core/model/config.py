@@ -61,6 +61,13 @@ class LteConfig:
     def __post_init__(self) -> None:
         if type(self.expert_size) is not int or self.expert_size < 1:  # files may hold anything
             raise UserError(f"expert_size is {self.expert_size!r}; it must be a whole number from 1 on (the paper: 32)")
+        for name in ("threshold", "router_margin", "router_scale", *(f"target_{name}" for name, _ in self._targets())):
+            value = getattr(self, name)
+            is_left_out = value is None and name.startswith("target_")
+            if isinstance(value, bool) or not (is_left_out or isinstance(value, int | float)):
+                raise UserError(f"{name} is {value!r}; it must be a number")
+        if not isinstance(self.router_bias, bool):
+            raise UserError(f"router_bias is {self.router_bias!r}; it must be true or false")
         if not 0.0 < self.threshold < 1.0:
             raise UserError(f"threshold is {self.threshold}; it must lie in (0, 1), as scores do (the paper uses 0.5)")
         if selector_class(self.selector).no_target:  # the floor of a configuration that sets one

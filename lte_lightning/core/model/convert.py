@@ -111,6 +111,11 @@ def _check_hooks(layer: nn.Module, parts: FfnParts) -> None:
                 f"{type(layer).__name__}.{path} has forward hooks, which would be lost: an expert FFN takes its place. "
                 "Remove them, and register them on the converted model"
             )
+        if row.fused and path == row.up and getattr(getattr(module, "_hf_hook", None), "offload", False):
+            raise UserError(
+                f"the weights of {type(layer).__name__}.{path} are offloaded (device_map), and experts take parts of "
+                "them; load the model without offload_folder, or keep these modules in memory by device_map"
+            )
 
 
 def groups_by_activation(config: LteConfig) -> bool:

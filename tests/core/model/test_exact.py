@@ -572,3 +572,11 @@ def test_weights_on_the_disk_are_computed_with_and_their_routers_are_not_lost(de
         with pytest.raises(UserError, match=r"weights are not in memory .* load it without offload_folder"):
             save_pretrained(offloaded, tmp_path / "again")
         assert not (tmp_path / "again").exists()
+
+
+@pytest.mark.parametrize("family", ["phi3", "modernbert"])
+def test_fused_weights_on_the_disk_are_refused_by_name(family, sparse, tmp_path):
+    pytest.importorskip("accelerate", reason="transformers offloads by it")
+    save_pretrained(sparse(family, "lm" if family == "phi3" else "classification"), tmp_path / "model")
+    with pytest.raises(UserError, match=r"the weights of \w+\.mlp\.\w+ are offloaded \(device_map\)"):
+        from_pretrained(tmp_path / "model", device_map={"": "disk"}, offload_folder=tmp_path / "disk")
