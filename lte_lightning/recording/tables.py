@@ -132,7 +132,10 @@ def facts_for_card(results: Results, options: Mapping[str, Any]) -> dict[str, An
     content = results.content()
     packages = ("python", "lte-lightning", "torch", "transformers", "commit", "code", "precision")
     versions = {key: results.versions[key] for key in packages if results.versions.get(key) is not None}
-    recipe = ("efficiency_weight", "separability_weight", "balance_weight", "freeze_routers", "activation", "layers")
+    recipe = (
+        *("router_training", "router_start", "detach_router", "distillation", "sparsity_range", "efficiency_weight"),
+        *("separability_weight", "balance_weight", "freeze_routers", "activation", "layers"),
+    )
     return {
         "results": {key: content[key] for key in published if content.get(key) is not None}
         | {"data": public_name(results.data), "versions": versions},

@@ -9,6 +9,7 @@ from lte_lightning.bench.rates import Rate
 from lte_lightning.report.methods import RIVALS, describe
 from lte_lightning.report.missing import Missing
 from lte_lightning.report.run import Run, Setting, setting_key
+from lte_lightning.results import better
 
 UNTRAINED = "dense, not trained on"
 # Options with which a fit sees a part of the rows
@@ -89,6 +90,13 @@ class Material:
     def floor(self, task: str) -> dict[int, float]:
         """Returns the floor of each seed, the best if there are several."""
         return _best((run, run.results.floor) for run in self.of(task))
+
+    def floor_loss(self, task: str) -> float | None:
+        """Returns what the floor loses against the dense value of its seed, in the mean; None if no seed has both."""
+        dense, floor = self.dense(task), self.floor(task)
+        sign = -1 if better(self.tasks[task], 0.0, 1.0) else 1
+        lost = [sign * (dense[seed] - floor[seed]) for seed in dense if seed in floor]
+        return sum(lost) / len(lost) if lost else None
 
     def reference(self, task: str, key: str) -> list[float]:
         """Returns the ``dense`` value or the ``floor`` of each seed."""

@@ -151,6 +151,8 @@ def every_tool_answers_alike(folder):
 
     card = ModelCard.load(next((folder / "hub").glob("models--me--reviews/snapshots/*/README.md")))
     assert 'lte_lightning.from_pretrained("me/reviews")' in card.text
+    for line in ("router_training | straight-through", "router_start | closed-form", "distillation | 0.5"):
+        assert f"| {line} |" in card.text  # the recipe's own options
     (measured,) = card.data.eval_results
     results = json.loads((run / "results.json").read_text())
     assert (measured.dataset_name, measured.metric_type) == ("reviews", "accuracy")

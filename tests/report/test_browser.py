@@ -31,6 +31,9 @@ MEASURE = """<script>addEventListener("load", () => {
     details: box([...document.querySelectorAll("h2")].find(element => element.textContent == "Details")).top,
     sticking_out: [...document.querySelectorAll("h1, h2, h3, p, li, img, pre, .wide")]
       .filter(element => box(element).right > innerWidth + 1).map(element => element.outerHTML.slice(0, 80)),
+    cut: [...document.querySelectorAll(".wide:not(details *)")]
+      .filter(wide => wide.scrollWidth > wide.clientWidth + 1).length,
+    captions: [...document.querySelectorAll("caption:not(.hidden)")].map(element => box(element).right),
     images: [...document.images].map(image => ({
       complete: image.complete, pixels: image.naturalWidth, source: image.currentSrc.length,
       is_light: image.currentSrc === image.src, width: box(image).width, height: box(image).height, top: box(image).top,
@@ -123,6 +126,9 @@ def test_every_picture_is_seen_and_nothing_sticks_out(width, dark, drawn, look, 
     assert measured["letters"] >= 16
     # what was found, the main pictures and their table come first, long lists are folded
     assert measured["folded"] == measured["folds"] > 2
+    # a phone scrolls wide tables to the side, below captions that it shows whole; a desktop shows their every column
+    assert max(measured["captions"]) <= width
+    assert (measured["cut"] == 0) == (width == 1200)
     main_pictures = [image["top"] for image in measured["images"][:2]]
     assert max(main_pictures) < measured["details"]
 

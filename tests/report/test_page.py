@@ -97,3 +97,12 @@ def test_what_cannot_be_written_leaves_the_earlier_report_whole(compared, swept,
     assert "cannot write the report to" in capsys.readouterr().err
     assert {"quality-stsb.png", "union-stsb.png"} < {file.name for file in out.iterdir()}
     assert not list(out.glob(".report-*"))
+
+
+def test_numbers_stay_on_one_line_and_a_heading_is_not_repeated_above_its_table(page):
+    shown = page[page.index("<main>") : page.index("How to reproduce it")]
+    assert "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}" in shown
+    visible = re.sub(r'alt="[^"]*"|<summary>.*?</summary>', "", shown)
+    assert not re.search(r"\d %| ±|± |\bat \d", visible)
+    for heading in re.findall(r"<h3>(.*?)</h3>", page):
+        assert f"<caption>{heading}</caption>" not in page

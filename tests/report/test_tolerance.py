@@ -228,3 +228,13 @@ def test_an_encoder_s_classifier_reads_one_token_of_the_last_layer(make_points, 
     other = collect([tmp_path / "no"])
     assert "sparsity without the last layer" not in tables.everything(other, "sst2").heads
     assert not any("last layer" in line for line in tables.summary(other, "sst2", None))
+
+
+@pytest.mark.parametrize(("floor", "is_told"), [(0.895, True), (0.93, True), (0.85, False)])
+def test_a_floor_as_good_as_dense_is_told(material_of, start, figures, floor, is_told):
+    material = material_of(start(0), ("LTE", "router", figures(0.9, 0.8, floor=floor)))
+    assert bool(said_of_floor(material)) == is_told
+
+
+def said_of_floor(material):
+    return [line for line in tables.summary(material, "sst2", None) if "tells no method from another" in line]
