@@ -195,7 +195,8 @@ def _label(rows: Dataset, text: str | None) -> str:
         only = " in the only row (JSON is a list of objects, or one object in each line)" if len(rows) == 1 else ""
         raise DataError(
             f"no column looks like class labels: set --label; there are {', '.join(rows.column_names)}{only}. For "
-            "prompts and answers set --task chat, and name their columns by --text and --label"
+            "prompts and answers set --task chat, and name their columns by --text and --label. For running text set "
+            "--task text"
         )
     return min(few, key=few.__getitem__)
 

@@ -138,16 +138,15 @@ def test_straight_through_training_behind_a_config(parse, tiny):
     assert next(c for c in cli.trainer.callbacks if isinstance(c, StageSchedule)).keep_optimizer
 
 
-@pytest.mark.parametrize("name", ["quickstart", "own-classifier"])
-def test_the_papers_stages_behind_the_newer_recipe(name, parse, tiny):
+@pytest.mark.parametrize("name", ["quickstart", "own-classifier", "own-chat", "lm/own-text"])
+def test_the_papers_stages_behind_the_newer_recipe(name, parse, tiny, tiny_lm):
     """The overlay leaves nothing of the recipe: all is the default again but eta."""
     files = ("--config", CONF.parent / f"{name}.yaml", "--config", CONF.parent / "parts" / "paper.yaml")
-    cli = parse(
-        *files, "--model.pretrained", tiny.model, "--trainer.accelerator", "cpu", "--trainer.precision", "32-true"
-    )
+    model = tiny.model if name in ("quickstart", "own-classifier") else tiny_lm.model
+    cli = parse(*files, "--model.pretrained", model, "--trainer.accelerator", "cpu", "--trainer.precision", "32-true")
     recipe = yaml.safe_load((CONF.parent / f"{name}.yaml").read_text())["model"]["init_args"]
     defaults = {key: value.default for key, value in inspect.signature(LteModule).parameters.items()}
-    left = {key: cli.model.hparams[key] for key in recipe if key not in ("pretrained", "metric", "lte")}
+    left = {key: cli.model.hparams[key] for key in recipe if key not in ("pretrained", "metric", "samples", "lte")}
     assert left == {key: defaults[key] for key in left}
     assert cli.model.hparams["efficiency_weight"] == 0.3
     assert cli.model.lte == replace(LteConfig(), seed=cli.model.lte.seed)

@@ -28,6 +28,7 @@ def test_conversations_of_one_file_to_a_sparse_model_that_answers(tiny_lm, light
     fit = lightning(tmp_path, None, "fit", *words, *lengths)
     assert fit.code == 0, fit.err
     assert fit.results["hard"] > 1
+    assert fit.results["sparsity"] == pytest.approx(0.8, abs=0.1)  # asked for, not found
     questions = write(tmp_path / "questions.jsonl", [{"conversations": rows[0]["conversations"][:1]}])
     weights = ["--config", fit.run / "config.yaml", "--model.init_from", fit.run / "model"]
     answers = lightning(tmp_path, None, "predict", *weights, "--data.source", questions)
@@ -55,3 +56,4 @@ def test_a_folder_of_notes_adapts_a_language_model(tiny_lm, lightning, tmp_path)
     fit = lightning(tmp_path, None, "fit", *words, "--data.block_size", 32, "--trainer.logger", "false")
     assert fit.code == 0, fit.err
     assert fit.results["word_perplexity"]["hard"] > 1
+    assert fit.results["sparsity"] == pytest.approx(0.8, abs=0.1)
