@@ -19,12 +19,28 @@ READ_LATER = ("warmup", "schedule", "final")
 
 
 class KnowsReplaced(Callback):
-    """Knows which options of the trainer's callbacks, like the patience of an EarlyStopping, a checkpoint replaced."""
+    """Knows which options of the trainer's callbacks, like the patience of an EarlyStopping, a checkpoint replaced.
 
+    Attributes:
+        seed: The fit's seed.
+    """
+
+    seed = 0
     _given: tuple[tuple[Callback, dict[str, Any]], ...] = ()
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Notes the options. Lightning gives callbacks their states after all have had this call."""
+        """Notes the options. Lightning gives callbacks their states after all have had this call.
+
+        Raises:
+            UserError: If the fit was begun with another seed: it would go on with other rows.
+        """
+        seed = checkpoint.get("hyper_parameters", {}).get("seed", self.seed)
+        if trainer.training and seed != self.seed:
+            raise UserError(
+                f"seed_everything is {self.seed}, but {trainer.ckpt_path} was written with {seed}, in whose order its "
+                "rows were read; leave it as it was, or begin from the weights alone, by --model.init_from RUN/model "
+                "instead of --ckpt_path"
+            )
         self._given = tuple((callback, _options(callback)) for callback in trainer.callbacks)  # type: ignore[attr-defined]
 
     def replaced(self) -> list[str]:

@@ -187,9 +187,10 @@ def resume(stopped, lightning, tmp_path):
             ("--trainer.accumulate_grad_batches", 2),
             "{} was written with 1 devices and 1 batches of each to a step, and",
         ),
+        (("--seed_everything", 99), "seed_everything is 99, but {} was written with 1, in whose order its rows were"),
     ],
 )
-def test_a_stage_goes_on_with_its_optimizer(words, said, resume):
+def test_a_stage_goes_on_as_it_began(words, said, resume):
     last, fit = resume(*words)
     before = sorted(last.parent.iterdir())
     assert fit.code == 1

@@ -194,7 +194,10 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 def results(run: Path) -> dict:
     found = json.loads((run / "results.json").read_text())
-    return {key: value for key, value in found.items() if key not in ("seconds_per_stage", "floor", "versions")}
+    kept = {key: value for key, value in found.items() if key not in ("seconds_per_stage", "floor", "versions")}
+    # a sweep's start is a run, whose id is new each time
+    kept["options"] = {key: value for key, value in found["options"].items() if key != "model.init_from"}
+    return kept
 
 
 @pytest.fixture(scope="module")
