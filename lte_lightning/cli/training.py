@@ -3,6 +3,7 @@
 import logging
 import signal
 import sys
+import threading
 import warnings
 from contextlib import ExitStack
 from pathlib import Path
@@ -167,6 +168,16 @@ class LteCLI(LightningCLI):
             if isinstance(error, ValueError) and not isinstance(error, UserError):  # of Lightning's options
                 raise UserError(str(error)) from error
             raise
+
+    def before_fit(self) -> None:
+        """Lets SIGTERM end a fit in its set-up, before Lightning listens, too; its run would seem to go on for ever."""
+
+        def end(*_: Any) -> None:
+            if not self.trainer.received_sigterm:  # then Lightning listens, and ends the fit after the batch
+                raise SIGTERMException
+
+        if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+            self._while_it_runs.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, end))
 
     def before_test(self) -> None:
         """Turns off Lightning's table: it would have a column for each loader and a row for every layer."""

@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+import os
 import shutil
+import signal
 import socket
 import threading
 import time
@@ -13,6 +15,7 @@ import mlflow
 import pandas
 import pytest
 import uvicorn
+from lightning.pytorch import Callback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from mlflow.pyfunc.scoring_server import init as serve
 from mlflow.tracking import MlflowClient
@@ -217,6 +220,23 @@ def test_a_fit_that_somebody_ended_is_killed(end, code, migrated, tiny, lightnin
     (run,) = (file.parent for file in migrated.glob("runs/ended/*/run.json"))
     client, about = client_of(run)
     assert client.get_run(about["run_id"]).info.status == "KILLED"
+
+
+class EndsInSetUp(Callback):
+    """Sends SIGTERM before Lightning listens to it."""
+
+    def on_fit_start(self, trainer, pl_module):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_fit_that_somebody_ended_in_its_set_up_is_killed(migrated, tiny, lightning):
+    callbacks = [{"class_path": f"{__name__}.EndsInSetUp"}]
+    options = {"trainer.logger": True, "run.experiment": "set-up", "trainer.callbacks": callbacks}
+    assert lightning(migrated, tiny.config(epochs=(2, 0, 0), **options), "fit").code == 143
+    (run,) = (file.parent for file in migrated.glob("runs/set-up/*/run.json"))
+    client, about = client_of(run)
+    assert client.get_run(about["run_id"]).info.status == "KILLED"
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_a_registered_model_gets_a_version(migrated, tiny, lightning):
