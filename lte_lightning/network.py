@@ -107,7 +107,7 @@ def try_store(uri: str) -> None:
                     database.rollback()
             except sqlite3.Error as error:
                 raise AwayError(f"the MLflow database {file} cannot be used: {error}") from error
-    elif re.match(r"[^:]*://[^/?#]", uri):
+    elif re.match(rf"({'|'.join(PORTS)})(\+\w+)?://[^/?#]", uri):  # others, such as databricks://, MLflow knows itself
         reach(uri, "the MLflow database", advice)
         _log_in(uri, advice)
 

@@ -12,6 +12,8 @@ import sqlalchemy
 from mlflow.tracking import MlflowClient
 
 from lte_lightning.callbacks import StageSchedule
+from lte_lightning.errors import UserError
+from lte_lightning.network import try_store
 from lte_lightning.recording.unsent import UNSENT
 
 LOST = r"MLflow's store .* cannot be used: .* that is sent when the store is back, or by lte sync RUN"
@@ -210,3 +212,9 @@ def test_a_server_that_hangs(config, server, lightning, tmp_path, monkeypatch):
         fit = lightning(tmp_path, config, "fit")
     assert fit.code == 0, fit.err
     assert (fit.run / UNSENT).exists()
+
+
+def test_a_store_that_mlflow_alone_knows_is_left_to_it():
+    try_store("databricks://profile")  # no address to connect to
+    with pytest.raises(UserError, match="is no address of the MLflow database"):
+        try_store("postgresql+psycopg2://:5432/db")
