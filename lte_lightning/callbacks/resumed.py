@@ -16,6 +16,7 @@ from lte_lightning.trainer import is_first_process
 Settings = Mapping[Stage, Mapping[str, Any]]
 # Read at every step; a checkpoint's optimizer brings the others of a stage that goes on
 READ_LATER = ("warmup", "schedule", "final")
+WAY_OUT = "leave it as it was, or begin from the weights alone, by --model.init_from RUN/model instead of --ckpt_path"
 
 
 class KnowsReplaced(Callback):
@@ -34,12 +35,13 @@ class KnowsReplaced(Callback):
         Raises:
             UserError: If the fit was begun with another seed: it would go on with other rows.
         """
-        seed = checkpoint.get("hyper_parameters", {}).get("seed", self.seed)
+        seed = (
+            checkpoint.get("callbacks", {}).get(self.state_key, {}).get("seed", self.seed)
+        )  # none of an earlier version
         if trainer.training and seed != self.seed:
             raise UserError(
                 f"seed_everything is {self.seed}, but {trainer.ckpt_path} was written with {seed}, in whose order its "
-                "rows were read; leave it as it was, or begin from the weights alone, by --model.init_from RUN/model "
-                "instead of --ckpt_path"
+                f"rows were read; {WAY_OUT}"
             )
         self._given = tuple((callback, _options(callback)) for callback in trainer.callbacks)  # type: ignore[attr-defined]
 
@@ -107,8 +109,7 @@ def check_settings(
             if name not in READ_LATER:
                 raise UserError(
                     f"stages.{stage}.{name} is {now[stage][name]!r}, but {path} was written with {value!r}, which "
-                    f"would be used until the {stage} stage ends; leave it as it was, or begin from the weights alone, "
-                    "by --model.init_from RUN/model instead of --ckpt_path"
+                    f"would be used until the {stage} stage ends; {WAY_OUT}"
                 )
     if over and is_first_process():
         print(f"options that have no effect here: {'; '.join(over)}", file=sys.stderr)

@@ -257,7 +257,7 @@ class StageSchedule(KnowsReplaced):
         state = {"start_step": self._start_step, "next_epoch": self._next_epoch, "seconds": dict(self.seconds)}
         begun = {done.stage for done in self._epochs[: self._next_epoch]}
         used = {stage: used for stage, used in self._used.items() if stage in begun}
-        return state | {"done": self._now(self._next_epoch), "by": list(self._by), "used": used}
+        return state | {"done": self._now(self._next_epoch), "by": list(self._by), "used": used, "seed": self.seed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resumes where the checkpoint left off."""
