@@ -1,6 +1,7 @@
 """OpenVINO and onnxruntime: export the model's graph, then decode with a cache or run one forward pass."""
 
 import contextlib
+import functools
 import io
 import logging
 import time
@@ -69,10 +70,10 @@ def start_openvino(job: Job, dtype: str) -> Started:
         with _quiet():
             if not file.exists():
                 openvino.save_model(_openvino_graph(job), file, compress_to_fp16=False)
-            model = openvino.Core().read_model(file)
+            model = _openvino_core().read_model(file)
             if dtype in ("int8", "int4"):
                 model = _openvino_rounded(job, model, dtype)
-            compiled = openvino.Core().compile_model(
+            compiled = _openvino_core().compile_model(
                 model,
                 "CPU",
                 {
@@ -108,6 +109,18 @@ def start_openvino(job: Job, dtype: str) -> Started:
 
     arm = _decoding(job, lambda: anew(prompt_BT), feed)
     return Started(arm, lambda batch: torch.from_numpy(anew(batch["input_ids"].numpy()).copy()))
+
+
+@functools.cache
+def _openvino_core() -> Any:
+    """Returns the one core of this process.
+
+    Each core gives the thread a stack for its signals, and takes it away. After two cores whose lives overlap, the
+    thread's stack is one that is gone: the next signal, such as Ctrl+C, is a segmentation fault (OpenVINO 2026.4).
+    """
+    import openvino
+
+    return openvino.Core()
 
 
 def _openvino_graph(job: Job) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from lte_lightning.bars import lines_above_bars
+from lte_lightning.cli.signals import on_sigterm
 from lte_lightning.errors import UserError
 from lte_lightning.options import call
 from lte_lightning.report.collect import collect
@@ -73,10 +74,15 @@ def main(args: list[str]) -> None:
     points = _select(sweep.points(), given.only)
     if given.dry_run:
         return _print_commands(sweep, folder, points)
-    signal.signal(signal.SIGTERM, _terminated)
+    with on_sigterm(_terminated):
+        _run(given, sweep, folder, points, ["lte", "sweep", *args])
+
+
+def _run(given: SweepOptions, sweep: Sweep, folder: SweepFolder, points: list[Point], words: list[str]) -> None:
+    """Runs the points and writes the sweep's tables and report; ``words`` are the command, which the folder keeps."""
     runner = _runner(given)
     recording = check(sweep, folder, points)
-    with folder.hold(sweep, words=["lte", "sweep", *args]):
+    with folder.hold(sweep, words=words):
         folder.plan(_all_points(sweep, folder)[0])
         if isinstance(runner, LocalRunner):
             runner.inherited = folder.lock

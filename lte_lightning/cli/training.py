@@ -3,7 +3,6 @@
 import logging
 import signal
 import sys
-import threading
 import warnings
 from contextlib import ExitStack
 from pathlib import Path
@@ -31,6 +30,7 @@ from lte_lightning.cli.checkpoint_errors import guard_checkpoints, reading
 from lte_lightning.cli.guard import MODE, check_passwords, guard_configurations
 from lte_lightning.cli.ineffective_options import GivenOptions, check_ineffective
 from lte_lightning.cli.option_errors import LteParser, config_files
+from lte_lightning.cli.signals import on_sigterm
 from lte_lightning.errors import UserError, meant_path
 from lte_lightning.files import SHARDED, is_checkpoint, write_text
 from lte_lightning.quiet import without_bars
@@ -176,8 +176,7 @@ class LteCLI(LightningCLI):
             if not self.trainer.received_sigterm:  # then Lightning listens, and ends the fit after the batch
                 raise SIGTERMException
 
-        if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
-            self._while_it_runs.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, end))
+        self._while_it_runs.enter_context(on_sigterm(end))
 
     def before_test(self) -> None:
         """Turns off Lightning's table: it would have a column for each loader and a row for every layer."""

@@ -2,11 +2,14 @@
 
 import copy
 import csv
+import ctypes
 import functools
+import gc
 import math
 import sys
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -217,6 +220,20 @@ def test_fused_steps_are_measured_and_said_where_they_are_not(folders, tmp_path,
     assert [(row["engine"], row["way"]) for row in rows_of(file)] == [("dense", "eager"), *[("ours", "fused")] * 2]
 
 
+class SignalStack(ctypes.Structure):
+    """`stack_t` of sigaltstack(2)."""
+
+    _fields_ = (("start", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
+
+
+def is_there(stack):
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        first, last = (int(end, 16) for end in line.split()[0].split("-"))
+        if first <= stack.start < last:
+            return True
+    return False
+
+
 @pytest.mark.parametrize("name", ["openvino", "llama.cpp"])
 def test_a_narrower_dense_model_is_measured_beside_int8(name, folders, tmp_path):
     for package in ENGINES[name].missing("int8"):
@@ -224,6 +241,10 @@ def test_a_narrower_dense_model_is_measured_beside_int8(name, folders, tmp_path)
     file = tmp_path / "out.csv"
     words = f"--against {name} --dtype int8 --repeats 1 --new-tokens 3 --threads 1 --ways eager,fused --sparsity 0.5"
     assert main([str(folders / "lm"), *words.split(), "--csv", str(file)]) == 0
+    if sys.platform == "linux":
+        gc.collect()
+        ctypes.CDLL(None).sigaltstack(None, ctypes.byref(stack := SignalStack()))
+        assert not stack.start or is_there(stack)  # or the next signal, such as Ctrl+C, is a segmentation fault
     rows = {(row["engine"], row["way"]): row for row in rows_of(file)}
     assert list(rows)[-3:] == [(name, ""), ("narrow", "fused"), (f"{name} narrow", "")]
     for engine in (("narrow", "fused"), (f"{name} narrow", "")):

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import random
 import runpy
+import signal
 import socket
 import subprocess
 import sys
@@ -270,7 +271,7 @@ def lightning() -> Callable[..., Outcome]:
             (cwd / "fit.yaml").write_text(yaml.safe_dump(config))
             words += ["--config", "fit.yaml"]
         out, err, code = io.StringIO(), io.StringIO(), 0
-        argv = ["lightning", *words, *map(str, args)]
+        argv, on_sigterm = ["lightning", *words, *map(str, args)], signal.getsignal(signal.SIGTERM)
         with (
             contextlib.chdir(cwd),
             contextlib.redirect_stdout(out),
@@ -282,6 +283,7 @@ def lightning() -> Callable[..., Outcome]:
                 main()
             except SystemExit as stop:
                 code = stop.code
+        assert signal.getsignal(signal.SIGTERM) is on_sigterm  # a command leaves its caller's handler
         return Outcome(code, out.getvalue(), err.getvalue(), cwd)
 
     return run
