@@ -147,12 +147,14 @@ def _chat(
     columns = [name for name in (text, label) if name]
     data = InstructData(model, source, columns=columns or None, max_length=_UNCUT)
     training = data.rows("train")[0]
+    room = 0 if data.encoder_decoder else data.max_new_tokens  # `lightning test` and `predict` write after a prompt
     return {
         "source": source,
         "columns": list(data.form.columns),
         "written": "the chat template" if data.chat else "plain text" if data.plain_text else "Alpaca's prompt",
         "rows": len(training),
-        **_length_for(np.array(data._encode(training[_some(len(training))])["length"]), min(limit, 2048)),
+        **_length_for(np.array(data._encode(training[_some(len(training))])["length"]), min(limit, 2048), room),
+        "room": room,
         "batch_size": 8,
     }
 
@@ -222,9 +224,9 @@ def _some(rows: int) -> list[int]:
     return np.linspace(0, rows - 1, min(rows, _SAMPLE)).astype(int).tolist()
 
 
-def _length_for(tokens: np.ndarray, limit: int) -> dict[str, Any]:
-    """Returns a length that nearly all rows fit, and a remark on their lengths."""
+def _length_for(tokens: np.ndarray, limit: int, room: int = 0) -> dict[str, Any]:
+    """Returns a length that nearly all rows and `room` more tokens fit, and a remark on the rows' lengths."""
     needed = int(-(-np.percentile(tokens, 99) // 8) * 8)
-    length = min(max(needed, 16), limit)
+    length = min(max(needed, 16) + room, limit)
     cut = float((tokens > length).mean())
     return {"max_length": length, "median": int(np.median(tokens)), "longest": int(tokens.max()), "cut": cut}

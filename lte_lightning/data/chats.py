@@ -43,7 +43,7 @@ class Form:
     @property
     def optional(self) -> tuple[str, ...]:
         """The columns whose values may be missing in a row."""
-        return (*self.columns[1:-1], SYSTEM)
+        return (*self.columns[1:], SYSTEM)
 
     @property
     def is_conversation(self) -> bool:
@@ -123,8 +123,9 @@ def conversation(turns: Any) -> Messages:
             for ours, theirs in (("role", "from"), ("content", "value"))
         )
         content = _joined(content)
-        known_role = _ROLE_OF.get(role.strip().casefold()) if isinstance(role, str) else None
-        calls = fields.get("tool_calls") or fields.get("function_call") or role in _TOOLS
+        word = role.strip().casefold() if isinstance(role, str) else ""
+        known_role = _ROLE_OF.get(word)
+        calls = fields.get("tool_calls") or fields.get("function_call") or word in _TOOLS
         if known_role is None or calls or not isinstance(content, str):
             why = "; calls of tools and their results are not read: leave such conversations out" if calls else ""
             raise DataError(

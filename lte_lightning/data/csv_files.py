@@ -39,12 +39,16 @@ def csv_options(file: Path, suffix: str) -> dict[str, Any]:
     if len(names) == 1 and not skipped:
         separator = next((mark for mark in ";\t|," if mark in names[0]), separator)
         names = list(read_csv(nrows=0, sep=separator).columns)
+    # `review, "stars"`: without this the marks after a space would be part of the text, and names begin with spaces
+    spaced = len(names) > 1 and all(name.startswith(" ") for name in names[1:])
+    read_csv = partial(read_csv, sep=separator, skipinitialspace=spaced)
+    names = list(read_csv(nrows=0).columns)
     # pandas would take the first column for row numbers where rows have a field more than the header; so it refuses.
-    head = list(read_csv(header=None, nrows=2, sep=separator).iloc[0])
+    head = list(read_csv(header=None, nrows=2).iloc[0])
     if twice := [name for name, count in Counter(head).items() if count > 1 and name]:
         rank_zero_warn(f"{file} has several columns of the name {', '.join(twice)}: the first of them is read")
     with _opened(file) as lines:
-        crowded = _check_quotes(lines, separator)
+        crowded = _check_quotes(lines, separator, spaced)
     if crowded:
         rank_zero_warn(
             f"{file} has {crowded} rows whose text between quotation marks has tabs and line breaks: if the marks are "
@@ -52,21 +56,27 @@ def csv_options(file: Path, suffix: str) -> dict[str, Any]:
         )
     # All as text: pandas guesses types anew every 10,000 rows, and sentences like "None" and "NA" are text.
     features = Features({name: Value("string") for name in names})
-    return {"sep": separator, "skiprows": skipped, "keep_default_na": False, "features": features}
+    shared = {"sep": separator, "skiprows": skipped, "skipinitialspace": spaced, "keep_default_na": False}
+    return shared | {"features": features}
 
 
 def _opened(file: Path) -> Any:
     return fsspec.open(file, "rt", compression="infer", encoding="utf-8-sig", newline="")
 
 
-def _check_quotes(lines: Iterable[str], separator: str) -> int:
+def _check_quotes(lines: Iterable[str], separator: str, spaced: bool) -> int:
     """Checks that no stray quotation mark swallows rows: pandas reads on to the next mark, whatever follows that.
+
+    Args:
+        lines: Of the file.
+        separator: Between fields.
+        spaced: Spaces after a separator are no part of a field.
 
     Returns:
         In a file of tabs, how many rows have a text with tabs and line breaks, which texts rarely have.
     """
     limit = csv.field_size_limit(sys.maxsize)
-    rows = csv.reader(lines, delimiter=separator, strict=True)
+    rows = csv.reader(lines, delimiter=separator, skipinitialspace=spaced, strict=True)
     crowded = 0
     try:
         while True:

@@ -165,6 +165,8 @@ def _load(file: Path, *more: Path, **how: bool) -> Any:
             with fsspec.open(file, compression="infer") as lines:
                 check_rows(lines)
         options = csv_options(file, suffix) if _BUILDERS[suffix] == "csv" else {}
+        if _BUILDERS[suffix] == "text":
+            options = {"encoding": "utf-8-sig"}  # Windows' editors begin a file with a mark, which is no text
         return load_dataset(_BUILDERS[suffix], data_files={"train": patterns}, split="train", **options, **how)
     except DocumentError as error:
         raise DataError(f"{file} cannot be read: {error}") from error

@@ -131,6 +131,8 @@ class InstructData(PromptData):
         for column in (column for column in rows.column_names if column not in texts):
             unasked = 0
             for row, turns in enumerate(rows[column][:]):
+                if turns is None and column in self.form.optional:
+                    continue
                 try:
                     questions = [message["content"] for message in conversation(turns) if message["role"] == "user"]
                     unasked += count_blank(questions) > 0
@@ -141,7 +143,9 @@ class InstructData(PromptData):
             report_blank(unasked, len(rows), f"a question of {column}", name)
 
     def _holds_messages(self, rows: Dataset, column: str) -> bool:
-        return column != SYSTEM and (self.form.is_conversation or isinstance(rows[0][column], list | dict))
+        if column == SYSTEM or self.form.is_conversation:
+            return column != SYSTEM
+        return isinstance(next((value for value in rows[column] if value is not None), None), list | dict)
 
     @property
     def chat(self) -> bool:

@@ -95,6 +95,19 @@ def test_chats_are_known_by_their_columns(init, lightning, tmp_path, row):
     assert fit.code == 0, fit.err
 
 
+def test_short_chats_leave_room_for_answers(init, lightning, tmp_path):
+    file = write_jsonl(tmp_path / "chats.jsonl", [{"prompt": "say", "completion": animal} for animal in ANIMALS] * 4)
+    outcome, config = init(file, lm=True)
+    assert config["data"]["init_args"]["max_length"] == 116
+    assert "max_length: 116 # with room for 100 new tokens (max_new_tokens)\n" in outcome.out
+    fit = lightning(tmp_path, None, "fit", "--config", "new/config.yaml", *QUICK)
+    assert fit.code == 0, fit.err
+    weights = ["--config", fit.run, "--model.init_from", fit.run / "model"]
+    answers = lightning(tmp_path, None, "predict", *weights, "--data.source", file)
+    assert answers.code == 0, answers.err
+    assert "prediction" in answers.written.read_text()
+
+
 def test_prompts_and_answers_of_other_names_are_named(init, tmp_path):
     rows = [{"question": f"say cat {number}", "reply": "cat"} for number in range(20)]
     outcome, config = init(write_jsonl(tmp_path / "asked.jsonl", rows), lm=True)

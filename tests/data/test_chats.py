@@ -259,11 +259,26 @@ def test_rows_without_an_answer_to_learn_are_left_out(chats):
         chats({"messages": [MESSAGES[0], MESSAGES[1] | {"weight": 0}]}).setup("fit")
 
 
+@pytest.mark.parametrize("form", [name for name, row in FORMS.items() if len(row) > 1])
+def test_rows_whose_answer_is_missing_are_left_out(chats, tmp_path, form):
+    data = chats(FORMS[form], holdout=0.1)
+    row = dict(FORMS[form])
+    answer = list(row)[-1]
+    file = tmp_path / "chats.jsonl"
+    lines = [json.dumps(row | {answer: None}), json.dumps({k: v for k, v in row.items() if k != answer})]
+    file.write_text("\n".join([*lines * 5, *file.read_text().splitlines()]) + "\n")
+    with pytest.warns(UserWarning, match="rows are left out: their answer .* or is empty"):
+        data.setup("fit")
+    assert len(data._ready["train"][0]) + len(data._ready["validation"][0]) == 20
+    assert data.skipped["train"] + data.skipped["validation"] == 10
+
+
 @pytest.mark.parametrize(
     "turn",
     [
         {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]},
         {"role": "tool", "content": "3"},
+        {"role": "Tool", "content": "3"},
         {"from": "function_call", "value": "{}"},
     ],
 )

@@ -36,6 +36,12 @@ def test_the_names_of_the_columns_show_the_separator_and_commas_in_rows_do_not(o
     assert data.split("train").to_list() == [{"review": text, "stars": label} for text, label in ROWS]
 
 
+def test_spaces_after_separators_are_no_part_of_names_and_texts(own):
+    content = "stars, review\n" + "".join(f'{label}, "{text}\n""here"""\n' for text, label in ROWS)
+    rows = [{"stars": label, "review": f'{text}\n"here"'} for text, label in ROWS]
+    assert own(content).split("train").to_list() == rows
+
+
 def test_decimal_commas_are_numbers_where_numbers_are_predicted(own):
     rows = [("a film", f"{number // 2},{number % 2 * 5}") for number in range(20)]
     assert own(written(";", rows), regression=True).split("train")["stars"][:4] == [0.0, 0.5, 1.0, 1.5]

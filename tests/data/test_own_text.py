@@ -55,6 +55,12 @@ def test_a_file_of_text_is_one_document_whose_end_is_held_out(lm, tmp_path, name
     assert text(data, "validation") == "</s>" + "".join(f"{line}\n" for line in LINES[18:]) + "</s>"
 
 
+def test_the_mark_that_windows_writes_first_is_no_text(lm, tmp_path):
+    file = tmp_path / "a.txt"
+    file.write_text("\n".join([*LINES, ""]), encoding="utf-8-sig", newline="\r\n")
+    assert text(lm(file), "train") == "</s>" + "".join(f"{line}\n" for line in LINES[:18]) + "</s>"
+
+
 @pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.parquet", "a.jsonl.gz"])
 def test_rows_of_a_table_are_documents_of_which_some_are_held_out(lm, tmp_path, name):
     data = lm(write(tmp_path / name, column="body"), text="body", holdout=0.25)
