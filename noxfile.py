@@ -24,7 +24,7 @@ ONE_THREAD = OFFLINE | {"OMP_NUM_THREADS": "1"}
 # A file's tests run in one process, so that its fixtures are made once and no two Ray clusters run side by side. Files
 # keep their order. Sorted by number of tests, the few long tests of tests/cli would come last and leave a core idle.
 # More than four processes need more memory than most machines have. With one process more than cores, tests with a
-# clock of their own failed. A process that crashes ends the run: in place of it, xdist would wait for its tests for ever.
+# clock of their own failed. A process that crashes ends the run; otherwise xdist would wait for its tests for ever.
 ON_EVERY_CORE = (
     *("-n", "logical", "--maxprocesses", "4", "--max-worker-restart", "0"),
     *("--dist", "loadfile", "--no-loadscope-reorder"),
