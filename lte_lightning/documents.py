@@ -13,7 +13,7 @@ DEEPEST = 60
 
 
 class DocumentError(yaml.YAMLError):
-    """A text that is no YAML, or has a key twice."""
+    """A text that is no YAML, has a key twice, or holds a NUL character."""
 
 
 class LimitError(DocumentError):
@@ -35,7 +35,7 @@ def check_yaml(text: str) -> None:
     """Reads through a text without making anything of it.
 
     Raises:
-        DocumentError: If it is no YAML, or has a key twice, of which YAML takes the last.
+        DocumentError: If it is no YAML, has a key twice, of which YAML takes the last, or holds a NUL character.
         LimitError: If it contains itself, is too deep or too large.
     """
     if len(text) > MOST_CHARACTERS:
@@ -75,6 +75,8 @@ def _step(event: yaml.Event, open_: list[_Open], sizes: dict[str, int]) -> None:
             raise LimitError(f"*{event.anchor} stands within what it stands for (line {line})")
         _add(inner, sizes.get(event.anchor, 1), line)
     elif isinstance(event, yaml.ScalarEvent):
+        if "\0" in event.value:  # files and programs take it for an end, or fail at it
+            raise DocumentError(f"{event.value!r} holds a NUL character (line {line})")
         if is_key and event.value != "<<":
             if event.value in inner.keys:
                 raise DocumentError(f"the key {event.value!r} is there twice (line {line})")

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import errno
 import io
 import os
 import signal
@@ -50,6 +51,12 @@ def main(args: list[str] | None = None) -> None:
     except BrokenPipeError:  # `lte configs | head`: the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's last flush fails
         sys.exit(128 + signal.SIGPIPE)
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        refuse(
+            UserError(f"{str(error.filename)[:60]}... has {len(str(error.filename))} letters: no file may be named so")
+        )
 
 
 def _run(args: list[str] | None) -> None:

@@ -196,6 +196,7 @@ def test_a_plain_model_quantised_runs_every_neuron(kind, folders, lightning):
     [
         (["./nowhere"], "no folder ./nowhere"),
         (["nowhere"], "no folder nowhere, and no model of that name in the cache or on the hub"),
+        (["x" * 5000], f"{'x' * 60}... has 5000 letters: no file may be named so"),
         (["empty"], "empty holds no model: it has no config.json, and no model/config.json as a run has"),
         (["plain/config.json"], "plain/config.json is a file; name the folder of a model"),
         (["encoder"], "encoder is a BertForMaskedLM, which does not generate text"),

@@ -44,6 +44,7 @@ REFERENCES = "run:\n  parent: x\n" + "".join(
             "reads the environment variable SECRET_OF_MINE",
         ),
         ("run: {name: '${oc.env:NOT_SET_HERE,x}'}\n", "reads the environment variable NOT_SET_HERE"),
+        ('run:\n  name: "a\\0b"\n', r"'a\x00b' holds a NUL character (line 2)"),
     ],
 )
 def test_one_clear_line(text, said, tiny, lightning, tmp_path, monkeypatch):

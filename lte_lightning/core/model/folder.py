@@ -43,8 +43,12 @@ def find_model(source: str | os.PathLike[str]) -> str:
 
     Raises:
         LayoutError: If it is a path and there is no such folder, or the folder holds no model.
+        TypeError: If it is no name at all.
     """
-    path, name = Path(source), str(source)
+    try:
+        path, name = Path(source), str(source)
+    except TypeError as error:
+        raise TypeError(f"name a model by its folder or its id on the hub, not by {source!r}") from error
     if path.is_dir():
         for inner in _places(path):
             if any((inner / file).is_file() for file in ("config.json", CONFIG_FILE)):

@@ -117,6 +117,8 @@ def test_a_folder_that_is_not_there_is_one_line(model, tmp_path):
     assert from_pretrained(tmp_path / "run").lte_config == model.lte_config  # a run's folder
     with pytest.raises(UserError, match="is a file; name the folder of a model"):
         from_pretrained(tmp_path / "sparse-bert" / "config.json")
+    with pytest.raises(TypeError, match="name a model by its folder or its id on the hub, not by None"):
+        from_pretrained(None)
 
 
 def test_a_card_of_your_own_is_kept(model, tmp_path):
