@@ -10,12 +10,17 @@ import random
 import re
 import resource
 import shutil
+import signal
 import sqlite3
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+# A shell lets its background jobs ignore interrupts, and what the tests start would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Before the first import of torch or of anything by Hugging Face: they read these once.
 os.environ["HF_HUB_OFFLINE"] = "1"

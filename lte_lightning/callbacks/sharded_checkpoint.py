@@ -7,8 +7,9 @@ under flat names. Read whole, a folder gives what an ordinary checkpoint of one 
 import pickle
 import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import torch
 from torch import distributed
@@ -20,6 +21,7 @@ from lte_lightning.core.model.exact import is_part
 from lte_lightning.errors import UserError
 from lte_lightning.files import SHARDED, exchange, sync_all
 
+T = TypeVar("T")
 META, INDEX = SHARDED
 _PARTS = "parts"  # in the first: along which dimension a tensor was shared out
 _MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
@@ -46,29 +48,57 @@ def write_folder(checkpoint: dict[str, Any], path: Path) -> None:
     """
     staging, first = path.with_name(f"{path.name}.tmp"), distributed.get_rank() == 0
     tensors, rest = _taken_apart(checkpoint)
-    why = ""
+
+    def prepare() -> None:
+        _remove(staging)
+        _remove(staging.with_name(f"{staging.name}.old"))
+        staging.mkdir(parents=True)
+
+    def finish() -> None:
+        torch.save(rest, staging / META)
+        sync_all(staging)
+        if path.is_file():
+            path.unlink()  # an ordinary checkpoint that the fit was resumed from
+        exchange(staging, path)
+        _remove(staging)
+
     try:
-        if first:
-            _remove(staging)
-            _remove(staging.with_name(f"{staging.name}.old"))
-            staging.mkdir(parents=True)
-        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(staging, sync_files=True))
-        if first:
-            torch.save(rest, staging / META)
-            sync_all(staging)
-            if path.is_file():
-                path.unlink()  # an ordinary checkpoint that the fit was resumed from
-            exchange(staging, path)
-            _remove(staging)
+        _agreed(prepare, first)
+        _agreed(lambda: dcp.save(tensors, storage_writer=dcp.FileSystemWriter(staging, sync_files=True)))
+        _agreed(finish, first)
     except (OSError, RuntimeError, dcp.CheckpointException) as error:
-        why = f"{getattr(error, 'strerror', None) or error}".strip().splitlines()[-1]
-    whys: list[str] = [""] * distributed.get_world_size()
-    distributed.all_gather_object(whys, why)
-    if any(whys):
         if first:
             shutil.rmtree(staging, ignore_errors=True)
+        why = f"{getattr(error, 'strerror', None) or error}".strip().splitlines()[-1]
         before = "; the one before it is kept" if path.exists() else ""
-        raise UserError(f"cannot write the checkpoint {path}: {next(filter(None, whys))}{before}")
+        raise UserError(f"cannot write the checkpoint {path}: {why}{before}") from error
+
+
+def _agreed(step: Callable[[], T], mine: bool = True) -> T | None:
+    """Runs a step and waits for the other processes; if it failed in one, all raise.
+
+    Otherwise they would wait in their next step for the one that failed, for ever.
+
+    Args:
+        step: What to do.
+        mine: Whether this process does it.
+
+    Raises:
+        RuntimeError: If it failed in another process. What fails in this one is raised as it is.
+    """
+    result, failed, why = None, None, ""
+    try:
+        if mine:
+            result = step()
+    except (Exception, dcp.CheckpointException) as error:
+        failed, why = error, f"{getattr(error, 'strerror', None) or error}" or type(error).__name__
+    whys: list[str] = [""] * distributed.get_world_size()
+    distributed.all_gather_object(whys, why)
+    if failed is not None:
+        raise failed
+    if any(whys):
+        raise RuntimeError(next(filter(None, whys)))
+    return result
 
 
 def read_folder(path: Path, mesh: Any = None) -> dict[str, Any]:
@@ -82,17 +112,21 @@ def read_folder(path: Path, mesh: Any = None) -> dict[str, Any]:
         The checkpoint as Lightning dumps it.
 
     Raises:
-        UserError: If it is damaged, or holds what no checkpoint of ours does.
+        UserError: If it is damaged, or holds what no checkpoint of ours does; in every process, if in one.
     """
-    try:
+
+    def describe() -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         rest = torch.load(path / META, weights_only=True, map_location="cpu")
-        reader = _Reader(path)
-        index = reader.read_metadata()
-        parts = rest.pop(_PARTS)
-        tensors = {key: _room(about, parts.get(key), mesh) for key, about in _checked(index, path).items()}
+        parts, index = rest.pop(_PARTS), _Reader(path).read_metadata()
+        return rest, {key: _room(about, parts.get(key), mesh) for key, about in _checked(index, path).items()}
+
+    try:
+        described = describe() if mesh is None else _agreed(describe)
+        assert described is not None
+        rest, tensors = described
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # it is, and nobody asked for it
-            dcp.load(tensors, storage_reader=reader, no_dist=mesh is None)
+            dcp.load(tensors, storage_reader=_Reader(path), no_dist=mesh is None)
         return _put_together(rest, tensors)
     except UserError:
         raise

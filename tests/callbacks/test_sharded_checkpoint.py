@@ -2,6 +2,9 @@
 
 import pickle
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -96,6 +99,31 @@ def test_damage_is_one_line(which, how, folder):
     with pytest.raises(UserError, match=r"the checkpoint .*last\.ckpt (is damaged|lacks files)") as caught:
         read_folder(folder)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("late", "written\nread 0\n"),
+        ("prepare", "cannot write the checkpoint /last.ckpt: No space left on device\n"),
+        ("read", "written\nthe checkpoint /last.ckpt is damaged (No space left on device); resume from another one"),
+    ],
+)
+def test_no_process_waits_for_one_that_failed_or_runs_ahead_of_one_that_is_late(fault, said, tmp_path):
+    words = [sys.executable, Path(__file__).with_name("one_of_two.py")]
+    both = [
+        subprocess.Popen(
+            [*words, str(rank), tmp_path, fault], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for rank in range(2)
+    ]
+    try:
+        ends = [process.communicate(timeout=60) for process in both]
+    finally:
+        for process in both:
+            process.kill()
+    for out, err in ends:
+        assert out.replace("[Errno 28] ", "").startswith(said), err
 
 
 @pytest.mark.parametrize("swaps", [True, False])
