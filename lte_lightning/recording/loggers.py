@@ -1,6 +1,5 @@
 """The MLflow logger of a run. A fit goes on without MLflow if the store fails."""
 
-import os
 import re
 import time
 from argparse import Namespace
@@ -51,9 +50,6 @@ class RunLogger(Logger):
         self._again = 0.0
         if not is_first_process():
             return
-        if uri.startswith("http"):  # by default MLflow retries every request for minutes
-            os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-            os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
         began = time.monotonic()
         try:
             self.client, self.run_id = open_run(uri, run_id, origin)

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from lte_lightning.errors import UserError
 from lte_lightning.files import abridged, write_json
-from lte_lightning.network import failures, try_store
+from lte_lightning.network import failures, new_run, try_store
 from lte_lightning.store import first_contact, named_by_file, read_run_file, reason, shown, users_store
 
 UNSENT = "unsent.jsonl"
@@ -93,7 +93,8 @@ def open_run(uri: str, run_id: str | None, origin: dict[str, Any]) -> tuple[Any,
                 )
             else:
                 identity = experiment.experiment_id
-            run = client.create_run(identity, tags=resolve_tags(origin.get("tags") or {}), run_name=origin.get("name"))
+            tags = resolve_tags(origin.get("tags") or {})
+            return client, new_run(client, uri, identity, tags=tags, run_name=origin.get("name"))
         except (MlflowException, ImportError) as error:
             if _is_mistake(error):
                 raise UserError(
@@ -101,7 +102,6 @@ def open_run(uri: str, run_id: str | None, origin: dict[str, Any]) -> tuple[Any,
                     "MLFLOW_TRACKING_USERNAME and _PASSWORD, or record nothing with --trainer.logger false"
                 ) from None  # a client's own error may show an address with its password
             raise
-    return client, run.info.run_id
 
 
 def _has(client: Any, run_id: str, root: str | None, uri: str) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 from lte_lightning.errors import UserError
 from lte_lightning.files import write_json
-from lte_lightning.network import ask
+from lte_lightning.network import try_store
 from lte_lightning.report.collect import finish, read_run
 from lte_lightning.report.experiments import OLDER
 from lte_lightning.report.material import Material
@@ -26,6 +26,7 @@ from lte_lightning.sweep.tracking import PLAN
 # The artifacts that `read_run` reads
 FILES = (RESULTS, "config.yaml", "model/lte_config.json")
 PARENT = "mlflow.parentRunId"
+OTHER = "name another with --tracking-uri"
 
 
 def collect_tracked(
@@ -73,10 +74,9 @@ def collect_tracked(
 @contextlib.contextmanager
 def _store(uri: str) -> Iterator[Any]:
     """Yields a client of the store, and turns its errors into one line."""
-    if uri.startswith(("http://", "https://")):
-        ask(uri, "the MLflow server")  # MLflow itself would try for minutes
-    elif uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///").partition("?")[0]).exists():
-        raise UserError(f"there is no MLflow database {uri}; name another with --tracking-uri")  # or MLflow creates it
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///").partition("?")[0]).exists():
+        raise UserError(f"there is no MLflow database {uri}; {OTHER}")  # or MLflow creates it
+    try_store(uri, OTHER)
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     from mlflow.tracking import MlflowClient
 
@@ -85,8 +85,7 @@ def _store(uri: str) -> Iterator[Any]:
     except UserError:
         raise
     except Exception as error:  # MLflow's client raises many types for an unexpected reply
-        message = f"MLflow's store {shown(uri)} cannot be read: {reason(error)}; name another with --tracking-uri"
-        raise UserError(message) from None
+        raise UserError(f"MLflow's store {shown(uri)} cannot be read: {reason(error)}; {OTHER}") from None
 
 
 def _runs(client: Any, store: str, experiment: str | None, run_ids: Sequence[str]) -> list[Any]:

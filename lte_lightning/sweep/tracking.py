@@ -11,7 +11,7 @@ from typing import Any
 
 from lte_lightning.errors import UserError
 from lte_lightning.files import write_json
-from lte_lightning.network import ask
+from lte_lightning.network import new_run, try_store
 from lte_lightning.results import FILE, Results, read_results
 from lte_lightning.store import first_contact, mlflow_store, named_by_file, read_run_file, reason, shown, whole
 from lte_lightning.sweep.folder import SweepFolder
@@ -40,9 +40,8 @@ class Tracker:
         # A sweep that changed its store and comes back finds its parent there
         parents = known.get("parents", {}) | ({known["uri"]: known["parent"]} if known else {})
         self.folder, self.uri, self.name = folder, whole(uri), shown(uri)  # files and messages have the second
-        if uri.startswith(("http://", "https://")):
-            # MLflow itself would try for minutes
-            ask(uri, "the MLflow server", "start it, or name another by MLFLOW_TRACKING_URI")
+        instead = "name another by MLFLOW_TRACKING_URI, or record nothing with --trainer.logger false"
+        try_store(uri, instead)
         from mlflow.exceptions import MlflowException
         from mlflow.tracking import MlflowClient
         from sqlalchemy.exc import SQLAlchemyError
@@ -53,14 +52,7 @@ class Tracker:
                 self.client = MlflowClient(uri)
                 self.parent = self._parent(parents.get(self.name))
         except (*self._errors, ImportError) as error:
-            if isinstance(error, ImportError):
-                cause = "install the database's driver, which is what is missing."
-            else:
-                cause = "is it locked by another process, or from another version of MLflow?"
-            raise UserError(
-                f"MLflow's store {self.name} cannot be used: {reason(error)}; {cause} Name another by "
-                "MLFLOW_TRACKING_URI, or record nothing with --trainer.logger false"
-            ) from None
+            raise UserError(f"MLflow's store {self.name} cannot be used: {reason(error)}; {instead}") from None
         parents |= {self.name: self.parent}
         folder.about["mlflow"] = {"uri": self.name, "parent": self.parent, "parents": parents}
         folder.save()
@@ -83,7 +75,7 @@ class Tracker:
             )
         else:
             experiment_id = experiment.experiment_id
-        return self.client.create_run(experiment_id, run_name=f"sweep {name}").info.run_id
+        return new_run(self.client, self.uri, experiment_id, run_name=f"sweep {name}")
 
     def options(self) -> dict[str, Any]:
         """Returns the options that make a fit a child of the sweep's run."""

@@ -217,4 +217,4 @@ def test_a_server_that_hangs(config, server, lightning, tmp_path, monkeypatch):
 def test_a_store_that_mlflow_alone_knows_is_left_to_it():
     try_store("databricks://profile")  # no address to connect to
     with pytest.raises(UserError, match="is no address of the MLflow database"):
-        try_store("postgresql+psycopg2://:5432/db")
+        try_store("mysql+pymysql://:3306/db")

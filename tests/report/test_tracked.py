@@ -133,5 +133,5 @@ def test_bad_input(store, tmp_path):
     assert not (tmp_path / "nowhere.db").exists()
     damaged = tmp_path / "damaged.db"
     damaged.write_text("no database at all, but some text that is longer than a header would be\n" * 9)
-    refused("MLflow's store .*damaged.db cannot be read: .*file is not a database", f"sqlite:///{damaged}", "x")
+    refused("the MLflow database .*damaged.db cannot be used: file is not a database", f"sqlite:///{damaged}", "x")
     refused("cannot reach the MLflow server at http://127.0.0.1:1", "http://127.0.0.1:1", "trial")

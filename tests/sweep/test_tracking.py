@@ -128,9 +128,9 @@ def test_an_address_that_was_kept_without_its_password(bench, tmp_path):
             Tracker(folder)
 
 
-@pytest.mark.skipif(find_spec("pymysql") is not None, reason="the driver that shall be missing is here")
+@pytest.mark.skipif(find_spec("psycopg2") is not None, reason="the driver that shall be missing is here")
 def test_a_database_without_its_driver(bench):
     folder = bench().run().folder
-    message = r"cannot be used: No module named 'pymysql'; install the database's driver"
+    message = r"cannot be used: No module named 'psycopg2'; install the database's driver, or"
     with folder.hold(read_sweep(bench().file)), pytest.raises(UserError, match=message):
-        Tracker(folder, "mysql+pymysql://nobody@127.0.0.1/runs")
+        Tracker(folder, "postgresql+psycopg2://nobody@127.0.0.1/runs")
