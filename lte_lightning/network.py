@@ -146,9 +146,7 @@ def _in_time(contact: Callable[[], None], uri: str, instead: str) -> None:
     if failed:
         raise failed[0]
     if thread.is_alive():
-        raise AwayError(
-            f"MLflow's store {shown(uri)} does not answer: it took more than {ALTOGETHER} seconds; {instead}"
-        )
+        raise AwayError(f"MLflow's store {shown(uri)} does not answer within {ALTOGETHER} seconds; {instead}")
 
 
 def new_run(client: Any, uri: str, experiment: str, **how: Any) -> str:
