@@ -126,6 +126,13 @@ class LteCLI(LightningCLI):
             super()._parse_ckpt_path()
         self.config[self.config.subcommand].ckpt_path = path
 
+    def _dump_config(self) -> None:
+        """Keeps the options for the modules' checkpoints, as Lightning does, without validating all of them again."""
+        if not hasattr(self, "config_dump"):
+            text = self.parser.dump(self.config, skip_link_targets=False, skip_none=False, skip_validation=True)
+            options = yaml.safe_load(text)
+            self.config_dump = options[self.config.subcommand] if "subcommand" in self.config else options
+
     def before_instantiate_classes(self) -> None:
         """Names the options without effect, and refuses those that a checkpoint or a link would replace."""
         config = self.config[self.config.subcommand] if "subcommand" in self.config else self.config
