@@ -1,7 +1,7 @@
 """Limits on YAML and JSON from others, checked before the text is parsed into values."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +31,26 @@ class _Open:
     keys: set[str] = field(default_factory=set)
 
 
+def read_yaml(text: str, load: Callable[[str], Any] = yaml.safe_load) -> Any:
+    """Returns the values of a text from anybody.
+
+    Args:
+        text: The text.
+        load: Makes the values.
+
+    Raises:
+        DocumentError: If it is no YAML, or has a value that is none of its kind (a month 13, a number of 5,000 digits).
+        LimitError: If it contains itself, is too deep or too large.
+    """
+    check_yaml(text)
+    try:
+        return load(text)
+    except (ValueError, RecursionError) as error:
+        raise DocumentError(str(error)) from error
+    except (LookupError, AttributeError, TypeError) as error:  # PyYAML's for !!bool x, !!int "" and !!timestamp x
+        raise DocumentError(f"a value does not fit its tag ({type(error).__name__}: {error})") from error
+
+
 def check_yaml(text: str) -> None:
     """Reads through a text without making anything of it.
 
@@ -54,11 +74,12 @@ def check_yaml(text: str) -> None:
 def _walk(text: str, loader: Any) -> None:
     open_: list[_Open] = [_Open(None, False)]
     sizes: dict[str, int] = {}
+    words: dict[str, str] = {}
     for event in yaml.parse(text, loader):
-        _step(event, open_, sizes)
+        _step(event, open_, sizes, words)
 
 
-def _step(event: yaml.Event, open_: list[_Open], sizes: dict[str, int]) -> None:
+def _step(event: yaml.Event, open_: list[_Open], sizes: dict[str, int], words: dict[str, str]) -> None:
     line = event.start_mark.line + 1
     if isinstance(event, yaml.CollectionEndEvent):
         closed = open_.pop()
@@ -73,21 +94,27 @@ def _step(event: yaml.Event, open_: list[_Open], sizes: dict[str, int]) -> None:
     if isinstance(event, yaml.AliasEvent):
         if event.anchor in [each.anchor for each in open_]:
             raise LimitError(f"*{event.anchor} stands within what it stands for (line {line})")
+        if is_key and event.anchor in words:
+            _add_key(inner, words[event.anchor], line)
         _add(inner, sizes.get(event.anchor, 1), line)
     elif isinstance(event, yaml.ScalarEvent):
         if "\0" in event.value:  # files and programs take it for an end, or fail at it
             raise DocumentError(f"{event.value!r} holds a NUL character (line {line})")
         if is_key and event.value != "<<":
-            if event.value in inner.keys:
-                raise DocumentError(f"the key {event.value!r} is there twice (line {line})")
-            inner.keys.add(event.value)
+            _add_key(inner, event.value, line)
         if event.anchor:
-            sizes[event.anchor] = 1
+            sizes[event.anchor], words[event.anchor] = 1, event.value
         _add(inner, 1, line)
     else:
         open_.append(_Open(event.anchor, isinstance(event, yaml.MappingStartEvent)))
         if len(open_) > DEEPEST:
             raise LimitError(f"it lies {DEEPEST} levels deep (line {line}); nest less")
+
+
+def _add_key(inner: _Open, key: str, line: int) -> None:
+    if key in inner.keys:
+        raise DocumentError(f"the key {key!r} is there twice (line {line})")
+    inner.keys.add(key)
 
 
 def _add(inner: _Open, nodes: int, line: int) -> None:

@@ -13,7 +13,7 @@ from jsonargparse import ArgumentParser, get_loader, set_loader
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lte_lightning.documents import DocumentError, check_yaml
+from lte_lightning.documents import read_yaml
 from lte_lightning.errors import UserError, meant_path
 from lte_lightning.files import read_text
 from lte_lightning.store import STORE, shown
@@ -38,11 +38,7 @@ class CheckedLoader:
         Raises:
             DocumentError: If the text is not YAML, or has a value that cannot be parsed.
         """
-        check_yaml(text)
-        try:
-            return self._load(text)
-        except (ValueError, RecursionError) as error:  # a number of 5,000 digits
-            raise DocumentError(str(error)) from error
+        return read_yaml(text, self._load)
 
 
 def guard_configurations() -> None:
@@ -75,7 +71,7 @@ def check_files(words: Sequence[str]) -> None:
         if not file.is_file():
             continue
         try:
-            check_yaml(read_text(file))
+            read_yaml(read_text(file))
         except yaml.YAMLError as error:
             raise UserError(f"{file}: {error}") from error
 

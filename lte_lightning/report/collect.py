@@ -9,7 +9,7 @@ import yaml
 
 from lte_lightning.bench.rates import RATES_FILE, is_rates, read_rates
 from lte_lightning.choices import options_by_name
-from lte_lightning.documents import check_yaml
+from lte_lightning.documents import read_yaml
 from lte_lightning.errors import UserError, meant_path
 from lte_lightning.files import read_json, read_text
 from lte_lightning.report.bench import read_bench
@@ -184,7 +184,6 @@ def _is_choice(key: str) -> bool:
 def _configured(folder: Path) -> dict[str, Any]:
     try:
         text = read_text(folder / "config.yaml")
-        check_yaml(text)
-        return options_by_name(yaml.load(text, yaml.CSafeLoader))
+        return options_by_name(read_yaml(text, lambda whole: yaml.load(whole, yaml.CSafeLoader)))
     except (UserError, yaml.YAMLError, ValueError, AttributeError):
         return {}

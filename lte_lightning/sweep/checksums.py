@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from lte_lightning.documents import check_yaml
+from lte_lightning.documents import read_yaml
 from lte_lightning.sweep.points import Sweep
 
 
@@ -62,6 +62,4 @@ def _content(as_written: bytes) -> Any:
     Raises:
         ValueError, yaml.YAMLError: If it is not YAML, contains itself, or is too large with its aliases followed.
     """
-    text = as_written.decode()
-    check_yaml(text)
-    return yaml.safe_load(text)
+    return read_yaml(as_written.decode("utf-8-sig"))

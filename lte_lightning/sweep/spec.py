@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from lte_lightning.documents import LimitError, check_yaml
+from lte_lightning.documents import LimitError, read_yaml
 from lte_lightning.errors import UserError, meant, meant_path
 from lte_lightning.results import MEASURED, OBJECTIVES
 from lte_lightning.sweep.points import Block, Search, Sweep
@@ -37,9 +37,7 @@ def read_sweep(path: str | Path, extra: dict[str, Any] | None = None, seeds: lis
     """
     path = Path(path)
     try:
-        text = path.read_text()
-        check_yaml(text)
-        content = yaml.safe_load(text)
+        content = read_yaml(path.read_text("utf-8-sig"))
     except OSError as error:
         near = meant_path(path) if isinstance(error, FileNotFoundError) else ""
         raise UserError(f"cannot read the sweep file {path}: {error.strerror}{near}") from error

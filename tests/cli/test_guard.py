@@ -65,6 +65,8 @@ def test_one_clear_line(text, said, tiny, lightning, tmp_path, monkeypatch):
         (b"run: {name: caf\xe9}\n", "error: theirs.yaml is not UTF-8 text from byte 15 on: convert it"),
         (b"run: [\n", "error: theirs.yaml: while parsing a flow node expected the node content"),
         (b"run: {}\nrun: {}\n", "error: theirs.yaml: the key 'run' is there twice (line 2)"),
+        (b"run: {name: !!bool x}\n", "error: theirs.yaml: a value does not fit its tag (KeyError: 'x')"),
+        (b"run: {name: 2001-13-01}\n", "error: theirs.yaml: month must be in 1..12"),
         (b"run: \x00\n", "error: theirs.yaml: unacceptable character #x0000"),
     ],
 )

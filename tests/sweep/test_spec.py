@@ -262,6 +262,8 @@ def test_a_key_that_is_there_twice(read):
 def test_files_that_are_none(read, tmp_path):
     with pytest.raises(UserError, match=r"trial\.yaml is not YAML: .*line 1"):
         read("a: [")
+    with pytest.raises(UserError, match=r"trial\.yaml is not YAML: a value does not fit its tag \(KeyError: 'x'\)"):
+        read("about: !!bool x")
     with pytest.raises(UserError, match=r"trial\.yaml is not YAML: .*unhashable key"):
         read("? [1, 2]\n: 3")
     for content in ("overrides: &all {model.a: *all}", f"about: {'[' * 2000}{']' * 2000}"):
