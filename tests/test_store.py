@@ -4,7 +4,7 @@ import time
 import pytest
 
 from lte_lightning.errors import UserError
-from lte_lightning.files import hold_folder, markdown_table, read_json, write_text
+from lte_lightning.files import exchange, hold_folder, markdown_table, read_json, read_text, write_text
 from lte_lightning.store import mlflow_store, reason, shown
 
 
@@ -105,6 +105,24 @@ def test_a_folder_is_held_for_so_long_at_most(tmp_path):
 def test_a_file_that_cannot_be_written(tmp_path):
     with pytest.raises(UserError, match=r"cannot write .*/none/a\.txt: No such file or directory$"):
         write_text(tmp_path / "none" / "a.txt", "")
+
+
+def test_a_text_that_cannot_be_read(tmp_path):
+    with pytest.raises(UserError) as raised:
+        read_text(tmp_path)
+    assert str(raised.value) == f"cannot read {tmp_path}: Is a directory"
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_two_folders_exchange_their_names(at_once, tmp_path, monkeypatch):
+    if not at_once:  # a file system that has no such step
+        monkeypatch.setattr("lte_lightning.files._swap", lambda *_: False)
+    for name in ("new", "old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "which").write_text(name)
+    exchange(tmp_path / "new", tmp_path / "old")
+    assert [(tmp_path / name / "which").read_text() for name in ("new", "old")] == ["old", "new"]
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_table_in_markdown():

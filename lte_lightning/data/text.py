@@ -117,8 +117,10 @@ def load_tokenizer(name: str, generates: bool = False) -> PreTrainedTokenizerBas
         DataError: It cannot be loaded, has no vocabulary, or lacks the pad token (generating: the end token).
     """
     folder = resolve(name)
-    if folder.startswith((".", "/")) and not Path(folder).is_dir():
+    if folder.startswith((".", "/")) and not Path(folder).exists():
         raise DataError(f"no tokenizer folder {folder}{meant_path(folder)}")
+    if Path(folder).is_file():  # a checkpoint, for one
+        raise DataError(f"{folder} is a file; name the folder of a model, such as RUN/model")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     # Damaged files raise whatever the parser stumbles over, KeyError for example.
@@ -153,7 +155,7 @@ def load_tokenizer(name: str, generates: bool = False) -> PreTrainedTokenizerBas
 def is_encoder_decoder(name: str) -> bool:
     """Says whether a model's folder holds an encoder-decoder; False without a configuration."""
     folder = resolve(name)
-    if folder.startswith((".", "/")) and not Path(folder).is_dir():
+    if folder.startswith((".", "/")) and not Path(folder).exists():
         raise DataError(f"no model folder {folder}")
     if Path(folder).is_dir() and not (Path(folder) / "config.json").exists():
         return False

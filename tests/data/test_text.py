@@ -198,6 +198,8 @@ def test_empty_and_damaged_files_are_named(tmp_path, name, content, complaint):
 
 
 def test_a_tokenizer_that_cannot_be_loaded_is_named_with_what_was_tried(tmp_path):
+    with pytest.raises(DataError, match=r"test_text\.py is a file; name the folder of a model, such as RUN/model"):
+        load_tokenizer(__file__)
     with pytest.raises(DataError, match="no tokenizer folder /nowhere"):
         load_tokenizer("/nowhere")
     with pytest.raises(DataError, match=r"cannot load tokenizer 'no-such/model' .*not found as a hub id; offline"):
