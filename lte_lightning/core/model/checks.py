@@ -1,6 +1,7 @@
 """Check that a loaded model has all of its weights, no others, and only finite values."""
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -95,6 +96,24 @@ def require_floating(tensors: dict[str, torch.Tensor], source: object) -> None:
     ]
     if wrong:
         raise UserError(f"{source} holds weights that are no floating-point numbers: {listed(wrong)}; get it again")
+
+
+def require_dense(state: Mapping[str, Any]) -> None:
+    """Refuses a state dict with values that are not stored as the numbers that they stand for. Shards may be in it.
+
+    Raises:
+        UserError: If there is one.
+    """
+    for key, value in state.items():
+        if not isinstance(value, torch.Tensor):
+            kind = type(value).__name__
+        elif value.layout is not torch.strided:
+            kind = f"tensor of layout {value.layout}"
+        elif hasattr(value, "__tensor_flatten__") and not is_part(value):  # made of other tensors, as torchao's are
+            kind = f"{type(value).__name__} of {type(value).__module__}"
+        else:
+            continue
+        raise UserError(f"{key} of the state dict is a {kind}, and only dense tensors are saved")
 
 
 def require_sound_routers(routers: dict[str, torch.Tensor], source: object) -> None:

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, PreTrainedModel
 
 from lte_lightning.core.model.card import README, is_ours, licence, public_name, write_card
-from lte_lightning.core.model.checks import listed
+from lte_lightning.core.model.checks import listed, require_dense
 from lte_lightning.core.model.digest import FORMAT, digest
 from lte_lightning.core.model.exact import is_part
 from lte_lightning.core.model.experts import expert_ffns, require_expert_ffns
@@ -153,10 +153,7 @@ def _write(
         _write_quantized(model, folder, about)
         return
     given = model.state_dict() if state_dict is None else state_dict
-    for key, value in given.items():
-        if not isinstance(value, torch.Tensor) or value.layout is not torch.strided:
-            kind = f"tensor of layout {value.layout}" if isinstance(value, torch.Tensor) else type(value).__name__
-            raise UserError(f"{key} of the state dict is a {kind}, and only dense tensors are saved")
+    require_dense(given)
     state = plain_names(ffns, given)
     if any(map(is_part, state.values())):
         raise UserError(

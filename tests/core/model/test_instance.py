@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.testing._internal.two_tensor import TwoTensor
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 from transformers.trainer_utils import load_sharded_checkpoint
 
@@ -141,10 +142,14 @@ def cast(name, dtype, model):
             f"{DOWN} .* is a tensor of layout torch.sp",
         ),
         (lambda m: m.state_dict() | {DOWN: m.state_dict()[DOWN].numpy()}, f"{DOWN} of the state dict is a ndarray"),
+        (
+            lambda m: m.state_dict() | {DOWN: TwoTensor(m.state_dict()[DOWN], m.state_dict()[DOWN])},
+            f"{DOWN} of the state dict is a TwoTensor of torch.testing",
+        ),
     ],
     ids=[
         *("routers", "down", "up", "unknown", "prefix", "shape", "empty"),
-        *("whole numbers", "whole routers", "8 bits", "sparse", "numpy"),
+        *("whole numbers", "whole routers", "8 bits", "sparse", "numpy", "made of others"),
     ],
 )
 @pytest.mark.parametrize("how", ["method", "function"])
