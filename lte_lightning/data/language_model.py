@@ -154,6 +154,31 @@ class LanguageModelData(StreamingData):
             return super().shuffled(rows, held_out)
         return np.roll(np.arange(len(rows)), held_out)
 
+    def _training_rows(self) -> tuple[Dataset, Dataset]:
+        """Returns what is trained on and what is held out; a line that holds much of a running text is cut."""
+        if self.documents == "row" or not self.holdout:
+            return super()._training_rows()
+        rows = self.split("train")
+        ends = np.cumsum([len(text.strip()) for text in rows[self.text]])
+        held_out = max(1, round(self.holdout * len(rows)))
+        share = 1 - (ends[-held_out - 1] if held_out < len(rows) else 0) / ends[-1]
+        if self.holdout / 2 <= share <= self.holdout * 2:
+            return super()._training_rows()
+        cut = int((1 - self.holdout) * ends[-1])
+        line = int(np.searchsorted(ends, cut, side="right"))
+        start = int(ends[line - 1]) if line else 0
+        if ends[line] - start <= self.holdout * ends[-1] / 2:  # a short line is held out whole
+            return rows.select(range(line)), rows.select(range(line, len(rows)))
+        text, place = rows[line][self.text], cut - start
+        place = text.rfind(" ", 0, place) + 1 or place
+        halves = [
+            Dataset.from_list([rows[line] | {self.text: half}], features=rows.features)
+            for half in (text[:place], text[place:])
+        ]
+        before = [rows.select(range(line))] if line else []
+        after = [rows.select(range(line + 1, len(rows)))] if line + 1 < len(rows) else []
+        return concatenate_datasets([*before, halves[0]]), concatenate_datasets([halves[1], *after])
+
     def prepare(self, role: str) -> list[Any]:
         """Tokenises the text and packs it."""
         (rows,) = self.rows(role)

@@ -55,6 +55,25 @@ def test_a_file_of_text_is_one_document_whose_end_is_held_out(lm, tmp_path, name
     assert text(data, "validation") == "</s>" + "".join(f"{line}\n" for line in LINES[18:]) + "</s>"
 
 
+def test_blank_lines_at_the_end_are_not_all_that_is_held_out(lm, tmp_path):
+    data = lm(write(tmp_path / "a.txt", [*LINES, *[" "] * 30]))
+    assert text(data, "train") == "</s>" + "".join(f"{line}\n" for line in LINES[:18]) + "</s>"
+    assert text(data, "validation").startswith("</s>" + "".join(f"{line}\n" for line in LINES[18:]))
+
+
+@pytest.mark.parametrize("first", [0, 1, 3])
+def test_a_line_that_holds_much_of_the_text_is_cut(first, lm, tmp_path):
+    """Lines may be paragraphs, chapters, or all there is: a tenth of the lines would be none or most of the text."""
+    long = " ".join(LINES)
+    whole = [*LINES[:first], long]
+    data = lm(write(tmp_path / "a.txt", whole))
+    train, validation = (text(data, role).removeprefix("</s>").removesuffix("</s>") for role in ("train", "validation"))
+    assert train.removesuffix("\n") + validation == "\n".join(whole) + "\n"
+    assert 0.08 <= len(validation) / len(train + validation) <= 0.13
+    data = lm(write(tmp_path / "b.txt", [long, *LINES]), holdout=0.5)
+    assert 0.4 <= len(text(data, "validation")) / len(" ".join([long, *LINES])) <= 0.6
+
+
 def test_the_mark_that_windows_writes_first_is_no_text(lm, tmp_path):
     file = tmp_path / "a.txt"
     file.write_text("\n".join([*LINES, ""]), encoding="utf-8-sig", newline="\r\n")
@@ -130,13 +149,7 @@ def test_what_a_folder_needs_is_said_in_the_formats_of_this_task(lm, tmp_path):
             {"text": "txt"},
             r"no column 'txt' \(do you mean 'text'\?\); it has text; set data\.text",
         ),
-        ("a.txt", ["one line"], {}, "has 1 row: too few to hold one out"),
-        (
-            "a.txt",
-            [*LINES, " ", " ", " "],
-            {},
-            r"the 2 rows of .*a\.txt for validation have no text; set another data.hold",
-        ),
+        ("a.txt", ["x"], {}, "for train have no text; set another data.holdout"),
         ("a.txt", LINES, {"holdout": 0}, r"a\.txt is one file, and none of its rows are held out"),
         ("a.txt", LINES, {"streaming": True}, r"a\.txt is one file, and a stream's rows cannot be held out"),
     ],
