@@ -325,7 +325,8 @@ def test_samples_are_prompts_that_leave_room_and_not_counted_as_left_out(instruc
     [
         ([{"instruct": "a", "input": "", "output": "b"}], {}, "no column 'instruction' \\(do you mean 'instruct'"),
         ([{"instruction": "a", "context": "", "output": "b"}], {}, "no column 'input'; it has"),
-        ([alpaca(output=None)], {}, "row 0 .*output is None, not text"),
+        ([alpaca(output=None)], {}, "none of the 1 training rows has an answer .*: 1 are missing or empty"),
+        ([alpaca(instruction=None)], {}, "row 0 .*instruction is None, not text"),
         ([{"messages": []}], {}, "row 0 .*not a conversation"),
         ([{"messages": [{"role": "bot", "content": "a"}]}], {}, "no message with a role .system, user, assistant"),
         ([alpaca()], {"prompt": "chat"}, "has no chat template; use prompt alpaca"),
