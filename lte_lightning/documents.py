@@ -10,6 +10,7 @@ import yaml
 MOST_CHARACTERS = 4_000_000
 MOST_NODES = 100_000  # aliases followed
 DEEPEST = 60
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 class DocumentError(yaml.YAMLError):
@@ -31,7 +32,11 @@ class _Open:
     keys: set[str] = field(default_factory=set)
 
 
-def read_yaml(text: str, load: Callable[[str], Any] = yaml.safe_load) -> Any:
+def _load(text: str) -> Any:
+    return yaml.load(text, _LOADER)
+
+
+def read_yaml(text: str, load: Callable[[str], Any] = _load) -> Any:
     """Returns the values of a text from anybody.
 
     Args:
@@ -61,7 +66,7 @@ def check_yaml(text: str) -> None:
     if len(text) > MOST_CHARACTERS:
         raise LimitError(f"it has {len(text)} characters, more than {MOST_CHARACTERS}")
     try:
-        _walk(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        _walk(text, _LOADER)
     except DocumentError:
         raise
     except yaml.YAMLError:

@@ -69,9 +69,8 @@ def write_folder(checkpoint: dict[str, Any], path: Path) -> None:
     except (OSError, RuntimeError, dcp.CheckpointException) as error:
         if first:
             shutil.rmtree(staging, ignore_errors=True)
-        why = f"{getattr(error, 'strerror', None) or error}".strip().splitlines()[-1]
         before = "; the one before it is kept" if path.exists() else ""
-        raise UserError(f"cannot write the checkpoint {path}: {why}{before}") from error
+        raise UserError(f"cannot write the checkpoint {path}: {_why(error)}{before}") from error
 
 
 def _agreed(step: Callable[[], T], mine: bool = True) -> T | None:
@@ -91,7 +90,7 @@ def _agreed(step: Callable[[], T], mine: bool = True) -> T | None:
         if mine:
             result = step()
     except (Exception, dcp.CheckpointException) as error:
-        failed, why = error, f"{getattr(error, 'strerror', None) or error}" or type(error).__name__
+        failed, why = error, _why(error)
     whys: list[str] = [""] * distributed.get_world_size()
     distributed.all_gather_object(whys, why)
     if failed is not None:
@@ -99,6 +98,11 @@ def _agreed(step: Callable[[], T], mine: bool = True) -> T | None:
     if any(whys):
         raise RuntimeError(next(filter(None, whys)))
     return result
+
+
+def _why(error: BaseException) -> str:
+    lines = f"{getattr(error, 'strerror', None) or error}".strip().splitlines()
+    return lines[-1] if lines else type(error).__name__
 
 
 def read_folder(path: Path, mesh: Any = None) -> dict[str, Any]:

@@ -175,7 +175,7 @@ class TextData(LightningDataModule):
         """
         splits = self._splits
         if role == "train":
-            return [self._training_rows()[0]]
+            return [self._training_rows(self.split("train"))[0]]
         input_columns = [column for column in self.columns if column not in self.targets]
         if self.is_file and (role == "predict" or (role == "test" and not self.holdout)):
             return [self.split("train", input_columns if role == "predict" else None)]
@@ -199,7 +199,7 @@ class TextData(LightningDataModule):
 
     def held_out(self) -> Dataset:
         """Returns the training rows that are not trained on."""
-        return self._training_rows()[1]
+        return self._training_rows(self.split("train"))[1]
 
     def split(self, name: str, columns: Sequence[str] | None = None) -> Dataset:
         """Returns a split's columns, checked; by default all that training needs."""
@@ -227,8 +227,7 @@ class TextData(LightningDataModule):
             self.holdout = 0.0 if has_validation or "train" not in splits else _HOLDOUT
         return splits
 
-    def _training_rows(self) -> tuple[Dataset, Dataset]:
-        rows = self.split("train")
+    def _training_rows(self, rows: Dataset) -> tuple[Dataset, Dataset]:
         held_out = max(1, round(self.holdout * len(rows))) if self.holdout else 0
         size = len(rows) - held_out
         if self.train_rows is not None and self.train_rows > size:

@@ -154,16 +154,15 @@ class LanguageModelData(StreamingData):
             return super().shuffled(rows, held_out)
         return np.roll(np.arange(len(rows)), held_out)
 
-    def _training_rows(self) -> tuple[Dataset, Dataset]:
+    def _training_rows(self, rows: Dataset) -> tuple[Dataset, Dataset]:
         """Returns what is trained on and what is held out; a line that holds much of a running text is cut."""
         if self.documents == "row" or not self.holdout:
-            return super()._training_rows()
-        rows = self.split("train")
+            return super()._training_rows(rows)
         ends = np.cumsum([len(text.strip()) for text in rows[self.text]])
         held_out = max(1, round(self.holdout * len(rows)))
         share = 1 - (ends[-held_out - 1] if held_out < len(rows) else 0) / ends[-1]
         if self.holdout / 2 <= share <= self.holdout * 2:
-            return super()._training_rows()
+            return super()._training_rows(rows)
         cut = int((1 - self.holdout) * ends[-1])
         line = int(np.searchsorted(ends, cut, side="right"))
         start = int(ends[line - 1]) if line else 0

@@ -184,6 +184,6 @@ def _is_choice(key: str) -> bool:
 def _configured(folder: Path) -> dict[str, Any]:
     try:
         text = read_text(folder / "config.yaml")
-        return options_by_name(read_yaml(text, lambda whole: yaml.load(whole, yaml.CSafeLoader)))
+        return options_by_name(read_yaml(text))
     except (UserError, yaml.YAMLError, ValueError, AttributeError):
         return {}
